@@ -1,0 +1,1 @@
+"""cmjax: a differentiable performance-and-accuracy model of the CloudMatrix384 supernode."""

@@ -1,0 +1,66 @@
+"""Marks a model writes into its own code for the pricing reading; they change no number.
+
+A mark is a `jax.named_scope` (or a named `jax.jit`), so it survives tracing, `vmap`, `grad` and
+`shard_map`, and costs nothing when the program runs.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+
+FUSED_PREFIX = "cm_fused_"
+_STREAM = re.compile(r"stream=(?P<name>[\w-]+),cube=(?P<cube>\d*),vector=(?P<vector>\d*)")
+
+
+@contextlib.contextmanager
+def stream(name: str, *, cube: int | None = None, vector: int | None = None) -> Iterator[None]:
+    """Issue every operation traced inside on the stream `name`, with a share of a die's cores.
+
+    Operations of one stream run in program order; streams overlap.
+
+    Args:
+      name: letters, digits, `_` or `-`.
+      cube: cube cores (AIC) the stream owns; `None` means all of the die's.
+      vector: vector cores (AIV) the stream owns; `None` means all of the die's.
+    Raises:
+      ValueError: a malformed name or a core count below one.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"stream: name must be letters, digits, '_' or '-', got {name!r}")
+    for argument, cores in (("cube", cube), ("vector", vector)):
+        if cores is not None and cores < 1:
+            raise ValueError(f"stream: {argument} must be at least 1 core, got {cores}")
+    shares = f"cube={'' if cube is None else cube},vector={'' if vector is None else vector}"
+    with jax.named_scope(f"stream={name},{shares}"):
+        yield
+
+
+def parse_stream(part: str) -> tuple[str, int | None, int | None] | None:
+    """Read one element of a name stack back as `(name, cube, vector)`; `None` if it is no stream."""
+    found = _STREAM.fullmatch(part)
+    if found is None:
+        return None
+    cube, vector = found["cube"], found["vector"]
+    return found["name"], int(cube) if cube else None, int(vector) if vector else None
+
+
+def fused(name: str) -> Callable[[Callable], Callable]:
+    """Declare a function to be one kernel: what it computes inside never goes to HBM.
+
+    The kernel's cost is derived from the function's own body: cube and vector work is the sum of
+    its operations, HBM traffic is its arguments and results, and it is launched once. When the
+    program runs, the function is an ordinary jitted function.
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def kernel(*args, **kwargs):
+            return fn(*args, **kwargs)
+
+        kernel.__name__ = kernel.__qualname__ = FUSED_PREFIX + name
+        return jax.jit(kernel)
+
+    return decorate

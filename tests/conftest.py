@@ -1,0 +1,21 @@
+"""The test session's JAX: CPU, eight emulated devices, float64 available, no silent promotion."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pytest
+
+DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of public data sets; a test that needs it is skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"public data not found at {DATA}; set CMJAX_DATA to its folder")
+    return DATA
