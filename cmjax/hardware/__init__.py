@@ -1,0 +1,26 @@
+"""What a machine is: pytrees of named physical constants, and a catalog with a source per number."""
+
+from cmjax.hardware.load import catalog, load_machine, replace_leaf, sources
+from cmjax.hardware.machine import (
+    TIERS,
+    Chip,
+    Efficiency,
+    Exchange,
+    Fabric,
+    Supernode,
+    Tier,
+)
+
+__all__ = [
+    "TIERS",
+    "Chip",
+    "Efficiency",
+    "Exchange",
+    "Fabric",
+    "Supernode",
+    "Tier",
+    "catalog",
+    "load_machine",
+    "replace_leaf",
+    "sources",
+]

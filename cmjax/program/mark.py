@@ -47,6 +47,15 @@ def parse_stream(part: str) -> tuple[str, int | None, int | None] | None:
     return found["name"], int(cube) if cube else None, int(vector) if vector else None
 
 
+@contextlib.contextmanager
+def trip_count(iterations: int) -> Iterator[None]:
+    """Declare how often a `lax.while_loop` traced inside runs; a price needs the number."""
+    if iterations < 1:
+        raise ValueError(f"trip_count: iterations must be at least 1, got {iterations}")
+    with jax.named_scope(f"trips={iterations}"):
+        yield
+
+
 def fused(name: str) -> Callable[[Callable], Callable]:
     """Declare a function to be one kernel: what it computes inside never goes to HBM.
 

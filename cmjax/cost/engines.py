@@ -1,0 +1,153 @@
+"""How long one operation takes: the slowest of its engines, plus what cannot overlap.
+
+A compute kernel's time is
+
+    t = startup * launches + max(cube, vector, hbm) + min(cube, vector) / PIPELINE_TILES
+
+with cube = FLOP / (peak * share * efficiency), and so on. The last term is the hand-over between
+cube and vector cores: they work on tiles in turn, so the shorter one is exposed for one tile.
+A collective's time is given in `fabric.py`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cmjax.cost.fabric import COLUMN, exchange_s
+from cmjax.hardware import Supernode
+from cmjax.program import Program
+
+PIPELINE_TILES = 8.0
+"""Tiles a fused kernel passes between cube and vector cores; 1/8 of the shorter one is exposed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Seconds of every operation of one program level, by engine, and as scheduled."""
+
+    cube: Float[Array, "operations"]
+    vector: Float[Array, "operations"]
+    hbm: Float[Array, "operations"]
+    fabric: Float[Array, "operations"]
+    total: Float[Array, "operations"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What does not change with sizes or machine constants, per operation."""
+
+    cube_share: np.ndarray
+    vector_cores: np.ndarray
+    vector_share: np.ndarray
+    attention: np.ndarray
+    compute: np.ndarray
+    kind: np.ndarray
+    reach: np.ndarray
+    stream: np.ndarray  # one-hot [streams, operations]
+
+
+def largest(terms, temperature: float, axis: int = 0):
+    """Maximum along `axis`; smooth (log-sum-exp, in seconds) if `temperature` is positive."""
+    if temperature == 0:
+        return jnp.max(terms, axis)
+    return temperature * jax.nn.logsumexp(terms / temperature, axis)
+
+
+def seconds(
+    program: Program, table, machine: Supernode, temperature: float, period_s=None
+) -> Seconds:
+    """Time of every operation of one level.
+
+    Args:
+      program: the level's operations.
+      table: work of each, [operations, len(FIELDS)].
+      machine: its constants; gradients flow to its leaves.
+      temperature: 0 for exact maxima, else the smoothing scale in seconds.
+      period_s: time the level takes when its streams do not disturb one another; with it, the
+        times include what they cost one another.
+    """
+    static = _static(program, machine.chip.cube_cores, machine.chip.vector_cores)
+    chip, efficiency = machine.chip, machine.efficiency
+
+    def work(name: str):
+        return table[:, COLUMN[name]]
+
+    matrix_efficiency = jnp.where(static.attention, efficiency.attention, efficiency.gemm)
+    cube = (
+        work("cube_flops_8bit") / chip.cube_flops_8bit
+        + work("cube_flops_16bit") / chip.cube_flops_16bit
+        + work("cube_flops_32bit") / chip.cube_flops_32bit
+    ) / (static.cube_share * matrix_efficiency)
+    vector = work("vector_bytes") / (chip.vector_bytes_per_s * static.vector_share)
+    hbm_rate = chip.hbm_bytes_per_s * efficiency.hbm
+    hbm = (work("read_bytes") + work("write_bytes")) / hbm_rate
+    wire, waiting = exchange_s(table, static, machine)
+    startup = chip.kernel_startup_s * work("launches")
+
+    def combined(cube, vector, hbm):
+        kernel = largest(jnp.stack([cube, vector, hbm, wire]), temperature)
+        return kernel + jnp.minimum(cube, vector) / PIPELINE_TILES + startup + waiting
+
+    total = combined(cube, vector, hbm)
+    if period_s is not None and len(static.stream) > 1:
+        hbm_left, interference = _contention(static, hbm, total, period_s)
+        slow = 1 + machine.exchange.interference * interference
+        total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
+    return Seconds(cube, vector, hbm, wire, total)
+
+
+def _contention(static: _Static, hbm, total, period_s):
+    """What the streams of a level take from one another while they overlap.
+
+    Streams a and b, busy for D_a and D_b of a period P, overlap for O = D_a + D_b - P. For that
+    part of its time a compute kernel finds HBM busy with the other stream's kernels, and an
+    exchange in progress that slows it down; both are averaged over the stream.
+
+    Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
+      an exchange (both trivial for exchanges themselves).
+    """
+    busy = static.stream @ total
+    safe = jnp.maximum(busy, 1e-12)
+    most = jnp.minimum(busy[:, None], busy[None, :])
+    overlap = jnp.clip(busy[:, None] + busy[None, :] - period_s, 0.0, most)
+    overlap = overlap * (1.0 - np.eye(len(static.stream))) / safe[:, None]
+    hbm_busy = static.stream @ jnp.where(static.compute, jnp.minimum(hbm, total), 0.0) / safe
+    exchanging = static.stream @ jnp.where(static.compute, 0.0, total) / safe
+    hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 0.9)
+    beside = jnp.minimum(overlap @ exchanging, 1.0)
+    stream_of = static.stream.T
+    return (
+        jnp.where(static.compute, stream_of @ hbm_left, 1.0),
+        jnp.where(static.compute, stream_of @ beside, 0.0),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
+    operations = program.operations
+    cube = np.array([op.stream.cube_cores or cube_cores for op in operations], float)
+    vector = np.array([op.stream.vector_cores or vector_cores for op in operations], float)
+    for name, given, most in (("cube", cube, cube_cores), ("vector", vector, vector_cores)):
+        if (given > most).any():
+            op = operations[int(given.argmax())]
+            raise ValueError(
+                f"stream {op.stream.name!r} asks for {int(given.max())} {name} cores; "
+                f"the chip has {most}"
+            )
+    kinds = np.array([op.work.kind for op in operations])
+    streams = sorted({op.stream.name for op in operations if op.loop is None})
+    return _Static(
+        cube_share=cube / cube_cores,
+        vector_cores=vector,
+        vector_share=vector / vector_cores,
+        attention=kinds == "attention",
+        compute=np.isin(kinds, ["gemm", "attention"]),
+        kind=kinds,
+        reach=np.array([op.work.reach for op in operations]),
+        stream=np.array([[op.stream.name == s for op in operations] for s in streams], float),
+    )

@@ -1,0 +1,55 @@
+"""How long moving bytes between ranks takes: latency and bandwidth per tier (Hockney's model).
+
+    t_collective = startup + latency(furthest tier) + wire
+    t_dispatch   = t_collective + dispatch_startup + flags * flag_s / cores + local bytes / HBM
+    wire         = max(die / B_die, (node / B_node + supernode / B_supernode)) / (eta * saturation)
+
+Traffic to the own node and to other nodes leaves a die through the same Unified Bus links, so the
+two add; where they are separate networks (NVLink and RDMA) the larger counts. `eta` is the share
+of the point-to-point bandwidth that an expert exchange reaches, 1 for plain collectives. Dispatch
+and combine are the fused operators of the CloudMatrix384 paper, section 4.2: vector cores write
+straight into remote memory, so few cores send slower (`saturation`).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from cmjax.hardware import Supernode, Tier
+from cmjax.program import FIELDS
+
+COLUMN = {name: i for i, name in enumerate(FIELDS)}
+
+
+def alpha_beta_time_s(payload_bytes, tier: Tier):
+    """One message: latency + bytes / bandwidth. Shapes broadcast."""
+    return tier.latency_s + payload_bytes / tier.bandwidth_bytes_per_s
+
+
+def exchange_s(table, static, machine: Supernode):
+    """Wire time, and the time that overlaps with nothing, of every operation of a level.
+
+    Args:
+      table: work, [operations, len(FIELDS)].
+      static: per-operation constants (`engines._Static`).
+    Returns: (wire, waiting), each [operations] in seconds; zero for compute kernels.
+    """
+    tiers, exchange = machine.fabric, machine.exchange
+    fused = np.isin(static.kind, ["dispatch", "combine"])
+    die, node, supernode = (
+        table[:, COLUMN[f"{name}_bytes"]] / tier.bandwidth_bytes_per_s
+        for name, tier in (("die", tiers.die), ("node", tiers.node), ("supernode", tiers.supernode))
+    )
+    apart = node + supernode if tiers.shared_ports else jnp.maximum(node, supernode)
+    saturation = jnp.minimum(static.vector_cores / exchange.saturation_cores, 1.0)
+    wire = jnp.maximum(die, apart) / jnp.where(fused, exchange.bandwidth * saturation, 1.0)
+
+    latencies = jnp.stack(
+        [jnp.asarray(t.latency_s, wire.dtype) for t in (tiers.die, tiers.node, tiers.supernode)]
+    )
+    latency = jnp.where(static.reach >= 0, latencies[np.maximum(static.reach, 0)], 0.0)
+    startup = jnp.where(static.kind == "dispatch", exchange.dispatch_startup_s, 0.0)
+    startup = startup + jnp.where(static.kind == "combine", exchange.combine_startup_s, 0.0)
+    flags = table[:, COLUMN["flags"]] * exchange.flag_s / static.vector_cores
+    hbm_rate = machine.chip.hbm_bytes_per_s * machine.efficiency.hbm
+    local = table[:, COLUMN["local_bytes"]] / hbm_rate
+    return wire, latency + startup + flags + local

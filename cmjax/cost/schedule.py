@@ -1,0 +1,188 @@
+"""When operations run: a longest path through streams, exact at any depth.
+
+Streams are in-order queues; an operation starts when its stream is free and its arguments are
+ready. In max-plus algebra (max for +, + for *) one loop iteration is then a matrix that maps the
+ready times of carries and streams to those after it, and L iterations are its L-th power, found in
+log2(L) products. Time and gradient of 61 layers thus cost little more than of one.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cmjax.cost.engines import largest
+from cmjax.program import Program, Source
+
+NEVER = -1e6
+"""Max-plus zero in seconds: 'does not depend on it'. Finite, so that gradients stay defined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Consecutive operations of one stream between two points where streams meet."""
+
+    operations: tuple[int, ...]
+    stream: str
+    waits: tuple[Source, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """Ready times after a program level: of each carried output, each stream, and of everything."""
+
+    carries: Float[Array, "carries basis"]
+    streams: Float[Array, "streams basis"]
+    end: Float[Array, "basis"]
+
+
+@functools.lru_cache(maxsize=256)
+def steps(program: Program) -> tuple[Step, ...]:
+    """Cut a level's operations into steps; the schedule only looks at their ends."""
+    stream_of = [op.stream.name for op in program.operations]
+    awaited: set[int] = {s.op for s in program.outputs if s.op is not None}
+    for i, op in enumerate(program.operations):
+        every = (*op.sources, *(op.loop.carry_sources if op.loop else ()))
+        awaited |= {
+            s.op for s in every if s.op is not None and (op.loop or stream_of[s.op] != stream_of[i])
+        }
+    found: list[Step] = []
+    open_step: dict[str, list[int]] = {}
+    waits: dict[str, tuple[Source, ...]] = {}
+    known: dict[str, set[Source]] = {}
+
+    def close(stream: str) -> None:
+        if members := open_step.pop(stream, None):
+            found.append(Step(tuple(members), stream, waits.pop(stream)))
+
+    for i, op in enumerate(program.operations):
+        stream = op.stream.name
+        if op.loop is not None:
+            for name in list(open_step):
+                close(name)
+            found.append(Step((i,), stream, op.sources))
+            continue
+        seen = known.setdefault(stream, set())
+        new = tuple(
+            s for s in op.sources if s not in seen and (s.op is None or _joins(program, s, stream))
+        )
+        seen |= set(new)
+        for source in new:
+            if source.op is not None and stream_of[source.op] != stream:
+                close(stream_of[source.op])
+        if new and any(s != Source(None, -1) for s in new):
+            close(stream)
+        if stream not in open_step:
+            open_step[stream], waits[stream] = [], ()
+        waits[stream] += new
+        open_step[stream].append(i)
+        if i in awaited:
+            close(stream)
+    for name in list(open_step):
+        close(name)
+    return tuple(found)
+
+
+def _joins(program: Program, source: Source, stream: str) -> bool:
+    """Does waiting for `source` say more than the stream's own order?"""
+    producer = program.operations[source.op]  # type: ignore[index]
+    return producer.loop is not None or producer.stream.name != stream
+
+
+def finish(
+    program: Program,
+    durations: dict[Program, Float[Array, "operations"]],
+    streams: tuple[str, ...],
+    start: Ready,
+    constants,
+    temperature: float,
+) -> tuple[Ready, dict[Program, Array]]:
+    """Run one level.
+
+    Args:
+      durations: seconds per operation of this level and, by their programs, of the loops in it;
+        a loop's may have a leading axis of its length, one row per iteration.
+      streams: names of all streams of the whole program.
+      start: ready times of the carried inputs and of the streams, as max-plus vectors over any
+        basis (one element for plain times).
+      constants: when everything else that the level reads is ready, [basis].
+      temperature: 0 for exact maxima, else smoothing in seconds.
+    Returns: ready times at the end, and the time each loop's iterations took in all.
+    """
+    free = dict(zip(streams, start.streams, strict=True))
+    done: dict[int, list] = {}
+    spans: dict[Program, Array] = {}
+
+    def ready(source: Source):
+        if source.op is not None:
+            ends = done[source.op]
+            return ends[min(source.index, len(ends) - 1)]
+        return constants if source.index < 0 else start.carries[source.index]
+
+    def latest(vectors):
+        return vectors[0] if len(vectors) == 1 else largest(jnp.stack(vectors), temperature)
+
+    for step in steps(program):
+        operation = program.operations[step.operations[0]]
+        inputs = [ready(s) for s in step.waits] or [constants]
+        if operation.loop is None:
+            begin = latest([free[step.stream], *inputs])
+            end = begin + jnp.sum(durations[program][jnp.array(step.operations)])
+            free[step.stream] = end
+            done.update({i: [end] for i in step.operations})
+            continue
+        loop = operation.loop
+        carried = [ready(s) for s in loop.carry_sources]
+        state = jnp.stack([*carried, *(free[s] for s in streams), latest(inputs)])
+        after, inner = _iterate(loop, durations, streams, state, temperature)
+        n = loop.carried
+        free = dict(zip(streams, after[n : n + len(streams)], strict=True))
+        everything = largest(after, temperature)
+        # Carried results are ready when computed; scanned-out ones when the loop ends.
+        done[step.operations[0]] = [*after[:n], everything]
+        spans |= inner
+        spans[loop.body] = jnp.max(everything) - jnp.max(largest(state, temperature))
+    carries = [ready(s) for s in program.outputs]
+    end = latest([*free.values(), *(e for ends in done.values() for e in ends)])
+    basis = constants.shape
+    ready_carries = jnp.stack(carries) if carries else jnp.zeros((0, *basis))
+    return Ready(ready_carries, jnp.stack([free[s] for s in streams]), end), spans
+
+
+def _iterate(loop, durations, streams, state, temperature):
+    """Apply `loop.length` iterations to `state` [carries + streams + 1, basis]."""
+    size = state.shape[0]
+    identity = jnp.where(jnp.eye(size, dtype=bool), 0.0, NEVER).astype(state.dtype)
+
+    def matrix(body_durations):
+        start = Ready(identity[: loop.carried], identity[loop.carried : -1], identity[-1])
+        after, spans = finish(
+            loop.body, durations | {loop.body: body_durations}, streams, start, identity[-1],
+            temperature,
+        )
+        return jnp.concatenate([after.carries, after.streams, identity[-1:]]), spans
+
+    own = durations[loop.body]
+    if own.ndim == 2:  # one row of durations per iteration
+
+        def advance(state, row):
+            return _times(matrix(row)[0], state, temperature), None
+
+        return jax.lax.scan(advance, state, own)[0], {}
+    step, spans = matrix(own)
+    left = loop.length
+    while left:
+        if left % 2:
+            state = _times(step, state, temperature)
+        left //= 2
+        if left:
+            step = _times(step, step, temperature)
+    return state, {body: span * loop.length for body, span in spans.items()}
+
+
+def _times(a, b, temperature: float):
+    """Max-plus matrix product: c[i, j] = max_k a[i, k] + b[k, j]."""
+    return largest(a[:, :, None] + b[None, :, :], temperature, axis=1)

@@ -1,0 +1,185 @@
+"""Machines from TOML: the built-in catalog by name, a user's own file by path.
+
+Every quantity is a table `{ value = "1.6 TB/s", source = "..." }`; a count is
+`{ value = 24, source = "..." }`. All keys of the schema are needed and no others are taken.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cmjax.hardware.machine import Chip, Efficiency, Exchange, Fabric, Supernode, Tier
+from cmjax.hardware.units import parse_quantity
+
+_TIER = {"bandwidth_bytes_per_s": "bytes/s", "latency_s": "s"}
+_SCHEMA: dict[str, dict[str, Any]] = {
+    "chip": {
+        "cube_flops_8bit": "flop/s",
+        "cube_flops_16bit": "flop/s",
+        "cube_flops_32bit": "flop/s",
+        "vector_bytes_per_s": "bytes/s",
+        "hbm_bytes_per_s": "bytes/s",
+        "hbm_bytes": "bytes",
+        "kernel_startup_s": "s",
+        "host_step_s": "s",
+        "l2_bytes": "bytes",
+        "l1_bytes": "bytes",
+        "l0c_bytes": "bytes",
+        "unified_buffer_bytes": "bytes",
+        "cube_cores": "count",
+        "vector_cores": "count",
+    },
+    "fabric": {
+        "die": _TIER,
+        "node": _TIER,
+        "supernode": _TIER,
+        "rdma": _TIER,
+        "vpc": _TIER,
+        "shared_ports": "flag",
+    },
+    "exchange": {
+        "bandwidth": "fraction",
+        "dispatch_startup_s": "s",
+        "combine_startup_s": "s",
+        "flag_s": "s",
+        "saturation_cores": "number",
+        "interference": "fraction",
+    },
+    "efficiency": {"gemm": "fraction", "attention": "fraction", "hbm": "fraction"},
+    "nodes": "count",
+    "npus_per_node": "count",
+    "dies_per_npu": "count",
+}
+_MAY_BE_ZERO = {"interference", "flag_s", "host_step_s", "kernel_startup_s"}
+
+
+def catalog() -> list[str]:
+    """Names of the built-in machines."""
+    files = resources.files("cmjax.hardware") / "catalog"
+    return sorted(f.name.removesuffix(".toml") for f in files.iterdir() if f.name.endswith(".toml"))
+
+
+def load_machine(name_or_path: str | Path) -> Supernode:
+    """Load a machine.
+
+    Args:
+      name_or_path: a name in `catalog()`, or the path of a TOML file (it ends in `.toml`).
+    Raises:
+      ValueError: unknown name (with the closest ones), unreadable file, unknown or missing key,
+        negative or unit-less value; the message names file, key and what was expected.
+    """
+    text, origin = _read(str(name_or_path))
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{origin}: not valid TOML: {error}") from None
+    name = tree.pop("name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{origin}: key "name" is missing; expected name = "my-machine"')
+    values = _parse(tree, _SCHEMA, origin, prefix="")
+    fabric = dict(values["fabric"])
+    for tier in ("die", "node", "supernode", "rdma", "vpc"):
+        fabric[tier] = Tier(**fabric[tier])
+    return Supernode(
+        name=name,
+        chip=Chip(**values["chip"]),
+        fabric=Fabric(**fabric),
+        exchange=Exchange(**values["exchange"]),
+        efficiency=Efficiency(**values["efficiency"]),
+        nodes=values["nodes"],
+        npus_per_node=values["npus_per_node"],
+        dies_per_npu=values["dies_per_npu"],
+    )
+
+
+def sources(name_or_path: str | Path) -> dict[str, str]:
+    """Where each number of a machine comes from: dotted key -> source."""
+    text, _ = _read(str(name_or_path))
+
+    def walk(tree, prefix):
+        for key, value in tree.items():
+            if isinstance(value, dict) and "value" in value:
+                yield f"{prefix}{key}", value.get("source", "")
+            elif isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    return dict(walk(tomllib.loads(text), ""))
+
+
+def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
+    """`replace_leaf(machine, "chip.hbm_bytes_per_s", 2e12)`: a machine with one value changed."""
+    head, _, rest = dotted.partition(".")
+    names = [f.name for f in dataclasses.fields(machine)]
+    if head not in names:
+        raise ValueError(f"{type(machine).__name__} has no {head!r}; it has {', '.join(names)}")
+    new = replace_leaf(getattr(machine, head), rest, value) if rest else value
+    return dataclasses.replace(machine, **{head: new})
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"machine file {path}: cannot be read: {error}") from None
+    known = catalog()
+    if name_or_path not in known:
+        close = difflib.get_close_matches(name_or_path, known, n=2) or known
+        raise ValueError(
+            f"unknown machine {name_or_path!r}; closest: {', '.join(close)} "
+            f"(or give the path of a .toml file)"
+        )
+    file = resources.files("cmjax.hardware") / "catalog" / f"{name_or_path}.toml"
+    return file.read_text(encoding="utf-8"), f"{name_or_path}.toml"
+
+
+def _parse(tree: dict, schema: dict, origin: str, prefix: str) -> dict:
+    if unknown := [key for key in tree if key not in schema]:
+        close = difflib.get_close_matches(unknown[0], schema, n=1)
+        hint = f'; did you mean "{prefix}{close[0]}"?' if close else f"; known: {', '.join(schema)}"
+        raise ValueError(f'{origin}: unknown key "{prefix}{unknown[0]}"{hint}')
+    return {
+        key: _parse_entry(tree.get(key), expected, origin, f"{prefix}{key}")
+        for key, expected in schema.items()
+    }
+
+
+def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
+    if isinstance(expected, dict):
+        if not isinstance(entry, dict):
+            raise ValueError(f'{origin}: key "{key}" is missing; expected a table [{key}]')
+        return _parse(entry, expected, origin, f"{key}.")
+    if entry is None:
+        raise ValueError(f'{origin}: key "{key}" is missing; expected {_describe(expected)}')
+    if not isinstance(entry, dict) or "value" not in entry:
+        raise ValueError(
+            f'{origin}: key "{key}" must be a table with value and source, got {entry!r}'
+        )
+    if not isinstance(entry.get("source"), str) or not entry["source"]:
+        raise ValueError(f'{origin}: key "{key}" has no source; say where the number is from')
+    value = entry["value"]
+    if expected == "flag":
+        if not isinstance(value, bool):
+            raise ValueError(f'{origin}: key "{key}" must be true or false, got {value!r}')
+        return value
+    if expected in ("count", "number"):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f'{origin}: key "{key}" must be a whole number >= 1, got {value!r}')
+        return value if expected == "count" else float(value)
+    try:
+        number = parse_quantity(value, expected)
+    except ValueError as error:
+        raise ValueError(f'{origin}: key "{key}": {error}') from None
+    if number == 0 and key.rpartition(".")[2] not in _MAY_BE_ZERO:
+        raise ValueError(f'{origin}: key "{key}" must be positive, got {value!r}')
+    return number
+
+
+def _describe(expected: str) -> str:
+    return {"count": "a whole number", "number": "a whole number", "flag": "true or false"}.get(
+        expected, f"a quantity in {expected}"
+    )

@@ -1,0 +1,137 @@
+"""What a supernode is: dies, the tiers of links between them, and the constants that time them.
+
+Every class is a frozen dataclass registered as a pytree. Float fields are leaves, so `jax.grad`
+of a priced time gives its sensitivity to each of them; counts and names are static. All values are
+SI and *per die* (one rank) unless the name says otherwise.
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Float
+from jax import Array
+
+Scalar = float | Float[Array, ""]
+
+TIERS = ("die", "node", "supernode")
+"""Link tiers by distance: other die of the same NPU, other NPU of the node, other node."""
+
+
+def static(**kwargs):
+    """A dataclass field that carries no gradient (a count, a name or a flag)."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def _pytree(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@_pytree
+class Chip:
+    """One die: the engines that do arithmetic and the memories that feed them.
+
+    Fields:
+      cube_flops_8bit, cube_flops_16bit, cube_flops_32bit: dense matrix peak by operand width,
+        all cube cores together [FLOP/s].
+      vector_bytes_per_s: operand bytes that all vector cores together take per second; one
+        element-wise instruction on n elements of s bytes takes n*s of them.
+      hbm_bytes_per_s, hbm_bytes: memory bandwidth and capacity.
+      kernel_startup_s: from one kernel's end to the next one's first useful cycle on a stream.
+      host_step_s: CPU time per step that the NPU waits for (graph hand-off, scheduling).
+      l2_bytes: on-chip memory shared by the die's cores.
+      l1_bytes, l0c_bytes: per cube core; unified_buffer_bytes: per vector core.
+      cube_cores, vector_cores: AIC and AIV counts (streaming multiprocessors on a GPU).
+    """
+
+    cube_flops_8bit: Scalar
+    cube_flops_16bit: Scalar
+    cube_flops_32bit: Scalar
+    vector_bytes_per_s: Scalar
+    hbm_bytes_per_s: Scalar
+    hbm_bytes: Scalar
+    kernel_startup_s: Scalar
+    host_step_s: Scalar
+    l2_bytes: Scalar
+    l1_bytes: Scalar
+    l0c_bytes: Scalar
+    unified_buffer_bytes: Scalar
+    cube_cores: int = static()
+    vector_cores: int = static()
+
+
+@_pytree
+class Tier:
+    """One tier of links as a die sees it: one-way bandwidth point to point, and latency."""
+
+    bandwidth_bytes_per_s: Scalar
+    latency_s: Scalar
+
+
+@_pytree
+class Fabric:
+    """The networks of the machine.
+
+    Fields:
+      die, node, supernode: the tiers in `TIERS`, on the scale-up network (Unified Bus).
+      rdma, vpc: the scale-out and the management planes.
+      shared_ports: True where traffic to the own node and to other nodes leaves through the same
+        links (UB), so their times add; False where they are separate networks (NVLink and RDMA).
+    """
+
+    die: Tier
+    node: Tier
+    supernode: Tier
+    rdma: Tier
+    vpc: Tier
+    shared_ports: bool = static()
+
+
+@_pytree
+class Exchange:
+    """Constants of the fused expert dispatch and combine operators.
+
+    Fields:
+      bandwidth: fraction of a tier's point-to-point bandwidth that an all-to-all reaches.
+      dispatch_startup_s, combine_startup_s: fixed time (launch, slot addresses, barriers).
+      flag_s: time to poll and clear one (source rank, slot) flag, on one vector core.
+      saturation_cores: vector cores that saturate the links; fewer send proportionally slower.
+      interference: relative slow-down of compute kernels while an exchange runs beside them.
+    """
+
+    bandwidth: Scalar
+    dispatch_startup_s: Scalar
+    combine_startup_s: Scalar
+    flag_s: Scalar
+    saturation_cores: Scalar
+    interference: Scalar
+
+
+@_pytree
+class Efficiency:
+    """Fraction of a peak that well-written kernels reach; fitted to micro-benchmarks."""
+
+    gemm: Scalar
+    attention: Scalar
+    hbm: Scalar
+
+
+@_pytree
+class Supernode:
+    """A machine: `nodes` x `npus_per_node` x `dies_per_npu` ranks on one fabric."""
+
+    chip: Chip
+    fabric: Fabric
+    exchange: Exchange
+    efficiency: Efficiency
+    name: str = static()
+    nodes: int = static()
+    npus_per_node: int = static()
+    dies_per_npu: int = static()
+
+    @property
+    def npus(self) -> int:
+        return self.nodes * self.npus_per_node
+
+    @property
+    def ranks(self) -> int:
+        return self.npus * self.dies_per_npu

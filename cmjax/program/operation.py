@@ -1,0 +1,152 @@
+"""A traced program: operations with symbolic work, their dependencies, and loops over bodies."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from cmjax.program.size import Size, evaluate_monomial
+from cmjax.program.work import FIELDS, Operand, Work
+
+PROBE = 1024.0
+"""Value given to every symbol where two sizes must be ordered while tracing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """An in-order queue of operations with a share of the die's cores (`None`: all of them)."""
+
+    name: str = "main"
+    cube_cores: int | None = None
+    vector_cores: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """An array while tracing. A view (reshape, slice) names the value it looks into as `base`."""
+
+    operand: Operand
+    nbytes: Size
+    producer: tuple[int, int] | None = None  # (node, output)
+    external: tuple[str, int] | None = None  # ("const", 0) or ("carry", i)
+    base: "Value | None" = None
+
+    @property
+    def root(self) -> "Value":
+        return self.base or self
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One equation, before fusion. `reads` and `writes` override bytes by argument or result."""
+
+    index: int
+    kind: str  # "elementwise", "reduce", "anchor" or "loop"
+    name: str
+    inputs: list[Value | None]
+    work: Work
+    scope: tuple[str, ...]
+    stream: Stream
+    region: int | None
+    outputs: list[Value] = dataclasses.field(default_factory=list)
+    reads: dict[int, Size] = dataclasses.field(default_factory=dict)
+    writes: dict[int, Size] = dataclasses.field(default_factory=dict)
+    loop: "Loop | None" = None
+    carry_inputs: list[Value | None] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a dependency comes from: result `index` of operation `op`, or an input of the program.
+
+    With `op` None, `index` is a carried input, or -1 for anything ready at the start.
+    """
+
+    op: int | None
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """One kernel (or collective, or loop) of a program, priced as a whole."""
+
+    name: str
+    scope: tuple[str, ...]
+    stream: Stream
+    work: Work
+    sources: tuple[Source, ...]
+    loop: "Loop | None" = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """`length` iterations of a body whose first `carried` inputs are its outputs of before."""
+
+    body: "Program"
+    length: int
+    carried: int
+    carry_sources: tuple[Source, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Operations in issue order, and where each carried output comes from."""
+
+    operations: tuple[Operation, ...]
+    outputs: tuple[Source, ...] = ()
+
+    def __post_init__(self):
+        monomials = sorted(
+            {m for op in self.operations for f in FIELDS for m in op.work.column(f).terms}, key=str
+        )
+        table = np.zeros((len(monomials), len(self.operations), len(FIELDS)))
+        row = {m: i for i, m in enumerate(monomials)}
+        for j, op in enumerate(self.operations):
+            for k, field in enumerate(FIELDS):
+                for monomial, coefficient in op.work.column(field).terms.items():
+                    table[row[monomial], j, k] += coefficient
+        object.__setattr__(self, "monomials", tuple(monomials))
+        object.__setattr__(self, "coefficients", table)
+
+    monomials: tuple = dataclasses.field(init=False, repr=False)
+    coefficients: np.ndarray = dataclasses.field(init=False, repr=False)
+
+    @property
+    def symbols(self) -> set[str]:
+        """Names of all the sizes that must be given."""
+        names = {s for m in self.monomials for s in Size({m: 1.0}).symbols()}
+        return names.union(*(op.loop.body.symbols for op in self.operations if op.loop))
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        names = {op.stream.name for op in self.operations}
+        names |= {s for op in self.operations if op.loop for s in op.loop.body.streams}
+        return tuple(sorted(names))
+
+    @property
+    def levels(self) -> list[tuple["Program", int]]:
+        """This program and the bodies of its loops, outer first, with how often each is run."""
+        found = [(self, 1)]
+        for op in self.operations:
+            if op.loop is not None:
+                found += [(body, n * op.loop.length) for body, n in op.loop.body.levels]
+        return found
+
+    def totals(self, sizes: Mapping[str, float] | None) -> dict[str, float]:
+        """Total of every work field over the program, per rank, loops multiplied out.
+
+        Args:
+          sizes: value of each symbol; `None` puts every symbol at `PROBE`.
+        """
+        if sizes is None:
+            sizes = dict.fromkeys(self.symbols, PROBE)
+        totals = np.zeros(len(FIELDS))
+        for level, times in self.levels:
+            powers = np.array([float(evaluate_monomial(m, sizes)) for m in level.monomials])
+            totals += times * np.einsum("m,mjk->k", powers, level.coefficients)
+        return {field: float(amount) for field, amount in zip(FIELDS, totals, strict=True)}
+
+
+def probe(size: Size) -> float:
+    """A size with every symbol at `PROBE`, to order two of them while tracing."""
+    return float(size.evaluate(dict.fromkeys(size.symbols(), PROBE)))

@@ -1,0 +1,91 @@
+"""What one operation asks of the machine, in symbolic sizes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import dtypes
+
+from cmjax.program.size import Size, product
+
+ENGINES = ("cube_flops_8bit", "cube_flops_16bit", "cube_flops_32bit", "vector_bytes")
+TRAFFIC = ("die_bytes", "node_bytes", "supernode_bytes", "flags", "local_bytes")
+COUNTED = ("flops", "transcendentals", "read_bytes", "write_bytes", "launches")
+FIELDS = ENGINES + TRAFFIC + COUNTED
+"""The columns of a priced program's work table, all additive."""
+
+KINDS = ("gemm", "attention", "collective", "dispatch", "combine")
+"""How an operation's time follows from its work; set by its cost rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An argument or result of an operation: its symbolic shape and its dtype."""
+
+    shape: tuple[Size, ...]
+    dtype: object
+
+    @staticmethod
+    def of(aval) -> "Operand":
+        return Operand(tuple(Size.of(d) for d in aval.shape), aval.dtype)
+
+    @property
+    def size(self) -> Size:
+        """Number of elements."""
+        return product(self.shape)
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of one element; sub-byte integers count their bits."""
+        if jnp.issubdtype(self.dtype, dtypes.extended):
+            return 8.0  # a PRNG key
+        name = jnp.dtype(self.dtype).name
+        return 0.5 if name in ("int4", "uint4", "float4_e2m1fn") else jnp.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> Size:
+        return self.size * self.itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Work of one operation on one rank. Sizes or numbers; what is not named is zero.
+
+    Fields:
+      cube_flops_8bit, cube_flops_16bit, cube_flops_32bit: matrix FLOP by operand width.
+      vector_bytes: operand bytes through the vector cores (elements x bytes x instructions).
+      die_bytes, node_bytes, supernode_bytes: bytes sent to ranks of each tier.
+      flags: (source rank, slot) flags to poll; local_bytes: HBM bytes that cannot overlap.
+      flops, transcendentals: as XLA's cost analysis counts them; for cross-checks and reports.
+      read_bytes, write_bytes: HBM traffic; `None` means all arguments once, all results once.
+      launches: kernels started.
+      kind: one of `KINDS`.
+      reach: the furthest tier that the operation waits for: -1 none, 0 die, 1 node, 2 supernode.
+    """
+
+    cube_flops_8bit: Size | float = 0.0
+    cube_flops_16bit: Size | float = 0.0
+    cube_flops_32bit: Size | float = 0.0
+    vector_bytes: Size | float = 0.0
+    die_bytes: Size | float = 0.0
+    node_bytes: Size | float = 0.0
+    supernode_bytes: Size | float = 0.0
+    flags: Size | float = 0.0
+    local_bytes: Size | float = 0.0
+    flops: Size | float = 0.0
+    transcendentals: Size | float = 0.0
+    read_bytes: Size | float | None = None
+    write_bytes: Size | float | None = None
+    launches: Size | float = 1.0
+    kind: str = "gemm"
+    reach: int = -1
+
+    def column(self, field: str) -> Size:
+        value = getattr(self, field)
+        return Size.of(0.0 if value is None else value)
+
+
+def matmul_flops(dtype: object, flops: Size) -> dict[str, Size]:
+    """The engine field on which a matrix product of operands of `dtype` is charged."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    width = 8 if bits <= 8 else 16 if bits == 16 else 32
+    return {f"cube_flops_{width}bit": flops}
