@@ -1,0 +1,171 @@
+"""Attention as two primitives: over keys and values, and over a latent cache (absorbed MLA).
+
+    softmax(scale * q k^T + mask) v                      float32 softmax, grouped query heads
+
+`latent_attention` is the multi-head latent attention of DeepSeek-V2 (Liu et al. 2024, section 2.1)
+in its absorbed form: all heads share one latent per token, which is both key and value, plus one
+rotary key. On the NPU each is one fused kernel (FA), so each is one equation of a jaxpr.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int
+
+from cmjax.primitives.define import define
+
+_MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
+
+
+def attention(
+    q: Float[Array, "batch q_len heads d"],
+    k: Float[Array, "batch kv_len kv_heads d"],
+    v: Float[Array, "batch kv_len kv_heads dv"],
+    *,
+    scale: float,
+    causal: bool,
+    lengths: Int[Array, "batch"] | None = None,
+) -> Float[Array, "batch q_len heads dv"]:
+    """Scaled dot-product attention; `heads` is a multiple of `kv_heads` (GQA, MQA).
+
+    Args:
+      q, k, v: queries, keys, values; query head `h` reads key head `h * kv_heads // heads`.
+      scale: factor on the scores, usually `d ** -0.5`.
+      causal: query `i` sits at position `lengths - q_len + i` (`kv_len - q_len + i` without
+        lengths) and sees no later key.
+      lengths: keys that exist, per sequence; the rest is masked.
+    Returns: dtype of `q`. A query that sees nothing gets zeros.
+    """
+    operands = (q, k, v) if lengths is None else (q, k, v, lengths.astype(jnp.int32))
+    params = {"scale": float(scale), "causal": bool(causal)}
+    _check(*map(jax.typeof, operands), **params)
+    return attention_p.bind(*operands, **params)
+
+
+def latent_attention(
+    q_latent: Float[Array, "batch q_len heads c"],
+    q_rope: Float[Array, "batch q_len heads r"],
+    latent: Array,
+    latent_scale: Float32[Array, "batch kv_len"] | None,
+    rope: Float[Array, "batch kv_len r"],
+    lengths: Int[Array, "batch"],
+    *,
+    scale: float,
+) -> Float[Array, "batch q_len heads c"]:
+    """Causal attention of absorbed queries over a latent cache: `softmax(scale * s) latent`.
+
+        s = q_latent . latent + q_rope . rope,     query i at position lengths - q_len + i
+
+    Args:
+      q_latent: queries with the key up-projection absorbed.
+      q_rope: rotated part of the queries.
+      latent: [batch, kv_len, c], floating point, or int8 with `latent_scale`.
+      latent_scale: value of one int8 step, per token; `None` for a floating-point latent.
+      rope: rotated keys, shared by all heads.
+      lengths: cache entries that exist, the `q_len` newest ones included.
+      scale: factor on the scores.
+    Returns: attention-weighted latents, dtype of `q_latent`.
+    """
+    quantized = latent_scale is not None
+    operands = (q_latent, q_rope, latent, rope, lengths.astype(jnp.int32))
+    if latent_scale is not None:
+        operands = (*operands, latent_scale)
+    params = {"scale": float(scale), "quantized": quantized}
+    _check_latent(*map(jax.typeof, operands), **params)
+    return latent_attention_p.bind(*operands, **params)
+
+
+def _reference(q, k, v, *lengths, scale, causal):
+    *lead, q_len, heads, d = q.shape
+    kv_len, kv_heads = k.shape[-3:-1]
+    grouped = q.reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
+    scores = scale * jnp.einsum(
+        "...qhgd,...khd->...hgqk", grouped, k, preferred_element_type=jnp.float32
+    )
+    visible = _visible(q_len, kv_len, lengths[0] if lengths else None, causal)
+    if visible is not None:
+        visible = visible[..., None, None, :, :]
+    weights = _softmax(scores, visible)
+    out = jnp.einsum(
+        "...hgqk,...khd->...qhgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return out.reshape(*lead, q_len, heads, v.shape[-1]).astype(q.dtype)
+
+
+def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale, quantized):
+    if quantized:
+        latent = latent.astype(q_latent.dtype) * latent_scale[0][..., None].astype(q_latent.dtype)
+    scores = jnp.einsum(
+        "...qhc,...kc->...hqk", q_latent, latent, preferred_element_type=jnp.float32
+    ) + jnp.einsum("...qhr,...kr->...hqk", q_rope, rope, preferred_element_type=jnp.float32)
+    visible = _visible(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
+    assert visible is not None
+    weights = _softmax(scale * scores, visible[..., None, :, :])
+    return jnp.einsum(
+        "...hqk,...kc->...qhc",
+        weights.astype(latent.dtype),
+        latent,
+        preferred_element_type=jnp.float32,
+    ).astype(q_latent.dtype)
+
+
+def _visible(q_len, kv_len, lengths, causal):
+    """Which keys each query may see, `[..., q_len, kv_len]`; None for all of them."""
+    if lengths is None and not causal:
+        return None
+    key = lax.broadcasted_iota(jnp.int32, (q_len, kv_len), 1)
+    query = lax.broadcasted_iota(jnp.int32, (q_len, kv_len), 0)
+    if lengths is None:
+        return key <= query + (kv_len - q_len)
+    lengths = lengths[..., None, None]
+    visible = key < lengths
+    return visible & (key <= query + (lengths - q_len)) if causal else visible
+
+
+def _softmax(scores, visible):
+    if visible is None:
+        return jax.nn.softmax(scores, axis=-1)
+    scores = jnp.where(visible, scores, _MASKED)
+    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    mass = jnp.where(visible, jnp.exp(scores - top), 0)
+    total = jnp.sum(mass, axis=-1, keepdims=True)
+    return mass / jnp.where(total == 0, 1, total)
+
+
+def _check(q, k, v, *lengths, scale, causal):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 4:
+            raise ValueError(f"attention: {name} must be [batch, length, heads, d], got {x.shape}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads % kv_heads:
+        raise ValueError(
+            f"attention: heads must be a multiple of kv_heads, got {heads} query heads and "
+            f"{kv_heads} key heads"
+        )
+    if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            "attention: q and k must agree in d, and k and v in all but d, "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+
+
+def _check_latent(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale, quantized):
+    if q_latent.shape[:-1] != q_rope.shape[:-1] or latent.shape[:-1] != rope.shape[:-1]:
+        raise ValueError(
+            "latent_attention: q_latent and q_rope, and latent and rope, must agree in all but the "
+            f"last axis, got {q_latent.shape}, {q_rope.shape}, {latent.shape}, {rope.shape}"
+        )
+    if q_latent.shape[-1] != latent.shape[-1] or q_rope.shape[-1] != rope.shape[-1]:
+        raise ValueError(
+            "latent_attention: the last axes of q_latent and latent, and of q_rope and rope, must "
+            f"be equal, got {q_latent.shape}, {latent.shape}, {q_rope.shape}, {rope.shape}"
+        )
+    if quantized != (latent.dtype == jnp.int8):
+        raise ValueError(
+            "latent_attention: an int8 latent needs latent_scale, a floating-point one must not "
+            f"have it; got a {latent.dtype} latent {'with' if quantized else 'without'} one"
+        )
+
+
+attention_p = define("cm_attention", _reference, check=_check)
+latent_attention_p = define("cm_latent_attention", _latent_reference, check=_check_latent)

@@ -1,0 +1,130 @@
+"""Make a JAX primitive of a plain-jnp reference: one call registers all of its rules.
+
+A primitive appears as *one* equation in a model's jaxpr, so that a cost rule can price it by name
+and static parameters, while `jit`, `vmap`, `grad`, `scan` and `shard_map` treat it as the reference.
+This is the only file of the package that touches JAX's semi-public interfaces.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["Primitive", "Zero", "define"]
+
+Zero = ad.Zero  # a tangent known to be zero; derivative rules test `type(t) is Zero`
+
+
+def define(
+    name: str,
+    reference: Callable,
+    *,
+    check: Callable | None = None,
+    jvp: Callable | None = None,
+    batch: Callable | None = None,
+    collective: bool = False,
+    multiple_results: bool = False,
+) -> Primitive:
+    """Register `reference(*arrays, **static)` as the primitive `name` and return it.
+
+    Args:
+      name: as it will show in jaxprs; `cm_` first.
+      reference: plain jnp; the definition of correct, and the lowering on every platform. Returns
+        an array, or with `multiple_results` a flat list of arrays. Static parameters are hashable.
+      check: called with the abstract operands and parameters; raises what a caller should read.
+      jvp: `jvp(primitive, primals, tangents, **static)` -> (out, tangent); by default the
+        derivative of the reference.
+      batch: `batch(args, dims, **static)`; by default every operand gets a leading axis, which is
+        right for a reference that accepts any number of leading batch axes.
+      collective: the reference talks over named axes. Under `vmap` (of any axis name) it is then
+        decomposed into the reference, whose own collectives know about virtual axes.
+      multiple_results: the reference returns a list.
+    """
+    p = Primitive(name)
+    p.multiple_results = multiple_results
+
+    def abstract(*avals, **params):
+        if check is not None:
+            check(*avals, **params)
+        # Tracing, not a hand-written shape: it keeps what shard_map knows about varying axes.
+        outs = jax.make_jaxpr(functools.partial(reference, **params))(*avals).out_avals
+        outs = [out.update(weak_type=False) for out in outs]
+        return outs if multiple_results else outs[0]
+
+    @functools.cache
+    def jitted(items):
+        return jax.jit(functools.partial(p.bind, **dict(items)))
+
+    p.def_impl(lambda *args, **params: jitted(tuple(sorted(params.items())))(*args))
+    p.def_abstract_eval(abstract)
+    mlir.register_lowering(p, mlir.lower_fun(reference, multiple_results=multiple_results))
+    ad.primitive_jvps[p] = functools.partial(jvp or _reference_jvp(reference), p)
+    if collective:
+        batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference)
+    else:
+        batching.primitive_batchers[p] = batch or _leading_batch(p)
+    return p
+
+
+def _leading_batch(p: Primitive) -> Callable:
+    """Batching for references whose every operand accepts extra leading axes."""
+
+    def rule(args, dims, **params):
+        size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+        moved = (batching.bdim_at_front(a, d, size) for a, d in zip(args, dims, strict=True))
+        out = p.bind(*moved, **params)
+        return (out, [0] * len(out)) if p.multiple_results else (out, 0)
+
+    return rule
+
+
+def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
+    """Batching for collectives: the virtual axis is bound, and the reference runs under it."""
+
+    def rule(axis, args, dims, **params):
+        named = axis.name in jax.tree.leaves(params.get("axes", ()))
+        if all(d is None for d in dims) and not named:
+            out = p.bind(*args, **params)
+            return (out, [None] * len(out)) if p.multiple_results else (out, None)
+        names = {"axis_name": axis.name} if named else {}
+        out = jax.vmap(
+            functools.partial(reference, **params), in_axes=tuple(dims), axis_size=axis.size, **names
+        )(*args)
+        return (out, [0] * len(out)) if p.multiple_results else (out, 0)
+
+    return rule
+
+
+def _reference_jvp(reference: Callable) -> Callable:
+    """The derivative of the reference, taken only along operands that have a tangent."""
+
+    def rule(p, primals, tangents, **params):
+        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+        def of_moving(*values):
+            operands = list(primals)
+            for i, value in zip(moving, values, strict=True):
+                operands[i] = value
+            return reference(*operands, **params)
+
+        # The value comes from the primitive itself, so that it stays one equation when
+        # differentiated; what of the reference's value the tangent does not need is dead code.
+        out = p.bind(*primals, **params)
+        _, dout = jax.jvp(
+            of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+        )
+        if not p.multiple_results:
+            return out, _tangent(out, dout)
+        return out, [_tangent(o, d) for o, d in zip(out, dout, strict=True)]
+
+    return rule
+
+
+def _tangent(out: jax.Array, tangent: Any) -> Any:
+    if jnp.issubdtype(out.dtype, jnp.inexact):
+        return tangent
+    return ad.Zero(jax.typeof(out).to_tangent_aval())

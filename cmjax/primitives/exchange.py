@@ -1,0 +1,225 @@
+"""Expert dispatch and combine: the two all-to-alls of a mixture-of-experts layer, as primitives.
+
+Follows FusedDispatch and FusedCombine of CloudMatrix-Infer (Zuo et al., "Serving Large Language
+Models on Huawei CloudMatrix384", section 4.2): receive buffers are static, one block of `capacity`
+rows for every (source rank, local slot); a row's place in its block is the running count of earlier
+rows for that slot; tokens are quantised to INT8 *before* they are sent; and one count per block (the
+paper's flag) tells the receiver how many rows are real.
+
+A *slot* is a place for one expert's weights; slots are numbered over all ranks, so the rank of a
+slot is `slot // slots_per_rank`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from cmjax.primitives.define import define
+
+
+class Dispatched(NamedTuple):
+    """What one rank receives, and what it must remember to get its tokens back.
+
+    Rows of block (source, slot) sit at `source * capacity ...`; unused rows are zero.
+    """
+
+    rows: Array  # [slots_per_rank, ranks * capacity, hidden], int8 if quantised
+    scale: Float32[Array, "slots rows"]  # row value = rows * scale; ones if not quantised
+    counts: Int32[Array, "ranks slots"]  # real rows in each block received
+    position: Int32[Array, "tokens copies"]  # place of each copy in its block; >= capacity: dropped
+    dropped: Int32[Array, ""]  # copies this rank could not send because their block was full
+
+
+def dispatch(
+    x: Float[Array, "tokens hidden"],
+    slots: Int[Array, "tokens copies"],
+    *,
+    axes: tuple[str, ...],
+    ranks: int,
+    slots_per_rank: int,
+    capacity: Any = None,
+    quantize: bool = False,
+) -> Dispatched:
+    """Send each token to the ranks of its `slots`.
+
+    Args:
+      x: this rank's tokens, floating point.
+      slots: int32 physical slot numbers, 0 to `ranks * slots_per_rank - 1`.
+      axes: mesh axes that enumerate the ranks row-major; `()` with `ranks=1` for no communication.
+      ranks: product of the axes' sizes.
+      slots_per_rank: slots on each rank.
+      capacity: rows reserved for each (source rank, slot); an int or a symbolic dimension. `None`
+        means `tokens`, which never drops. A copy beyond capacity is not sent, counts in
+        `dropped`, and gets weight zero in `combine`.
+      quantize: send INT8 with one scale per token, `scale = max|x| / 127`.
+    Gradient: that of a permutation. With `quantize=True` rows are integers and the result is
+      treated as constant: the gradient with respect to `x` is zero.
+    """
+    if capacity is None:
+        capacity = x.shape[0]
+    params = {
+        "axes": tuple(axes),
+        "ranks": ranks,
+        "slots_per_rank": slots_per_rank,
+        "capacity": capacity,
+        "quantize": bool(quantize),
+    }
+    slots = slots.astype(jnp.int32)
+    _check_dispatch(jax.typeof(x), jax.typeof(slots), **params)
+    return Dispatched(*dispatch_p.bind(x, slots, **params))
+
+
+def combine(
+    rows: Float[Array, "slots rows hidden"],
+    slots: Int[Array, "tokens copies"],
+    position: Int[Array, "tokens copies"],
+    weights: Float[Array, "tokens copies"],
+    *,
+    axes: tuple[str, ...],
+    ranks: int,
+    slots_per_rank: int,
+    capacity: Any = None,
+) -> Float[Array, "tokens hidden"]:
+    """Return expert outputs to the ranks their tokens came from and add them up.
+
+        y[t] = sum over copies c of weights[t, c] * rows(slots[t, c], position[t, c])
+
+    Args:
+      rows: expert outputs in the layout `dispatch` delivered, `[slots_per_rank, ranks * capacity,
+        hidden]`.
+      slots, position: as given to and returned by `dispatch`.
+      weights: routing weights; the sum is taken in float32.
+      axes, ranks, slots_per_rank, capacity: as given to `dispatch`.
+    Returns: tokens in the dtype of `rows`. Dropped copies count as zero.
+    """
+    if capacity is None:
+        capacity = slots.shape[0]
+    params = {
+        "axes": tuple(axes),
+        "ranks": ranks,
+        "slots_per_rank": slots_per_rank,
+        "capacity": capacity,
+    }
+    slots, position = slots.astype(jnp.int32), position.astype(jnp.int32)
+    weights = weights.astype(jnp.float32)
+    _check_combine(*map(jax.typeof, (rows, slots, position, weights)), **params)
+    return combine_p.bind(rows, slots, position, weights, **params)
+
+
+def quantize_rows(x: Float[Array, "*rows hidden"]) -> tuple[Array, Float32[Array, "*rows"]]:
+    """INT8 with one scale per row: `x ~ q * scale[..., None]`, error at most `scale / 2`."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-12) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
+    tokens, hidden = x.shape
+    copies = slots.shape[1]
+    total = ranks * slots_per_rank
+    flat = slots.reshape(tokens * copies)
+    wanted, position = _running_count(flat, total)
+
+    if quantize:
+        x, scale = quantize_rows(lax.stop_gradient(x))
+    else:
+        scale = jnp.ones_like(x[:, 0], jnp.float32)
+
+    def send(values):
+        """Lay [tokens, ...] out in static blocks, and exchange the blocks."""
+        each = jnp.broadcast_to(values[:, None], (tokens, copies, *values.shape[1:]))
+        each = each.reshape(tokens * copies, *values.shape[1:])
+        blocks = jnp.zeros((total, capacity, *values.shape[1:]), values.dtype)
+        blocks = blocks.at[flat, position].set(each, mode="drop")  # beyond capacity: dropped
+        blocks = _exchange(blocks.reshape(ranks, slots_per_rank, *blocks.shape[1:]), axes)
+        blocks = jnp.swapaxes(blocks, 0, 1)
+        return blocks.reshape(slots_per_rank, ranks * capacity, *values.shape[1:])
+
+    rows = send(x)
+    # Without quantisation nothing but the rows crosses the network.
+    scale = send(scale) if quantize else jnp.ones_like(rows[:, :, 0], jnp.float32)
+    sent = jnp.minimum(wanted, capacity)
+    counts = _exchange(sent.reshape(ranks, slots_per_rank), axes)
+    dropped = jnp.sum(wanted - sent)
+    return [rows, scale, counts, position.reshape(tokens, copies), dropped]
+
+
+def _combine_reference(rows, slots, position, weights, *, axes, ranks, slots_per_rank, capacity):
+    hidden = rows.shape[-1]
+    blocks = jnp.swapaxes(rows.reshape(slots_per_rank, ranks, capacity, hidden), 0, 1)
+    blocks = _exchange(blocks, axes).reshape(ranks * slots_per_rank, capacity, hidden)
+    each = blocks.at[slots, position].get(mode="fill", fill_value=0)  # dropped copies: zero
+    return jnp.sum(each.astype(jnp.float32) * weights[..., None], axis=1).astype(rows.dtype)
+
+
+def _running_count(flat, total):
+    """How often each slot occurs, and for each entry how many earlier entries share its slot."""
+    counts = jnp.zeros((total,), jnp.int32).at[flat].add(1)
+    starts = jnp.cumsum(counts) - counts
+    order = jnp.argsort(flat, stable=True)
+    place = lax.iota(jnp.int32, flat.shape[0]) - starts[flat[order]]
+    return counts, jnp.zeros_like(flat).at[order].set(place)
+
+
+def _exchange(blocks, axes):
+    """Block i of rank j becomes block j of rank i."""
+    return lax.all_to_all(blocks, axes, 0, 0, tiled=True) if axes else blocks
+
+
+def _check_layout(what, axes, ranks, slots_per_rank):
+    if ranks < 1 or slots_per_rank < 1:
+        raise ValueError(
+            f"{what}: ranks and slots_per_rank must be at least 1, got {ranks} and {slots_per_rank}"
+        )
+    if not axes and ranks != 1:
+        raise ValueError(
+            f"{what}: {ranks} ranks need the mesh axes that enumerate them, got axes=(); "
+            "use ranks=1 for a program without communication"
+        )
+
+
+def _check_pair(what, first, first_name, second, second_name):
+    if tuple(first.shape) != tuple(second.shape):
+        raise ValueError(
+            f"{what}: {first_name} and {second_name} must both be [tokens, copies], "
+            f"got {first.shape} and {second.shape}"
+        )
+
+
+def _check_dispatch(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
+    _check_layout("dispatch", axes, ranks, slots_per_rank)
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"dispatch: x must be floating point [tokens, hidden], got {x.dtype}{list(x.shape)}"
+        )
+    if slots.ndim != 2 or slots.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"dispatch: slots must be [tokens, copies] with {x.shape[0]} tokens, got {slots.shape}"
+        )
+    if isinstance(capacity, int) and capacity < 1:
+        raise ValueError(f"dispatch: capacity must be at least 1 row, or None, got {capacity}")
+
+
+def _check_combine(rows, slots, position, weights, *, axes, ranks, slots_per_rank, capacity):
+    _check_layout("combine", axes, ranks, slots_per_rank)
+    _check_pair("combine", slots, "slots", position, "position")
+    _check_pair("combine", slots, "slots", weights, "weights")
+    expected = (slots_per_rank, ranks * capacity)
+    if rows.ndim != 3 or tuple(rows.shape[:2]) != expected:
+        raise ValueError(
+            f"combine: rows must be [slots_per_rank, ranks * capacity, hidden] = "
+            f"[{expected[0]}, {expected[1]}, hidden], got {rows.shape}"
+        )
+
+
+dispatch_p = define(
+    "cm_dispatch",
+    _dispatch_reference,
+    check=_check_dispatch,
+    collective=True,
+    multiple_results=True,
+)
+combine_p = define("cm_combine", _combine_reference, check=_check_combine, collective=True)
