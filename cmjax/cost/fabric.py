@@ -3,10 +3,12 @@
     t_collective = startup + latency(furthest tier) + wire
     t_dispatch   = t_collective + dispatch_startup + flags * flag_s / cores + local bytes / HBM
     wire         = max(die / B_die, (node / B_node + supernode / B_supernode)) / (eta * saturation)
+    1 / eta      = on-chip share / eta_chip + (1 - on-chip share) / eta_hbm
 
 Traffic to the own node and to other nodes leaves a die through the same Unified Bus links, so the
 two add; where they are separate networks (NVLink and RDMA) the larger counts. `eta` is the share
-of the point-to-point bandwidth that an expert exchange reaches, 1 for plain collectives. Dispatch
+of the point-to-point bandwidth that an expert exchange reaches, 1 for plain collectives; it is
+lower for the bytes that overflow the receiver's L2, as they cross HBM twice. Dispatch
 and combine are the fused operators of the CloudMatrix384 paper, section 4.2: vector cores write
 straight into remote memory, so few cores send slower (`saturation`).
 """
@@ -35,13 +37,25 @@ def exchange_s(table, static, machine: Supernode):
     """
     tiers, exchange = machine.fabric, machine.exchange
     fused = np.isin(static.kind, ["dispatch", "combine"])
-    die, node, supernode = (
-        table[:, COLUMN[f"{name}_bytes"]] / tier.bandwidth_bytes_per_s
-        for name, tier in (("die", tiers.die), ("node", tiers.node), ("supernode", tiers.supernode))
-    )
-    apart = node + supernode if tiers.shared_ports else jnp.maximum(node, supernode)
-    saturation = jnp.minimum(static.vector_cores / exchange.saturation_cores, 1.0)
-    wire = jnp.maximum(die, apart) / jnp.where(fused, exchange.bandwidth * saturation, 1.0)
+    cores = jnp.minimum(static.vector_cores / exchange.saturation_cores, 1.0)
+    rate_on_chip = jnp.where(fused, exchange.bandwidth * cores, 1.0)
+    rate_from_hbm = jnp.where(fused, exchange.bandwidth_from_hbm * cores, 1.0)
+
+    def column(name):
+        return table[:, COLUMN[name]]
+
+    die, node, far = column("die_bytes"), column("node_bytes"), column("supernode_bytes")
+    received = die + node + far
+    # Receive windows are double-buffered, so two of them pass through L2 in turn; once they are
+    # twice its size, nothing of them is left there when it is read.
+    spilled = jnp.clip(2.0 * received / machine.chip.l2_bytes - 1.0, 0.0, 1.0)
+    if exchange.once_per_node:
+        far = jnp.where(fused & (spilled > 0), column("once_per_node_bytes"), far)
+    near = die / tiers.die.bandwidth_bytes_per_s
+    node = node / tiers.node.bandwidth_bytes_per_s
+    far = far / tiers.supernode.bandwidth_bytes_per_s
+    apart = node + far if tiers.shared_ports else jnp.maximum(node, far)
+    wire = jnp.maximum(near, apart) * ((1 - spilled) / rate_on_chip + spilled / rate_from_hbm)
 
     latencies = jnp.stack(
         [jnp.asarray(t.latency_s, wire.dtype) for t in (tiers.die, tiers.node, tiers.supernode)]

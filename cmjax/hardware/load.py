@@ -42,11 +42,13 @@ _SCHEMA: dict[str, dict[str, Any]] = {
     },
     "exchange": {
         "bandwidth": "fraction",
+        "bandwidth_from_hbm": "fraction",
         "dispatch_startup_s": "s",
         "combine_startup_s": "s",
         "flag_s": "s",
         "saturation_cores": "number",
         "interference": "fraction",
+        "once_per_node": "flag",
     },
     "efficiency": {"gemm": "fraction", "attention": "fraction", "hbm": "fraction"},
     "nodes": "count",

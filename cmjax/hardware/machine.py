@@ -91,19 +91,25 @@ class Exchange:
     """Constants of the fused expert dispatch and combine operators.
 
     Fields:
-      bandwidth: fraction of a tier's point-to-point bandwidth that an all-to-all reaches.
+      bandwidth: fraction of a tier's point-to-point bandwidth that an all-to-all reaches while
+        what a rank receives fits its on-chip L2.
+      bandwidth_from_hbm: the same for the part that does not fit.
       dispatch_startup_s, combine_startup_s: fixed time (launch, slot addresses, barriers).
-      flag_s: time to poll and clear one (source rank, slot) flag, on one vector core.
+      flag_s: time to count, poll and clear the flags of one source rank, on one vector core.
       saturation_cores: vector cores that saturate the links; fewer send proportionally slower.
       interference: relative slow-down of compute kernels while an exchange runs beside them.
+      once_per_node: True where the kernels for large batches send a token to a node once and
+        forward it there to the ranks that want it (DeepEP's normal kernels).
     """
 
     bandwidth: Scalar
+    bandwidth_from_hbm: Scalar
     dispatch_startup_s: Scalar
     combine_startup_s: Scalar
     flag_s: Scalar
     saturation_cores: Scalar
     interference: Scalar
+    once_per_node: bool = static()
 
 
 @_pytree

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from cmjax.primitives.define import define
+from cmjax.program import Work, cost_rule, matmul_flops
 
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
@@ -169,3 +170,41 @@ def _check_latent(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale,
 
 attention_p = define("cm_attention", _reference, check=_check)
 latent_attention_p = define("cm_latent_attention", _latent_reference, check=_check_latent)
+
+
+# Vector instructions per score, in float32: scale, running maximum, subtract, exponential (4),
+# running sum, cast; the accumulator's rescaling is spread over a block of keys.
+_SOFTMAX_INSTRUCTIONS = 9.0
+
+
+@cost_rule(attention_p)
+def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal) -> Work:
+    """A FlashAttention kernel: scores stay on chip; blocks above the causal diagonal are skipped."""
+    queries, keys = q.shape[-3], k.shape[-3]
+    scores = q.size / q.shape[-1] * keys
+    if causal:  # key j is seen by query i if j <= i + keys - queries
+        scores = scores * (1.0 - 0.5 * (queries / keys))
+    flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
+    return Work(
+        kind="attention",
+        flops=flops,
+        vector_bytes=scores * (4 * _SOFTMAX_INSTRUCTIONS),
+        **matmul_flops(q.dtype, flops),
+    )
+
+
+@cost_rule(latent_attention_p)
+def _latent_attention_cost(
+    q_latent, q_rope, latent, rope, *rest, out, mesh, scale, quantized
+) -> Work:
+    """All heads share one key and value per token, so the cache is read once for all of them."""
+    keys = latent.shape[-2]
+    scores = q_latent.size / q_latent.shape[-1] * keys
+    flops = scores * 2.0 * (2.0 * q_latent.shape[-1] + q_rope.shape[-1])
+    dequantise = latent.size * (2.0 * q_latent.itemsize) if quantized else 0.0
+    return Work(
+        kind="attention",
+        flops=flops,
+        vector_bytes=scores * (4 * _SOFTMAX_INSTRUCTIONS) + dequantise,
+        **matmul_flops(q_latent.dtype, flops),
+    )

@@ -117,6 +117,10 @@ class Program:
         names = {s for m in self.monomials for s in Size({m: 1.0}).symbols()}
         return names.union(*(op.loop.body.symbols for op in self.operations if op.loop))
 
+    def at(self, **sizes: float) -> "Program":
+        """The program with some symbols fixed."""
+        return Program(tuple(_fix(op, sizes) for op in self.operations), self.outputs)
+
     @property
     def streams(self) -> tuple[str, ...]:
         names = {op.stream.name for op in self.operations}
@@ -145,6 +149,12 @@ class Program:
             powers = np.array([float(evaluate_monomial(m, sizes)) for m in level.monomials])
             totals += times * np.einsum("m,mjk->k", powers, level.coefficients)
         return {field: float(amount) for field, amount in zip(FIELDS, totals, strict=True)}
+
+
+def _fix(op: Operation, sizes: Mapping[str, float]) -> Operation:
+    columns = {f: op.work.column(f).fix(sizes) for f in FIELDS}
+    loop = op.loop and dataclasses.replace(op.loop, body=op.loop.body.at(**sizes))
+    return dataclasses.replace(op, work=dataclasses.replace(op.work, **columns), loop=loop)
 
 
 def probe(size: Size) -> float:

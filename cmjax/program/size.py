@@ -61,6 +61,23 @@ class Size:
             total = total + coefficient * evaluate_monomial(monomial, values)
         return total
 
+    def fix(self, values: Mapping[str, float]) -> "Size":
+        """The polynomial with some symbols replaced by numbers."""
+        total = Size()
+        for monomial, coefficient in self.terms.items():
+            factors = [
+                Size(values[a]) if isinstance(a, str) and a in values else Size({((a, 1),): 1.0})
+                if isinstance(a, str)
+                else a.fix(values)
+                for a, _ in monomial
+            ]
+            term = Size(coefficient)
+            for factor, (_, power) in zip(factors, monomial, strict=True):
+                base = factor if power > 0 else Size(1.0) / factor
+                term = product([term, *[base] * abs(power)])
+            total = total + term
+        return total
+
     def __add__(self, other):
         other = Size.of(other)
         terms = dict(self.terms)
@@ -134,16 +151,25 @@ class _Operation:
 
 
 class Max(_Operation):
+    def fix(self, values):
+        return maximum(self.left.fix(values), self.right.fix(values))
+
     def evaluate(self, values):
         return jnp.maximum(self.left.evaluate(values), self.right.evaluate(values))
 
 
 class Min(_Operation):
+    def fix(self, values):
+        return minimum(self.left.fix(values), self.right.fix(values))
+
     def evaluate(self, values):
         return jnp.minimum(self.left.evaluate(values), self.right.evaluate(values))
 
 
 class Ratio(_Operation):
+    def fix(self, values):
+        return self.left.fix(values) / self.right.fix(values)
+
     def evaluate(self, values):
         return self.left.evaluate(values) / self.right.evaluate(values)
 

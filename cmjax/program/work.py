@@ -8,7 +8,14 @@ from jax import dtypes
 from cmjax.program.size import Size, product
 
 ENGINES = ("cube_flops_8bit", "cube_flops_16bit", "cube_flops_32bit", "vector_bytes")
-TRAFFIC = ("die_bytes", "node_bytes", "supernode_bytes", "flags", "local_bytes")
+TRAFFIC = (
+    "die_bytes",
+    "node_bytes",
+    "supernode_bytes",
+    "once_per_node_bytes",
+    "flags",
+    "local_bytes",
+)
 COUNTED = ("flops", "transcendentals", "read_bytes", "write_bytes", "launches")
 FIELDS = ENGINES + TRAFFIC + COUNTED
 """The columns of a priced program's work table, all additive."""
@@ -54,7 +61,9 @@ class Work:
       cube_flops_8bit, cube_flops_16bit, cube_flops_32bit: matrix FLOP by operand width.
       vector_bytes: operand bytes through the vector cores (elements x bytes x instructions).
       die_bytes, node_bytes, supernode_bytes: bytes sent to ranks of each tier.
-      flags: (source rank, slot) flags to poll; local_bytes: HBM bytes that cannot overlap.
+      once_per_node_bytes: as supernode_bytes, if a token crosses to a node once however many of
+        its experts are there.
+      flags: source ranks whose flags are polled; local_bytes: HBM bytes that cannot overlap.
       flops, transcendentals: as XLA's cost analysis counts them; for cross-checks and reports.
       read_bytes, write_bytes: HBM traffic; `None` means all arguments once, all results once.
       launches: kernels started.
@@ -69,6 +78,7 @@ class Work:
     die_bytes: Size | float = 0.0
     node_bytes: Size | float = 0.0
     supernode_bytes: Size | float = 0.0
+    once_per_node_bytes: Size | float = 0.0
     flags: Size | float = 0.0
     local_bytes: Size | float = 0.0
     flops: Size | float = 0.0

@@ -1,0 +1,122 @@
+"""Calibration: least squares on micro-measurements, with gradients through the cost model.
+
+    minimise over theta   sum over rows ( log predicted(theta) - log measured )^2
+
+theta are the few constants whose source in the machine's catalog file reads `fitted by cmjax fit`.
+End-to-end rows never enter; they stay predictions.
+"""
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from cmjax.cost.measured import Measurement
+from cmjax.cost.micro import micro
+from cmjax.hardware import Supernode, replace_leaf, sources
+from cmjax.hardware.units import UNITS
+
+FITTED = "fitted by cmjax fit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """One calibrated row after the fit: predicted against measured, relative error."""
+
+    measurement: Measurement
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measurement.value - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A calibrated machine: the values found (dotted key -> SI value) and what is left."""
+
+    machine: Supernode
+    values: dict[str, float]
+    residuals: tuple[Residual, ...]
+
+
+def fitted_keys(name_or_path: str) -> list[str]:
+    """Constants of a machine that calibration may change, by dotted key."""
+    return [key for key, source in sources(name_or_path).items() if source.startswith(FITTED)]
+
+
+def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) -> Fit:
+    """Calibrate `keys` of `machine` on the `micro` rows whose role is `calibrate`.
+
+    Raises: ValueError: nothing to fit, or more constants than rows.
+    """
+    used = [row for row in rows if row.role == "calibrate"]
+    for row in used:
+        if row.command[0] != "micro":
+            raise ValueError(f"fit: row {row.row!r} is end-to-end; only micro rows may calibrate")
+    if not keys or len(used) < len(keys):
+        raise ValueError(f"fit: {len(used)} rows for {len(keys)} constants")
+    measured = np.log([row.value for row in used])
+
+    with jax.enable_x64(True):
+        benchmarks = [_benchmark(row, machine) for row in used]
+
+        def machine_at(theta) -> Supernode:
+            changed = machine
+            for key, value in zip(keys, jnp.exp(theta), strict=True):
+                changed = replace_leaf(changed, key, value)
+            return changed
+
+        @jax.jit
+        def predicted(theta):
+            at = machine_at(theta)
+            return jnp.log(jnp.stack([b.measure(at)[r.key] for b, r in zip(benchmarks, used)]))
+
+        jacobian = jax.jit(jax.jacfwd(predicted))
+        start = np.log([float(operator.attrgetter(key)(machine)) for key in keys])
+        found = scipy.optimize.least_squares(
+            lambda theta: np.asarray(predicted(theta)) - measured,
+            start,
+            jac=lambda theta: np.asarray(jacobian(theta)),
+            bounds=([np.log(1e-9)] * len(keys), [0.0] * len(keys)),  # fractions and seconds below 1
+        )
+        final = np.exp(np.asarray(predicted(found.x)))
+    values = dict(zip(keys, np.exp(found.x).tolist(), strict=True))
+    calibrated = functools.reduce(lambda m, kv: replace_leaf(m, *kv), values.items(), machine)
+    residuals = tuple(Residual(r, float(p)) for r, p in zip(used, final, strict=True))
+    return Fit(calibrated, values, residuals)
+
+
+def parse_options(arguments: Sequence[str]) -> dict[str, int | str]:
+    """`--ep 8 --quant int8` as keyword arguments of a micro-benchmark."""
+    if len(arguments) % 2 or any(not flag.startswith("--") for flag in arguments[::2]):
+        raise ValueError(f"options must be pairs '--name value', got {' '.join(arguments)!r}")
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    return {
+        flag[2:].replace("-", "_"): int(value) if value.isdecimal() else value
+        for flag, value in pairs
+    }
+
+
+def write_back(path: Path, values: dict[str, float]) -> None:
+    """Put fitted values into a machine's TOML file, leaving everything else as it is."""
+    text = path.read_text(encoding="utf-8")
+    for dotted, value in values.items():
+        table, _, key = dotted.rpartition(".")
+        shown = f"{value / UNITS['s']['us']:.4g} us" if key.endswith("_s") else f"{value:.2%}"
+        section = re.compile(rf"(?ms)(^\[{re.escape(table)}\].*?^{key} = {{ value = )\"[^\"]*\"")
+        text, count = section.subn(rf'\g<1>"{shown}"', text, count=1)
+        if count != 1:
+            raise ValueError(f"{path}: cannot find {dotted} to write it back")
+    path.write_text(text, encoding="utf-8")
+
+
+def _benchmark(row: Measurement, machine: Supernode):
+    return micro(row.command[1], machine, **parse_options(row.command[2:]))

@@ -1,0 +1,174 @@
+"""Micro-benchmarks as priced programs: one kernel or one exchange, the way vendors measure them.
+
+They are traced from the same primitives as a model and priced by the same rules; calibration
+compares them with published measurements and nothing else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import jax
+import jax.numpy as jnp
+
+from cmjax.cost.price import price
+from cmjax.hardware import Supernode
+from cmjax.mesh import RankMesh
+from cmjax.primitives import attention, combine, dispatch, latent_attention
+from cmjax.program import Program, fused, trace
+
+_DTYPES = {"int8": jnp.int8, "bf16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Micro:
+    """A traced micro-benchmark and how its result is reported."""
+
+    program: Program
+    flops: float
+    kv_bytes: float
+
+    def measure(self, machine: Supernode) -> dict:
+        """Results on `machine`, differentiable in its constants.
+
+        Returns: `us` (time), `tflops` (useful FLOP over time), `utilization` (of the 8- or 16-bit
+        peak), `gb_per_s` (cache or weight bytes over time).
+        """
+        seconds = price(self.program, machine, {}).total_s
+        totals = self.program.totals({})
+        peak = (
+            machine.chip.cube_flops_8bit
+            if totals["cube_flops_8bit"]
+            else machine.chip.cube_flops_16bit
+        )
+        return {
+            "us": seconds * 1e6,
+            "tflops": self.flops / 1e12 / seconds,
+            "utilization": (self.flops / peak) / seconds,
+            "gb_per_s": self.kv_bytes / 1e9 / seconds,
+        }
+
+
+def mesh_for(ranks: int, machine: Supernode) -> RankMesh:
+    """The smallest block of whole nodes (or part of one) that holds `ranks` dies.
+
+    Raises: ValueError: more ranks than the machine has, or not a whole number of NPUs or nodes.
+    """
+    dies, npus_per_node = machine.dies_per_npu, machine.npus_per_node
+    if ranks > machine.ranks:
+        raise ValueError(f"{ranks} ranks; {machine.name} has {machine.ranks}")
+    npus, odd = divmod(ranks, dies)
+    nodes = max(1, npus // npus_per_node)
+    if ranks < 1 or odd or npus % nodes or npus // nodes > npus_per_node:
+        per_node = npus_per_node * dies
+        raise ValueError(
+            f"{ranks} ranks on {machine.name}: use a multiple of {dies} up to {per_node}, "
+            f"or a multiple of {per_node}"
+        )
+    return RankMesh(nodes, npus // nodes, dies)
+
+
+def micro_exchange(
+    machine: Supernode, *, operator: str, ep: int, tokens: int, copies: int = 8,
+    hidden: int = 7168, experts: int = 256, quant: str = "int8",
+) -> Micro:
+    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread."""
+    mesh = mesh_for(ep, machine)
+    slots_per_rank = max(1, experts // ep)
+    common = {"axes": mesh.axes, "ranks": ep, "slots_per_rank": slots_per_rank}
+    (capacity,) = jax.export.symbolic_shape("capacity")
+    x = jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16)
+    slots = jax.ShapeDtypeStruct((tokens, copies), jnp.int32)
+    rows = jax.ShapeDtypeStruct((slots_per_rank, ep * capacity, hidden), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((tokens, copies), jnp.float32)
+
+    def send(x, slots):
+        return dispatch(x, slots, capacity=capacity, quantize=quant == "int8", **common).rows
+
+    def receive(rows, slots, weights):
+        return combine(rows, slots, slots, weights, capacity=capacity, **common)
+
+    axis_sizes = dict(zip(mesh.axes, mesh.shape, strict=True))
+    if operator == "dispatch":
+        program = trace(send, x, slots, axis_sizes=axis_sizes)
+    else:
+        program = trace(receive, rows, slots, weights, axis_sizes=axis_sizes)
+    filled = tokens * copies / (ep * slots_per_rank)
+    return Micro(program.at(capacity=filled), 0.0, 0.0)
+
+
+def micro_gemm(
+    machine: Supernode, *, m: int, k: int, n: int, groups: int = 1, quant: str = "int8"
+) -> Micro:
+    """`groups` matrix products [m, k] x [k, n] in one kernel."""
+    dtype = _DTYPES[quant]
+    out = jnp.int32 if quant == "int8" else dtype
+
+    def product(x, w):
+        return jnp.matmul(x, w, preferred_element_type=out).astype(jnp.bfloat16)
+
+    program = trace(
+        fused("GEMM")(product),
+        jax.ShapeDtypeStruct((groups, m, k), dtype),
+        jax.ShapeDtypeStruct((groups, k, n), dtype),
+    )
+    weight_bytes = groups * k * n * jnp.dtype(dtype).itemsize
+    return Micro(program, 2.0 * groups * m * k * n, float(weight_bytes))
+
+
+def micro_latent_attention(
+    machine: Supernode, *, batch: int, q_len: int, heads: int, context: int, kv_cache: str = "bf16",
+    latent: int = 512, rope: int = 64,
+) -> Micro:
+    """Absorbed MLA decode over a latent cache of `context` tokens a request."""
+    bf16, cached = jnp.bfloat16, _DTYPES[kv_cache]
+    shape = jax.ShapeDtypeStruct
+    arguments = [
+        shape((batch, q_len, heads, latent), bf16),
+        shape((batch, q_len, heads, rope), bf16),
+        shape((batch, context, latent), cached),
+        shape((batch, context, rope), bf16),
+        shape((batch,), jnp.int32),
+    ]
+    if kv_cache == "int8":
+        arguments.append(shape((batch, context), jnp.float32))
+
+    def decode(q_latent, q_rope, latent, rope, lengths, scale=None):
+        return latent_attention(q_latent, q_rope, latent, scale, rope, lengths, scale=1.0)
+
+    program = trace(decode, *arguments)
+    kv_bytes = batch * context * (latent * jnp.dtype(cached).itemsize + 2 * rope)
+    flops = 2.0 * batch * q_len * heads * context * (2 * latent + rope)
+    return Micro(program, flops, float(kv_bytes))
+
+
+def micro_attention(
+    machine: Supernode, *, batch: int, length: int, heads: int, d: int = 192, dv: int = 128
+) -> Micro:
+    """Causal prefill attention (expanded MLA) of whole sequences."""
+    bf16 = jnp.bfloat16
+    q = jax.ShapeDtypeStruct((batch, length, heads, d), bf16)
+    v = jax.ShapeDtypeStruct((batch, length, heads, dv), bf16)
+    program = trace(lambda q, k, v: attention(q, k, v, scale=1.0, causal=True), q, q, v)
+    return Micro(program, 1.0 * batch * heads * length**2 * (d + dv), 0.0)
+
+
+MICROS: dict[str, Callable[..., Micro]] = {
+    "dispatch": functools.partial(micro_exchange, operator="dispatch"),
+    "combine": functools.partial(micro_exchange, operator="combine"),
+    "gemm": micro_gemm,
+    "latent-attention": micro_latent_attention,
+    "attention": micro_attention,
+}
+
+
+def micro(operator: str, machine: Supernode, **options) -> Micro:
+    """Build a micro-benchmark by name; ValueError names an unknown operator or option."""
+    if operator not in MICROS:
+        close = get_close_matches(operator, MICROS, n=2) or list(MICROS)
+        raise ValueError(f"unknown operator {operator!r}; closest: {', '.join(close)}")
+    try:
+        return MICROS[operator](machine, **options)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"operator {operator}: {error}") from None

@@ -1,0 +1,138 @@
+"""A step that is ready to be traced, and what a user calls its sizes."""
+
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from cmjax.program.operation import Program
+from cmjax.program.trace import trace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a workload.
+
+    Fields:
+      fn: the function to trace; its collectives run under its own `shard_map`.
+      args: abstract arguments, dimensions possibly symbolic.
+      sizes: maps what a user gives (its keyword parameters, by name) to the program's symbols;
+        parameters with defaults are optional. Must be differentiable, and raise ValueError for
+        sizes that make no sense, such as ones that do not divide.
+    """
+
+    fn: Callable
+    args: tuple
+    sizes: Callable[..., Mapping[str, Any]]
+
+    def trace(self) -> Program:
+        return trace(self.fn, *self.args)
+
+    def symbols(self, given: Mapping[str, float]) -> Mapping[str, Any]:
+        """The program's symbols at the sizes `given`; ValueError names a missing or unknown one."""
+        parameters = inspect.signature(self.sizes).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return self.sizes(**given)
+        if unknown := sorted(set(given) - set(parameters)):
+            close = get_close_matches(unknown[0], parameters, n=1) or list(parameters)
+            raise ValueError(f"unknown size {unknown[0]!r}; this step takes {', '.join(close)}")
+        needed = [n for n, p in parameters.items() if p.default is p.empty]
+        if missing := sorted(set(needed) - set(given)):
+            raise ValueError(
+                f"size {missing[0]!r} is needed; this step takes {', '.join(parameters)}"
+            )
+        return self.sizes(**given)
+
+
+def load_step(target: str) -> Step:
+    """Find what `module:function` names and make it a step.
+
+    The function is either a step builder (its return annotation is `Step`; it is called without
+    arguments), or any JAX function whose parameters carry jaxtyping shapes, such as
+    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
+
+    Raises:
+      ValueError: no such module or function (with the closest names), or unreadable annotations.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"program {target!r}: expected module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise ValueError(f"program {target!r}: {module_name} needs {error.name!r}") from None
+        raise ValueError(
+            f"program {target!r}: no module {error.name!r}{_closest_module(module_name)} "
+            f"(looked from {os.getcwd()})"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
+        close = get_close_matches(name, public, n=3) or public[:5]
+        raise ValueError(
+            f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
+        )
+    annotation = inspect.signature(function).return_annotation
+    if annotation is Step or annotation == "Step":
+        return function()
+    return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
+
+
+def _as_given(**sizes):
+    return sizes
+
+
+def _closest_module(module_name: str) -> str:
+    folder, _, last = module_name.rpartition(".")
+    try:
+        path = importlib.import_module(folder).__path__ if folder else [os.getcwd()]
+    except (ModuleNotFoundError, AttributeError):
+        return ""
+    found = {f.removesuffix(".py") for p in path for f in os.listdir(p) if not f.startswith("_")}
+    close = get_close_matches(last, found, n=2)
+    return f"; closest: {', '.join(f'{folder}.{c}' if folder else c for c in close)}" if close else ""
+
+
+def _annotated_arguments(function: Callable, target: str) -> tuple:
+    """Abstract arguments from jaxtyping annotations; shape names become symbolic dimensions."""
+    parameters = inspect.signature(function).parameters.values()
+    shapes: list[tuple[str, Any]] = []
+    for parameter in parameters:
+        annotation = parameter.annotation
+        if parameter.default is not parameter.empty and not hasattr(annotation, "dim_str"):
+            continue
+        if not hasattr(annotation, "dim_str") or len(annotation.dtypes) == 0:
+            raise ValueError(
+                f"program {target!r}: parameter {parameter.name!r} needs a jaxtyping shape, such "
+                f'as BFloat16[Array, "tokens 7168"], so that it can be traced'
+            )
+        shapes.append((annotation.dim_str, _dtype(annotation.dtypes)))
+    names = sorted({n for text, _ in shapes for n in re.findall(r"[A-Za-z_]\w*", text)})
+    scope = jax.export.SymbolicScope()
+    if names:
+        jax.export.symbolic_shape(",".join(names), scope=scope)
+    return tuple(
+        jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape(",".join(text.split()), scope=scope) if text else (), dtype
+        )
+        for text, dtype in shapes
+    )
+
+
+def _dtype(names: Any) -> Any:
+    """The one dtype of an annotation; for families such as Float the JAX default of that kind."""
+    if len(names) == 1:
+        return jnp.dtype(names[0])
+    return jnp.dtype("int32" if all("int" in n for n in names) else "float32")
