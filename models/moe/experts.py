@@ -1,0 +1,81 @@
+"""SwiGLU feed-forward blocks: the experts in a rank's slots, and the dense (or shared) one.
+
+    y = (silu(x W_gate) * (x W_up)) W_down
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from cmjax.primitives.exchange import quantize_rows
+from cmjax.program.mark import fused
+from models.moe.linear import Linear, Precision
+
+_BATCHED = (((2,), (1,)), ((0,), (0,)))  # [slots, rows, k] x [slots, k, n]
+
+
+class Experts(nnx.Module):
+    """One expert per slot, applied to the rows dispatched to that slot.
+
+    Parameters have a leading axis of slots: `gate_up [slots, hidden, 2 * ffn]` (gate first) and
+    `down [slots, ffn, hidden]`; int8 ones have scales `[slots, out]`.
+    """
+
+    def __init__(
+        self, slots: int, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        linear = functools.partial(Linear, precision=precision, rngs=rngs, stack=(slots,))
+        self.gate_up = linear(hidden, 2 * ffn)
+        self.down = linear(ffn, hidden)
+
+    def __call__(
+        self, rows: Array, scale: Float32[Array, "slots rows"], dtype: jnp.dtype
+    ) -> Float[Array, "slots rows hidden"]:
+        """Outputs in `dtype`. `rows [slots, rows, hidden]` are int8 steps of `scale`, or floating
+        point (then `scale` is ones and not read)."""
+        up, down = self.gate_up.matrix, self.down.matrix
+        if up.scale is None or down.scale is None:
+            h = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=rows.dtype)
+            return lax.dot_general(
+                _swiglu(h), down.value, _BATCHED, preferred_element_type=rows.dtype
+            ).astype(dtype)
+        total = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=jnp.int32)
+        steps, step = _swiglu_int8(total, scale, up.scale)
+        total = lax.dot_general(steps, down.value, _BATCHED, preferred_element_type=jnp.int32)
+        return _rescale(total, step, down.scale).astype(dtype)
+
+
+class SwiGLU(nnx.Module):
+    """The dense feed-forward block, also the shared expert; `ffn` is its inner width."""
+
+    def __init__(self, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.gate_up = Linear(hidden, 2 * ffn, precision=precision, rngs=rngs)
+        self.down = Linear(ffn, hidden, precision=precision, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        return self.down(_swiglu(self.gate_up(x)))
+
+
+def _activate(h):
+    gate, up = jnp.split(h, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _rescale(total, row_scale, column_scale):
+    """Integer sums [slots, rows, n] to values."""
+    return total.astype(jnp.float32) * row_scale[..., None] * column_scale[:, None, :]
+
+
+@fused("SwiGLU")
+def _swiglu(h):
+    return _activate(h.astype(jnp.float32)).astype(h.dtype)
+
+
+@fused("SwiGLU")
+def _swiglu_int8(total, row_scale, column_scale):
+    """Rescale, activate, and quantise again for the second matmul: the values stay on chip."""
+    return quantize_rows(_activate(_rescale(total, row_scale, column_scale)))

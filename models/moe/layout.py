@@ -1,0 +1,188 @@
+"""How one rank's program sits on the mesh, and one rank's share of a model's parameters."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cmjax.mesh import RANKED, REPLICATED
+from models.moe.config import MoEConfig
+from models.moe.placement import SlotTable, one_rank_table, stack_tables
+from models.moe.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Everything about parallelism that a module needs to know. Static."""
+
+    table: SlotTable
+    """Slots of the experts (of every layer: tables may differ in content, not in size)."""
+    axes: tuple[str, ...] = ()
+    """Mesh axes that enumerate the ranks; `()` on one rank."""
+    capacity: Any = None
+    """Rows reserved per (source rank, slot) in dispatch; `None` never drops."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    """Issue order and streams."""
+    sequence_parallel: bool = False
+    """Prefill attention SP -> TP -> SP: latents are gathered, each rank attends a share of the
+    heads for all sequences, and heads are exchanged back for the rank's own sequences."""
+
+    def __post_init__(self):
+        if not self.axes and self.table.ranks != 1:
+            raise ValueError(
+                f"Layout: a table of {self.table.ranks} ranks needs the mesh axes that enumerate "
+                "them, got axes=()"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.table.ranks
+
+    @property
+    def rank(self) -> jax.Array | int:
+        """This rank's number, inside the mesh."""
+        return lax.axis_index(self.axes) if self.axes else 0
+
+    def heads(self, config: MoEConfig) -> int:
+        """Attention heads whose up-projections this rank holds."""
+        if not self.sequence_parallel:
+            return config.heads
+        if config.heads % self.ranks:
+            raise ValueError(
+                f"Layout: sequence_parallel needs heads to divide over the ranks, got "
+                f"{config.heads} heads and {self.ranks} ranks"
+            )
+        return config.heads // self.ranks
+
+
+def one_rank(config: MoEConfig, schedule: Schedule | None = None) -> Layout:
+    """The layout of a checkpoint: every expert on one rank, no communication."""
+    return Layout(table=one_rank_table(config.experts), schedule=schedule or Schedule())
+
+
+def param_specs(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """`RANKED` for what ranks hold different parts of, `REPLICATED` for the rest."""
+
+    def spec(path, _):
+        keys = [str(entry.key) for entry in path]
+        ranked = "experts" in keys or (
+            layout.sequence_parallel and not {"q_b", "up_key", "up_value"}.isdisjoint(keys)
+        )
+        return RANKED if ranked else REPLICATED
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def shard_params(
+    params: dict[str, Any],
+    layout: Layout,
+    tables: Sequence[SlotTable] | None = None,
+) -> dict[str, Any]:
+    """Spread the parameters of a `one_rank` model over the ranks of `layout`.
+
+    Args:
+      params: nested dict of the one-rank model, any precision.
+      layout: where to.
+      tables: one table per MoE layer (then one for the MTP layer, if there is one); by default
+        `layout.table` for all.
+    Returns: parameters of `layout`'s model; those that `param_specs` calls RANKED have a leading
+      axis of ranks.
+    Raises:
+      ValueError: tables of another size than the layout's, or too few.
+    """
+    given = iter(tables or ())
+    width = layout.table.max_copies
+
+    def next_tables(count: int) -> list[SlotTable]:
+        own = list(itertools.islice(given, count)) if tables else [layout.table] * count
+        if len(own) < count:
+            raise ValueError("shard_params: fewer tables than MoE layers (MTP included)")
+        for table in own:
+            if _size(table) != _size(layout.table) or table.max_copies > width:
+                raise ValueError(
+                    "shard_params: every table must have the ranks, slots and shared slots of "
+                    f"layout.table, and at most its {width} copies of an expert; got {_size(table)} "
+                    f"and {table.max_copies}, expected {_size(layout.table)}"
+                )
+        return own
+
+    def spread(group: dict[str, Any]) -> dict[str, Any]:
+        result = {}
+        for name in sorted(group):  # the main model, then the MTP layer
+            part = group[name]
+            if name == "layers":
+                part = dict(part)
+                if layout.sequence_parallel:
+                    part["attention"] = _split_heads(part["attention"], layout)
+                if "moe" in part:
+                    count = part["moe"]["copies"].shape[0]
+                    part["moe"] = _fill_slots(part["moe"], next_tables(count), width)
+            elif isinstance(part, dict):
+                part = spread(part)
+            result[name] = part
+        return result
+
+    result = spread(params)
+    if next(given, None) is not None:
+        raise ValueError("shard_params: more tables than MoE layers (MTP included)")
+    return result
+
+
+def _size(table: SlotTable) -> dict[str, Any]:
+    return {
+        "ranks": table.ranks,
+        "slots": table.slots,
+        "n_experts": table.n_experts,
+        "shared": table.has_shared,
+    }
+
+
+def _fill_slots(moe: dict[str, Any], tables: Sequence[SlotTable], width: int) -> dict[str, Any]:
+    """Copy the experts of each layer into the slots of its table: [layers, experts, ...] ->
+    [ranks, layers, slots, ...]."""
+    held = moe["experts"]
+    result = dict(moe)
+    if tables[0].has_shared:
+        # The shared expert has the shape of a routed one, and becomes expert number n_experts.
+        held = jax.tree.map(
+            lambda routed, shared: jnp.concatenate([routed, shared[:, None]], axis=1),
+            held,
+            result.pop("shared"),
+        )
+    chosen = jnp.array([table.experts_of_slot for table in tables])
+    ranks, slots = tables[0].ranks, tables[0].slots_per_rank
+
+    def place(x):
+        layers = jnp.arange(x.shape[0])[:, None]
+        filled = x[layers, chosen].reshape(x.shape[0], ranks, slots, *x.shape[2:])
+        return jnp.swapaxes(filled, 0, 1)
+
+    result["experts"] = jax.tree.map(place, held)
+    slots_of_expert, copies = stack_tables(tables)
+    pad = width - slots_of_expert.shape[-1]
+    padded = jnp.pad(jnp.asarray(slots_of_expert), ((0, 0), (0, 0), (0, pad)), mode="edge")
+    result["slots_of_expert"], result["copies"] = padded, jnp.asarray(copies)
+    return result
+
+
+def _split_heads(attention: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Column-slice the up-projections: a rank holds `heads / ranks` heads."""
+    ranks = layout.ranks
+
+    def columns(x):  # [layers, ..., heads * width]
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], ranks, x.shape[-1] // ranks), -2, 0)
+
+    def heads(x):  # [layers, heads, ...]
+        split = x.reshape(x.shape[0], ranks, x.shape[1] // ranks, *x.shape[2:])
+        return jnp.swapaxes(split, 0, 1)
+
+    return attention | {
+        "q_b": jax.tree.map(columns, attention["q_b"]),
+        "up_key": heads(attention["up_key"]),
+        "up_value": heads(attention["up_value"]),
+    }

@@ -1,0 +1,187 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1; CloudMatrix384 paper, sections 4.2, 4.3).
+
+Two forms of the same mathematics. *Expanded*, for prefill: keys and values are up-projected from the
+latent, attention is causal over the prompt. *Absorbed*, for decode: the key up-projection moves to
+the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
+over the latent cache itself.
+
+With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are computed
+for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged back.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cmjax.primitives.attention import attention, latent_attention
+from cmjax.program.mark import fused
+from models.moe.cache import KVCache, LatentCache
+from models.moe.config import MoEConfig
+from models.moe.layout import Layout
+from models.moe.linear import Linear, Precision, Weight, activation_dtype, matmul
+from models.moe.norm import rms_norm
+from models.moe.rope import angles, rotate, softmax_scale
+
+
+class MLA(nnx.Module):
+    """Attention of one layer, its input norm included; the residual is the caller's.
+
+    In INT8 the down-, query-up- and output-projections are W8A8; the per-head up-projections of the
+    latent (`up_key`, `up_value`) stay in bfloat16, because absorbed they act on activations.
+    """
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.config, self.layout = config, layout
+        heads = layout.heads(config)
+        dtype = activation_dtype(precision)
+        rank = config.kv_lora_rank
+        linear = functools.partial(Linear, precision=precision, rngs=rngs)
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,), jnp.float32))
+        self.q_a = linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = nnx.Param(jnp.ones((config.q_lora_rank,), jnp.float32))
+        self.q_b = linear(config.q_lora_rank, heads * config.qk_dim)
+        self.kv_a = linear(config.hidden_size, rank + config.qk_rope_dim)
+        self.kv_norm = nnx.Param(jnp.ones((rank,), jnp.float32))
+        random = functools.partial(jax.random.normal, dtype=jnp.float32)
+        up_key = random(rngs.params(), (heads, config.qk_nope_dim, rank)) * rank**-0.5
+        up_value = random(rngs.params(), (heads, rank, config.v_dim)) * rank**-0.5
+        self.up_key = nnx.Param(up_key.astype(dtype))
+        self.up_value = nnx.Param(up_value.astype(dtype))
+        self.out = linear(config.heads * config.v_dim, config.hidden_size)
+
+    def decode(
+        self,
+        x: Float[Array, "requests new hidden"],
+        cache: LatentCache,
+        lengths: Int[Array, "requests"],
+    ) -> tuple[Float[Array, "requests new hidden"], LatentCache]:
+        """Absorbed form. `lengths` counts the cached tokens, not the new ones, which are added."""
+        new = x.shape[1]
+        positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+        with jax.named_scope("prolog"):
+            q_latent, q_rope, latent, rope = _absorbed_prolog(self.config)(
+                x, *angles(positions, self.config), self._down, self.q_b.matrix, self.up_key[...]
+            )
+        with jax.named_scope("core"):
+            cache = cache.write(latent, rope, positions)
+            q_rope = q_rope.astype(cache.rope.dtype)
+            found = latent_attention(
+                q_latent.astype(cache.rope.dtype),
+                q_rope,
+                cache.latent,
+                cache.scale,
+                cache.rope,
+                lengths + new,
+                scale=softmax_scale(self.config),
+            ).astype(x.dtype)
+        with jax.named_scope("output"):
+            heads = jnp.einsum("bqhc,hcv->bqhv", found, self.up_value[...])
+            return self.out(heads.reshape(*heads.shape[:2], -1)), cache
+
+    def prefill(
+        self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
+    ) -> tuple[Float[Array, "sequences prompt hidden"], LatentCache]:
+        """Expanded form, causal from position 0. Returns the cache entries of the prompt."""
+        config, axes = self.config, self.layout.axes
+        share = self.layout.sequence_parallel and bool(axes)
+        cos, sin = angles(jnp.arange(x.shape[1], dtype=jnp.int32), config)
+        with jax.named_scope("prolog"):
+            if share:
+                q_low, latent, rope = _down_prolog(config)(x, cos, sin, self._down)
+                cache = LatentCache.of(latent, rope, kind)
+                widths = (config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank)
+                gathered = lax.all_gather(
+                    jnp.concatenate([q_low, latent, rope], axis=-1), axes, axis=0, tiled=True
+                )
+                q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
+                q_nope, q_rope = _query(config, q_low, cos, sin, self.q_b.matrix)
+            else:
+                q_nope, q_rope, latent, rope = _expanded_prolog(config)(
+                    x, cos, sin, self._down, self.q_b.matrix
+                )
+                cache = LatentCache.of(latent, rope, kind)
+        with jax.named_scope("core"):
+            k_nope = jnp.einsum("bkc,hnc->bkhn", latent, self.up_key[...])
+            value = jnp.einsum("bkc,hcv->bkhv", latent, self.up_value[...])
+            rope = jnp.broadcast_to(rope[:, :, None], (*k_nope.shape[:3], rope.shape[-1]))
+            heads = attention(
+                jnp.concatenate([q_nope, q_rope], axis=-1),
+                jnp.concatenate([k_nope, rope], axis=-1),
+                value,
+                scale=softmax_scale(config),
+                causal=True,
+            )
+        with jax.named_scope("output"):
+            if share:
+                heads = lax.all_to_all(heads, axes, split_axis=0, concat_axis=2, tiled=True)
+            return self.out(heads.reshape(*heads.shape[:2], -1)), cache
+
+    @property
+    def _down(self) -> tuple[Array, Weight, Array, Weight, Array]:
+        return (
+            self.norm[...],
+            self.q_a.matrix,
+            self.q_norm[...],
+            self.kv_a.matrix,
+            self.kv_norm[...],
+        )
+
+
+def _project_down(config, x, cos, sin, down):
+    """Normalised query latent, normalised key/value latent, rotated shared key."""
+    norm, q_a, q_norm, kv_a, kv_norm = down
+    h = rms_norm(x, norm, config.norm_eps)
+    q_low = rms_norm(matmul(h, q_a), q_norm, config.norm_eps)
+    latent, rope = jnp.split(matmul(h, kv_a), [config.kv_lora_rank], axis=-1)
+    rope = rotate(rope, cos, sin, interleave=config.rope_interleave)
+    return q_low, rms_norm(latent, kv_norm, config.norm_eps), rope
+
+
+def _query(config, q_low, cos, sin, q_b):
+    """Per-head queries, split into the part without position and the rotated part."""
+    q = matmul(q_low, q_b)
+    q = q.reshape(*q.shape[:2], -1, config.qk_dim)
+    q_nope, q_rope = jnp.split(q, [config.qk_nope_dim], axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return q_nope, rotate(q_rope, cos, sin, interleave=config.rope_interleave)
+
+
+# MLAProlog is one kernel on the NPU: norm, projections and rotation never leave the chip. Which of
+# them a form needs differs, so there is a kernel per form, made once per config.
+
+
+@functools.cache
+def _down_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(x, cos, sin, down):
+        return _project_down(config, x, cos, sin, down)
+
+    return prolog
+
+
+@functools.cache
+def _expanded_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(x, cos, sin, down, q_b):
+        q_low, latent, rope = _project_down(config, x, cos, sin, down)
+        return *_query(config, q_low, cos, sin, q_b), latent, rope
+
+    return prolog
+
+
+@functools.cache
+def _absorbed_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(x, cos, sin, down, q_b, up_key):
+        q_low, latent, rope = _project_down(config, x, cos, sin, down)
+        q_nope, q_rope = _query(config, q_low, cos, sin, q_b)
+        return jnp.einsum("bqhn,hnc->bqhc", q_nope, up_key), q_rope, latent, rope
+
+    return prolog

@@ -1,0 +1,137 @@
+"""The mixture-of-experts block of one layer on one rank: route, dispatch, experts, combine.
+
+The four stages are methods, so that a schedule can interleave those of several microbatches. The
+shared expert is computed by every rank for its own tokens, or, where the slot table has slots for
+it, dispatched to like a routed expert with weight 1 (CloudMatrix384 paper, section 4.2).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from cmjax.primitives.exchange import Dispatched, combine, dispatch
+from models.moe.config import MoEConfig
+from models.moe.experts import Experts, SwiGLU
+from models.moe.layout import Layout
+from models.moe.linear import Precision
+from models.moe.norm import RMSNorm
+from models.moe.placement import choose_slots
+from models.moe.router import Router
+
+
+class Placement(nnx.Variable):
+    """Which slots hold an expert; integers, per layer, not trained."""
+
+
+class Routed(NamedTuple):
+    """Normalised tokens and where they go."""
+
+    x: Float[Array, "tokens hidden"]
+    slots: Int32[Array, "tokens copies"]
+    weights: Float32[Array, "tokens copies"]
+
+
+class MoE(nnx.Module):
+    """Experts of one layer, the input norm included; the residual is the caller's."""
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        table = layout.table
+        if table.n_experts != config.experts:
+            raise ValueError(
+                f"MoE: the slot table is for {table.n_experts} routed experts, the model has "
+                f"{config.experts}"
+            )
+        if table.has_shared and config.shared_experts != 1:
+            raise ValueError(
+                "MoE: shared replicas in slots need shared_experts = 1 (a shared expert of a routed "
+                f"expert's size), the model has {config.shared_experts}; use shared_replicas=0"
+            )
+        self.layout, self.quantize = layout, precision == "int8"
+        hidden, ffn = config.hidden_size, config.expert_ffn_size
+        self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
+        self.router = Router(config, rngs=rngs)
+        slots, copies = table.arrays()
+        self.slots_of_expert = Placement(jnp.asarray(slots))
+        self.copies = Placement(jnp.asarray(copies))
+        self.experts = Experts(table.slots_per_rank, hidden, ffn, precision=precision, rngs=rngs)
+        local = config.shared_experts and not table.has_shared
+        self.shared = (
+            SwiGLU(hidden, ffn * config.shared_experts, precision=precision, rngs=rngs)
+            if local
+            else None
+        )
+
+    def route(self, x: Float[Array, "tokens hidden"]) -> Routed:
+        """Normalise, choose experts, choose a replica of each."""
+        x = self.norm(x)
+        experts, weights = self.router(x)
+        if self.layout.table.has_shared:
+            # one more copy per token: the shared expert, weight 1
+            shared = jnp.full_like(experts[:, :1], self.layout.table.n_experts)
+            experts = jnp.concatenate([experts, shared], axis=1)
+            weights = jnp.concatenate([weights, jnp.ones_like(weights[:, :1])], axis=1)
+        slots = choose_slots(
+            experts, self.layout.rank, self.slots_of_expert[...], self.copies[...]
+        )
+        return Routed(x, slots, weights)
+
+    def send(self, routed: Routed) -> Dispatched:
+        """Dispatch, in INT8 if the experts are."""
+        return dispatch(routed.x, routed.slots, quantize=self.quantize, **self._exchange)
+
+    def compute(self, sent: Dispatched, dtype: jnp.dtype) -> Float[Array, "slots rows hidden"]:
+        """Apply the experts in this rank's slots."""
+        return self.experts(sent.rows, sent.scale, dtype)
+
+    def receive(
+        self, rows: Float[Array, "slots rows hidden"], sent: Dispatched, routed: Routed
+    ) -> Float[Array, "tokens hidden"]:
+        """Combine the routed experts' outputs."""
+        return combine(rows, routed.slots, sent.position, routed.weights, **self._exchange)
+
+    def add_shared(
+        self, y: Float[Array, "tokens hidden"], routed: Routed
+    ) -> Float[Array, "tokens hidden"]:
+        """Add the local shared expert, if there is one."""
+        if self.shared is None:
+            return y
+        with self.layout.schedule.block("experts", scope="shared"):
+            return y + self.shared(routed.x)
+
+    @property
+    def _exchange(self) -> dict:
+        layout = self.layout
+        return {
+            "axes": layout.axes,
+            "ranks": layout.ranks,
+            "slots_per_rank": layout.table.slots_per_rank,
+            "capacity": layout.capacity,
+        }
+
+
+def run_moe(
+    moe: MoE, xs: tuple[Float[Array, "tokens hidden"], ...]
+) -> tuple[Float[Array, "tokens hidden"], ...]:
+    """The block on several microbatches, each stage issued for all of them before the next."""
+    block = moe.layout.schedule.block
+    routed, sent, rows, ys = [], [], [], []
+    for x in xs:
+        with block("router"):
+            routed.append(moe.route(x))
+    for r in routed:
+        with block("dispatch"):
+            sent.append(moe.send(r))
+    for x, s in zip(xs, sent, strict=True):
+        with block("experts"):
+            rows.append(moe.compute(s, x.dtype))
+    for out, s, r in zip(rows, sent, routed, strict=True):
+        with block("combine"):
+            ys.append(moe.receive(out, s, r))
+    return tuple(moe.add_shared(y, r) for y, r in zip(ys, routed, strict=True))
+
+
+__all__ = ["MoE", "Placement", "Routed", "run_moe"]

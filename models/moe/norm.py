@@ -1,0 +1,28 @@
+"""RMS normalisation (Zhang and Sennrich 2019):  y = g * x / sqrt(mean(x^2) + eps)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cmjax.program.mark import fused
+
+
+def rms_norm(
+    x: Float[Array, "*batch dim"], gain: Float[Array, "dim"], eps: float
+) -> Float[Array, "*batch dim"]:
+    """Normalise the last axis in float32; dtype of `x`."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (gain.astype(jnp.float32) * y).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS normalisation with a learned gain, as one kernel."""
+
+    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs):
+        self.gain = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return fused("RMSNorm")(lambda x, gain: rms_norm(x, gain, self.eps))(x, self.gain[...])

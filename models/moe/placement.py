@@ -1,0 +1,159 @@
+"""Which expert sits in which physical slot, and which replica a token goes to.
+
+An expert may occupy several slots (redundant experts); the shared expert may be given slots of its
+own and is then dispatched to like a routed one. Source: CloudMatrix384 paper, section 4.2.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotTable:
+    """The physical slots of one MoE layer.
+
+    Attributes:
+      experts_of_slot: expert in each slot; slots are numbered over all ranks, rank-major. Routed
+        experts are `0 .. n_experts - 1`; number `n_experts` is the shared expert.
+      ranks: number of ranks; every rank holds equally many slots.
+      n_experts: number of routed experts; each occupies at least one slot.
+    """
+
+    experts_of_slot: tuple[int, ...]
+    ranks: int
+    n_experts: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "experts_of_slot", tuple(int(e) for e in self.experts_of_slot))
+        slots = len(self.experts_of_slot)
+        if self.ranks < 1 or slots % self.ranks:
+            raise ValueError(
+                f"SlotTable: slots must divide evenly over ranks, got {slots} slots and "
+                f"{self.ranks} ranks"
+            )
+        held = set(self.experts_of_slot)
+        missing = sorted(set(range(self.n_experts)) - held)
+        if missing:
+            raise ValueError(f"SlotTable: experts without a slot: {_shortened(missing)}")
+        unknown = sorted(held - set(range(self.n_experts + 1)))
+        if unknown:
+            raise ValueError(
+                f"SlotTable: slots name unknown experts {_shortened(unknown)}; routed experts are "
+                f"0..{self.n_experts - 1}, the shared expert is {self.n_experts}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Slots over all ranks."""
+        return len(self.experts_of_slot)
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Slots on each rank."""
+        return self.slots // self.ranks
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether the shared expert lives in slots (else every rank computes it locally)."""
+        return self.n_experts in self.experts_of_slot
+
+    @functools.cached_property
+    def slots_of_expert(self) -> tuple[tuple[int, ...], ...]:
+        """Slots of each routed expert, then of the shared one if it has any."""
+        of: list[list[int]] = [[] for _ in range(self.n_experts + self.has_shared)]
+        for slot, expert in enumerate(self.experts_of_slot):
+            of[expert].append(slot)
+        return tuple(map(tuple, of))
+
+    @property
+    def max_copies(self) -> int:
+        """Slots of the most replicated expert."""
+        return max(map(len, self.slots_of_expert))
+
+    def arrays(self, max_copies: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """`(slots [experts, max_copies] int32, copies [experts] int32)` for `choose_slots`.
+
+        Rows are padded by repeating; pass `max_copies` to stack the tables of several layers.
+        """
+        width = max_copies or self.max_copies
+        slots = np.array([np.resize(row, width) for row in self.slots_of_expert], np.int32)
+        copies = np.array([len(row) for row in self.slots_of_expert], np.int32)
+        return slots, copies
+
+
+def choose_slots(
+    experts: Int32[Array, "tokens k"],
+    rank: Int32[Array, ""] | int,
+    slots_of_expert: Int32[Array, "experts copies"],
+    copies: Int32[Array, "experts"],
+) -> Int32[Array, "tokens k"]:
+    """Physical slot of each choice: replica `(source rank + token position) mod copies`."""
+    token = jnp.arange(experts.shape[0], dtype=jnp.int32)[:, None]
+    replica = (token + rank) % copies[experts]
+    return slots_of_expert[experts, replica]
+
+
+def ep_table(
+    n_experts: int, ranks: int, redundant: int = 0, shared_replicas: int = 0
+) -> SlotTable:
+    """Expert parallelism over `ranks`: shared replicas, routed experts, then redundant copies.
+
+    Redundant slots copy experts 0, 1, 2, ... in turn; a placement optimiser knows better ones.
+    `ep_table(256, 320, redundant=32, shared_replicas=32)` is the paper's decode (EP320: one expert
+    per die); `ep_table(256, 32, redundant=32)` its prefill (EP32: 8 + 1 per die, shared local).
+
+    Raises:
+      ValueError: the slots do not divide evenly over the ranks.
+    """
+    for name, value, least in (
+        ("n_experts", n_experts, 1),
+        ("ranks", ranks, 1),
+        ("redundant", redundant, 0),
+        ("shared_replicas", shared_replicas, 0),
+    ):
+        if value < least:
+            raise ValueError(f"ep_table: {name} must be at least {least}, got {value}")
+    slots = n_experts + redundant + shared_replicas
+    if slots % ranks:
+        raise ValueError(
+            f"ep_table: {n_experts} experts + {redundant} redundant + {shared_replicas} shared "
+            f"replicas = {slots} slots do not divide over {ranks} ranks; "
+            f"{-slots % ranks} more redundant slots would"
+        )
+    routed = [*range(n_experts), *(i % n_experts for i in range(redundant))]
+    if not shared_replicas:
+        # Redundant copies are dealt one per rank at the end of each rank's slots.
+        base, extra = n_experts // ranks, redundant // ranks
+        if n_experts % ranks == 0 and redundant % ranks == 0:
+            routed = [
+                expert
+                for rank in range(ranks)
+                for expert in (
+                    *range(rank * base, (rank + 1) * base),
+                    # of a neighbour's experts, so that a copy relieves another rank
+                    *(((rank + 1) * base + i) % n_experts for i in range(extra)),
+                )
+            ]
+    return SlotTable((*(n_experts,) * shared_replicas, *routed), ranks, n_experts)
+
+
+def one_rank_table(n_experts: int) -> SlotTable:
+    """All experts on one rank, in order: the layout of a checkpoint."""
+    return SlotTable(tuple(range(n_experts)), 1, n_experts)
+
+
+def stack_tables(tables: Sequence[SlotTable]) -> tuple[np.ndarray, np.ndarray]:
+    """`SlotTable.arrays` of several layers, stacked on a leading axis."""
+    width = max(table.max_copies for table in tables)
+    slots, copies = zip(*(table.arrays(width) for table in tables), strict=True)
+    return np.stack(slots), np.stack(copies)
+
+
+def _shortened(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown + (f", ... ({len(numbers)} in all)" if len(numbers) > 8 else "")

@@ -1,0 +1,177 @@
+"""The decoder: embedding, a stack of dense layers, a stack of MoE layers, norm and head.
+
+Layers of one kind are stacked (parameters have a leading axis of layers) and run by `lax.scan`, so
+that tracing does not grow with depth. A layer takes the activations of all microbatches, and issues
+its blocks in the order the layout's schedule says.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from models.moe.cache import KVCache, LatentCache, ModelCache
+from models.moe.config import MoEConfig
+from models.moe.experts import SwiGLU
+from models.moe.layout import Layout
+from models.moe.linear import Linear, Precision, activation_dtype
+from models.moe.mla import MLA
+from models.moe.moe import MoE, run_moe
+from models.moe.norm import RMSNorm
+
+Activations = tuple[Float[Array, "sequences length hidden"], ...]
+Caches = tuple[LatentCache, ...]
+# attend(attention, microbatch, x, cache) -> (y, cache): how a layer's attention is to be run
+Attend = Callable[[MLA, int, Array, LatentCache | None], tuple[Array, LatentCache]]
+
+
+class DenseLayer(nnx.Module):
+    """Attention and a dense feed-forward block."""
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.layout = layout
+        self.attention = MLA(config, layout, precision=precision, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.ffn = SwiGLU(config.hidden_size, config.ffn_size, precision=precision, rngs=rngs)
+
+    def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
+        out, new = [], []
+        for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
+            with self.layout.schedule.block("attention"):
+                y, written = attend(self.attention, number, x, cache)
+                x = x + y
+            with self.layout.schedule.block("experts", scope="dense_ffn"):
+                x = x + self.ffn(self.norm(x))
+            out.append(x)
+            new.append(written)
+        return tuple(out), tuple(new)
+
+
+class MoELayer(nnx.Module):
+    """Attention and a mixture of experts."""
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.layout = layout
+        self.attention = MLA(config, layout, precision=precision, rngs=rngs)
+        self.moe = MoE(config, layout, precision=precision, rngs=rngs)
+
+    def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
+        by_stage = self.layout.schedule.order == "stage"
+        out, new, waiting = [], [], []
+        for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
+            with self.layout.schedule.block("attention"):
+                y, written = attend(self.attention, number, x, cache)
+                waiting.append(x + y)
+            new.append(written)
+            if not by_stage or number == len(xs) - 1:
+                out += self._experts(tuple(waiting))
+                waiting = []
+        return tuple(out), tuple(new)
+
+    def _experts(self, xs: Activations) -> list[Array]:
+        flat = tuple(x.reshape(-1, x.shape[-1]) for x in xs)
+        ys = run_moe(self.moe, flat)
+        return [x + y.reshape(x.shape) for x, y in zip(xs, ys, strict=True)]
+
+
+class Stack(nnx.Module):
+    """`count` layers of one kind, scanned."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
+        # every stream of the Rngs is split, so that layers differ
+        self.layers = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+    def __call__(
+        self, xs: Activations, caches: Any, attend: Attend
+    ) -> tuple[Activations, Caches]:
+        """Run all layers. `caches`: per microbatch, stacked over layers, or `None` in prefill."""
+        graph, state = nnx.split(self.layers)
+
+        def one_layer(xs, layer):
+            state, caches = layer
+            return nnx.merge(graph, state)(xs, caches, attend)
+
+        return lax.scan(one_layer, xs, (state, caches))
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek-V3 decoder, as one rank holds it.
+
+    Attributes: `dense` (None without dense layers) and `moe` stacks, `embed [vocab, hidden]`,
+    `norm`, `head`. Embedding and head are bfloat16 in INT8 models.
+    """
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.config, self.layout = config, layout
+        dtype = activation_dtype(precision)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32).astype(dtype))
+
+        def dense(rngs: nnx.Rngs) -> DenseLayer:
+            return DenseLayer(config, layout, precision=precision, rngs=rngs)
+
+        def moe(rngs: nnx.Rngs) -> MoELayer:
+            return MoELayer(config, layout, precision=precision, rngs=rngs)
+
+        self.dense = Stack(dense, config.dense_layers, rngs=rngs) if config.dense_layers else None
+        self.moe = Stack(moe, config.moe_layers, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        plain: Precision = "float32" if precision == "float32" else "bfloat16"
+        self.head = Linear(config.hidden_size, config.vocab_size, precision=plain, rngs=rngs)
+
+    def prefill(
+        self, tokens: tuple[Int[Array, "sequences prompt"], ...], kv_cache: KVCache
+    ) -> tuple[Activations, tuple[ModelCache, ...]]:
+        """Final normalised hidden states and caches of whole prompts, per microbatch."""
+        none = (ModelCache(None, None),) * len(tokens)
+        return self._run(tokens, none, prefill_attention(kv_cache))
+
+    def decode(
+        self,
+        tokens: tuple[Int[Array, "requests new"], ...],
+        caches: tuple[ModelCache, ...],
+        lengths: tuple[Int[Array, "requests"], ...],
+    ) -> tuple[Activations, tuple[ModelCache, ...]]:
+        """Final normalised hidden states of new tokens; caches with them written at `lengths`."""
+        return self._run(tokens, caches, decode_attention(lengths))
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Scores over the vocabulary, float32."""
+        with jax.named_scope("lm_head"):
+            return self.head(hidden).astype(jnp.float32)
+
+    def embedding(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+        """Embedded tokens."""
+        with jax.named_scope("embed"):
+            return jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+
+    def _run(self, tokens, caches, attend):
+        xs = tuple(self.embedding(t) for t in tokens)
+        dense = (None,) * len(tokens)
+        if self.dense is not None:
+            xs, dense = self.dense(xs, tuple(cache.dense for cache in caches), attend)
+        xs, moe = self.moe(xs, tuple(cache.moe for cache in caches), attend)
+        new = tuple(
+            ModelCache(d, m, cache.mtp) for d, m, cache in zip(dense, moe, caches, strict=True)
+        )
+        return tuple(self.norm(x) for x in xs), new
+
+
+def prefill_attention(kv_cache: KVCache) -> Attend:
+    """Attend the prompt itself, and hand out its cache entries."""
+    return lambda attention, number, x, cache: attention.prefill(x, kv_cache)
+
+
+def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
+    """Attend the cache, microbatch `number` at its `lengths`."""
+    return lambda attention, number, x, cache: attention.decode(x, cache, lengths[number])
