@@ -41,7 +41,7 @@ _INLINED = {
     "custom_lin": "jaxpr",
 }
 _INDEXED = {"gather", "dynamic_slice"}
-_VIEWS = FREE - {"iota", "axis_index"}
+_VIEWS = FREE - {"iota", "axis_index", "dim_as_value", "platform_index"}
 
 
 def trace(fn: Callable, *args, axis_sizes: Mapping[str, int] | None = None) -> Program:

@@ -45,8 +45,7 @@ class Experts(nnx.Module):
             ).astype(dtype)
         total = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=jnp.int32)
         steps, step = _swiglu_int8(total, scale, up.scale)
-        total = lax.dot_general(steps, down.value, _BATCHED, preferred_element_type=jnp.int32)
-        return _rescale(total, step, down.scale).astype(dtype)
+        return _grouped_matmul(dtype)(steps, step, down.value, down.scale)
 
 
 class SwiGLU(nnx.Module):
@@ -63,6 +62,18 @@ class SwiGLU(nnx.Module):
 def _activate(h):
     gate, up = jnp.split(h, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+@functools.cache
+def _grouped_matmul(dtype: jnp.dtype):
+    """The down-projection of all slots: integers in, values in `dtype` out."""
+
+    @fused("GroupedMatmul")
+    def kernel(steps, step, weight, weight_scale):
+        total = lax.dot_general(steps, weight, _BATCHED, preferred_element_type=jnp.int32)
+        return _rescale(total, step, weight_scale).astype(dtype)
+
+    return kernel
 
 
 def _rescale(total, row_scale, column_scale):

@@ -7,6 +7,8 @@ one static scale per output channel, and the product runs in integers:
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
 from cmjax.primitives.exchange import quantize_rows
+from cmjax.program.mark import fused
 
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -46,10 +49,19 @@ def matmul(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch 
     """`x @ weight` in the weight's precision; result in the dtype of `x`."""
     if weight.scale is None:
         return jnp.matmul(x, weight.value.astype(x.dtype), preferred_element_type=x.dtype)
-    steps, x_scale = quantize_rows(x)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    total = lax.dot_general(steps, weight.value, contract, preferred_element_type=jnp.int32)
-    return (total.astype(jnp.float32) * x_scale[..., None] * weight.scale).astype(x.dtype)
+    steps, x_scale = fused("DynamicQuant")(quantize_rows)(x)
+    return _quant_matmul(x.dtype)(steps, x_scale, weight.value, weight.scale)
+
+
+@functools.cache
+def _quant_matmul(dtype: Any) -> Callable:
+    @fused("QuantMatmul")
+    def kernel(steps, x_scale, w_steps, w_scale):
+        contract = (((steps.ndim - 1,), (0,)), ((), ()))
+        total = lax.dot_general(steps, w_steps, contract, preferred_element_type=jnp.int32)
+        return (total.astype(jnp.float32) * x_scale[..., None] * w_scale).astype(dtype)
+
+    return kernel
 
 
 def quantize_weight(

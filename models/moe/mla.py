@@ -66,11 +66,10 @@ class MLA(nnx.Module):
         new = x.shape[1]
         positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
         with jax.named_scope("prolog"):
-            q_latent, q_rope, latent, rope = _absorbed_prolog(self.config)(
-                x, *angles(positions, self.config), self._down, self.q_b.matrix, self.up_key[...]
+            q_latent, q_rope, cache = _absorbed_prolog(self.config)(
+                x, positions, self._down, self.q_b.matrix, self.up_key[...], cache
             )
         with jax.named_scope("core"):
-            cache = cache.write(latent, rope, positions)
             q_rope = q_rope.astype(cache.rope.dtype)
             found = latent_attention(
                 q_latent.astype(cache.rope.dtype),
@@ -101,7 +100,7 @@ class MLA(nnx.Module):
                     jnp.concatenate([q_low, latent, rope], axis=-1), axes, axis=0, tiled=True
                 )
                 q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
-                q_nope, q_rope = _query(config, q_low, cos, sin, self.q_b.matrix)
+                q_nope, q_rope = _query_kernel(config)(q_low, cos, sin, self.q_b.matrix)
             else:
                 q_nope, q_rope, latent, rope = _expanded_prolog(config)(
                     x, cos, sin, self._down, self.q_b.matrix
@@ -110,14 +109,7 @@ class MLA(nnx.Module):
         with jax.named_scope("core"):
             k_nope = jnp.einsum("bkc,hnc->bkhn", latent, self.up_key[...])
             value = jnp.einsum("bkc,hcv->bkhv", latent, self.up_value[...])
-            rope = jnp.broadcast_to(rope[:, :, None], (*k_nope.shape[:3], rope.shape[-1]))
-            heads = attention(
-                jnp.concatenate([q_nope, q_rope], axis=-1),
-                jnp.concatenate([k_nope, rope], axis=-1),
-                value,
-                scale=softmax_scale(config),
-                causal=True,
-            )
+            heads = _attend_kernel(config)(q_nope, q_rope, k_nope, rope, value)
         with jax.named_scope("output"):
             if share:
                 heads = lax.all_to_all(heads, axes, split_axis=0, concat_axis=2, tiled=True)
@@ -167,6 +159,33 @@ def _down_prolog(config: MoEConfig) -> Callable:
 
 
 @functools.cache
+def _query_kernel(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(q_low, cos, sin, q_b):
+        return _query(config, q_low, cos, sin, q_b)
+
+    return prolog
+
+
+@functools.cache
+def _attend_kernel(config: MoEConfig) -> Callable:
+    """FA takes the rotated parts as operands of their own: nothing is concatenated in HBM."""
+
+    @fused("FlashAttention")
+    def attend(q_nope, q_rope, k_nope, k_rope, value):
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+        return attention(
+            jnp.concatenate([q_nope, q_rope], axis=-1),
+            jnp.concatenate([k_nope, k_rope], axis=-1),
+            value,
+            scale=softmax_scale(config),
+            causal=True,
+        )
+
+    return attend
+
+
+@functools.cache
 def _expanded_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
     def prolog(x, cos, sin, down, q_b):
@@ -179,9 +198,11 @@ def _expanded_prolog(config: MoEConfig) -> Callable:
 @functools.cache
 def _absorbed_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
-    def prolog(x, cos, sin, down, q_b, up_key):
+    def prolog(x, positions, down, q_b, up_key, cache):
+        cos, sin = angles(positions, config)
         q_low, latent, rope = _project_down(config, x, cos, sin, down)
         q_nope, q_rope = _query(config, q_low, cos, sin, q_b)
-        return jnp.einsum("bqhn,hnc->bqhc", q_nope, up_key), q_rope, latent, rope
+        q_latent = jnp.einsum("bqhn,hnc->bqhc", q_nope, up_key)
+        return q_latent, q_rope, cache.write(latent, rope, positions)
 
     return prolog

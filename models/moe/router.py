@@ -35,6 +35,11 @@ def gate(
     return chosen.astype(jnp.int32), weights * config.routed_scale
 
 
+@fused("Gate")
+def _scores(x, weight):
+    return jnp.matmul(x.astype(jnp.float32), weight)
+
+
 class Router(nnx.Module):
     """Scores in float32 whatever the model's precision: a wrong expert is a large error."""
 
@@ -49,6 +54,6 @@ class Router(nnx.Module):
         self, x: Float[Array, "tokens hidden"]
     ) -> tuple[Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
         """Chosen experts and their weights."""
-        logits = jnp.matmul(x.astype(jnp.float32), self.weight[...])
+        logits = _scores(x, self.weight[...])
         kernel = fused("GatingTopK")(lambda scores, bias: gate(scores, bias, self.config))
         return kernel(logits, self.bias[...])

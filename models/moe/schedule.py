@@ -58,6 +58,26 @@ class Schedule:
             yield
 
 
+def overlapped_exchange() -> Schedule:
+    """Two microbatches; dispatch and combine move data (SDMA, or a NIC) beside all computation.
+
+    Prefill of the CloudMatrix384 paper (section 4.3) and both phases of DeepSeek's H800 system.
+    """
+    compute = ("compute", None, None)
+    exchange = ("exchange", None, None)
+    return Schedule(
+        microbatches=2,
+        streams={
+            "attention": compute,
+            "router": compute,
+            "experts": compute,
+            "dispatch": exchange,
+            "combine": exchange,
+        },
+        order="stage",
+    )
+
+
 def two_stream_decode() -> Schedule:
     """Decode of the CloudMatrix384 paper (section 4.2): attention on 16 cube and 32 vector cores of
     each die, the MoE on 8 and 16, two microbatches that swap streams."""

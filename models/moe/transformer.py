@@ -79,7 +79,8 @@ class MoELayer(nnx.Module):
     def _experts(self, xs: Activations) -> list[Array]:
         flat = tuple(x.reshape(-1, x.shape[-1]) for x in xs)
         ys = run_moe(self.moe, flat)
-        return [x + y.reshape(x.shape) for x, y in zip(xs, ys, strict=True)]
+        with self.layout.schedule.block("combine"):
+            return [x + y.reshape(x.shape) for x, y in zip(xs, ys, strict=True)]
 
 
 class Stack(nnx.Module):
