@@ -82,6 +82,20 @@ class Timeline:
                     found.append(("/".join(op.scope), op.loop.length, span / op.loop.length))
         return found
 
+    def stream_s(self, length: int) -> dict[str, Array]:
+        """Seconds per iteration that each stream is busy in the loops of `length` iterations."""
+        found: dict[str, Array] = {}
+        bodies = [level for level, _ in self.program.levels]
+        for level in bodies:
+            for op in level.operations:
+                if op.loop is None or op.loop.length != length:
+                    continue
+                duration = _mean(self.parts[bodies.index(op.loop.body)], "total")
+                for i, inner in enumerate(op.loop.body.operations):
+                    name = inner.stream.name
+                    found[name] = found.get(name, jnp.zeros(())) + duration[i]
+        return found
+
     def events(self) -> list[Event]:
         """Every operation of the run in issue order, loops unrolled (one configuration only).
 

@@ -31,6 +31,7 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "unified_buffer_bytes": "bytes",
         "cube_cores": "count",
         "vector_cores": "count",
+        "separate_vector_cores": "flag",
     },
     "fabric": {
         "die": _TIER,

@@ -41,6 +41,8 @@ class Chip:
       l2_bytes: on-chip memory shared by the die's cores.
       l1_bytes, l0c_bytes: per cube core; unified_buffer_bytes: per vector core.
       cube_cores, vector_cores: AIC and AIV counts (streaming multiprocessors on a GPU).
+      separate_vector_cores: True where cube and vector cores are different cores, which streams
+        can own; False where every core does both.
     """
 
     cube_flops_8bit: Scalar
@@ -57,6 +59,7 @@ class Chip:
     unified_buffer_bytes: Scalar
     cube_cores: int = static()
     vector_cores: int = static()
+    separate_vector_cores: bool = static()
 
 
 @_pytree

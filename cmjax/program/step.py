@@ -15,6 +15,7 @@ import jax.export
 import jax.numpy as jnp
 
 from cmjax.program.operation import Program
+from cmjax.program.size import Size
 from cmjax.program.trace import trace
 
 
@@ -28,11 +29,22 @@ class Step:
       sizes: maps what a user gives (its keyword parameters, by name) to the program's symbols;
         parameters with defaults are optional. Must be differentiable, and raise ValueError for
         sizes that make no sense, such as ones that do not divide.
+      weight_bytes, state_bytes: HBM of one rank for parameters, and for inputs and caches.
+      layers: length of the main loop over layers; microbatches: independent chains in it.
+      experts, expert_slots, shared_slots: routed experts, slots of all ranks, and how many of
+        those hold shared experts (a mixture-of-experts model only).
     """
 
     fn: Callable
     args: tuple
     sizes: Callable[..., Mapping[str, Any]]
+    weight_bytes: Size = Size()
+    state_bytes: Size = Size()
+    layers: int = 0
+    microbatches: int = 1
+    experts: int = 0
+    expert_slots: int = 0
+    shared_slots: int = 0
 
     def trace(self) -> Program:
         return trace(self.fn, *self.args)
@@ -84,8 +96,7 @@ def load_step(target: str) -> Step:
         raise ValueError(
             f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
         )
-    annotation = inspect.signature(function).return_annotation
-    if annotation is Step or annotation == "Step":
+    if inspect.signature(function).return_annotation in (Step, "Step"):
         return function()
     return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
 

@@ -78,14 +78,15 @@ def overlapped_exchange() -> Schedule:
     )
 
 
-def two_stream_decode() -> Schedule:
-    """Decode of the CloudMatrix384 paper (section 4.2): attention on 16 cube and 32 vector cores of
-    each die, the MoE on 8 and 16, two microbatches that swap streams."""
-    moe = ("moe", 8, 16)
+def two_stream_decode(cube_cores: int = 24, vector_cores: int = 48) -> Schedule:
+    """Decode of the CloudMatrix384 paper (section 4.2): attention on two thirds of each die's cores
+    (16 cube and 32 vector of 24 and 48), the MoE on the rest; two microbatches swap streams."""
+    cube, vector = cube_cores * 2 // 3, vector_cores * 2 // 3
+    moe = ("moe", cube_cores - cube, vector_cores - vector)
     return Schedule(
         microbatches=2,
         streams={
-            "attention": ("attention", 16, 32),
+            "attention": ("attention", cube, vector),
             "router": moe,
             "dispatch": moe,
             "experts": moe,

@@ -1,0 +1,70 @@
+"""What a user says about a deployment; a model family turns it into a step."""
+
+import dataclasses
+import importlib
+import os
+import sys
+from typing import Literal
+
+from cmjax.hardware import Supernode
+from cmjax.program.step import Step
+
+PROVIDER = "models.moe.deployment"
+"""Module whose `build(deployment, machine)` makes the step. Found by name, as models are programs
+that cmjax prices and not a part of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """One serving instance.
+
+    Fields:
+      phase: `decode` or `prefill`.
+      model: preset name, or the path of a Hugging Face `config.json`.
+      npus: NPUs of the instance. ep: ranks (dies) per expert-parallel group; 0 means all.
+      microbatches: 1, or 2 to overlap.
+      quant: width of matrices and dispatched tokens (8-bit runs as FP8 where the chip has it).
+      kv_cache: format of the latent cache. mtp: one draft token per request and step.
+    """
+
+    phase: Literal["decode", "prefill"]
+    model: str = "deepseek-r1"
+    npus: int = 160
+    ep: int = 0
+    microbatches: int = 2
+    quant: str = "int8"
+    kv_cache: str = "bf16"
+    mtp: bool = True
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("phase", ("decode", "prefill")),
+            ("microbatches", (1, 2)),
+            ("quant", ("int8", "bf16")),
+            ("kv_cache", ("bf16", "int8")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}"
+                )
+        if self.npus < 1:
+            raise ValueError(f"npus must be at least 1, got {self.npus}")
+        if self.ep < 0:
+            raise ValueError(f"ep must be at least 1 (or 0 for all ranks), got {self.ep}")
+
+
+def build_step(deployment: Deployment, machine: Supernode) -> Step:
+    """The step of a deployment.
+
+    Raises: ValueError: the models are not importable from here, or the deployment makes no sense.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        provider = importlib.import_module(PROVIDER)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"cannot import {PROVIDER} ({error.name} is missing): models are run from a checkout "
+            f"of cmjax, not from the wheel; start in its folder (now in {os.getcwd()})"
+        ) from None
+    return provider.build(deployment, machine)
