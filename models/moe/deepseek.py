@@ -135,9 +135,7 @@ def decode_step(model: DeepSeek, inputs: DecodeInputs) -> DecodeOutput:
         raise ValueError(
             f"decode_step: {new - 1} draft(s) per request need an MTP module; build with mtp=True"
         )
-    return DecodeOutput(
-        sampled, accepted + 1, tokens, inputs.lengths + accepted + 1, tuple(caches)
-    )
+    return DecodeOutput(sampled, accepted + 1, tokens, inputs.lengths + accepted + 1, tuple(caches))
 
 
 def prefill_step(model: DeepSeek, inputs: PrefillInputs, kv_cache: KVCache) -> PrefillOutput:
@@ -231,9 +229,7 @@ def abstract_decode(
     """
     layout = _layout(schedule, table, mesh, capacity, sequence_parallel=False)
     total, count = schedule.microbatches * requests, schedule.microbatches
-    cache = jax.eval_shape(
-        lambda: empty_cache(config, requests, context, kv_cache, mtp=bool(mtp))
-    )
+    cache = jax.eval_shape(lambda: empty_cache(config, requests, context, kv_cache, mtp=bool(mtp)))
     inputs = DecodeInputs(
         tokens=jax.ShapeDtypeStruct((total, 1 + mtp), jnp.int32),
         lengths=jax.ShapeDtypeStruct((total,), jnp.int32),
