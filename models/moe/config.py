@@ -166,7 +166,7 @@ _KEYS = {
 def _fields_of(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     if raw.get("model_type") not in ("deepseek_v3",):
         raise ValueError(f"{path}: model_type must be 'deepseek_v3', got {raw.get('model_type')!r}")
-    fields = {field: _integer(raw, key, path) for field, key in _KEYS.items()}
+    fields: dict[str, Any] = {field: _integer(raw, key, path) for field, key in _KEYS.items()}
     fields["routed_scale"] = _number(raw, "routed_scaling_factor", path)
     fields["normalize_weights"] = bool(raw.get("norm_topk_prob", True))
     fields["norm_eps"] = float(raw.get("rms_norm_eps", 1e-6))

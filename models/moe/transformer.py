@@ -166,4 +166,9 @@ def prefill_attention(kv_cache: KVCache) -> Attend:
 
 def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
     """Attend the cache, microbatch `number` at its `lengths`."""
-    return lambda attention, number, x, cache: attention.decode(x, cache, lengths[number])
+
+    def attend(attention, number, x, cache):
+        assert cache is not None, "decoding needs a cache"
+        return attention.decode(x, cache, lengths[number])
+
+    return attend
