@@ -156,7 +156,9 @@ def on_every_rank(
         out = program(*_where_ranked(in_specs, args, lambda x: x.reshape(*inner, *x.shape[1:])))
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(inner) :]), out)
         return _map_prefix(
-            out_specs, out, lambda spec, x: x if spec is RANKED else jax.lax.index_in_dim(x, 0, 0, False)
+            out_specs,
+            out,
+            lambda spec, x: x if spec is RANKED else jax.lax.index_in_dim(x, 0, 0, False),
         )
 
     specs = _partition_specs(("node",))

@@ -92,7 +92,10 @@ def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
             return (out, [None] * len(out)) if p.multiple_results else (out, None)
         names = {"axis_name": axis.name} if named else {}
         out = jax.vmap(
-            functools.partial(reference, **params), in_axes=tuple(dims), axis_size=axis.size, **names
+            functools.partial(reference, **params),
+            in_axes=tuple(dims),
+            axis_size=axis.size,
+            **names,
         )(*args)
         return (out, [0] * len(out)) if p.multiple_results else (out, 0)
 

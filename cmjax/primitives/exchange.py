@@ -118,6 +118,20 @@ def quantize_rows(x: Float[Array, "*rows hidden"]) -> tuple[Array, Float32[Array
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
+def gather_ranks(
+    x: Float[Array, "n *rest"], axes: tuple[str, ...]
+) -> Float[Array, "ranks*n *rest"]:
+    """Concatenate every rank's `x` on axis 0, in rank order.
+
+    One `lax.all_gather` per mesh axis, innermost first: each rank receives the same bytes as in a
+    flat all-gather, the small steps stay within an NPU and a node, and virtual axes allow it (JAX
+    does not batch an all-gather over a tuple of axes).
+    """
+    for axis in reversed(axes):
+        x = lax.all_gather(x, axis, axis=0, tiled=True)
+    return x
+
+
 def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
     tokens, hidden = x.shape
     copies = slots.shape[1]

@@ -165,10 +165,8 @@ _KEYS = {
 
 def _fields_of(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     if raw.get("model_type") not in ("deepseek_v3",):
-        raise ValueError(
-            f"{path}: model_type must be 'deepseek_v3', got {raw.get('model_type')!r}"
-        )
-    fields = {field: _integer(raw, key, path) for field, key in _KEYS.items()}
+        raise ValueError(f"{path}: model_type must be 'deepseek_v3', got {raw.get('model_type')!r}")
+    fields: dict[str, Any] = {field: _integer(raw, key, path) for field, key in _KEYS.items()}
     fields["routed_scale"] = _number(raw, "routed_scaling_factor", path)
     fields["normalize_weights"] = bool(raw.get("norm_topk_prob", True))
     fields["norm_eps"] = float(raw.get("rms_norm_eps", 1e-6))
@@ -231,9 +229,7 @@ def deepseek_v3() -> MoEConfig:
         expert_groups=8,
         groups_per_token=4,
         routed_scale=2.5,
-        yarn=YarnConfig(
-            factor=40.0, original_max_position=4096, mscale=1.0, mscale_all_dim=1.0
-        ),
+        yarn=YarnConfig(factor=40.0, original_max_position=4096, mscale=1.0, mscale_all_dim=1.0),
         max_position=163840,
         mtp_layers=1,
     )

@@ -135,9 +135,7 @@ def decode_step(model: DeepSeek, inputs: DecodeInputs) -> DecodeOutput:
         raise ValueError(
             f"decode_step: {new - 1} draft(s) per request need an MTP module; build with mtp=True"
         )
-    return DecodeOutput(
-        sampled, accepted + 1, tokens, inputs.lengths + accepted + 1, tuple(caches)
-    )
+    return DecodeOutput(sampled, accepted + 1, tokens, inputs.lengths + accepted + 1, tuple(caches))
 
 
 def prefill_step(model: DeepSeek, inputs: PrefillInputs, kv_cache: KVCache) -> PrefillOutput:
@@ -231,15 +229,15 @@ def abstract_decode(
     """
     layout = _layout(schedule, table, mesh, capacity, sequence_parallel=False)
     total, count = schedule.microbatches * requests, schedule.microbatches
-    cache = jax.eval_shape(
-        lambda: empty_cache(config, requests, context, kv_cache, mtp=bool(mtp))
-    )
-    inputs = DecodeInputs(
-        tokens=jax.ShapeDtypeStruct((total, 1 + mtp), jnp.int32),
-        lengths=jax.ShapeDtypeStruct((total,), jnp.int32),
-        caches=(cache,) * count,
-        sampling=_abstract_sampling(total, (1 + mtp,)),
-    )
+
+    def inputs():
+        return DecodeInputs(
+            tokens=jnp.zeros((total, 1 + mtp), jnp.int32),
+            lengths=jnp.zeros((total,), jnp.int32),
+            caches=(empty_cache(config, requests, context, kv_cache, mtp=bool(mtp)),) * count,
+            sampling=_no_sampling(total, (1 + mtp,)),
+        )
+
     fn = decode_fn(config, layout, precision, mtp=bool(mtp))
     return _step(fn, abstract_params(config, layout, precision, mtp=bool(mtp)), inputs, layout)
 
@@ -268,11 +266,14 @@ def abstract_prefill(
     """
     layout = _layout(schedule, table, mesh, capacity, sequence_parallel=sequence_parallel)
     total = schedule.microbatches * sequences
-    inputs = PrefillInputs(
-        tokens=jax.ShapeDtypeStruct((total, prompt), jnp.int32),
-        lengths=jax.ShapeDtypeStruct((total,), jnp.int32),
-        sampling=_abstract_sampling(total, ()),
-    )
+
+    def inputs():
+        return PrefillInputs(
+            tokens=jnp.zeros((total, prompt), jnp.int32),
+            lengths=jnp.zeros((total,), jnp.int32),
+            sampling=_no_sampling(total, ()),
+        )
+
     fn = prefill_fn(config, layout, precision, kv_cache, mtp=bool(mtp))
     return _step(fn, abstract_params(config, layout, precision, mtp=bool(mtp)), inputs, layout)
 
@@ -349,9 +350,9 @@ def _abstract_model(config, layout, precision, mtp):
     return graph, nnx.to_pure_dict(state)
 
 
-def _abstract_sampling(total, extra):
-    each = jax.ShapeDtypeStruct((total,), jnp.float32)
-    return Sampling(jax.ShapeDtypeStruct((total, *extra), jnp.float32), each, each)
+def _no_sampling(total, extra):
+    each = jnp.zeros((total,), jnp.float32)
+    return Sampling(jnp.zeros((total, *extra), jnp.float32), each, each)
 
 
 def _step(fn, params, inputs, layout):
@@ -361,4 +362,5 @@ def _step(fn, params, inputs, layout):
         return jax.ShapeDtypeStruct((layout.ranks, *x.shape), x.dtype)
 
     params = jax.tree.map(lambda spec, x: ranked(x) if spec is RANKED else x, specs, params)
-    return Step(fn, (params, jax.tree.map(ranked, inputs)), (specs, RANKED), RANKED)
+    inputs = jax.tree.map(ranked, jax.eval_shape(inputs))
+    return Step(fn, (params, inputs), (specs, RANKED), RANKED)

@@ -1,6 +1,6 @@
 """SwiGLU feed-forward blocks: the experts in a rank's slots, and the dense (or shared) one.
 
-    y = (silu(x W_gate) * (x W_up)) W_down
+y = (silu(x W_gate) * (x W_up)) W_down
 """
 
 import functools
@@ -25,9 +25,7 @@ class Experts(nnx.Module):
     `down [slots, ffn, hidden]`; int8 ones have scales `[slots, out]`.
     """
 
-    def __init__(
-        self, slots: int, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, slots: int, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs):
         linear = functools.partial(Linear, precision=precision, rngs=rngs, stack=(slots,))
         self.gate_up = linear(hidden, 2 * ffn)
         self.down = linear(ffn, hidden)

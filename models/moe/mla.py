@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cmjax.primitives.attention import attention, latent_attention
+from cmjax.primitives.exchange import gather_ranks
 from cmjax.program.mark import fused
 from models.moe.cache import KVCache, LatentCache
 from models.moe.config import MoEConfig
@@ -35,9 +36,7 @@ class MLA(nnx.Module):
     latent (`up_key`, `up_value`) stay in bfloat16, because absorbed they act on activations.
     """
 
-    def __init__(
-        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.config, self.layout = config, layout
         heads = layout.heads(config)
         dtype = activation_dtype(precision)
@@ -96,9 +95,7 @@ class MLA(nnx.Module):
                 q_low, latent, rope = _down_prolog(config)(x, cos, sin, self._down)
                 cache = LatentCache.of(latent, rope, kind)
                 widths = (config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank)
-                gathered = lax.all_gather(
-                    jnp.concatenate([q_low, latent, rope], axis=-1), axes, axis=0, tiled=True
-                )
+                gathered = gather_ranks(jnp.concatenate([q_low, latent, rope], axis=-1), axes)
                 q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
                 q_nope, q_rope = _query_kernel(config)(q_low, cos, sin, self.q_b.matrix)
             else:

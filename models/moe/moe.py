@@ -36,9 +36,7 @@ class Routed(NamedTuple):
 class MoE(nnx.Module):
     """Experts of one layer, the input norm included; the residual is the caller's."""
 
-    def __init__(
-        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         table = layout.table
         if table.n_experts != config.experts:
             raise ValueError(
@@ -74,9 +72,7 @@ class MoE(nnx.Module):
             shared = jnp.full_like(experts[:, :1], self.layout.table.n_experts)
             experts = jnp.concatenate([experts, shared], axis=1)
             weights = jnp.concatenate([weights, jnp.ones_like(weights[:, :1])], axis=1)
-        slots = choose_slots(
-            experts, self.layout.rank, self.slots_of_expert[...], self.copies[...]
-        )
+        slots = choose_slots(experts, self.layout.rank, self.slots_of_expert[...], self.copies[...])
         return Routed(x, slots, weights)
 
     def send(self, routed: Routed) -> Dispatched:

@@ -21,9 +21,7 @@ from models.moe.transformer import Activations, Attend, MoELayer, Stack, Transfo
 class MTPHead(nnx.Module):
     """The MTP module of one rank."""
 
-    def __init__(
-        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         hidden = config.hidden_size
         self.norm_embed = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.norm_hidden = RMSNorm(hidden, config.norm_eps, rngs=rngs)
@@ -58,9 +56,7 @@ class MTPHead(nnx.Module):
         return tuple(self.norm(x) for x in xs), caches
 
 
-def draft(
-    main: Transformer, hidden: Float[Array, "sequences hidden"]
-) -> Int[Array, "sequences"]:
+def draft(main: Transformer, hidden: Float[Array, "sequences hidden"]) -> Int[Array, "sequences"]:
     """The token the MTP module's hidden state proposes (greedy)."""
     with jax.named_scope("sample"):
         return jnp.argmax(main.logits(hidden), axis=-1).astype(jnp.int32)

@@ -98,9 +98,7 @@ def choose_slots(
     return slots_of_expert[experts, replica]
 
 
-def ep_table(
-    n_experts: int, ranks: int, redundant: int = 0, shared_replicas: int = 0
-) -> SlotTable:
+def ep_table(n_experts: int, ranks: int, redundant: int = 0, shared_replicas: int = 0) -> SlotTable:
     """Expert parallelism over `ranks`: shared replicas, routed experts, then redundant copies.
 
     Redundant slots copy experts 0, 1, 2, ... in turn; a placement optimiser knows better ones.

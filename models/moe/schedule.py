@@ -35,9 +35,7 @@ class Schedule:
         if self.microbatches not in (1, 2):
             raise ValueError(f"Schedule: microbatches must be 1 or 2, got {self.microbatches}")
         if self.order not in ("microbatch", "stage"):
-            raise ValueError(
-                f"Schedule: order must be 'microbatch' or 'stage', got {self.order!r}"
-            )
+            raise ValueError(f"Schedule: order must be 'microbatch' or 'stage', got {self.order!r}")
         unknown = sorted(set(self.streams) - set(BLOCKS))
         if unknown:
             raise ValueError(

@@ -32,9 +32,7 @@ Attend = Callable[[MLA, int, Array, LatentCache | None], tuple[Array, LatentCach
 class DenseLayer(nnx.Module):
     """Attention and a dense feed-forward block."""
 
-    def __init__(
-        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.layout = layout
         self.attention = MLA(config, layout, precision=precision, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
@@ -56,9 +54,7 @@ class DenseLayer(nnx.Module):
 class MoELayer(nnx.Module):
     """Attention and a mixture of experts."""
 
-    def __init__(
-        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.layout = layout
         self.attention = MLA(config, layout, precision=precision, rngs=rngs)
         self.moe = MoE(config, layout, precision=precision, rngs=rngs)
@@ -90,9 +86,7 @@ class Stack(nnx.Module):
         # every stream of the Rngs is split, so that layers differ
         self.layers = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
-    def __call__(
-        self, xs: Activations, caches: Any, attend: Attend
-    ) -> tuple[Activations, Caches]:
+    def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
         """Run all layers. `caches`: per microbatch, stacked over layers, or `None` in prefill."""
         graph, state = nnx.split(self.layers)
 
@@ -110,9 +104,7 @@ class Transformer(nnx.Module):
     `norm`, `head`. Embedding and head are bfloat16 in INT8 models.
     """
 
-    def __init__(
-        self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.config, self.layout = config, layout
         dtype = activation_dtype(precision)
         shape = (config.vocab_size, config.hidden_size)
@@ -175,4 +167,9 @@ def prefill_attention(kv_cache: KVCache) -> Attend:
 
 def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
     """Attend the cache, microbatch `number` at its `lengths`."""
-    return lambda attention, number, x, cache: attention.decode(x, cache, lengths[number])
+
+    def attend(attention, number, x, cache):
+        assert cache is not None, "decoding needs a cache"
+        return attention.decode(x, cache, lengths[number])
+
+    return attend

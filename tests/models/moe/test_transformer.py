@@ -1,0 +1,89 @@
+"""The one-rank model against Hugging Face's logits, and its two attention forms against each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.moe.cache import extend_cache
+from models.moe.checkpoint import load_checkpoint
+from models.moe.config import MoEConfig
+from models.moe.deepseek import DeepSeek
+from models.moe.layout import one_rank
+
+FIXTURES = ("deepseek_v3_tiny", "deepseek_v3_yarn_tiny")
+
+
+@functools.cache
+def _loaded(folder):
+    config = MoEConfig.from_json(folder)
+    model = nnx.eval_shape(
+        lambda: DeepSeek(config, one_rank(config), precision="float32", rngs=nnx.Rngs(params=0))
+    )
+    reference = dict(np.load(folder / "reference.npz"))
+    return nnx.split(model)[0], load_checkpoint(folder, config), reference
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(graph, params, tokens):
+    main = nnx.merge(graph, params).main
+    hidden, caches = main.prefill((tokens,), "float32")
+    return main.logits(hidden[0]), caches[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graph, params, tokens, cache, lengths):
+    main = nnx.merge(graph, params).main
+    hidden, caches = main.decode((tokens,), (cache,), (lengths,))
+    return main.logits(hidden[0]), caches[0]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_logits_equal_hugging_face(data, name):
+    graph, params, reference = _loaded(data / "hf_fixtures" / name)
+    logits, _ = _prefill(graph, params, jnp.asarray(reference["input_ids"], jnp.int32))
+    np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("new", [1, 3])
+def test_prefill_then_absorbed_decode_equals_full_prefill(data, name, new):
+    graph, params, reference = _loaded(data / "hf_fixtures" / name)
+    tokens = jnp.asarray(reference["input_ids"][:, :24], jnp.int32)
+    full, _ = _prefill(graph, params, tokens)
+    prompt = 24 - 2 * new
+    _, cache = _prefill(graph, params, tokens[:, :prompt])
+    cache = extend_cache(cache, 24)
+    for start in range(prompt, 24, new):
+        lengths = jnp.full((2,), start, jnp.int32)
+        got, cache = _decode(graph, params, tokens[:, start : start + new], cache, lengths)
+        np.testing.assert_allclose(got, full[:, start : start + new], atol=1e-5)
+
+
+def test_decode_keeps_requests_of_different_lengths_apart(data):
+    graph, params, reference = _loaded(data / "hf_fixtures" / FIXTURES[0])
+    tokens = jnp.asarray(reference["input_ids"][:, :12], jnp.int32)
+    full, _ = _prefill(graph, params, tokens)
+    _, cache = _prefill(graph, params, tokens)  # entries beyond a request's length are rubbish
+    lengths = jnp.array([5, 9], jnp.int32)
+    got, _ = _decode(graph, params, tokens[jnp.arange(2), lengths][:, None], cache, lengths)
+    np.testing.assert_allclose(got[:, 0], full[jnp.arange(2), lengths], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_greedy_tokens_equal_hugging_face(data, name):
+    graph, params, reference = _loaded(data / "hf_fixtures" / name)
+    prompt = jnp.asarray(reference["greedy_prompt"], jnp.int32)
+    want = reference["greedy_tokens"][0]
+    logits, cache = _prefill(graph, params, prompt)
+    cache = extend_cache(cache, len(want))
+    found = [*np.asarray(prompt[0]), int(jnp.argmax(logits[0, -1]))]
+    while len(found) < len(want):
+        lengths = jnp.array([len(found) - 1], jnp.int32)
+        newest = jnp.array([[found[-1]]], jnp.int32)
+        logits, cache = _decode(graph, params, newest, cache, lengths)
+        found.append(int(jnp.argmax(logits[0, -1])))
+    np.testing.assert_array_equal(found, want)
