@@ -86,7 +86,7 @@ def seconds(
     vector = work("vector_bytes") / (chip.vector_bytes_per_s * static.vector_share)
     hbm_rate = chip.hbm_bytes_per_s * efficiency.hbm
     hbm = (work("read_bytes") + work("write_bytes")) / hbm_rate
-    wire, waiting = exchange_s(table, static, machine)
+    wire, waiting, disturbing = exchange_s(table, static, machine)
     startup = chip.kernel_startup_s * work("launches")
 
     def combined(cube, vector, hbm):
@@ -95,18 +95,18 @@ def seconds(
 
     total = combined(cube, vector, hbm)
     if period_s is not None and len(static.stream) > 1:
-        hbm_left, interference = _contention(static, hbm, total, period_s)
+        hbm_left, interference = _contention(static, hbm, total, disturbing, period_s)
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
     return Seconds(cube, vector, hbm, wire, total)
 
 
-def _contention(static: _Static, hbm, total, period_s):
+def _contention(static: _Static, hbm, total, disturbing, period_s):
     """What the streams of a level take from one another while they overlap.
 
     Streams a and b, busy for D_a and D_b of a period P, overlap for O = D_a + D_b - P. For that
-    part of its time a compute kernel finds HBM busy with the other stream's kernels, and an
-    exchange in progress that slows it down; both are averaged over the stream.
+    part of its time a compute kernel finds HBM busy with the other stream's kernels, and bytes on
+    the wire that slow it down; both are averaged over the stream.
 
     Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
       an exchange (both trivial for exchanges themselves).
@@ -117,7 +117,7 @@ def _contention(static: _Static, hbm, total, period_s):
     overlap = jnp.clip(busy[:, None] + busy[None, :] - period_s, 0.0, most)
     overlap = overlap * (1.0 - np.eye(len(static.stream))) / safe[:, None]
     hbm_busy = static.stream @ jnp.where(static.compute, jnp.minimum(hbm, total), 0.0) / safe
-    exchanging = static.stream @ jnp.where(static.compute, 0.0, total) / safe
+    exchanging = static.stream @ disturbing / safe
     hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 0.9)
     beside = jnp.minimum(overlap @ exchanging, 1.0)
     stream_of = static.stream.T

@@ -7,7 +7,7 @@
 
 Traffic to the own node and to other nodes leaves a die through the same Unified Bus links, so the
 two add; where they are separate networks (NVLink and RDMA) the larger counts. `eta` is the share
-of the point-to-point bandwidth that an expert exchange reaches, 1 for plain collectives; it is
+of the point-to-point bandwidth that an all-to-all reaches, also taken for other collectives; it is
 lower for the bytes that overflow the receiver's L2, as they cross HBM twice. Dispatch
 and combine are the fused operators of the CloudMatrix384 paper, section 4.2: vector cores write
 straight into remote memory, so few cores send slower (`saturation`).
@@ -33,13 +33,13 @@ def exchange_s(table, static, machine: Supernode):
     Args:
       table: work, [operations, len(FIELDS)].
       static: per-operation constants (`engines._Static`).
-    Returns: (wire, waiting), each [operations] in seconds; zero for compute kernels.
+    Returns: (wire, waiting, disturbing), each [operations] in seconds, zero for compute kernels:
+      moving bytes, what overlaps with nothing, and the part that slows kernels beside it.
     """
     tiers, exchange = machine.fabric, machine.exchange
     fused = np.isin(static.kind, ["dispatch", "combine"])
     cores = jnp.minimum(static.vector_cores / exchange.saturation_cores, 1.0)
-    rate_on_chip = jnp.where(fused, exchange.bandwidth * cores, 1.0)
-    rate_from_hbm = jnp.where(fused, exchange.bandwidth_from_hbm * cores, 1.0)
+    cores = jnp.where(fused, cores, 1.0)  # plain collectives are moved by DMA engines
 
     def column(name):
         return table[:, COLUMN[name]]
@@ -49,13 +49,15 @@ def exchange_s(table, static, machine: Supernode):
     # Receive windows are double-buffered, so two of them pass through L2 in turn; once they are
     # twice its size, nothing of them is left there when it is read.
     spilled = jnp.clip(2.0 * received / machine.chip.l2_bytes - 1.0, 0.0, 1.0)
-    if exchange.once_per_node:
+    if exchange.bulk_kernels:
         far = jnp.where(fused & (spilled > 0), column("once_per_node_bytes"), far)
     near = die / tiers.die.bandwidth_bytes_per_s
     node = node / tiers.node.bandwidth_bytes_per_s
     far = far / tiers.supernode.bandwidth_bytes_per_s
     apart = node + far if tiers.shared_ports else jnp.maximum(node, far)
-    wire = jnp.maximum(near, apart) * ((1 - spilled) / rate_on_chip + spilled / rate_from_hbm)
+    rate = (1 - spilled) / exchange.bandwidth + spilled / exchange.bandwidth_from_hbm
+    wire = jnp.maximum(near, apart) * rate / cores
+    disturbing = wire * jnp.where(spilled > 0, 1.0, 0.0) if exchange.bulk_kernels else wire
 
     latencies = jnp.stack(
         [jnp.asarray(t.latency_s, wire.dtype) for t in (tiers.die, tiers.node, tiers.supernode)]
@@ -66,4 +68,4 @@ def exchange_s(table, static, machine: Supernode):
     flags = table[:, COLUMN["flags"]] * exchange.flag_s / static.vector_cores
     hbm_rate = machine.chip.hbm_bytes_per_s * machine.efficiency.hbm
     local = table[:, COLUMN["local_bytes"]] / hbm_rate
-    return wire, latency + startup + flags + local
+    return wire, latency + startup + flags + local, disturbing

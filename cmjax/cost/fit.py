@@ -1,7 +1,9 @@
 """Calibration: least squares on micro-measurements, with gradients through the cost model.
 
-    minimise over theta   sum over rows ( log predicted(theta) - log measured )^2
+    minimise over theta   sum over rows rho( log predicted(theta) - log measured )
 
+with rho(r) = 2 (sqrt(1 + (r/c)^2) - 1) c^2, c = ROBUST: squares near zero, linear for outliers, as
+rows come from different kernels and versions that no one machine description can all meet.
 theta are the few constants whose source in the machine's catalog file reads `fitted by cmjax fit`.
 End-to-end rows never enter; they stay predictions.
 """
@@ -23,6 +25,8 @@ from cmjax.cost.micro import micro
 from cmjax.hardware import Supernode, replace_leaf, sources
 from cmjax.hardware.units import UNITS
 
+ROBUST = 0.05
+"""Relative error beyond which a row pulls linearly instead of quadratically."""
 FITTED = "fitted by cmjax fit"
 
 
@@ -85,6 +89,8 @@ def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) ->
             lambda theta: np.asarray(predicted(theta)) - measured,
             start,
             jac=lambda theta: np.asarray(jacobian(theta)),
+            loss="soft_l1",
+            f_scale=ROBUST,
             bounds=([np.log(1e-9)] * len(keys), [0.0] * len(keys)),  # fractions and seconds below 1
         )
         final = np.exp(np.asarray(predicted(found.x)))

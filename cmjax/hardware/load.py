@@ -49,7 +49,7 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "flag_s": "s",
         "saturation_cores": "number",
         "interference": "fraction",
-        "once_per_node": "flag",
+        "bulk_kernels": "flag",
     },
     "efficiency": {"gemm": "fraction", "attention": "fraction", "hbm": "fraction"},
     "nodes": "count",

@@ -100,9 +100,10 @@ class Exchange:
       dispatch_startup_s, combine_startup_s: fixed time (launch, slot addresses, barriers).
       flag_s: time to count, poll and clear the flags of one source rank, on one vector core.
       saturation_cores: vector cores that saturate the links; fewer send proportionally slower.
-      interference: relative slow-down of compute kernels while an exchange runs beside them.
-      once_per_node: True where the kernels for large batches send a token to a node once and
-        forward it there to the ranks that want it (DeepEP's normal kernels).
+      interference: relative slow-down of compute kernels while bytes of an exchange move.
+      bulk_kernels: True where large batches have kernels of their own, which send a token to a
+        node once and forward it there, and hold cores while they do (DeepEP's normal kernels; its
+        low-latency ones hold none). False where one kind serves all sizes.
     """
 
     bandwidth: Scalar
@@ -112,7 +113,7 @@ class Exchange:
     flag_s: Scalar
     saturation_cores: Scalar
     interference: Scalar
-    once_per_node: bool = static()
+    bulk_kernels: bool = static()
 
 
 @_pytree

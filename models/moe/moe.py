@@ -89,14 +89,9 @@ class MoE(nnx.Module):
         """Combine the routed experts' outputs."""
         return combine(rows, routed.slots, sent.position, routed.weights, **self._exchange)
 
-    def add_shared(
-        self, y: Float[Array, "tokens hidden"], routed: Routed
-    ) -> Float[Array, "tokens hidden"]:
-        """Add the local shared expert, if there is one."""
-        if self.shared is None:
-            return y
-        with self.layout.schedule.block("experts", scope="shared"):
-            return y + self.shared(routed.x)
+    def compute_shared(self, routed: Routed) -> Float[Array, "tokens hidden"] | None:
+        """The local shared expert on this rank's own tokens, if there is one."""
+        return None if self.shared is None else self.shared(routed.x)
 
     @property
     def _exchange(self) -> dict:
@@ -110,24 +105,26 @@ class MoE(nnx.Module):
 
 
 def run_moe(
-    moe: MoE, xs: tuple[Float[Array, "tokens hidden"], ...]
+    moe: MoE, xs: tuple[Float[Array, "tokens hidden"], ...], routed: tuple[Routed, ...]
 ) -> tuple[Float[Array, "tokens hidden"], ...]:
-    """The block on several microbatches, each stage issued for all of them before the next."""
+    """The residual stream after the block, for several routed microbatches: each stage is issued
+    for all of them before the next. The shared expert runs while tokens travel."""
     block = moe.layout.schedule.block
-    routed, sent, rows, ys = [], [], [], []
-    for x in xs:
-        with block("router"):
-            routed.append(moe.route(x))
+    sent, shared, rows, out = [], [], [], []
     for r in routed:
         with block("dispatch"):
             sent.append(moe.send(r))
     for x, s in zip(xs, sent, strict=True):
         with block("experts"):
             rows.append(moe.compute(s, x.dtype))
-    for out, s, r in zip(rows, sent, routed, strict=True):
+    for r in routed:
+        with block("experts", scope="shared"):
+            shared.append(moe.compute_shared(r))
+    for x, y, z, s, r in zip(xs, rows, shared, sent, routed, strict=True):
         with block("combine"):
-            ys.append(moe.receive(out, s, r))
-    return tuple(moe.add_shared(y, r) for y, r in zip(ys, routed, strict=True))
+            x = x + moe.receive(y, s, r)
+            out.append(x if z is None else x + z)
+    return tuple(out)
 
 
 __all__ = ["MoE", "Placement", "Routed", "run_moe"]

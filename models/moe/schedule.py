@@ -29,7 +29,8 @@ class Schedule:
     """Block -> (stream name, cube cores, vector cores); a block not named runs unmarked."""
     order: Literal["microbatch", "stage"] = "microbatch"
     """`microbatch`: a layer issues all blocks of one microbatch, then of the next. `stage`: it
-    issues attention of all microbatches, then dispatch of all, experts of all, combine of all."""
+    issues attention and router of each microbatch, then dispatch of all, experts of all, combine
+    of all."""
 
     def __post_init__(self):
         if self.microbatches not in (1, 2):

@@ -61,22 +61,20 @@ class MoELayer(nnx.Module):
 
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
         by_stage = self.layout.schedule.order == "stage"
-        out, new, waiting = [], [], []
+        out, new, waiting, routed = [], [], [], []
         for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
             with self.layout.schedule.block("attention"):
                 y, written = attend(self.attention, number, x, cache)
-                waiting.append(x + y)
+                x = x + y
+            with self.layout.schedule.block("router"):
+                waiting.append(x.reshape(-1, x.shape[-1]))
+                routed.append(self.moe.route(waiting[-1]))
             new.append(written)
             if not by_stage or number == len(xs) - 1:
-                out += self._experts(tuple(waiting))
-                waiting = []
-        return tuple(out), tuple(new)
-
-    def _experts(self, xs: Activations) -> list[Array]:
-        flat = tuple(x.reshape(-1, x.shape[-1]) for x in xs)
-        ys = run_moe(self.moe, flat)
-        with self.layout.schedule.block("combine"):
-            return [x + y.reshape(x.shape) for x, y in zip(xs, ys, strict=True)]
+                out += run_moe(self.moe, tuple(waiting), tuple(routed))
+                waiting, routed = [], []
+        out = tuple(y.reshape(x.shape) for x, y in zip(xs, out, strict=True))
+        return out, tuple(new)
 
 
 class Stack(nnx.Module):
