@@ -1,0 +1,257 @@
+"""Placement by gradient: relax, descend the priced time while it cools, round, search exactly.
+
+Every layer and every restart moves in one compiled program (`relaxation.py`): Adam on the relaxed
+plan, temperature and smoothing falling geometrically. Half-way the copies are rounded and held, so
+that the places settle around whole copies. Then the plans are rounded (`rounding.py`) and improved
+by exact moves (`local_search.py`). Restart 0 starts from the greedy plan, and the greedy and
+contiguous plans themselves stay in the contest: the answer is, layer by layer, the best of all, so
+it is never worse than either.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float, Int
+
+from cmjax.placement.contiguous import contiguous
+from cmjax.placement.evaluate import lower_bound_time_s
+from cmjax.placement.greedy import greedy
+from cmjax.placement.local_search import descend
+from cmjax.placement.pricing import LayerTime, price_s
+from cmjax.placement.problem import Plan, Problem
+from cmjax.placement.relaxation import RelaxedPlan, relaxed_cost, soft_copies, soft_places
+from cmjax.placement.rounding import round_copies, round_places
+
+OnStep = Callable[[int, int, float], None]
+
+_MOVES_BUDGET = 2**22  # numbers in flight in a search step: about 16 MB of single precision
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """How long and how hot the optimiser runs.
+
+    Attributes:
+      restarts: relaxed plans per layer; the first starts from greedy, the others at random.
+      steps: Adam steps.
+      learning_rate: Adam's.
+      temperatures: Sinkhorn temperature at the first and last step.
+      smoothings: relative perturbation of the tokens at the first and last step.
+      samples: perturbations averaged per step.
+      search_steps: local search steps at most; it stops early when nothing improves.
+      chunk: steps between two looks at the clock.
+    """
+
+    restarts: int = 3
+    steps: int = 120
+    learning_rate: float = 0.05
+    temperatures: tuple[float, float] = (0.5, 0.05)
+    smoothings: tuple[float, float] = (0.1, 0.005)
+    samples: int = 4
+    search_steps: int = 600
+    chunk: int = 20
+
+
+def gradient(
+    problem: Problem,
+    layer_time_s: LayerTime,
+    *,
+    seed: int = 0,
+    seconds: float | None = None,
+    on_step: OnStep | None = None,
+    config: GradientConfig | None = None,
+) -> Plan:
+    """Place experts to minimise the priced time, mean over windows, summed over layers.
+
+    Args:
+      problem: loads, ranks and slots.
+      layer_time_s: the priced layer, `[..., ranks]` tokens to `[...]` seconds; see `pricing`. The
+        compiled program is kept for the next call with the same (hashable) callable.
+      seed: of the restarts and the search. The same seed gives the same plan, unless `seconds` cut
+        the run short.
+      seconds: wall-clock limit, compilation included; a chunk of steps is finished once begun.
+      on_step: called as `on_step(done, total, best)`; `best` is the priced time so far, in seconds.
+      config: see `GradientConfig`.
+    Returns: the best plan found; also on Ctrl-C, then the best so far.
+    """
+    config = config or GradientConfig()
+    deadline = np.inf if seconds is None else time.monotonic() + seconds
+    incumbent = _Incumbent(problem, layer_time_s, on_step, config.steps + config.search_steps)
+    starts = greedy(problem)
+    for start in (starts, contiguous(problem)):
+        incumbent.consider(start.experts[None])
+    try:
+        key = jax.random.key(seed)
+        scale_s = np.maximum(lower_bound_time_s(problem, layer_time_s).mean(0), 1e-30)
+        shared = _Shared(
+            counts=jnp.asarray(problem.loads.counts, jnp.float32),
+            scale_s=jnp.asarray(scale_s, jnp.float32),
+        )
+        half = deadline if seconds is None else deadline - seconds / 2
+        rounded = _relax_and_round(
+            problem, layer_time_s, starts, shared, key, half, config, incumbent
+        )
+        incumbent.consider(rounded)
+        plans = np.concatenate([starts.experts[None], rounded])
+        _search(problem, layer_time_s, plans, shared, key, deadline, config, incumbent)
+    except KeyboardInterrupt:
+        pass
+    return problem.plan(incumbent.experts)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    counts: jax.Array
+    scale_s: jax.Array
+
+
+class _Incumbent:
+    """The best plan so far of every layer, by exact price in double precision."""
+
+    def __init__(self, problem, layer_time_s, on_step, total):
+        self.experts = np.zeros((problem.layers, problem.slots), np.int32)
+        self._time_s = np.full(problem.layers, np.inf)
+        self._problem, self._layer_time_s = problem, layer_time_s
+        self._on_step, self._done, self._total = on_step, 0, total
+
+    def consider(self, plans: Int[np.ndarray, "plans layers slots"]) -> None:
+        for experts in plans:
+            tokens = self._problem.plan(experts).tokens_per_rank(self._problem.loads.counts)
+            time_s = price_s(self._layer_time_s, tokens).mean(0)
+            better = time_s < self._time_s
+            self._time_s = np.where(better, time_s, self._time_s)
+            self.experts = np.where(better[:, None], experts, self.experts)
+
+    @property
+    def time_s(self) -> float:
+        return float(self._time_s.sum())
+
+    def report(self, steps: int) -> None:
+        self._done += steps
+        if self._on_step is not None:
+            self._on_step(self._done, self._total, self.time_s)
+
+
+def _relax_and_round(problem, layer_time_s, start, shared, key, deadline, config, incumbent):
+    """Anneal the relaxed plans and round them: [restarts, layers, slots]."""
+    state = _initial(problem, start, key, config)
+    optimiser = optax.adam(config.learning_rate)
+    moments = optimiser.init(state)
+    fixed = jnp.ones(state.copies.shape)
+    step = partial(_anneal, slots=problem.slots, config=config, layer_time_s=layer_time_s)
+    progress = np.linspace(0, 1, config.steps)
+    temperatures = _geometric(config.temperatures, progress)
+    smoothings = _geometric(config.smoothings, progress)
+    begin, held = 0, False
+    while begin < config.steps:
+        end = min(begin + config.chunk, config.steps)
+        if not held and begin >= config.steps / 2:
+            fixed, held = jnp.asarray(_whole_copies(problem, state), jnp.float32), True
+        schedule = jnp.asarray(
+            np.stack([temperatures[begin:end], smoothings[begin:end]], -1), jnp.float32
+        )
+        state, moments = step(
+            state, moments, shared.counts, shared.scale_s, fixed, float(held), schedule,
+            jax.random.fold_in(key, begin),
+        )  # fmt: skip
+        jax.block_until_ready(state)
+        incumbent.report(end - begin)
+        begin = end
+        if time.monotonic() > deadline:
+            break
+    incumbent.report(config.steps - begin)
+    copies = np.asarray(fixed, np.int64) if held else _whole_copies(problem, state)
+    wishes = _cooled(state.places, jnp.asarray(copies, jnp.float32), config.temperatures[1])
+    rows = config.restarts * problem.layers
+    loads = np.tile(problem.loads.counts.mean(0), (config.restarts, 1))
+    placed = round_places(
+        np.asarray(wishes, np.float64).reshape(rows, problem.experts, problem.ranks),
+        copies.reshape(rows, -1),
+        loads,
+    )
+    return placed.reshape(config.restarts, problem.layers, -1)
+
+
+def _search(problem, layer_time_s, plans, shared, key, deadline, config, incumbent):
+    """Local search from every plan until the steps, the clock or the improvements run out."""
+    work = plans.shape[0] * problem.layers * shared.counts.shape[0] * problem.ranks
+    moves = int(np.clip(_MOVES_BUDGET // work, 16, 256))
+    done, stalled = 0, 0
+    while done < config.search_steps and stalled < 3 and time.monotonic() < deadline:
+        before = incumbent.time_s
+        plans = np.asarray(
+            descend(
+                jnp.asarray(plans), shared.counts, shared.scale_s,
+                jax.random.fold_in(key, config.steps + done), ranks=problem.ranks, moves=moves,
+                steps=config.chunk, layer_time_s=layer_time_s,
+            )
+        )  # fmt: skip
+        incumbent.consider(plans)
+        stalled = stalled + 1 if incumbent.time_s >= before * (1 - 1e-6) else 0
+        done += config.chunk
+        incumbent.report(config.chunk)
+    incumbent.report(max(config.search_steps - done, 0))
+
+
+def _initial(problem, start, key, config) -> RelaxedPlan:
+    """Restart 0 near the greedy plan; the others random, with copies in proportion to load."""
+    layers, experts, ranks = problem.layers, problem.experts, problem.ranks
+    spread = np.zeros((layers, experts, ranks), np.float32)
+    home = np.arange(problem.slots) // problem.slots_per_rank
+    np.maximum.at(spread, (np.arange(layers)[:, None], start.experts, home), 1.0)
+    noise = jax.random.normal(key, (config.restarts, *spread.shape)) * 0.3
+    first = (jnp.arange(config.restarts) == 0)[:, None, None, None]
+    extra = np.maximum(start.copies - 1.0, 0.05).astype(np.float32)
+    places = jnp.where(first, spread + 0.1 * noise, noise)
+    copies = jnp.broadcast_to(jnp.log(extra), (config.restarts, *extra.shape))
+    jitter = jax.random.normal(jax.random.fold_in(key, 1), copies.shape)
+    return RelaxedPlan(places=places, copies=copies + jnp.where(first[..., 0], 0.0, 0.3) * jitter)
+
+
+@partial(jax.jit, static_argnames=("slots", "config", "layer_time_s"))
+def _anneal(
+    state, moments, counts, scale_s, fixed, use_fixed, schedule, key, *, slots, config, layer_time_s
+):
+    """Adam steps down a schedule [steps, (temperature, smoothing)]."""
+    optimiser = optax.adam(config.learning_rate)
+    cost = partial(relaxed_cost, slots=slots, layer_time_s=layer_time_s)
+    by_layer = jax.vmap(cost, (0, 1, 0, 0, None, None, None))
+    by_restart = jax.vmap(by_layer, (0, None, None, 0, None, None, None))
+    shape = (config.samples, counts.shape[0], state.places.shape[-1])
+
+    def step(carry, inputs):
+        state, moments = carry
+        (temperature, smoothing), step_key = inputs
+        noise = smoothing * jax.random.normal(step_key, shape)
+
+        def total(state):
+            return by_restart(state, counts, scale_s, fixed, use_fixed, temperature, noise).sum()
+
+        updates, moments = optimiser.update(jax.grad(total)(state), moments)
+        return (optax.apply_updates(state, updates), moments), None
+
+    keys = jax.random.split(key, schedule.shape[0])
+    (state, moments), _ = jax.lax.scan(step, (state, moments), (schedule, keys))
+    return state, moments
+
+
+@jax.jit
+def _cooled(places, copies, temperature):
+    by_layer = jax.vmap(soft_places, (0, 0, None))
+    return jax.vmap(by_layer, (0, 0, None))(places, copies, temperature)
+
+
+def _whole_copies(problem, state) -> Int[np.ndarray, "restarts layers experts"]:
+    soft = np.asarray(soft_copies(state, problem.slots), np.float64)
+    whole = round_copies(soft.reshape(-1, problem.experts), problem.slots, problem.ranks)
+    return whole.reshape(soft.shape)
+
+
+def _geometric(ends, progress) -> Float[np.ndarray, "steps"]:  # noqa: UP037
+    return ends[0] * (ends[1] / ends[0]) ** progress
