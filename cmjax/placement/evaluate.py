@@ -26,8 +26,8 @@ class Evaluation:
     """
 
     par: Float[np.ndarray, "windows layers"]
-    time_s: Float[np.ndarray, "windows"]  # noqa: UP037 - a shape, not a name
-    lower_bound_s: Float[np.ndarray, "windows"]  # noqa: UP037
+    time_s: Float[np.ndarray, "windows"]
+    lower_bound_s: Float[np.ndarray, "windows"]
 
     @property
     def mean_par(self) -> float:

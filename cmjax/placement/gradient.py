@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +84,9 @@ def gradient(
     config = config or GradientConfig()
     deadline = np.inf if seconds is None else time.monotonic() + seconds
     incumbent = _Incumbent(problem, layer_time_s, on_step, config.steps + config.search_steps)
-    starts = greedy(problem)
-    for start in (starts, contiguous(problem)):
-        incumbent.consider(start.experts[None])
+    start = greedy(problem)
+    for plan in (start, contiguous(problem)):
+        incumbent.consider(plan.experts[None])
     try:
         key = jax.random.key(seed)
         scale_s = np.maximum(lower_bound_time_s(problem, layer_time_s).mean(0), 1e-30)
@@ -95,10 +96,10 @@ def gradient(
         )
         half = deadline if seconds is None else deadline - seconds / 2
         rounded = _relax_and_round(
-            problem, layer_time_s, starts, shared, key, half, config, incumbent
+            problem, layer_time_s, start, shared, key, half, config, incumbent
         )
         incumbent.consider(rounded)
-        plans = np.concatenate([starts.experts[None], rounded])
+        plans = np.concatenate([start.experts[None], rounded])
         _search(problem, layer_time_s, plans, shared, key, deadline, config, incumbent)
     except KeyboardInterrupt:
         pass
@@ -142,7 +143,7 @@ def _relax_and_round(problem, layer_time_s, start, shared, key, deadline, config
     """Anneal the relaxed plans and round them: [restarts, layers, slots]."""
     state = _initial(problem, start, key, config)
     optimiser = optax.adam(config.learning_rate)
-    moments = optimiser.init(state)
+    moments = optimiser.init(cast(optax.Params, state))
     fixed = jnp.ones(state.copies.shape)
     step = partial(_anneal, slots=problem.slots, config=config, layer_time_s=layer_time_s)
     progress = np.linspace(0, 1, config.steps)
@@ -253,5 +254,5 @@ def _whole_copies(problem, state) -> Int[np.ndarray, "restarts layers experts"]:
     return whole.reshape(soft.shape)
 
 
-def _geometric(ends, progress) -> Float[np.ndarray, "steps"]:  # noqa: UP037
+def _geometric(ends, progress) -> Float[np.ndarray, "steps"]:
     return ends[0] * (ends[1] / ends[0]) ** progress

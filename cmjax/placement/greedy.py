@@ -90,5 +90,3 @@ def _experts_by_node(loads, groups, nodes):
     size = experts // groups
     packed = pack(loads.reshape(layers, groups, size).sum(-1), nodes)
     return (packed[:, :, None] * size + np.arange(size)).reshape(layers, experts)
-
-

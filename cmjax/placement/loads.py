@@ -43,9 +43,9 @@ class Loads:
             raise ValueError(
                 f"{self.source}: expected {_SHAPES}, found an array of shape {counts.shape}"
             )
-        counts = counts.astype(np.float64).reshape(-1, *counts.shape[-2:])
         if counts.size == 0:
             raise ValueError(f"{self.source}: expected {_SHAPES}, found no counts")
+        counts = counts.astype(np.float64).reshape(-1, *counts.shape[-2:])
         for name, bad in (
             ("NaN", np.isnan(counts)),
             ("infinite", np.isinf(counts)),
@@ -290,7 +290,10 @@ def _listed(data):
     """Objects whose keys are 0..n or 1..n as lists in numeric order: layers and experts by name."""
     if isinstance(data, Mapping) and data and all(name.isdecimal() for name in data):
         names = sorted(data, key=int)
-        if [int(name) for name in names] in (list(range(len(names))), list(range(1, len(names) + 1))):
+        if [int(name) for name in names] in (
+            list(range(len(names))),
+            list(range(1, len(names) + 1)),
+        ):
             return [_listed(data[name]) for name in names]
     return data
 

@@ -27,7 +27,7 @@ _RESOLUTION = 3e-7  # smaller gains are rounding errors of single precision
 def descend(
     experts: Int[Array, "plans layers slots"],
     counts: Float[Array, "windows layers experts"],
-    scale_s: Float[Array, "layers"],  # noqa: UP037
+    scale_s: Float[Array, "layers"],
     key: Key[Array, ""],
     *,
     ranks: int,

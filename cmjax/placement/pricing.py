@@ -1,9 +1,9 @@
 """What a placement is judged by: the priced time of one MoE layer.
 
 The price is a callable `layer_time_s(tokens_per_rank)` that the caller passes in. It takes the
-tokens on every rank, `[..., ranks]`, in the unit of the loads, and returns seconds, `[...]`. It must
-be pure, traceable by JAX and non-decreasing in every rank's tokens; typically it is constants plus
-an affine or piecewise affine function of the slowest rank.
+tokens on every rank, `[..., ranks]`, in the unit of the loads, and returns seconds, `[...]`. It
+must be pure, traceable by JAX and non-decreasing in every rank's tokens; typically it is constants
+plus an affine or piecewise affine function of the slowest rank.
 """
 
 from collections.abc import Callable

@@ -194,9 +194,7 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f"{source}: expected an object with format {_FORMAT!r}")
         if data.get("version") != _VERSION:
-            raise ValueError(
-                f"{source}: expected version {_VERSION}, got {data.get('version')!r}"
-            )
+            raise ValueError(f"{source}: expected version {_VERSION}, got {data.get('version')!r}")
         try:
             slots = np.array(data["expert_of_slot"])
             return cls(slots, int(data["experts"]), int(data["ranks"]), int(data["nodes"]))

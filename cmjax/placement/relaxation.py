@@ -51,7 +51,7 @@ def soft_copies(plan: RelaxedPlan, slots: int) -> Float[Array, "*batch experts"]
 
 def soft_places(
     places: Float[Array, "experts ranks"],
-    copies: Float[Array, "experts"],  # noqa: UP037
+    copies: Float[Array, "experts"],
     temperature: float | Array,
 ) -> Float[Array, "experts ranks"]:
     """Fractional copies of each expert on each rank; rows sum to `copies` exactly.
@@ -78,7 +78,7 @@ def relaxed_cost(
     plan: RelaxedPlan,
     counts: Float[Array, "windows experts"],
     scale_s: float | Array,
-    fixed_copies: Float[Array, "experts"],  # noqa: UP037
+    fixed_copies: Float[Array, "experts"],
     use_fixed: float | Array,
     temperature: float | Array,
     noise: Float[Array, "samples windows ranks"],
