@@ -222,17 +222,19 @@ def _anneal(
     """Adam steps down a schedule [steps, (temperature, smoothing)]."""
     optimiser = optax.adam(config.learning_rate)
     cost = partial(relaxed_cost, slots=slots, layer_time_s=layer_time_s)
-    by_layer = jax.vmap(cost, (0, 1, 0, 0, None, None, None))
-    by_restart = jax.vmap(by_layer, (0, None, None, 0, None, None, None))
+    by_layer = jax.vmap(cost, (0, 1, 0, 0, None, None, None, None))
+    by_restart = jax.vmap(by_layer, (0, None, None, 0, None, None, None, None))
     shape = (config.samples, counts.shape[0], state.places.shape[-1])
 
     def step(carry, inputs):
         state, moments = carry
         (temperature, smoothing), step_key = inputs
-        noise = smoothing * jax.random.normal(step_key, shape)
+        noise = jax.random.normal(step_key, shape)
 
         def total(state):
-            return by_restart(state, counts, scale_s, fixed, use_fixed, temperature, noise).sum()
+            return by_restart(
+                state, counts, scale_s, fixed, use_fixed, temperature, smoothing, noise
+            ).sum()
 
         updates, moments = optimiser.update(jax.grad(total)(state), moments)
         return (optax.apply_updates(state, updates), moments), None

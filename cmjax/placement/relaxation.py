@@ -6,14 +6,19 @@ Two relaxed choices per layer:
     places   X[e, r] = transport plan nearest to exp(θ/τ), with row sums c and column sums
                        slots_per_rank, by Sinkhorn's iteration (Cuturi, 2013)
 
-An even split over copies sends X[e, r] / c[e] of expert e's tokens to rank r. As the temperature τ
-falls, X approaches a vertex: whole copies on ranks. The uniform X balances perfectly and places
-nothing, so it is the falling temperature, not the objective, that forces a decision, and the
-gradient that keeps the decision balanced.
+An even split over copies sends X[e, r] / c[e] of expert e's tokens to rank r. The uniform X
+balances perfectly and places nothing, so the price of the *mean* tokens is no guide. What is
+descended is the expected price of a random rounding: each X[e, r] is the chance of a copy there,
+which gives a rank's tokens the variance
 
-The price is piecewise: its gradient names only the slowest rank. It is smoothed by averaging over
-random perturbations of the tokens, of relative size σ (randomised smoothing; Duchi, Bartlett and
-Wainwright, 2012), which needs nothing of the price but that it can be called.
+    v[r] = sum over experts of (load[e] / c[e])² · X[e, r] · (1 - X[e, r]),
+
+taken as Gaussian and averaged over samples. An undecided X is dear, a decided one is priced
+exactly, and the falling temperature τ brings X to whole copies on ranks.
+
+The price is piecewise: its gradient names only the slowest rank. The samples smooth it too
+(randomised smoothing; Duchi, Bartlett and Wainwright, 2012), with a floor σ of their relative
+size, and need nothing of the price but that it can be called.
 """
 
 from dataclasses import dataclass
@@ -81,12 +86,13 @@ def relaxed_cost(
     fixed_copies: Float[Array, "experts"],
     use_fixed: float | Array,
     temperature: float | Array,
+    smoothing: float | Array,
     noise: Float[Array, "samples windows ranks"],
     *,
     slots: int,
     layer_time_s: LayerTime,
 ) -> Float[Array, ""]:
-    """Smoothed price of one layer's relaxed plan, relative to `scale_s`, mean over windows.
+    """Expected price of rounding one layer's relaxed plan, relative to `scale_s`, over windows.
 
     Args:
       plan: relaxed plan of the layer.
@@ -94,13 +100,18 @@ def relaxed_cost(
       scale_s: seconds that count as one.
       fixed_copies: whole copies to use in place of the relaxed ones where `use_fixed` is 1.
       temperature: τ, above 0.
-      noise: relative perturbations of the tokens, for the smoothing; zeros give the price itself.
+      smoothing: σ, least standard deviation of a rank's tokens relative to their mean, above 0.
+      noise: standard normal samples; zeros give the price of the mean tokens.
       slots: physical slots of the layer.
       layer_time_s: the priced layer.
     """
     copies = use_fixed * fixed_copies + (1 - use_fixed) * soft_copies(plan, slots)
     placed = soft_places(plan.places, copies, temperature)
     tokens = counts @ (placed / copies[:, None])
-    time_s = layer_time_s(tokens * (1 + noise)).mean()
+    chance = jnp.clip(placed, 0, 1)
+    variance = jnp.square(counts / copies) @ (chance * (1 - chance))
+    floor = jnp.square(smoothing * tokens.mean(-1, keepdims=True))
+    sampled = tokens + jnp.sqrt(variance + floor) * noise
+    time_s = layer_time_s(sampled).mean()
     crowding = jnp.square(jax.nn.relu(placed - 1)).sum() / slots
     return time_s / scale_s + _CROWDING * crowding
