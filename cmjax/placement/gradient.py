@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from cmjax.placement.contiguous import contiguous
 from cmjax.placement.evaluate import lower_bound_time_s
 from cmjax.placement.greedy import greedy
-from cmjax.placement.local_search import descend
+from cmjax.placement.local_search import DRAWS, descend
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Plan, Problem
 from cmjax.placement.relaxation import RelaxedPlan, relaxed_cost, soft_copies, soft_places
@@ -88,7 +88,7 @@ def gradient(
     for plan in (start, contiguous(problem)):
         incumbent.consider(plan.experts[None])
     try:
-        key = jax.random.key(seed)
+        rng = np.random.default_rng(seed)
         scale_s = np.maximum(lower_bound_time_s(problem, layer_time_s).mean(0), 1e-30)
         shared = _Shared(
             counts=jnp.asarray(problem.loads.counts, jnp.float32),
@@ -96,11 +96,11 @@ def gradient(
         )
         half = deadline if seconds is None else deadline - seconds / 2
         rounded = _relax_and_round(
-            problem, layer_time_s, start, shared, key, half, config, incumbent
+            problem, layer_time_s, start, shared, rng, half, config, incumbent
         )
         incumbent.consider(rounded)
         plans = np.concatenate([start.experts[None], rounded])
-        _search(problem, layer_time_s, plans, shared, key, deadline, config, incumbent)
+        _search(problem, layer_time_s, plans, shared, rng, deadline, config, incumbent)
     except KeyboardInterrupt:
         pass
     return problem.plan(incumbent.experts)
@@ -139,9 +139,9 @@ class _Incumbent:
             self._on_step(self._done, self._total, self.time_s)
 
 
-def _relax_and_round(problem, layer_time_s, start, shared, key, deadline, config, incumbent):
+def _relax_and_round(problem, layer_time_s, start, shared, rng, deadline, config, incumbent):
     """Anneal the relaxed plans and round them: [restarts, layers, slots]."""
-    state = _initial(problem, start, key, config)
+    state = _initial(problem, start, rng, config)
     optimiser = optax.adam(config.learning_rate)
     moments = optimiser.init(cast(optax.Params, state))
     fixed = jnp.ones(state.copies.shape)
@@ -149,8 +149,9 @@ def _relax_and_round(problem, layer_time_s, start, shared, key, deadline, config
     progress = np.linspace(0, 1, config.steps)
     temperatures = _geometric(config.temperatures, progress)
     smoothings = _geometric(config.smoothings, progress)
+    samples = (config.samples, problem.loads.counts.shape[0], problem.ranks)
     begin, held = 0, False
-    while begin < config.steps:
+    while begin < config.steps and time.monotonic() < deadline:
         end = min(begin + config.chunk, config.steps)
         if not held and begin >= config.steps / 2:
             fixed, held = jnp.asarray(_whole_copies(problem, state), jnp.float32), True
@@ -159,13 +160,11 @@ def _relax_and_round(problem, layer_time_s, start, shared, key, deadline, config
         )
         state, moments = step(
             state, moments, shared.counts, shared.scale_s, fixed, float(held), schedule,
-            jax.random.fold_in(key, begin),
+            jnp.asarray(rng.standard_normal((end - begin, *samples)), jnp.float32),
         )  # fmt: skip
         jax.block_until_ready(state)
         incumbent.report(end - begin)
         begin = end
-        if time.monotonic() > deadline:
-            break
     incumbent.report(config.steps - begin)
     copies = np.asarray(fixed, np.int64) if held else _whole_copies(problem, state)
     wishes = _cooled(state.places, jnp.asarray(copies, jnp.float32), config.temperatures[1])
@@ -179,18 +178,18 @@ def _relax_and_round(problem, layer_time_s, start, shared, key, deadline, config
     return placed.reshape(config.restarts, problem.layers, -1)
 
 
-def _search(problem, layer_time_s, plans, shared, key, deadline, config, incumbent):
+def _search(problem, layer_time_s, plans, shared, rng, deadline, config, incumbent):
     """Local search from every plan until the steps, the clock or the improvements run out."""
     work = plans.shape[0] * problem.layers * shared.counts.shape[0] * problem.ranks
     moves = int(np.clip(_MOVES_BUDGET // work, 16, 256))
     done, stalled = 0, 0
     while done < config.search_steps and stalled < 3 and time.monotonic() < deadline:
         before = incumbent.time_s
+        draws = rng.random((*plans.shape[:2], config.chunk, DRAWS, moves), np.float32)
         plans = np.asarray(
             descend(
-                jnp.asarray(plans), shared.counts, shared.scale_s,
-                jax.random.fold_in(key, config.steps + done), ranks=problem.ranks, moves=moves,
-                steps=config.chunk, layer_time_s=layer_time_s,
+                jnp.asarray(plans), shared.counts, shared.scale_s, jnp.asarray(draws),
+                ranks=problem.ranks, layer_time_s=layer_time_s,
             )
         )  # fmt: skip
         incumbent.consider(plans)
@@ -200,36 +199,44 @@ def _search(problem, layer_time_s, plans, shared, key, deadline, config, incumbe
     incumbent.report(max(config.search_steps - done, 0))
 
 
-def _initial(problem, start, key, config) -> RelaxedPlan:
+def _initial(problem, start, rng, config) -> RelaxedPlan:
     """Restart 0 near the greedy plan; the others random, with copies in proportion to load."""
     layers, experts, ranks = problem.layers, problem.experts, problem.ranks
     spread = np.zeros((layers, experts, ranks), np.float32)
     home = np.arange(problem.slots) // problem.slots_per_rank
     np.maximum.at(spread, (np.arange(layers)[:, None], start.experts, home), 1.0)
-    noise = jax.random.normal(key, (config.restarts, *spread.shape)) * 0.3
-    first = (jnp.arange(config.restarts) == 0)[:, None, None, None]
+    places = 0.3 * rng.standard_normal((config.restarts, *spread.shape), np.float32)
+    places[0] = spread + places[0] / 3
     extra = np.maximum(start.copies - 1.0, 0.05).astype(np.float32)
-    places = jnp.where(first, spread + 0.1 * noise, noise)
-    copies = jnp.broadcast_to(jnp.log(extra), (config.restarts, *extra.shape))
-    jitter = jax.random.normal(jax.random.fold_in(key, 1), copies.shape)
-    return RelaxedPlan(places=places, copies=copies + jnp.where(first[..., 0], 0.0, 0.3) * jitter)
+    jitter = 0.3 * rng.standard_normal((config.restarts, *extra.shape), np.float32)
+    jitter[0] = 0
+    return RelaxedPlan(places=jnp.asarray(places), copies=jnp.asarray(np.log(extra) + jitter))
 
 
 @partial(jax.jit, static_argnames=("slots", "config", "layer_time_s"))
 def _anneal(
-    state, moments, counts, scale_s, fixed, use_fixed, schedule, key, *, slots, config, layer_time_s
+    state,
+    moments,
+    counts,
+    scale_s,
+    fixed,
+    use_fixed,
+    schedule,
+    noise,
+    *,
+    slots,
+    config,
+    layer_time_s,
 ):
-    """Adam steps down a schedule [steps, (temperature, smoothing)]."""
+    """Adam steps down a schedule [steps, (temperature, smoothing)], with noise for every step."""
     optimiser = optax.adam(config.learning_rate)
     cost = partial(relaxed_cost, slots=slots, layer_time_s=layer_time_s)
     by_layer = jax.vmap(cost, (0, 1, 0, 0, None, None, None, None))
     by_restart = jax.vmap(by_layer, (0, None, None, 0, None, None, None, None))
-    shape = (config.samples, counts.shape[0], state.places.shape[-1])
 
     def step(carry, inputs):
         state, moments = carry
-        (temperature, smoothing), step_key = inputs
-        noise = jax.random.normal(step_key, shape)
+        (temperature, smoothing), noise = inputs
 
         def total(state):
             return by_restart(
@@ -239,8 +246,7 @@ def _anneal(
         updates, moments = optimiser.update(jax.grad(total)(state), moments)
         return (optax.apply_updates(state, updates), moments), None
 
-    keys = jax.random.split(key, schedule.shape[0])
-    (state, moments), _ = jax.lax.scan(step, (state, moments), (schedule, keys))
+    (state, moments), _ = jax.lax.scan(step, (state, moments), (schedule, noise))
     return state, moments
 
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from cmjax.placement.pricing import LayerTime
 
@@ -23,36 +23,37 @@ _EVENNESS = 1e-2  # weight of the spread of tokens: breaks ties between plans of
 _RESOLUTION = 3e-7  # smaller gains are rounding errors of single precision
 
 
-@partial(jax.jit, static_argnames=("ranks", "moves", "steps", "layer_time_s"))
+DRAWS = 5  # random numbers a move takes
+
+
+@partial(jax.jit, static_argnames=("ranks", "layer_time_s"))
 def descend(
     experts: Int[Array, "plans layers slots"],
     counts: Float[Array, "windows layers experts"],
     scale_s: Float[Array, "layers"],
-    key: Key[Array, ""],
+    draws: Float[Array, "plans layers steps 5 moves"],
     *,
     ranks: int,
-    moves: int,
-    steps: int,
     layer_time_s: LayerTime,
 ) -> Int[Array, "plans layers slots"]:
-    """Improve every plan of every layer by `steps` steps of the best of `moves` random moves.
+    """Improve every plan of every layer, step by step, by the best of some random moves.
 
     Args:
       experts: expert of each slot, slots of rank 0 first.
       counts: tokens.
       scale_s: seconds that count as one, per layer.
-      key: randomness, shared by no two layers or plans.
-      ranks, moves, steps: sizes.
+      draws: uniform numbers in [0, 1), which say what moves each step tries. They are drawn
+        outside: a generator inside the loop takes longer to compile than the search to run.
+      ranks: ranks the slots are dealt to.
       layer_time_s: the priced layer.
     Returns: plans of the same shape, none of higher price.
     """
-    plans, layers, _ = experts.shape
-    keys = jax.random.split(key, (plans, layers, steps))
-    one = partial(_descend_layer, ranks=ranks, moves=moves, layer_time_s=layer_time_s)
-    return jax.vmap(jax.vmap(one, (0, 1, 0, 0)), (0, None, None, 0))(experts, counts, scale_s, keys)
+    one = partial(_descend_layer, ranks=ranks, layer_time_s=layer_time_s)
+    by_layer = jax.vmap(one, (0, 1, 0, 0))
+    return jax.vmap(by_layer, (0, None, None, 0))(experts, counts, scale_s, draws)
 
 
-def _descend_layer(experts, counts, scale_s, keys, *, ranks, moves, layer_time_s):
+def _descend_layer(experts, counts, scale_s, draws, *, ranks, layer_time_s):
     """One plan of one layer: experts [slots], counts [windows, experts]."""
     slots, size = experts.shape[0], experts.shape[0] // ranks
     home = jnp.arange(slots) // size
@@ -65,9 +66,9 @@ def _descend_layer(experts, counts, scale_s, keys, *, ranks, moves, layer_time_s
         uneven = jnp.square(relative - 1).mean((-1, -2))
         return layer_time_s(tokens).mean(-1) / scale_s + _EVENNESS * uneven
 
-    def step(state, key):
+    def step(state, drawn):
         experts, spread, tokens = state
-        i, j, from_i, from_j = _draw(key, tokens, slots, size, moves)
+        i, j, from_i, from_j = _moves(drawn, tokens, slots, size)
         e, f = experts[i], experts[j]
         here, there = jax.nn.one_hot(home[i], ranks), jax.nn.one_hot(home[j], ranks)
         # Rank by rank, expert e gains what f loses.
@@ -97,21 +98,23 @@ def _descend_layer(experts, counts, scale_s, keys, *, ranks, moves, layer_time_s
         )
         return state, None
 
-    (experts, _, _), _ = jax.lax.scan(step, (experts, spread, tokens), keys)
+    (experts, _, _), _ = jax.lax.scan(step, (experts, spread, tokens), draws)
     return experts
 
 
-def _draw(key, tokens, slots, size, moves):
+def _moves(drawn, tokens, slots, size):
     """Random moves: slots i and j, and whether i and j change hands (1.0 or 0.0), each [moves]."""
-    window_key, busy_key, i_key, j_key, kind_key = jax.random.split(key, 5)
-    window = jax.random.randint(window_key, (moves,), 0, tokens.shape[0])
-    busiest = tokens.argmax(-1)[window]
-    anywhere = jax.random.randint(i_key, (moves,), 0, slots)
-    busy = jax.random.uniform(busy_key, (moves,)) < 0.75
-    i = jnp.where(busy, busiest * size + anywhere % size, anywhere)
-    j = jax.random.randint(j_key, (moves,), 0, slots)
-    kind = jax.random.randint(kind_key, (moves,), 0, 4)  # 0, 1: swap; 2: replicate; 3: retire
-    return i, j, (kind != 2).astype(tokens.dtype), (kind != 3).astype(tokens.dtype)
+    window, busy, slot_i, slot_j, kind = drawn
+    busiest = tokens.argmax(-1)[_integer(window, tokens.shape[0])]
+    anywhere = _integer(slot_i, slots)
+    i = jnp.where(busy < 0.75, busiest * size + anywhere % size, anywhere)
+    kind = _integer(kind, 4)  # 0, 1: swap; 2: replicate; 3: retire
+    from_i, from_j = (kind != 2).astype(tokens.dtype), (kind != 3).astype(tokens.dtype)
+    return i, _integer(slot_j, slots), from_i, from_j
+
+
+def _integer(uniform, below):
+    return jnp.minimum((uniform * below).astype(jnp.int32), below - 1)
 
 
 def _share(spread):

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-_BALANCE = 1.0  # relative load of a rank that outweighs a full wish for it
+_BALANCE = 10.0  # a tenth of the mean load outweighs a full wish: wishes break near-ties
 _SECOND_COPY = 1e3  # outweighs any wish and any load: only when no other rank has room
 
 
