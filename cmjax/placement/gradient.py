@@ -9,7 +9,7 @@ it is never worse than either.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -58,6 +58,13 @@ class GradientConfig:
     search_steps: int = 600
     chunk: int = 20
 
+    def __post_init__(self):
+        for name in ("restarts", "samples", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"GradientConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+
 
 def gradient(
     problem: Problem,
@@ -73,7 +80,7 @@ def gradient(
     Args:
       problem: loads, ranks and slots.
       layer_time_s: the priced layer, `[..., ranks]` tokens to `[...]` seconds; see `pricing`. The
-        compiled program is kept for the next call with the same (hashable) callable.
+        compiled program is kept for the next call with the same callable.
       seed: of the restarts and the search. The same seed gives the same plan, unless `seconds` cut
         the run short.
       seconds: wall-clock limit, compilation included; a chunk of steps is finished once begun.
@@ -82,6 +89,8 @@ def gradient(
     Returns: the best plan found; also on Ctrl-C, then the best so far.
     """
     config = config or GradientConfig()
+    if not isinstance(layer_time_s, Hashable):
+        layer_time_s = partial(_call, layer_time_s)  # jit keys its programs by hashable callables
     deadline = np.inf if seconds is None else time.monotonic() + seconds
     incumbent = _Incumbent(problem, layer_time_s, on_step, config.steps + config.search_steps)
     start = greedy(problem)
@@ -104,6 +113,10 @@ def gradient(
     except KeyboardInterrupt:
         pass
     return problem.plan(incumbent.experts)
+
+
+def _call(function, argument):
+    return function(argument)
 
 
 @dataclass(frozen=True)
@@ -144,8 +157,10 @@ def _relax_and_round(problem, layer_time_s, start, shared, rng, deadline, config
     state = _initial(problem, start, rng, config)
     optimiser = optax.adam(config.learning_rate)
     moments = optimiser.init(cast(optax.Params, state))
-    fixed = jnp.ones(state.copies.shape)
-    step = partial(_anneal, slots=problem.slots, config=config, layer_time_s=layer_time_s)
+    fixed = jnp.ones_like(state.copies)
+    step = partial(
+        _anneal, slots=problem.slots, rate=config.learning_rate, layer_time_s=layer_time_s
+    )
     progress = np.linspace(0, 1, config.steps)
     temperatures = _geometric(config.temperatures, progress)
     smoothings = _geometric(config.smoothings, progress)
@@ -213,7 +228,7 @@ def _initial(problem, start, rng, config) -> RelaxedPlan:
     return RelaxedPlan(places=jnp.asarray(places), copies=jnp.asarray(np.log(extra) + jitter))
 
 
-@partial(jax.jit, static_argnames=("slots", "config", "layer_time_s"))
+@partial(jax.jit, static_argnames=("slots", "rate", "layer_time_s"))
 def _anneal(
     state,
     moments,
@@ -225,11 +240,11 @@ def _anneal(
     noise,
     *,
     slots,
-    config,
+    rate,
     layer_time_s,
 ):
     """Adam steps down a schedule [steps, (temperature, smoothing)], with noise for every step."""
-    optimiser = optax.adam(config.learning_rate)
+    optimiser = optax.adam(rate)
     cost = partial(relaxed_cost, slots=slots, layer_time_s=layer_time_s)
     by_layer = jax.vmap(cost, (0, 1, 0, 0, None, None, None, None))
     by_restart = jax.vmap(by_layer, (0, None, None, 0, None, None, None, None))

@@ -8,7 +8,8 @@ From a slot i (on a busy rank, usually) holding expert e and a slot j holding f,
 
 Each step draws moves at random, prices all of them exactly from the two experts' old and new
 spread over the ranks, and takes the best if it is better. Steps run under one `jit` for all layers
-and all starting plans; a step never makes a plan worse.
+and all starting plans. None raises the price; among equal prices the more even plan wins, because
+the slowest rank alone does not tell a step towards a better plan from a step nowhere.
 """
 
 from functools import partial
@@ -46,7 +47,7 @@ def descend(
         outside: a generator inside the loop takes longer to compile than the search to run.
       ranks: ranks the slots are dealt to.
       layer_time_s: the priced layer.
-    Returns: plans of the same shape, none of higher price.
+    Returns: plans of the same shape, none of higher price (to single precision).
     """
     one = partial(_descend_layer, ranks=ranks, layer_time_s=layer_time_s)
     by_layer = jax.vmap(one, (0, 1, 0, 0))
@@ -57,20 +58,20 @@ def _descend_layer(experts, counts, scale_s, draws, *, ranks, layer_time_s):
     """One plan of one layer: experts [slots], counts [windows, experts]."""
     slots, size = experts.shape[0], experts.shape[0] // ranks
     home = jnp.arange(slots) // size
-    spread = jnp.zeros((counts.shape[1], ranks)).at[experts, home].add(1.0)
+    spread = jnp.zeros((counts.shape[1], ranks), counts.dtype).at[experts, home].add(1.0)
     tokens = counts @ (spread / spread.sum(-1, keepdims=True))
 
-    def score(tokens):
-        """Relative price with ties broken; tokens [..., windows, ranks]."""
+    def judge(tokens):
+        """Relative price, and how uneven the ranks are; tokens [..., windows, ranks]."""
         relative = tokens / tokens.mean(-1, keepdims=True)
         uneven = jnp.square(relative - 1).mean((-1, -2))
-        return layer_time_s(tokens).mean(-1) / scale_s + _EVENNESS * uneven
+        return layer_time_s(tokens).mean(-1) / scale_s, uneven
 
     def step(state, drawn):
         experts, spread, tokens = state
         i, j, from_i, from_j = _moves(drawn, tokens, slots, size)
         e, f = experts[i], experts[j]
-        here, there = jax.nn.one_hot(home[i], ranks), jax.nn.one_hot(home[j], ranks)
+        here, there = (jax.nn.one_hot(home[slot], ranks, dtype=counts.dtype) for slot in (i, j))
         # Rank by rank, expert e gains what f loses.
         change = from_j[:, None] * there - from_i[:, None] * here
         old_e, old_f = spread[e], spread[f]
@@ -82,9 +83,12 @@ def _descend_layer(experts, counts, scale_s, draws, *, ranks, layer_time_s):
         shift_f = _share(new_f) - _share(old_f)
         moved = tokens + counts.T[e][..., None] * shift_e[:, None]
         moved = moved + counts.T[f][..., None] * shift_f[:, None]
-        scores = jnp.where(allowed, score(moved), jnp.inf)
-        best = scores.argmin()
-        better = scores[best] < score(tokens) - _RESOLUTION
+        price, uneven = judge(tokens)
+        new_price, new_uneven = judge(moved)
+        gain = price - new_price + _EVENNESS * (uneven - new_uneven)
+        gain = jnp.where(allowed & (new_price <= price + _RESOLUTION), gain, -jnp.inf)
+        best = gain.argmax()
+        better = gain[best] > _RESOLUTION
 
         i, j, e, f = i[best], j[best], e[best], f[best]
         takes_i, takes_j = from_i[best] > 0, from_j[best] > 0

@@ -222,3 +222,24 @@ def test_the_time_limit_stops_a_long_run():
 def test_a_price_of_the_wrong_kind_is_refused(price, message):
     with pytest.raises(ValueError, match=message):
         gradient(random_problem(), price, config=SHORT)
+
+
+class Line:
+    """A price as an object that is equal by value, and so cannot be hashed."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, tokens):
+        return slowest(tokens)
+
+
+def test_an_unhashable_price_is_accepted_also_in_double_precision():
+    problem = random_problem()
+    with jax.enable_x64(True):
+        plan = gradient(problem, Line(), config=GradientConfig(steps=20, search_steps=20))
+    assert evaluate(plan, problem.loads, slowest).gap >= -1e-9
+
+
+def test_a_config_without_restarts_is_refused():
+    with pytest.raises(ValueError, match="restarts must be at least 1, got 0"):
+        GradientConfig(restarts=0)
