@@ -6,6 +6,9 @@ that the places settle around whole copies. Then the plans are rounded (`roundin
 by exact moves (`local_search.py`). Restart 0 starts from the greedy plan, and the greedy and
 contiguous plans themselves stay in the contest: the answer is, layer by layer, the best of all, so
 it is never worse than either.
+
+On the loads tried so far the exact search brings nearly all of the gain over greedy: restarts that
+skip the descent (`steps=0`) end within the spread of seeds of restarts that descend.
 """
 
 import time

@@ -129,7 +129,6 @@ def test_local_search_never_raises_the_price_and_keeps_plans_valid():
     [
         ("moe_esft_deepseek_v2_lite/law.npz", 4, 8),
         ("moe_olmoe_counts/olmoe_1b_7b.json:arxiv", 1, 32),
-        ("moe_deepseek_v41_flash/v41_flash_q4_profile_hits_4layers.csv", 1, 32),
     ],
 )
 def test_gradient_beats_the_baselines_on_real_loads(data, name, windows, ranks):
