@@ -1,0 +1,29 @@
+"""Where experts live: the problem, the gradient optimiser, its baselines and the bound."""
+
+from cmjax.placement.contiguous import contiguous
+from cmjax.placement.evaluate import Evaluation, evaluate, lower_bound_time_s, lower_bound_tokens
+from cmjax.placement.gradient import GradientConfig, gradient
+from cmjax.placement.greedy import greedy
+from cmjax.placement.loads import Loads, read_loads
+from cmjax.placement.place import METHODS, place, register_method
+from cmjax.placement.pricing import LayerTime
+from cmjax.placement.problem import Plan, Problem
+
+__all__ = [
+    "METHODS",
+    "Evaluation",
+    "GradientConfig",
+    "LayerTime",
+    "Loads",
+    "Plan",
+    "Problem",
+    "contiguous",
+    "evaluate",
+    "gradient",
+    "greedy",
+    "lower_bound_time_s",
+    "lower_bound_tokens",
+    "place",
+    "read_loads",
+    "register_method",
+]
