@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from types import ModuleType
 from typing import Literal
 
 from cmjax.hardware import Supernode
@@ -58,13 +59,42 @@ def build_step(deployment: Deployment, machine: Supernode) -> Step:
 
     Raises: ValueError: the models are not importable from here, or the deployment makes no sense.
     """
+    return _provider().build(deployment, machine)
+
+
+def build_layer(
+    model: str,
+    machine: Supernode,
+    *,
+    ranks: int,
+    nodes: int | None,
+    experts: int,
+    redundant: int,
+    quant: str = "int8",
+) -> Step:
+    """One MoE block of `model` with another number of experts, on `ranks` ranks: what a placement
+    is judged on. Its sizes are `tokens` (per rank) and `rows` (on the slowest rank).
+
+    Raises: ValueError: unknown model, slots or ranks that do not divide.
+    """
+    return _provider().build_layer(
+        model,
+        machine,
+        ranks=ranks,
+        nodes=nodes,
+        experts=experts,
+        redundant=redundant,
+        quant=quant,
+    )
+
+
+def _provider() -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        provider = importlib.import_module(PROVIDER)
+        return importlib.import_module(PROVIDER)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"cannot import {PROVIDER} ({error.name} is missing): models are run from a checkout "
             f"of cmjax, not from the wheel; start in its folder (now in {os.getcwd()})"
         ) from None
-    return provider.build(deployment, machine)

@@ -70,8 +70,15 @@ def mesh_for(ranks: int, machine: Supernode) -> RankMesh:
 
 
 def micro_exchange(
-    machine: Supernode, *, operator: str, ep: int, tokens: int, copies: int = 8,
-    hidden: int = 7168, experts: int = 256, quant: str = "int8",
+    machine: Supernode,
+    *,
+    operator: str,
+    ep: int,
+    tokens: int,
+    copies: int = 8,
+    hidden: int = 7168,
+    experts: int = 256,
+    quant: str = "int8",
 ) -> Micro:
     """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread."""
     mesh = mesh_for(ep, machine)
@@ -118,8 +125,15 @@ def micro_gemm(
 
 
 def micro_latent_attention(
-    machine: Supernode, *, batch: int, q_len: int, heads: int, context: int, kv_cache: str = "bf16",
-    latent: int = 512, rope: int = 64,
+    machine: Supernode,
+    *,
+    batch: int,
+    q_len: int,
+    heads: int,
+    context: int,
+    kv_cache: str = "bf16",
+    latent: int = 512,
+    rope: int = 64,
 ) -> Micro:
     """Absorbed MLA decode over a latent cache of `context` tokens a request."""
     bf16, cached = jnp.bfloat16, _DTYPES[kv_cache]

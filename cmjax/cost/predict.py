@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +72,8 @@ class Predictor:
         load = requests.load
         if load is None:
             even = self.step.symbols(given | {"load": 1.0})
-            ranks = self.deployment.ep or self.deployment.npus * self.machine.dies_per_npu
             rows_per_rank = even["slot_rows"] * self.step.expert_slots
-            load = sampling_imbalance(rows_per_rank, ranks)
+            load = sampling_imbalance(rows_per_rank, self.step.ranks)
         return dict(self.step.symbols(given | {"load": load}))
 
     def timeline(self, requests: Requests, machine: Supernode | None = None) -> Timeline:
@@ -170,6 +170,31 @@ class Predictor:
                 f"takes {tpot_ms[0]:.1f} ms"
             )
         return within[-1]
+
+
+def fastest(
+    predictors: Sequence[Predictor], requests: Requests, slo_tpot_ms: float | None = None
+) -> tuple[Predictor, Requests]:
+    """The deployment that gives most tokens per second, and the requests it does so with.
+
+    Deployments that the requests do not divide over are left out. With `slo_tpot_ms`, each is taken
+    at the largest batch that keeps it.
+    Raises: ValueError: none of them can serve the requests.
+    """
+    found, reasons = [], []
+    for predictor in predictors:
+        try:
+            served = requests
+            if slo_tpot_ms is not None:
+                served = predictor.largest_batch(requests, slo_tpot_ms)
+            rate = served.batch / float(predictor.step_s(predictor.timeline(served)))
+            found.append((rate, predictor, served))
+        except ValueError as error:
+            reasons.append(error)
+    if not found:
+        raise reasons[0]
+    _, predictor, served = max(found, key=lambda entry: entry[0])
+    return predictor, served
 
 
 def calibration(machine: Supernode) -> dict[str, float]:

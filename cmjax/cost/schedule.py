@@ -160,7 +160,11 @@ def _iterate(loop, durations, streams, state, temperature):
     def matrix(body_durations):
         start = Ready(identity[: loop.carried], identity[loop.carried : -1], identity[-1])
         after, spans = finish(
-            loop.body, durations | {loop.body: body_durations}, streams, start, identity[-1],
+            loop.body,
+            durations | {loop.body: body_durations},
+            streams,
+            start,
+            identity[-1],
             temperature,
         )
         return jnp.concatenate([after.carries, after.streams, identity[-1:]]), spans

@@ -8,8 +8,8 @@ SI and *per die* (one rank) unless the name says otherwise.
 import dataclasses
 
 import jax
-from jaxtyping import Float
 from jax import Array
+from jaxtyping import Float
 
 Scalar = float | Float[Array, ""]
 

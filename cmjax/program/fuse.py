@@ -31,9 +31,7 @@ def assemble(nodes: list[Node], outputs: Sequence[Value | None], carried: int) -
     order = _issue_order(members, group_of)
     position = {group: i for i, group in enumerate(order)}
     # Where node k's outputs are to be found once it is part of a kernel.
-    place = {
-        node.index: (position[group_of[node.index]], node.kind == "loop") for node in nodes
-    }
+    place = {node.index: (position[group_of[node.index]], node.kind == "loop") for node in nodes}
     operations = tuple(_operation(members[g], group_of, needed_outside, place) for g in order)
     outs = tuple(_source(value, place) for value in outputs[:carried])
     return Program(operations, outs)
@@ -168,7 +166,9 @@ def _operation(nodes: list[Node], group_of, needed_outside, place) -> Operation:
     else:
         name, scope = anchor.name, anchor.scope
         if anchor.kind in ("elementwise", "reduce") and len(nodes) > 1:
-            name = "+".join(dict.fromkeys(n.name for n in nodes if n.work.column("vector_bytes").terms))
+            name = "+".join(
+                dict.fromkeys(n.name for n in nodes if n.work.column("vector_bytes").terms)
+            )
     read, write = _traffic(nodes, group, group_of, needed_outside)
     if head.region is None and anchor.kind == "anchor":
         read = read if anchor.work.read_bytes is None else Size.of(anchor.work.read_bytes)

@@ -8,10 +8,11 @@ division and remainders as zero, the continuous relaxation under which a price i
 import ast
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
-Monomial = tuple[tuple[object, int], ...]
+Monomial = tuple[tuple[Any, int], ...]
 """Sorted (atom, power) pairs; an atom is a symbol's name or a `Max`/`Min`/`Ratio` of sizes."""
 
 
@@ -54,7 +55,7 @@ class Size:
                 names |= {atom} if isinstance(atom, str) else atom.symbols()
         return names
 
-    def evaluate(self, values: Mapping[str, object]):
+    def evaluate(self, values: Mapping[str, Any]):
         """The polynomial at `values` (floats or JAX scalars)."""
         total = 0.0
         for monomial, coefficient in self.terms.items():
@@ -66,7 +67,9 @@ class Size:
         total = Size()
         for monomial, coefficient in self.terms.items():
             factors = [
-                Size(values[a]) if isinstance(a, str) and a in values else Size({((a, 1),): 1.0})
+                Size(values[a])
+                if isinstance(a, str) and a in values
+                else Size({((a, 1),): 1.0})
                 if isinstance(a, str)
                 else a.fix(values)
                 for a, _ in monomial
@@ -195,7 +198,7 @@ def product(sizes: Iterable[object]) -> Size:
     return functools.reduce(lambda a, b: a * Size.of(b), sizes, Size(1.0))
 
 
-def evaluate_monomial(monomial: Monomial, values: Mapping[str, object]):
+def evaluate_monomial(monomial: Monomial, values: Mapping[str, Any]):
     """One product of powers at `values`."""
     total = 1.0
     for atom, power in monomial:
@@ -205,7 +208,7 @@ def evaluate_monomial(monomial: Monomial, values: Mapping[str, object]):
 
 
 def _times(left: Monomial, right: Monomial) -> Monomial:
-    powers: dict[object, int] = dict(left)
+    powers: dict[Any, int] = dict(left)
     for atom, power in right:
         powers[atom] = powers.get(atom, 0) + power
     return tuple(sorted(((a, p) for a, p in powers.items() if p), key=lambda ap: str(ap[0])))

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.export
@@ -31,8 +31,9 @@ class Step:
         sizes that make no sense, such as ones that do not divide.
       weight_bytes, state_bytes: HBM of one rank for parameters, and for inputs and caches.
       layers: length of the main loop over layers; microbatches: independent chains in it.
-      experts, expert_slots, shared_slots: routed experts, slots of all ranks, and how many of
-        those hold shared experts (a mixture-of-experts model only).
+      ranks: of the expert-parallel group; experts, expert_slots, shared_slots: routed experts,
+        slots of all ranks, and how many of those hold shared experts; copies: slots that a token
+        is sent to (a mixture-of-experts model only).
     """
 
     fn: Callable
@@ -45,6 +46,8 @@ class Step:
     experts: int = 0
     expert_slots: int = 0
     shared_slots: int = 0
+    copies: int = 0
+    ranks: int = 1
 
     def trace(self) -> Program:
         return trace(self.fn, *self.args)
@@ -97,7 +100,7 @@ def load_step(target: str) -> Step:
             f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
         )
     if inspect.signature(function).return_annotation in (Step, "Step"):
-        return function()
+        return cast(Step, function())
     return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
 
 
@@ -113,7 +116,9 @@ def _closest_module(module_name: str) -> str:
         return ""
     found = {f.removesuffix(".py") for p in path for f in os.listdir(p) if not f.startswith("_")}
     close = get_close_matches(last, found, n=2)
-    return f"; closest: {', '.join(f'{folder}.{c}' if folder else c for c in close)}" if close else ""
+    return (
+        f"; closest: {', '.join(f'{folder}.{c}' if folder else c for c in close)}" if close else ""
+    )
 
 
 def _annotated_arguments(function: Callable, target: str) -> tuple:

@@ -1,6 +1,7 @@
 """What one operation asks of the machine, in symbolic sizes."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import dtypes
@@ -29,7 +30,7 @@ class Operand:
     """An argument or result of an operation: its symbolic shape and its dtype."""
 
     shape: tuple[Size, ...]
-    dtype: object
+    dtype: Any
 
     @staticmethod
     def of(aval) -> "Operand":
@@ -94,7 +95,7 @@ class Work:
         return Size.of(0.0 if value is None else value)
 
 
-def matmul_flops(dtype: object, flops: Size) -> dict[str, Size]:
+def matmul_flops(dtype: Any, flops: Size) -> dict[str, Size]:
     """The engine field on which a matrix product of operands of `dtype` is charged."""
     bits = jnp.dtype(dtype).itemsize * 8
     width = 8 if bits <= 8 else 16 if bits == 16 else 32

@@ -11,19 +11,24 @@ import math
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax.core import Tracer
+from flax import nnx
 
 from cmjax.cost.deployment import Deployment
 from cmjax.cost.micro import mesh_for
 from cmjax.hardware import Supernode
-from cmjax.mesh import RANKED, on_every_rank
+from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.program.size import Size
 from cmjax.program.step import Step
 from models.moe.config import MoEConfig, load_config
 from models.moe.deepseek import abstract_decode, abstract_prefill
+from models.moe.layout import Layout
+from models.moe.linear import Precision
+from models.moe.moe import MoE, run_moe
 from models.moe.placement import SlotTable, ep_table
 from models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 
-_PRECISION = {"int8": "int8", "bf16": "bfloat16"}
+_PRECISION: dict[str, Precision] = {"int8": "int8", "bf16": "bfloat16"}
 _CACHE = {"int8": "int8", "bf16": "bfloat16"}
 
 
@@ -53,9 +58,7 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
         "mtp": drafts,
     }
     if deployment.phase == "decode":
-        ranked = abstract_decode(
-            config, schedule, table, mesh, requests, length, rows, **common
-        )
+        ranked = abstract_decode(config, schedule, table, mesh, requests, length, rows, **common)
     else:
         ranked = abstract_prefill(
             config,
@@ -81,7 +84,72 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
         expert_slots=table.slots,
         experts=config.experts,
         shared_slots=table.experts_of_slot.count(config.experts),
+        copies=config.experts_per_token + table.has_shared,
+        ranks=ep,
     )
+
+
+def build_layer(
+    model: str,
+    machine: Supernode,
+    *,
+    ranks: int,
+    nodes: int | None,
+    experts: int,
+    redundant: int,
+    quant: str,
+) -> Step:
+    """The MoE block of `model` with `experts` routed experts and no shared one, on `ranks` ranks.
+
+    Its sizes are `tokens` per rank and `rows` on the slowest rank.
+    """
+    base = load_config(model)
+    copies = min(base.experts_per_token, experts)
+    config = dataclasses.replace(
+        base,
+        experts=experts,
+        experts_per_token=copies,
+        expert_groups=1,
+        groups_per_token=1,
+        shared_experts=0,
+    )
+    mesh = mesh_for(ranks, machine) if nodes is None else _mesh_over(nodes, ranks, machine)
+    table = ep_table(experts, ranks, redundant)
+    tokens, rows = jax.export.symbolic_shape("tokens, slot_rows")
+    layout = Layout(
+        table=table, axes=mesh.axes, capacity=rows, schedule=Schedule(), sequence_parallel=False
+    )
+    precision = _PRECISION[quant]
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: MoE(config, layout, precision=precision, rngs=nnx.Rngs(params=0)))
+    )
+    per_rank = jax.tree.map(lambda x: jax.ShapeDtypeStruct((ranks, *x.shape), x.dtype), state)
+    x = jax.ShapeDtypeStruct((ranks, tokens, config.hidden_size), jnp.bfloat16)
+
+    def block(state, x):
+        moe = nnx.merge(graph, state)
+        return run_moe(moe, (x,), (moe.route(x),))[0]
+
+    return Step(
+        fn=on_every_rank(block, mesh, (RANKED, RANKED), RANKED, abstract=True),
+        args=(per_rank, x),
+        sizes=lambda tokens, rows: {"tokens": tokens, "slot_rows": rows / table.slots},
+        experts=experts,
+        expert_slots=table.slots,
+        copies=copies,
+        ranks=ranks,
+    )
+
+
+def _mesh_over(nodes: int, ranks: int, machine: Supernode) -> RankMesh:
+    per_node, odd = divmod(ranks, nodes)
+    dies = machine.dies_per_npu if per_node % machine.dies_per_npu == 0 else 1
+    if odd or nodes > machine.nodes or per_node // dies > machine.npus_per_node:
+        raise ValueError(
+            f"{ranks} ranks over {nodes} nodes: {machine.name} has {machine.nodes} nodes of "
+            f"{machine.npus_per_node * machine.dies_per_npu} ranks"
+        )
+    return RankMesh(nodes, per_node // dies, dies)
 
 
 def slot_table(config: MoEConfig, ranks: int, deployment: Deployment) -> SlotTable:
@@ -141,7 +209,7 @@ class _Sizes:
     def _per_microbatch(self, batch, *, whole: int):
         """Requests per rank and microbatch; `whole` ranks must share an integer number of them."""
         parts = self.machine.dies_per_npu * self.deployment.microbatches
-        if not isinstance(batch, jax.core.Tracer) and jnp.ndim(batch) == 0:
+        if not isinstance(batch, Tracer) and jnp.ndim(batch) == 0:
             total = float(batch) * whole / parts
             if batch <= 0 or not math.isclose(total, round(total), abs_tol=1e-6):
                 step = parts // math.gcd(parts, whole)
@@ -165,4 +233,3 @@ def _rank_bytes(tree, specs) -> Size:
             size = size * Size.of(dimension)
         total = total + size
     return total
-

@@ -1,0 +1,118 @@
+"""`cmjax fit` and `cmjax validate`: constants from measurements, predictions against them."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from cmjax import report
+from cmjax.commands.micro import Micro
+from cmjax.commands.output import check_target, emit, track
+from cmjax.commands.predict import Predict
+from cmjax.cost.fit import fit, fitted_keys, write_back
+from cmjax.cost.measured import Measurement, measured_machines, read_measurements
+from cmjax.hardware import load_machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Calibrate a machine's fitted constants on published micro-measurements."""
+
+    machine: tyro.conf.Positional[str] = "cloudmatrix384"
+    """A name of the catalog, or a .toml file (then give the rows too)."""
+    rows: str | None = None
+    """CSV of measurements (default: the built-in ones of the machine)."""
+    write: Path | None = None
+    """A machine .toml to write the values into; without it nothing is changed."""
+    json: str | None = None
+    """Write the result as JSON to this file; `-` is standard output."""
+
+    def run(self, console: Console) -> None:
+        check_target(self.json, self.write)
+        machine = load_machine(self.machine)
+        rows = read_measurements(self.rows or self.machine)
+        found = fit(machine, fitted_keys(self.machine), rows)
+        if self.write:
+            write_back(self.write, found.values)
+        result = {
+            "machine": machine.name,
+            "values": found.values,
+            "residuals": [
+                {
+                    "row": r.measurement.row,
+                    "measured": r.measurement.value,
+                    "predicted": r.predicted,
+                    "error": r.error,
+                }
+                for r in found.residuals
+            ],
+        }
+        emit(console, self.json, result, report.residual_table(found))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validate:
+    """Compare predictions with every published measurement known, or with a CSV of your own."""
+
+    csv: tyro.conf.Positional[str | None] = None
+    """Measurements in the format of cmjax/cost/measurements/README.md (default: all built-in)."""
+    on: str | None = None
+    """Only this machine; with a CSV, the machine of rows that name none (default: cloudmatrix384)."""
+    json: str | None = None
+    """Write the result as JSON to this file; `-` is standard output."""
+
+    def run(self, console: Console) -> None:
+        check_target(self.json)
+        if self.csv:
+            todo = {self.on or "cloudmatrix384": read_measurements(self.csv)}
+        else:
+            names = [self.on] if self.on else measured_machines()
+            todo = {name: read_measurements(name) for name in names}
+        found = {}
+        for name, rows in todo.items():
+            found[name] = [compare(row, name) for row in track(rows, name)]
+        result = {
+            name: {
+                "rows": [dataclasses.asdict(r) for r in rows],
+                "summary": report.summary(rows),
+            }
+            for name, rows in found.items()
+        }
+        tables = [report.validation_table(rows, title=name) for name, rows in found.items()]
+        emit(console, self.json, result, *tables)
+
+
+def compare(row: Measurement, machine_name: str) -> report.ValidationRow:
+    """Run the command of a measurement and set its result beside the measured value.
+
+    Raises: ValueError: a command that cannot be run, or a key that its result does not have.
+    """
+    command = list(row.command)
+    if "--on" not in command:
+        command += ["--on", machine_name]
+    result = _result_of(command, row.row)
+    value = result.get(row.key)
+    if not isinstance(value, int | float):
+        known = ", ".join(k for k, v in result.items() if isinstance(v, int | float))
+        raise ValueError(f"row {row.row!r}: no key {row.key!r} in the result; it has {known}")
+    return report.ValidationRow(
+        row=row.row,
+        role=row.role,
+        predicted=float(value),
+        measured=row.value,
+        source=row.source,
+        key=row.key,
+    )
+
+
+def _result_of(command: list[str], row: str) -> dict:
+    kinds = {"micro": Micro, "predict": Predict}
+    try:
+        parsed = tyro.cli(kinds[command[0]], args=command[1:], console_outputs=False)
+    except SystemExit:
+        raise ValueError(f"row {row!r}: cannot read the command {' '.join(command)!r}") from None
+    if isinstance(parsed, Micro):
+        return parsed.measure(load_machine(parsed.on))
+    predictor, requests = parsed.solve()
+    return predictor.predict(requests)

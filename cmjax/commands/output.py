@@ -1,0 +1,51 @@
+"""How commands speak: one table for people, the same as JSON for machines, progress while waiting."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+Item = TypeVar("Item")
+
+
+def emit(console: Console, target: str | None, result: Any, *tables: Any) -> None:
+    """Print the tables; write `result` as JSON to `target`. With `-` only the JSON is printed."""
+    text = json.dumps(result, indent=1)
+    if target == "-":
+        print(text)
+        return
+    if target is not None:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    for table in tables:
+        console.print(table)
+
+
+def bar(quiet: bool) -> Progress:
+    """A progress bar on stderr, so that stdout stays for results."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+
+
+def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """Iterate with a progress bar."""
+    with bar(quiet=False) as progress:
+        yield from progress.track(items, description=description)
+
+
+def check_target(*paths: Path | str | None) -> None:
+    """Before long work: can these files be written?
+
+    Raises: ValueError: the folder of one does not exist.
+    """
+    for path in _given(paths):
+        if not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: no folder {path.parent}")
+
+
+def _given(paths: Iterable[Path | str | None]) -> Iterator[Path]:
+    for path in paths:
+        if path is not None and str(path) != "-":
+            yield Path(path)
