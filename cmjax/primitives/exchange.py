@@ -2,9 +2,9 @@
 
 Follows FusedDispatch and FusedCombine of CloudMatrix-Infer (Zuo et al., "Serving Large Language
 Models on Huawei CloudMatrix384", section 4.2): receive buffers are static, one block of `capacity`
-rows for every (source rank, local slot); a row's place in its block is the running count of earlier
-rows for that slot; tokens are quantised to INT8 *before* they are sent; and one count per block (the
-paper's flag) tells the receiver how many rows are real.
+rows for every (source rank, local slot); a row's place in its block is the running count of
+earlier rows for that slot; tokens are quantised to INT8 *before* they are sent; and one count per
+block (the paper's flag) tells the receiver how many rows are real.
 
 A *slot* is a place for one expert's weights; slots are numbered over all ranks, so the rank of a
 slot is `slot // slots_per_rank`.
@@ -131,8 +131,7 @@ def gather_ranks(
 
 
 def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
-    tokens, hidden = x.shape
-    copies = slots.shape[1]
+    tokens, copies = slots.shape
     total = ranks * slots_per_rank
     flat = slots.reshape(tokens * copies)
     wanted, position = _running_count(flat, total)

@@ -1,12 +1,13 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1; CloudMatrix384 paper, sections 4.2, 4.3).
 
-Two forms of the same mathematics. *Expanded*, for prefill: keys and values are up-projected from the
-latent, attention is causal over the prompt. *Absorbed*, for decode: the key up-projection moves to
-the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
+Two forms of the same mathematics. *Expanded*, for prefill: keys and values are up-projected from
+the latent, attention is causal over the prompt. *Absorbed*, for decode: the key up-projection moves
+to the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
 over the latent cache itself.
 
-With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are computed
-for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged back.
+With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are
+computed for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged
+back.
 """
 
 import functools

@@ -45,8 +45,8 @@ class MoE(nnx.Module):
             )
         if table.has_shared and config.shared_experts != 1:
             raise ValueError(
-                "MoE: shared replicas in slots need shared_experts = 1 (a shared expert of a routed "
-                f"expert's size), the model has {config.shared_experts}; use shared_replicas=0"
+                "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
+                f"size), the model has {config.shared_experts}; use shared_replicas=0"
             )
         self.layout, self.quantize = layout, precision == "int8"
         hidden, ffn = config.hidden_size, config.expert_ffn_size
