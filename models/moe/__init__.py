@@ -1,4 +1,4 @@
-"""Mixture-of-experts transformers of the DeepSeek-V3 family, written for one rank of a supernode."""
+"""Mixture-of-experts transformers of the DeepSeek-V3 family, as one rank holds them."""
 
 from models.moe.cache import extend_cache
 from models.moe.checkpoint import load_checkpoint
