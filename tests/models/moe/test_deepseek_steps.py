@@ -219,6 +219,31 @@ def test_speculative_decoding_emits_what_plain_greedy_decoding_does():
     assert outputs[3] == outputs[0]
 
 
+def test_drafting_after_prefill_and_after_decode_is_the_same_computation():
+    # prefill a prompt and decode one token, or prefill the prompt with that token appended
+    inputs, first, state, second = _unsharded()
+    full = inputs.tokens.shape[1]
+    room = jnp.pad(inputs.tokens, ((0, 0), (0, 1)))
+    request = jnp.arange(room.shape[0])
+    longer = PrefillInputs(
+        room.at[request, inputs.lengths].set(first.tokens[:, 0]),
+        inputs.lengths + 1,
+        inputs.sampling,
+    )
+    prefill = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "float32", "float32", mtp=True))
+    again = prefill(_params(), longer)
+    rejected = np.asarray(second.emitted) == 1
+    assert rejected.any()
+    np.testing.assert_array_equal(again.tokens[:, 0], second.sampled[:, 0])
+    np.testing.assert_array_equal(again.tokens[rejected, 1], second.tokens[rejected, 1])
+    real = (np.arange(full + 1) < np.asarray(longer.lengths)[:, None])[None, ..., None]
+    for got, want in zip(
+        jax.tree.leaves(second.caches[0]), jax.tree.leaves(again.caches[0]), strict=True
+    ):
+        np.testing.assert_allclose(got[:, :, : full + 1] * real, want * real, atol=1e-5)
+    assert state.caches[0].mtp is not None
+
+
 def test_a_correct_draft_is_accepted_and_a_wrong_one_is_not():
     inputs, _, state, _ = _unsharded(sequences=2)
     decode = jax.jit(decode_fn(CONFIG, one_rank(CONFIG), "float32", mtp=True))
