@@ -115,7 +115,7 @@ def prepare_devices(nodes: int) -> None:
     started = len(jax.devices("cpu"))
     if started < nodes:
         raise RuntimeError(
-            f"prepare_devices: JAX's CPU backend already runs with {started} device(s), {nodes} are "
+            f"prepare_devices: the CPU backend already runs with {started} device(s), {nodes} are "
             "needed. Call prepare_devices before the first JAX array or jax.devices(), or start "
             f"Python with XLA_FLAGS={_COUNT_FLAG}={nodes}"
         )
@@ -232,8 +232,8 @@ def _make_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
         devices = jax.devices("cpu")
     if len(devices) < wanted:
         raise ValueError(
-            f"RankMesh: {'x'.join(map(str, shape))} ({', '.join(names)}) needs {wanted} XLA devices, "
-            f"this process has {len(devices)}; call cmjax.mesh.prepare_devices({wanted}) first, or "
+            f"RankMesh: {'x'.join(map(str, shape))} ({', '.join(names)}) needs {wanted} XLA "
+            f"devices, this process has {len(devices)}; call prepare_devices({wanted}) first, or "
             "put more of the ranks in the virtual axes npus and dies"
         )
     return jax.make_mesh(
@@ -245,6 +245,6 @@ def _check_device_count(count: int) -> None:
     if not 1 <= count <= XLA_CPU_DEVICE_LIMIT:
         raise ValueError(
             f"devices must be 1 to {XLA_CPU_DEVICE_LIMIT}, got {count}: XLA's CPU collectives can "
-            f"deadlock above {XLA_CPU_DEVICE_LIMIT} devices in a process. Put the rest of the ranks "
-            "in the virtual axes: RankMesh(nodes, npus, dies) uses one device per node"
+            f"deadlock above {XLA_CPU_DEVICE_LIMIT} devices in a process. Put the rest of the "
+            "ranks in the virtual axes: RankMesh(nodes, npus, dies) uses one device per node"
         )

@@ -92,7 +92,7 @@ def test_bad_inputs_are_refused_with_what_would_do(build, message):
 
 def test_preparing_too_late_says_how_to_fix_it(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # restored afterwards
-    with pytest.raises(RuntimeError, match="runs with 8 device.*64 are needed.*before the first"):
+    with pytest.raises(RuntimeError, match=r"runs with 8 device.*64 are needed.*before the first"):
         prepare_devices(64)
     prepare_devices(8)
 

@@ -58,7 +58,7 @@ class Validate:
     csv: tyro.conf.Positional[str | None] = None
     """Measurements in the format of cmjax/cost/measurements/README.md (default: all built-in)."""
     on: str | None = None
-    """Only this machine; with a CSV, the machine of rows that name none (default: cloudmatrix384)."""
+    """Only this machine; with a CSV, the machine of rows that name none (cloudmatrix384)."""
     json: str | None = None
     """Write the result as JSON to this file; `-` is standard output."""
 

@@ -1,14 +1,12 @@
-"""How commands speak: one table for people, the same as JSON for machines, progress while waiting."""
+"""How commands speak: a table for people, the same as JSON for machines, progress on stderr."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-Item = TypeVar("Item")
 
 
 def emit(console: Console, target: str | None, result: Any, *tables: Any) -> None:
@@ -29,7 +27,7 @@ def bar(quiet: bool) -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
 
 
-def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+def track[Item](items: Sequence[Item], description: str) -> Iterator[Item]:
     """Iterate with a progress bar."""
     with bar(quiet=False) as progress:
         yield from progress.track(items, description=description)

@@ -20,7 +20,7 @@ class Price:
     """Price any JAX function: `cmjax price module:function --size tokens=4096`."""
 
     program: tyro.conf.Positional[str]
-    """module:function, as uvicorn takes an app; its arguments carry jaxtyping shapes, or it returns a Step."""
+    """module:function; its arguments carry jaxtyping shapes, or it returns a Step."""
     on: str = "cloudmatrix384"
     """Machine: a name of the catalog, or a .toml file."""
     size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

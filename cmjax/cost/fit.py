@@ -81,7 +81,8 @@ def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) ->
         @jax.jit
         def predicted(theta):
             at = machine_at(theta)
-            return jnp.log(jnp.stack([b.measure(at)[r.key] for b, r in zip(benchmarks, used)]))
+            pairs = zip(benchmarks, used, strict=True)
+            return jnp.log(jnp.stack([b.measure(at)[r.key] for b, r in pairs]))
 
         jacobian = jax.jit(jax.jacfwd(predicted))
         start = np.log([float(operator.attrgetter(key)(machine)) for key in keys])

@@ -14,7 +14,7 @@ from cmjax.cost.load import sampling_imbalance
 from cmjax.cost.price import price
 from cmjax.cost.timeline import Timeline
 from cmjax.hardware import Supernode
-from cmjax.program import Program
+from cmjax.program import Program, Size
 from cmjax.program.step import Step
 
 
@@ -130,8 +130,11 @@ class Predictor:
         length = requests.prompt + (requests.output if self.decoding else 0)
         given = {"batch": requests.batch, "context" if self.decoding else "prompt": length}
         symbols = self.step.symbols(given)
-        weights = float(self.step.weight_bytes.evaluate(symbols))
-        return {"weights": weights, "caches": float(self.step.state_bytes.evaluate(symbols))}
+        weights = float(Size.of(self.step.weight_bytes).evaluate(symbols))
+        return {
+            "weights": weights,
+            "caches": float(Size.of(self.step.state_bytes).evaluate(symbols)),
+        }
 
     def sensitivity(self, requests: Requests) -> dict[str, float]:
         """Elasticity of the step time in each machine constant: percent change per percent."""

@@ -1,4 +1,4 @@
-"""What a price says: total time, what each engine and scope did, the critical path, a trace file."""
+"""What a price says: total time, work by engine and scope, the critical path, a trace file."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a machine is: pytrees of named physical constants, and a catalog with a source per number."""
+"""What a machine is: pytrees of physical constants, and a catalog with a source per number."""
 
 from cmjax.hardware.load import catalog, load_machine, replace_leaf, sources
 from cmjax.hardware.machine import (

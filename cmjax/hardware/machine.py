@@ -6,6 +6,7 @@ SI and *per die* (one rank) unless the name says otherwise.
 """
 
 import dataclasses
+from typing import dataclass_transform
 
 import jax
 from jax import Array
@@ -22,6 +23,7 @@ def static(**kwargs):
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def _pytree(cls):
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 

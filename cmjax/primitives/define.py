@@ -1,7 +1,8 @@
 """Make a JAX primitive of a plain-jnp reference: one call registers all of its rules.
 
 A primitive appears as *one* equation in a model's jaxpr, so that a cost rule can price it by name
-and static parameters, while `jit`, `vmap`, `grad`, `scan` and `shard_map` treat it as the reference.
+and static parameters, while `jit`, `vmap`, `grad`, `scan` and `shard_map` treat it as its
+reference.
 This is the only file of the package that touches JAX's semi-public interfaces.
 """
 

@@ -2,9 +2,9 @@
 
 Follows FusedDispatch and FusedCombine of CloudMatrix-Infer (Zuo et al., "Serving Large Language
 Models on Huawei CloudMatrix384", section 4.2): receive buffers are static, one block of `capacity`
-rows for every (source rank, local slot); a row's place in its block is the running count of earlier
-rows for that slot; tokens are quantised to INT8 *before* they are sent; and one count per block (the
-paper's flag) tells the receiver how many rows are real.
+rows for every (source rank, local slot); a row's place in its block is the running count of
+earlier rows for that slot; tokens are quantised to INT8 *before* they are sent; and one count per
+block (the paper's flag) tells the receiver how many rows are real.
 
 A *slot* is a place for one expert's weights; slots are numbered over all ranks, so the rank of a
 slot is `slot // slots_per_rank`.
@@ -133,8 +133,7 @@ def gather_ranks(
 
 
 def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
-    tokens, hidden = x.shape
-    copies = slots.shape[1]
+    tokens, copies = slots.shape
     total = ranks * slots_per_rank
     flat = slots.reshape(tokens * copies)
     wanted, position = _running_count(flat, total)
@@ -246,8 +245,8 @@ def _dispatch_cost(x, slots, *, out, mesh, axes, ranks, slots_per_rank, capacity
     """FusedDispatch on the slowest rank, which sends and receives as many rows as it holds.
 
     Every copy of a token is read, quantised and written straight into the receiver's slot; the
-    flags of every source rank are counted and polled. Slots are static and in the experts' order, so
-    nothing is moved afterwards.
+    flags of every source rank are counted and polled. Slots are static and in the experts' order,
+    so nothing is moved afterwards.
     """
     hidden = x.shape[1].constant
     rows = out[0].shape[0] * out[0].shape[1]

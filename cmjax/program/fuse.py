@@ -225,7 +225,7 @@ def _traffic(nodes: list[Node], group: int, group_of, needed_outside) -> tuple[S
 
 
 def _launches(nodes: list[Node], anchor: Node) -> Size:
-    """One launch a kernel. Index arithmetic (integers only) is prepared with the step's metadata."""
+    """One launch a kernel. Index arithmetic (integers only) is part of the step's metadata."""
     if anchor.kind in ("anchor", "loop"):
         return anchor.work.column("launches") if nodes[0].region is None else Size(1.0)
     operands = [v.operand for n in nodes for v in (*n.inputs, *n.outputs) if v is not None]

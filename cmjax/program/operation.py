@@ -21,6 +21,10 @@ class Stream:
     vector_cores: int | None = None
 
 
+MAIN = Stream()
+"""Where operations go that no stream marks."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """An array while tracing. A view (reshape, slice) names the value it looks into as `base`."""

@@ -39,8 +39,8 @@ class Step:
     fn: Callable
     args: tuple
     sizes: Callable[..., Mapping[str, Any]]
-    weight_bytes: Size = Size()
-    state_bytes: Size = Size()
+    weight_bytes: Size | float = 0.0
+    state_bytes: Size | float = 0.0
     layers: int = 0
     microbatches: int = 1
     experts: int = 0

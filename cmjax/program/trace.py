@@ -13,7 +13,7 @@ from jax.extend.core import Literal
 
 from cmjax.program import fuse
 from cmjax.program.mark import FUSED_PREFIX, parse_stream
-from cmjax.program.operation import Loop, Node, Program, Stream, Value
+from cmjax.program.operation import MAIN, Loop, Node, Program, Stream, Value
 from cmjax.program.rules import (
     ELEMENTWISE,
     FREE,
@@ -76,7 +76,7 @@ class _Place:
     """Where an equation stands: named scopes, stream, fused kernel, declared trip count."""
 
     scope: tuple[str, ...] = ()
-    stream: Stream = Stream()
+    stream: Stream = MAIN
     region: int | None = None
 
     def enter(self, name_stack: str) -> "_Place":

@@ -331,7 +331,7 @@ def _layout(schedule, table, mesh, capacity, *, sequence_parallel):
     if table.ranks != mesh.ranks:
         raise ValueError(
             f"the slot table is for {table.ranks} ranks, the mesh has {mesh.ranks} "
-            f"({' x '.join(map(str, mesh.shape))}); build one with ep_table(..., ranks={mesh.ranks})"
+            f"({' x '.join(map(str, mesh.shape))}); build it with ep_table(..., {mesh.ranks})"
         )
     return Layout(
         table=table,

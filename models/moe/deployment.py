@@ -11,8 +11,8 @@ import math
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.core import Tracer
 from flax import nnx
+from jax.core import Tracer
 
 from cmjax.cost.deployment import Deployment
 from cmjax.cost.micro import mesh_for

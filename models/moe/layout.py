@@ -106,8 +106,8 @@ def shard_params(
             if _size(table) != _size(layout.table) or table.max_copies > width:
                 raise ValueError(
                     "shard_params: every table must have the ranks, slots and shared slots of "
-                    f"layout.table, and at most its {width} copies of an expert; got {_size(table)} "
-                    f"and {table.max_copies}, expected {_size(layout.table)}"
+                    f"layout.table, and at most its {width} copies of an expert; got "
+                    f"{_size(table)} and {table.max_copies}, expected {_size(layout.table)}"
                 )
         return own
 

@@ -1,12 +1,13 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1; CloudMatrix384 paper, sections 4.2, 4.3).
 
-Two forms of the same mathematics. *Expanded*, for prefill: keys and values are up-projected from the
-latent, attention is causal over the prompt. *Absorbed*, for decode: the key up-projection moves to
-the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
+Two forms of the same mathematics. *Expanded*, for prefill: keys and values are up-projected from
+the latent, attention is causal over the prompt. *Absorbed*, for decode: the key up-projection moves
+to the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
 over the latent cache itself.
 
-With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are computed
-for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged back.
+With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are
+computed for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged
+back.
 """
 
 import functools
@@ -89,18 +90,18 @@ class MLA(nnx.Module):
         """Expanded form, causal from position 0. Returns the cache entries of the prompt."""
         config, axes = self.config, self.layout.axes
         share = self.layout.sequence_parallel and bool(axes)
-        cos, sin = angles(jnp.arange(x.shape[1], dtype=jnp.int32), config)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
             if share:
-                q_low, latent, rope = _down_prolog(config)(x, cos, sin, self._down)
+                q_low, latent, rope = _down_prolog(config)(x, positions, self._down)
                 cache = LatentCache.of(latent, rope, kind)
                 widths = (config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank)
                 gathered = gather_ranks(jnp.concatenate([q_low, latent, rope], axis=-1), axes)
                 q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
-                q_nope, q_rope = _query_kernel(config)(q_low, cos, sin, self.q_b.matrix)
+                q_nope, q_rope = _up_prolog(config)(q_low, positions, self.q_b.matrix)
             else:
                 q_nope, q_rope, latent, rope = _expanded_prolog(config)(
-                    x, cos, sin, self._down, self.q_b.matrix
+                    x, positions, self._down, self.q_b.matrix
                 )
                 cache = LatentCache.of(latent, rope, kind)
         with jax.named_scope("core"):
@@ -123,22 +124,23 @@ class MLA(nnx.Module):
         )
 
 
-def _project_down(config, x, cos, sin, down):
+def _project_down(config, x, positions, down):
     """Normalised query latent, normalised key/value latent, rotated shared key."""
     norm, q_a, q_norm, kv_a, kv_norm = down
     h = rms_norm(x, norm, config.norm_eps)
     q_low = rms_norm(matmul(h, q_a), q_norm, config.norm_eps)
     latent, rope = jnp.split(matmul(h, kv_a), [config.kv_lora_rank], axis=-1)
+    cos, sin = angles(positions, config)
     rope = rotate(rope, cos, sin, interleave=config.rope_interleave)
     return q_low, rms_norm(latent, kv_norm, config.norm_eps), rope
 
 
-def _query(config, q_low, cos, sin, q_b):
+def _query(config, q_low, positions, q_b):
     """Per-head queries, split into the part without position and the rotated part."""
     q = matmul(q_low, q_b)
     q = q.reshape(*q.shape[:2], -1, config.qk_dim)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_dim], axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    cos, sin = angles(positions[..., None], config)  # alike for all heads
     return q_nope, rotate(q_rope, cos, sin, interleave=config.rope_interleave)
 
 
@@ -149,17 +151,17 @@ def _query(config, q_low, cos, sin, q_b):
 @functools.cache
 def _down_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
-    def prolog(x, cos, sin, down):
-        return _project_down(config, x, cos, sin, down)
+    def prolog(x, positions, down):
+        return _project_down(config, x, positions, down)
 
     return prolog
 
 
 @functools.cache
-def _query_kernel(config: MoEConfig) -> Callable:
+def _up_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
-    def prolog(q_low, cos, sin, q_b):
-        return _query(config, q_low, cos, sin, q_b)
+    def prolog(q_low, positions, q_b):
+        return _query(config, q_low, positions, q_b)
 
     return prolog
 
@@ -185,9 +187,9 @@ def _attend_kernel(config: MoEConfig) -> Callable:
 @functools.cache
 def _expanded_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
-    def prolog(x, cos, sin, down, q_b):
-        q_low, latent, rope = _project_down(config, x, cos, sin, down)
-        return *_query(config, q_low, cos, sin, q_b), latent, rope
+    def prolog(x, positions, down, q_b):
+        q_low, latent, rope = _project_down(config, x, positions, down)
+        return *_query(config, q_low, positions, q_b), latent, rope
 
     return prolog
 
@@ -196,9 +198,8 @@ def _expanded_prolog(config: MoEConfig) -> Callable:
 def _absorbed_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
     def prolog(x, positions, down, q_b, up_key, cache):
-        cos, sin = angles(positions, config)
-        q_low, latent, rope = _project_down(config, x, cos, sin, down)
-        q_nope, q_rope = _query(config, q_low, cos, sin, q_b)
+        q_low, latent, rope = _project_down(config, x, positions, down)
+        q_nope, q_rope = _query(config, q_low, positions, q_b)
         q_latent = jnp.einsum("bqhn,hnc->bqhc", q_nope, up_key)
         return q_latent, q_rope, cache.write(latent, rope, positions)
 

@@ -17,7 +17,6 @@ from models.moe.experts import Experts, SwiGLU
 from models.moe.layout import Layout
 from models.moe.linear import Precision
 from models.moe.norm import RMSNorm
-from models.moe.placement import choose_slots
 from models.moe.router import Router
 
 
@@ -45,8 +44,8 @@ class MoE(nnx.Module):
             )
         if table.has_shared and config.shared_experts != 1:
             raise ValueError(
-                "MoE: shared replicas in slots need shared_experts = 1 (a shared expert of a routed "
-                f"expert's size), the model has {config.shared_experts}; use shared_replicas=0"
+                "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
+                f"size), the model has {config.shared_experts}; use shared_replicas=0"
             )
         self.layout, self.quantize = layout, precision == "int8"
         hidden, ffn = config.hidden_size, config.expert_ffn_size
@@ -64,15 +63,10 @@ class MoE(nnx.Module):
         )
 
     def route(self, x: Float[Array, "tokens hidden"]) -> Routed:
-        """Normalise, choose experts, choose a replica of each."""
+        """Normalise, choose experts and a replica of each, the shared one's included."""
         x = self.norm(x)
-        experts, weights = self.router(x)
-        if self.layout.table.has_shared:
-            # one more copy per token: the shared expert, weight 1
-            shared = jnp.full_like(experts[:, :1], self.layout.table.n_experts)
-            experts = jnp.concatenate([experts, shared], axis=1)
-            weights = jnp.concatenate([weights, jnp.ones_like(weights[:, :1])], axis=1)
-        slots = choose_slots(experts, self.layout.rank, self.slots_of_expert[...], self.copies[...])
+        rank = jnp.asarray(self.layout.rank, jnp.int32)
+        slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
         return Routed(x, slots, weights)
 
     def send(self, routed: Routed) -> Dispatched:

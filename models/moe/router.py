@@ -6,6 +6,9 @@
 The correction bias `b` balances load; it chooses experts and never enters the weights.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax.program.mark import fused
 from models.moe.config import MoEConfig
+from models.moe.placement import choose_slots
 
 
 def gate(
@@ -41,7 +45,10 @@ def _scores(x, weight):
 
 
 class Router(nnx.Module):
-    """Scores in float32 whatever the model's precision: a wrong expert is a large error."""
+    """Routing to physical slots.
+
+    Scores are float32 whatever the model's precision: a wrong expert is a large error.
+    """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.experts)
@@ -51,9 +58,30 @@ class Router(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"]
+        self,
+        x: Float[Array, "tokens hidden"],
+        rank: Int32[Array, ""],
+        slots_of_expert: Int32[Array, "experts copies"],
+        copies: Int32[Array, "experts"],
     ) -> tuple[Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
-        """Chosen experts and their weights."""
+        """Slots each token goes to, and their weights.
+
+        Where the table has a row for the shared expert (one more than there are routed experts),
+        every token gets one more copy, to a replica of it, with weight 1.
+        """
         logits = _scores(x, self.weight[...])
-        kernel = fused("GatingTopK")(lambda scores, bias: gate(scores, bias, self.config))
-        return kernel(logits, self.bias[...])
+        return _gating(self.config)(logits, self.bias[...], rank, slots_of_expert, copies)
+
+
+@functools.cache
+def _gating(config: MoEConfig) -> Callable:
+    @fused("GatingTopK")
+    def kernel(logits, bias, rank, slots_of_expert, copies):
+        experts, weights = gate(logits, bias, config)
+        if slots_of_expert.shape[0] > config.experts:
+            shared = jnp.full_like(experts[:, :1], config.experts)
+            experts = jnp.concatenate([experts, shared], axis=1)
+            weights = jnp.concatenate([weights, jnp.ones_like(weights[:, :1])], axis=1)
+        return choose_slots(experts, rank, slots_of_expert, copies), weights
+
+    return kernel

@@ -1,8 +1,8 @@
 """In which order and on which streams the blocks of a layer are issued.
 
 A schedule changes no number. It is read by the pricing: operations of one stream run in program
-order, streams overlap. Source: CloudMatrix384 paper, sections 4.2 (decode: an attention stream and a
-MoE stream) and 4.3 (prefill: by engine).
+order, streams overlap. Source: CloudMatrix384 paper, sections 4.2 (decode: an attention stream and
+a MoE stream) and 4.3 (prefill: by engine).
 """
 
 import contextlib

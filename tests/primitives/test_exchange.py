@@ -122,7 +122,7 @@ def test_gradients_equal_those_of_the_dense_sum(mesh, virtual):
 
 
 def test_quantised_rows_are_within_half_a_step_and_carry_no_gradient():
-    x, slots, weights = _case(1, 5, tokens=20, hidden=32)
+    x, slots, _ = _case(1, 5, tokens=20, hidden=32)
     exact = dispatch(x[0], slots[0], **ALONE)
     coarse = dispatch(x[0], slots[0], quantize=True, **ALONE)
     assert coarse.rows.dtype == jnp.int8

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from models.moe.checkpoint import load_checkpoint, read_safetensors
 from models.moe.config import MoEConfig
-from models.moe.deepseek import init_params
+from models.moe.deepseek import abstract_params
+from models.moe.layout import one_rank
 
 FIXTURE = "hf_fixtures/deepseek_v3_tiny"
 
@@ -39,7 +40,7 @@ def test_a_checkpoint_fills_the_one_rank_model_mtp_included(data, tmp_path):
     save_file({k: np.array(v) for k, v in tensors.items()}, tmp_path / "model-1.safetensors")
     save_file({k: np.array(v) for k, v in extra.items()}, tmp_path / "model-2.safetensors")
     params = load_checkpoint(tmp_path, config, mtp=True)
-    like = init_params(config, "float32", mtp=True)
+    like = abstract_params(config, one_rank(config), "float32", mtp=True)
     assert jax.tree.structure(params) == jax.tree.structure(like)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(like), strict=True):
         assert (got.shape, got.dtype) == (want.shape, want.dtype)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +95,7 @@ def _close(got, want, atol=1e-5):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("table", TABLES)
 def test_sharded_steps_equal_the_unsharded_model(mesh, table):
@@ -120,6 +125,7 @@ def test_sharded_steps_equal_the_unsharded_model(mesh, table):
     _close(got.caches, _on_ranks(second.caches, mesh.ranks, axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_sequence_parallel_prefill_equals_the_unsharded_model(mesh):
     inputs, first, _, _ = _unsharded()
@@ -132,6 +138,7 @@ def test_sequence_parallel_prefill_equals_the_unsharded_model(mesh):
     _close(got.caches, _on_ranks(first.caches, 8, axis=1))
 
 
+@pytest.mark.slow
 def test_a_decode_step_has_consistent_types_on_a_plain_mesh():
     _, _, state, second = _unsharded()
     mesh = RankMesh(2, 4)
@@ -148,6 +155,7 @@ def test_a_decode_step_has_consistent_types_on_a_plain_mesh():
     np.testing.assert_array_equal(got.sampled.reshape(second.sampled.shape), second.sampled)
 
 
+@pytest.mark.slow
 def test_per_layer_tables_move_experts_without_changing_the_result():
     inputs, first, _, _ = _unsharded()
     mesh = RankMesh(2, 4)
@@ -164,6 +172,7 @@ def test_per_layer_tables_move_experts_without_changing_the_result():
     _close(got.logits.reshape(first.logits.shape), first.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [two_stream_decode(), Schedule(microbatches=2, order="stage")],
@@ -185,6 +194,7 @@ def test_results_do_not_depend_on_the_schedule(schedule):
     _close(joined, second.caches[0])
 
 
+@pytest.mark.slow
 def test_speculative_decoding_emits_what_plain_greedy_decoding_does():
     inputs = _prompts(2)
     layout = one_rank(CONFIG)
@@ -209,8 +219,33 @@ def test_speculative_decoding_emits_what_plain_greedy_decoding_does():
     assert outputs[3] == outputs[0]
 
 
+def test_drafting_after_prefill_and_after_decode_is_the_same_computation():
+    # prefill a prompt and decode one token, or prefill the prompt with that token appended
+    inputs, first, state, second = _unsharded()
+    full = inputs.tokens.shape[1]
+    room = jnp.pad(inputs.tokens, ((0, 0), (0, 1)))
+    request = jnp.arange(room.shape[0])
+    longer = PrefillInputs(
+        room.at[request, inputs.lengths].set(first.tokens[:, 0]),
+        inputs.lengths + 1,
+        inputs.sampling,
+    )
+    prefill = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "float32", "float32", mtp=True))
+    again = prefill(_params(), longer)
+    rejected = np.asarray(second.emitted) == 1
+    assert rejected.any()
+    np.testing.assert_array_equal(again.tokens[:, 0], second.sampled[:, 0])
+    np.testing.assert_array_equal(again.tokens[rejected, 1], second.tokens[rejected, 1])
+    real = (np.arange(full + 1) < np.asarray(longer.lengths)[:, None])[None, ..., None]
+    for got, want in zip(
+        jax.tree.leaves(second.caches[0]), jax.tree.leaves(again.caches[0]), strict=True
+    ):
+        np.testing.assert_allclose(got[:, :, : full + 1] * real, want * real, atol=1e-5)
+    assert state.caches[0].mtp is not None
+
+
 def test_a_correct_draft_is_accepted_and_a_wrong_one_is_not():
-    inputs, first, state, _ = _unsharded(sequences=2)
+    inputs, _, state, _ = _unsharded(sequences=2)
     decode = jax.jit(decode_fn(CONFIG, one_rank(CONFIG), "float32", mtp=True))
     sampled = decode(_params(), state).sampled
     right = dataclasses.replace(state, tokens=state.tokens.at[:, 1].set(sampled[:, 0]))
@@ -222,6 +257,7 @@ def test_a_correct_draft_is_accepted_and_a_wrong_one_is_not():
     np.testing.assert_array_equal(out.tokens[:, 0], sampled[:, 0])
 
 
+@pytest.mark.slow
 def test_int8_logits_stay_close_to_float32():
     inputs, first, _, _ = _unsharded()
     fn = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "int8", "int8", mtp=True))
@@ -233,14 +269,64 @@ def test_int8_logits_stay_close_to_float32():
     assert np.corrcoef(a, b)[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_int8_cache_decodes_close_to_a_float_cache():
-    inputs, first, state, _ = _unsharded()
+    inputs, first, _, _ = _unsharded()
     prefill = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "float32", "int8", mtp=True))
     quantized = prefill(_params(), inputs).caches[0].moe
     assert quantized.latent.dtype == jnp.int8
     exact = first.caches[0].moe.latent
     error = jnp.abs(quantized.latent * quantized.scale[..., None] - exact)
     assert float(jnp.max(error / quantized.scale[..., None])) <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("mtp", [0, 1, 2])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_steps_trace_with_whole_numbers_in_every_form(mtp, parallel):
+    mesh, table = RankMesh(2, 2, 2), TABLES["redundant"]
+    decode = abstract_decode(CONFIG, Schedule(), table, mesh, 3, 16, 2, "bfloat16", "int8", mtp=mtp)
+    prefill = abstract_prefill(
+        CONFIG, Schedule(), table, mesh, 3, 16, None, "float32", "float32", mtp, parallel
+    )
+    for step, new in ((decode, 1 + mtp), (prefill, 1 + bool(mtp))):
+        fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
+        assert jax.eval_shape(fn, *step.args).tokens.shape == (8, 3, new)
+
+
+FULL_SIZE = """
+import jax, numpy as np
+from cmjax.mesh import RankMesh, on_every_rank, prepare_devices
+prepare_devices(48)
+from models.moe import *
+mesh, config, schedule = RankMesh(48, 8), tiny(), two_stream_decode()
+table = ep_table(config.experts, 384, redundant=384 - config.experts)
+layout = Layout(table=table, axes=mesh.axes, schedule=schedule, capacity=4)
+one = init_params(config, "float32", mtp=True)
+step = abstract_decode(config, schedule, table, mesh, 2, 8, 4, "float32", "float32", mtp=1)
+inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.args[1])
+tokens = np.random.default_rng(0).integers(0, config.vocab_size, inputs.tokens.shape)
+inputs.tokens[:] = tokens
+params = jax.tree.map(np.asarray, shard_params(one, layout))
+lifted = jax.jit(on_every_rank(step.fn, mesh, step.in_specs, step.out_specs))
+got = jax.block_until_ready(lifted(params, inputs))
+alone = jax.jit(decode_fn(config, one_rank(config, schedule), "float32", mtp=True))
+for rank in (0, 200, 383):
+    want = alone(one, jax.tree.map(lambda x: x[rank], inputs))
+    np.testing.assert_array_equal(got.sampled[rank], want.sampled)
+    np.testing.assert_array_equal(got.tokens[rank], want.tokens)
+print("decoded on", mesh.ranks)
+"""
+
+
+@pytest.mark.slow
+def test_a_two_stream_decode_step_runs_on_384_emulated_ranks():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_SIZE], env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "decoded on 384" in done.stdout
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

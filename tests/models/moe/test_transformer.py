@@ -1,4 +1,4 @@
-"""The one-rank model against Hugging Face's logits, and its two attention forms against each other."""
+"""The one-rank model against Hugging Face's logits, and its attention forms against each other."""
 
 import functools
 
