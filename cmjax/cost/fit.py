@@ -89,7 +89,7 @@ def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) ->
         found = scipy.optimize.least_squares(
             lambda theta: np.asarray(predicted(theta)) - measured,
             start,
-            jac=lambda theta: np.asarray(jacobian(theta)),
+            jac=lambda theta: np.asarray(jacobian(theta)),  # pyright: ignore[reportArgumentType]
             loss="soft_l1",
             f_scale=ROBUST,
             bounds=([np.log(1e-9)] * len(keys), [0.0] * len(keys)),  # fractions and seconds below 1

@@ -1,10 +1,10 @@
 """How much more the slowest rank has to do than the mean, in a mixture-of-experts layer."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 
-def imbalance(tokens_per_rank: Float[Array, "*layers ranks"]) -> Float[Array, "*layers"]:
+def imbalance(tokens_per_rank: Float[ArrayLike, "*layers ranks"]) -> Float[Array, "*layers"]:
     """Rows on the slowest rank over the mean: max_r x_r / mean_r x_r, per layer."""
     tokens_per_rank = jnp.asarray(tokens_per_rank, float)
     return jnp.max(tokens_per_rank, -1) / jnp.mean(tokens_per_rank, -1)

@@ -47,7 +47,7 @@ class Timeline:
     def engines(self) -> dict[str, Array]:
         """Busy seconds of each engine over the whole run."""
         names = ("cube", "vector", "hbm", "fabric")
-        totals = dict.fromkeys(names, jnp.zeros(()))
+        totals: dict[str, Array] = dict.fromkeys(names, jnp.zeros(()))
         for (_, times), part in zip(self.program.levels, self.parts, strict=True):
             for name in names:
                 totals[name] = totals[name] + times * jnp.sum(_mean(part, name))

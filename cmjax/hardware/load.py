@@ -15,7 +15,7 @@ from cmjax.hardware.machine import Chip, Efficiency, Exchange, Fabric, Supernode
 from cmjax.hardware.units import parse_quantity
 
 _TIER = {"bandwidth_bytes_per_s": "bytes/s", "latency_s": "s"}
-_SCHEMA: dict[str, dict[str, Any]] = {
+_SCHEMA: dict[str, Any] = {
     "chip": {
         "cube_flops_8bit": "flop/s",
         "cube_flops_16bit": "flop/s",

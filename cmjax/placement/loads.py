@@ -67,6 +67,14 @@ class Loads:
         counts.flags.writeable = False
         object.__setattr__(self, "counts", counts)
 
+    @property
+    def layers(self) -> int:
+        return self.counts.shape[1]
+
+    @property
+    def experts(self) -> int:
+        return self.counts.shape[2]
+
     def scaled(self, assignments: float) -> "Loads":
         """The same distribution in a step of `assignments` = tokens × top-k per layer."""
         total = self.counts.sum(-1, keepdims=True)

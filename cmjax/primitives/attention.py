@@ -179,7 +179,7 @@ _SOFTMAX_INSTRUCTIONS = 9.0
 
 @cost_rule(attention_p)
 def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal) -> Work:
-    """A FlashAttention kernel: scores stay on chip, blocks above the causal diagonal are skipped."""
+    """A FlashAttention kernel: scores stay on chip, blocks above the diagonal are skipped."""
     queries, keys = q.shape[-3], k.shape[-3]
     scores = q.size / q.shape[-1] * keys
     if causal:  # key j is seen by query i if j <= i + keys - queries

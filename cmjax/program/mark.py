@@ -39,7 +39,7 @@ def stream(name: str, *, cube: int | None = None, vector: int | None = None) -> 
 
 
 def parse_stream(part: str) -> tuple[str, int | None, int | None] | None:
-    """One element of a name stack read back as `(name, cube, vector)`; `None` if it is no stream."""
+    """Read one element of a name stack as `(name, cube, vector)`; `None` if it is no stream."""
     found = _STREAM.fullmatch(part)
     if found is None:
         return None

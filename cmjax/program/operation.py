@@ -134,7 +134,7 @@ class Program:
     @property
     def levels(self) -> list[tuple["Program", int]]:
         """This program and the bodies of its loops, outer first, with how often each is run."""
-        found = [(self, 1)]
+        found: list[tuple[Program, int]] = [(self, 1)]
         for op in self.operations:
             if op.loop is not None:
                 found += [(body, n * op.loop.length) for body, n in op.loop.body.levels]

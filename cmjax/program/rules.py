@@ -40,198 +40,37 @@ def cost_rule(primitive) -> Callable[[Rule], Rule]:
 # Vector instructions per element. One-instruction operations first; the others are expanded by the
 # vector core into short polynomial or iterative sequences of about this many instructions.
 ELEMENTWISE: dict[str, float] = dict.fromkeys(
-    [
-        "add",
-        "add_any",
-        "sub",
-        "mul",
-        "max",
-        "min",
-        "neg",
-        "abs",
-        "sign",
-        "floor",
-        "ceil",
-        "round",
-        "and",
-        "or",
-        "xor",
-        "not",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "stack",
-        "select_n",
-        "clamp",
-        "convert_element_type",
-        "reduce_precision",
-        "shift_left",
-        "shift_right_logical",
-        "shift_right_arithmetic",
-        "is_finite",
-        "square",
-        "copy",
-        "copy_p",
-        "concatenate",
-        "pad",
-        "rev",
-        "integer_pow",
-        "real",
-        "imag",
-        "population_count",
-        "clz",
-        "nextafter",
-        "bitcast_convert_type",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "gather",
-        "random_bits",
-        "threefry2x32",
-        "random_seed",
-        "random_wrap",
-        "random_unwrap",
-        "random_fold_in",
-        "squeeze",
-    ],
+    """add add_any sub mul max min neg abs sign floor ceil round and or xor not eq ne lt le gt ge
+    stack select_n clamp convert_element_type reduce_precision shift_left shift_right_logical
+    shift_right_arithmetic is_finite square copy copy_p concatenate pad rev integer_pow real imag
+    population_count clz nextafter bitcast_convert_type dynamic_slice dynamic_update_slice gather
+    random_bits threefry2x32 random_seed random_wrap random_unwrap random_fold_in squeeze""".split(),
     1.0,
 ) | dict.fromkeys(
-    [
-        "div",
-        "rem",
-        "exp",
-        "exp2",
-        "log",
-        "log1p",
-        "expm1",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "pow",
-        "sin",
-        "cos",
-        "tan",
-        "tanh",
-        "logistic",
-        "erf",
-        "erfc",
-        "erf_inv",
-        "atan2",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "lgamma",
-        "digamma",
-    ],
+    "div rem exp exp2 log log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
+    "erf_inv atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma".split(),
     4.0,
 )
 TRANSCENDENTAL = set(
-    [
-        "exp",
-        "exp2",
-        "log",
-        "log1p",
-        "expm1",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "pow",
-        "sin",
-        "cos",
-        "tan",
-        "tanh",
-        "logistic",
-        "erf",
-        "erfc",
-        "erf_inv",
-        "atan2",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "lgamma",
-        "digamma",
-    ]
+    "exp exp2 log log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc erf_inv "
+    "atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma".split()
 )
 # They move or rename values: XLA counts no FLOP for them.
 MOVES = set(
-    [
-        "copy",
-        "copy_p",
-        "concatenate",
-        "stack",
-        "pad",
-        "rev",
-        "convert_element_type",
-        "reduce_precision",
-        "bitcast_convert_type",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "gather",
-        "squeeze",
-        "real",
-        "imag",
-        "select_n",
-        "random_seed",
-        "random_wrap",
-        "random_unwrap",
-        "random_fold_in",
-    ]
+    "copy copy_p concatenate stack pad rev convert_element_type reduce_precision bitcast_convert_type "
+    "dynamic_slice dynamic_update_slice gather squeeze real imag select_n "
+    "random_seed random_wrap random_unwrap random_fold_in".split()
 )
 # No work and no traffic of their own: layout, views, constants, annotations.
 FREE = set(
-    [
-        "reshape",
-        "broadcast_in_dim",
-        "transpose",
-        "slice",
-        "split",
-        "iota",
-        "stop_gradient",
-        "pvary",
-        "pcast",
-        "sharding_constraint",
-        "optimization_barrier",
-        "axis_index",
-        "create_token",
-        "name",
-        "mesh_cast",
-        "reshard",
-        "expand_dims",
-        "dim_as_value",
-        "platform_index",
-        "ppermute_done",
-    ]
+    "reshape broadcast_in_dim transpose slice split iota stop_gradient pvary pcast "
+    "sharding_constraint "
+    "optimization_barrier axis_index create_token name mesh_cast reshard expand_dims dim_as_value "
+    "platform_index ppermute_done".split()
 )
 REDUCTIONS = set(
-    [
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_and",
-        "reduce_or",
-        "reduce_xor",
-        "argmax",
-        "argmin",
-        "cumsum",
-        "cumprod",
-        "cummax",
-        "cummin",
-        "cumlogsumexp",
-        "reduce_window_sum",
-    ]
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "
+    "cumsum cumprod cummax cummin cumlogsumexp reduce_window_sum".split()
 )
 
 

@@ -52,7 +52,7 @@ class Step:
     def trace(self) -> Program:
         return trace(self.fn, *self.args)
 
-    def symbols(self, given: Mapping[str, float]) -> Mapping[str, Any]:
+    def symbols(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The program's symbols at the sizes `given`; ValueError names a missing or unknown one."""
         parameters = inspect.signature(self.sizes).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -95,7 +95,7 @@ class Work:
         return Size.of(0.0 if value is None else value)
 
 
-def matmul_flops(dtype: Any, flops: Size) -> dict[str, Size]:
+def matmul_flops(dtype: Any, flops: Size) -> dict[str, Any]:
     """The engine field on which a matrix product of operands of `dtype` is charged."""
     bits = jnp.dtype(dtype).itemsize * 8
     width = 8 if bits <= 8 else 16 if bits == 16 else 32

@@ -1,0 +1,46 @@
+# make run   the main job: predictions for DeepSeek-R1 on CloudMatrix384 and an expert placement,
+#            as tables, plots and a page in out/
+# make test  the test suite
+# Both make their own .venv first. A Python of at least 3.12 is looked for; name one with PYTHON=...
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+FIND_PYTHON := for p in $(PYTHON) python3.12 python3.13 python3.14 python3 python \
+	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done
+
+.PHONY: run test lint bench clean
+.DEFAULT_GOAL := run
+
+run: $(VENV)/.installed
+	$(BIN)/python -m studies.main_job --out out
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.price_speed
+
+$(VENV)/bin/python:
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+	  echo "cmjax needs Python 3.12 or newer (Python 3.11 stops at a JAX that miscompiles on CPU)."; \
+	  echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; fi; \
+	echo "using $$python ($$($$python --version))"; \
+	$$python -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache
