@@ -39,12 +39,13 @@ def cost_rule(primitive) -> Callable[[Rule], Rule]:
 
 # Vector instructions per element. One-instruction operations first; the others are expanded by the
 # vector core into short polynomial or iterative sequences of about this many instructions.
-ELEMENTWISE: dict[str, float] = dict.fromkeys(
+ELEMENTWISE = dict.fromkeys(
     """add add_any sub mul max min neg abs sign floor ceil round and or xor not eq ne lt le gt ge
     stack select_n clamp convert_element_type reduce_precision shift_left shift_right_logical
     shift_right_arithmetic is_finite square copy copy_p concatenate pad rev integer_pow real imag
     population_count clz nextafter bitcast_convert_type dynamic_slice dynamic_update_slice gather
-    random_bits threefry2x32 random_seed random_wrap random_unwrap random_fold_in squeeze""".split(),
+    squeeze random_bits threefry2x32 random_seed random_wrap random_unwrap
+    random_fold_in""".split(),
     1.0,
 ) | dict.fromkeys(
     "div rem exp exp2 log log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
@@ -57,8 +58,8 @@ TRANSCENDENTAL = set(
 )
 # They move or rename values: XLA counts no FLOP for them.
 MOVES = set(
-    "copy copy_p concatenate stack pad rev convert_element_type reduce_precision bitcast_convert_type "
-    "dynamic_slice dynamic_update_slice gather squeeze real imag select_n "
+    "copy copy_p concatenate stack pad rev convert_element_type reduce_precision "
+    "bitcast_convert_type dynamic_slice dynamic_update_slice gather squeeze real imag select_n "
     "random_seed random_wrap random_unwrap random_fold_in".split()
 )
 # No work and no traffic of their own: layout, views, constants, annotations.
