@@ -15,7 +15,9 @@ UNITS: dict[str, dict[str, float]] = {
     "fraction": {"%": 1e-2},
 }
 
-_QUANTITY = re.compile(r"\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>\S*)\s*")
+_QUANTITY = re.compile(
+    r"\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>\S*)\s*"
+)
 
 
 def parse_quantity(text: object, dimension: str) -> float:

@@ -43,7 +43,8 @@ ELEMENTWISE: dict[str, float] = dict.fromkeys(
     stack select_n clamp convert_element_type reduce_precision shift_left shift_right_logical
     shift_right_arithmetic is_finite square copy copy_p concatenate pad rev integer_pow real imag
     population_count clz nextafter bitcast_convert_type dynamic_slice dynamic_update_slice gather
-    one_minus_square mulhi random_bits threefry2x32 random_seed random_wrap random_unwrap random_fold_in squeeze""".split(),
+    one_minus_square mulhi random_bits threefry2x32 random_seed random_wrap random_unwrap
+    random_fold_in squeeze""".split(),
     1.0,
 ) | dict.fromkeys(
     "div rem exp exp2 log log2 log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
@@ -162,7 +163,14 @@ def _scatter_combine(operand: Operand, indices: Operand, updates: Operand, *, ou
 
 
 RULES["scatter"] = _scatter
-for _name in ("scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter_add"):
+for _name in (
+    "scatter-add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter-min",
+    "scatter-max",
+    "scatter_add",
+):
     RULES[_name] = _scatter_combine
 
 
