@@ -1,5 +1,6 @@
 """Quantities as people write them: `"1.6 TB/s"`, `"376 TFLOPS"`, `"0.2 us"`, `"84 %"` -> SI."""
 
+import math
 import re
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -14,7 +15,9 @@ UNITS: dict[str, dict[str, float]] = {
     "fraction": {"%": 1e-2},
 }
 
-_QUANTITY = re.compile(r"\s*(?P<number>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*(?P<unit>\S*)\s*")
+_QUANTITY = re.compile(
+    r"\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>\S*)\s*"
+)
 
 
 def parse_quantity(text: object, dimension: str) -> float:
@@ -25,7 +28,7 @@ def parse_quantity(text: object, dimension: str) -> float:
       dimension: a key of `UNITS`: `bytes`, `bytes/s`, `flop/s`, `s` or `fraction`.
     Returns: the value in SI units (bytes, seconds, FLOP), positive or zero.
     Raises:
-      ValueError: no unit, a unit of another dimension, not a number, or negative.
+      ValueError: no unit, a unit of another dimension, not a number, negative or not finite.
     """
     units = UNITS[dimension]
     example = {
@@ -46,4 +49,6 @@ def parse_quantity(text: object, dimension: str) -> float:
     value = float(found["number"]) * units[found["unit"]]
     if value < 0:
         raise ValueError(f"{text!r} is negative")
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not finite")
     return value

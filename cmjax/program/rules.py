@@ -44,16 +44,16 @@ ELEMENTWISE = dict.fromkeys(
     stack select_n clamp convert_element_type reduce_precision shift_left shift_right_logical
     shift_right_arithmetic is_finite square copy copy_p concatenate pad rev integer_pow real imag
     population_count clz nextafter bitcast_convert_type dynamic_slice dynamic_update_slice gather
-    squeeze random_bits threefry2x32 random_seed random_wrap random_unwrap
-    random_fold_in""".split(),
+    one_minus_square mulhi random_bits threefry2x32 random_seed random_wrap random_unwrap
+    random_fold_in squeeze""".split(),
     1.0,
 ) | dict.fromkeys(
-    "div rem exp exp2 log log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
+    "div rem exp exp2 log log2 log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
     "erf_inv atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma".split(),
     4.0,
 )
 TRANSCENDENTAL = set(
-    "exp exp2 log log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc erf_inv "
+    "exp exp2 log log2 log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc erf_inv "
     "atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma".split()
 )
 # They move or rename values: XLA counts no FLOP for them.
@@ -67,7 +67,7 @@ FREE = set(
     "reshape broadcast_in_dim transpose slice split iota stop_gradient pvary pcast "
     "sharding_constraint "
     "optimization_barrier axis_index create_token name mesh_cast reshard expand_dims dim_as_value "
-    "platform_index ppermute_done".split()
+    "platform_index ppermute_done tile unstack".split()
 )
 REDUCTIONS = set(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "
@@ -164,7 +164,14 @@ def _scatter_combine(operand: Operand, indices: Operand, updates: Operand, *, ou
 
 
 RULES["scatter"] = _scatter
-for _name in ("scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter_add"):
+for _name in (
+    "scatter-add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter-min",
+    "scatter-max",
+    "scatter_add",
+):
     RULES[_name] = _scatter_combine
 
 

@@ -217,7 +217,7 @@ def _times(left: Monomial, right: Monomial) -> Monomial:
 @functools.lru_cache(maxsize=4096)
 def _from_text(text: str) -> Size:
     """Parse the notation in which JAX prints (and reads) symbolic dimensions."""
-    return _from_tree(ast.parse(text, mode="eval").body, text)
+    return _from_tree(ast.parse(text.replace("^", "**"), mode="eval").body, text)
 
 
 def _from_tree(tree: ast.AST, text: str) -> Size:

@@ -6,6 +6,7 @@ merged into kernels (`fuse.py`), so that HBM is charged once per chain.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -41,6 +42,7 @@ _INLINED = {
     "custom_lin": "jaxpr",
 }
 _INDEXED = {"gather", "dynamic_slice"}
+_TRANSFORMED = re.compile(r"\w+\((.*)\)")  # transpose(jvp(name)): `name`, differentiated
 _VIEWS = FREE - {"iota", "axis_index", "dim_as_value", "platform_index"}
 
 
@@ -82,6 +84,8 @@ class _Place:
     def enter(self, name_stack: str) -> "_Place":
         scope, stream = self.scope, self.stream
         for part in name_stack.split("/") if name_stack else ():
+            while wrapped := _TRANSFORMED.fullmatch(part):
+                part = wrapped[1]
             found = parse_stream(part)
             if found is not None:
                 stream = Stream(*found)
@@ -212,7 +216,9 @@ class _Walker:
             is_carry = consts <= i < consts + carried
             source = ("carry", i - consts) if is_carry else ("const", 0)
             env[variable] = body.external(variable.aval, source)
-        outputs = body.walk(jaxpr, env, _Place(scope=here.scope, stream=here.stream))
+        # A trip count was declared for this loop, not for loops inside it.
+        scope = tuple(part for part in here.scope if not part.startswith("trips="))
+        outputs = body.walk(jaxpr, env, _Place(scope=scope, stream=here.stream))
         loop = Loop(body=body.program(outputs, carried), length=length, carried=carried)
         outs = [Operand.of(v.aval) for v in equation.outvars]
         node = self._append("loop", "scan", inputs, outs, Work(launches=0.0), here)
