@@ -34,7 +34,7 @@ class Price:
         check_target(self.json, self.trace)
         machine = load_machine(self.on)
         given = parse_sizes(self.size)
-        step = load_step(self.program)
+        step = load_step(self.program, machine)
         symbols = step.symbols(given)
         program = step.trace()
         timeline = jax.jit(lambda sizes: price(program, machine, sizes))(dict(symbols))

@@ -1,6 +1,7 @@
 """Where experts live: the problem, the gradient optimiser, its baselines and the bound."""
 
 from cmjax.placement.contiguous import contiguous
+from cmjax.placement.example import example_loads
 from cmjax.placement.evaluate import Evaluation, evaluate, lower_bound_time_s, lower_bound_tokens
 from cmjax.placement.gradient import GradientConfig, gradient
 from cmjax.placement.greedy import greedy
@@ -19,6 +20,7 @@ __all__ = [
     "Problem",
     "contiguous",
     "evaluate",
+    "example_loads",
     "gradient",
     "greedy",
     "lower_bound_time_s",

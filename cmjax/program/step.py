@@ -14,6 +14,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from cmjax.hardware import Supernode
 from cmjax.program.operation import Program
 from cmjax.program.size import Size
 from cmjax.program.trace import trace
@@ -68,12 +69,25 @@ class Step:
         return self.sizes(**given)
 
 
-def load_step(target: str) -> Step:
+def priced_as(builder: str) -> Callable[[Callable], Callable]:
+    """Say which step builder (`module:function`) prices the decorated function.
+
+    For functions whose arguments shapes alone cannot describe, such as a model's parameters.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        function.priced_as = builder  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def load_step(target: str, machine: Supernode) -> Step:
     """Find what `module:function` names and make it a step.
 
-    The function is either a step builder (its return annotation is `Step`; it is called without
-    arguments), or any JAX function whose parameters carry jaxtyping shapes, such as
-    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
+    The function is a step builder (it takes a machine and its return annotation is `Step`), or
+    names one (`priced_as`), or is any JAX function whose parameters carry jaxtyping shapes, such
+    as `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
 
     Raises:
       ValueError: no such module or function (with the closest names), or unreadable annotations.
@@ -99,8 +113,10 @@ def load_step(target: str) -> Step:
         raise ValueError(
             f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
         )
+    if hasattr(function, "priced_as"):
+        return load_step(function.priced_as, machine)
     if inspect.signature(function).return_annotation in (Step, "Step"):
-        return cast(Step, function())
+        return cast(Step, function(machine))
     return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
 
 

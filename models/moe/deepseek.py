@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from cmjax.mesh import RANKED, RankMesh
+from cmjax.program.step import priced_as
 from models.moe.cache import KVCache, ModelCache, empty_cache
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout, one_rank, param_specs
@@ -109,6 +110,7 @@ class Step(NamedTuple):
     out_specs: Any
 
 
+@priced_as("models.moe.deployment:decode")
 def decode_step(model: DeepSeek, inputs: DecodeInputs) -> DecodeOutput:
     """One decode step: run the newest token and the drafts, sample, accept, draft again.
 
@@ -138,6 +140,7 @@ def decode_step(model: DeepSeek, inputs: DecodeInputs) -> DecodeOutput:
     return DecodeOutput(sampled, accepted + 1, tokens, inputs.lengths + accepted + 1, tuple(caches))
 
 
+@priced_as("models.moe.deployment:prefill")
 def prefill_step(model: DeepSeek, inputs: PrefillInputs, kv_cache: KVCache) -> PrefillOutput:
     """Run whole prompts: the first token of each and the caches to decode on."""
     count = model.main.layout.schedule.microbatches

@@ -32,6 +32,16 @@ _PRECISION: dict[str, Precision] = {"int8": "int8", "bf16": "bfloat16"}
 _CACHE = {"int8": "int8", "bf16": "bfloat16"}
 
 
+def decode(machine: Supernode) -> Step:
+    """The default decode instance, as `cmjax price models.moe.deepseek:decode_step` prices it."""
+    return build(Deployment(phase="decode"), machine)
+
+
+def prefill(machine: Supernode) -> Step:
+    """The default prefill instance, as `cmjax price models.moe.deepseek:prefill_step` prices it."""
+    return build(Deployment(phase="prefill", npus=16), machine)
+
+
 def build(deployment: Deployment, machine: Supernode) -> Step:
     """The step of a deployment, its sizes named `batch` (requests per NPU), `context` or `prompt`,
     and `load` (rows on the slowest rank over the mean; one number, or one per MoE layer).

@@ -1,0 +1,116 @@
+"""CloudMatrix384 (arXiv 2506.12708), sections 4 and 5 of the paper: its end-to-end results, predicted.
+
+    python -m studies.cloudmatrix [--out out]
+
+Compares every published row that cmjax knows with what it predicts from micro-measurements alone,
+and draws the decode step and its two streams. Nothing here is fitted to an end-to-end number.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from cmjax import report
+from cmjax.commands.calibrate import compare
+from cmjax.commands.output import track
+from cmjax.commands.predict import Predict
+from cmjax.cost.measured import measured_machines, read_measurements
+from cmjax.report import Section, ValidationRow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Options of this study."""
+
+    out: Path = Path("out")
+    """Folder for pictures and the page."""
+
+
+def validate() -> dict[str, list[ValidationRow]]:
+    """Every built-in row of every machine: predicted beside measured."""
+    return {
+        name: [compare(row, name) for row in track(read_measurements(name), name)]
+        for name in measured_machines()
+    }
+
+
+def run(out: Path, console: Console) -> list[Section]:
+    """Print the tables, draw the pictures into `out`, return the page's sections."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = validate()
+    for name, rows in found.items():
+        console.print(report.validation_table(rows, title=name))
+
+    decode = Predict(phase="decode", microbatches="2")
+    predictor, requests = decode.solve()
+    timeline = predictor.timeline(requests)
+    result = predictor.report(requests, timeline)
+    console.print(report.prediction_table(result))
+    report.plot_step(result, out / "decode_step.png")
+    report.plot_timeline(timeline, out / "decode_layer.png")
+    prefill_predictor, prefill_requests = Predict(phase="prefill").solve()
+    prefill = prefill_predictor.predict(prefill_requests)
+    report.plot_step(prefill, out / "prefill_step.png")
+    end_to_end = [row for rows in found.values() for row in rows if row.role == "predict"]
+    report.plot_steps_compare(end_to_end, out / "predicted_and_published.png")
+
+    sections = [
+        Section(
+            "A decode step of DeepSeek-R1",
+            "160 NPUs (EP320), 96 requests per NPU, 4,096 prompt tokens, two microbatches on an "
+            f"attention and a MoE stream: {result['step_ms']:.1f} ms a step, "
+            f"{result['tpot_ms']:.1f} ms per output token with one draft accepted at 70 %.",
+            image=out / "decode_step.png",
+        ),
+        Section(
+            "One layer of it in steady state",
+            "Two microbatches swap streams: while one is in attention, the other is in its experts.",
+            image=out / "decode_layer.png",
+        ),
+        Section(
+            "A prefill step",
+            f"16 NPUs (EP32), 16,384 tokens per NPU: {prefill['tokens_per_s_per_npu']:,.0f} tokens "
+            "per second and NPU.",
+            image=out / "prefill_step.png",
+        ),
+        Section(
+            "Predicted and published",
+            "Calibrated on micro-measurements only; the rows below are predictions.",
+            image=out / "predicted_and_published.png",
+        ),
+    ]
+    sections += [
+        Section(
+            f"Every row known for {name}",
+            "Role `calibrate`: a micro-measurement the constants were fitted to. "
+            "Role `predict`: only compared.",
+            table=[
+                ("row", "role", "measured", "predicted", "error", "source"),
+                *(
+                    (
+                        row.row,
+                        row.role,
+                        f"{row.measured:,.4g}",
+                        f"{row.predicted:,.4g}",
+                        f"{row.predicted / row.measured - 1:+.1%}",
+                        row.source,
+                    )
+                    for row in rows
+                ),
+            ],
+        )
+        for name, rows in found.items()
+    ]
+    return sections
+
+
+if __name__ == "__main__":
+    study = tyro.cli(Study, description=__doc__)
+    report.write_page(
+        study.out / "cloudmatrix.html",
+        "CloudMatrix384: predicted and published",
+        run(study.out, Console()),
+    )
+    print(f"wrote {study.out}/cloudmatrix.html")

@@ -1,0 +1,137 @@
+"""The main job: price DeepSeek-R1 on CloudMatrix384, and place its experts.
+
+    make run          or          python -m studies.main_job [--out out] [--loads FILE]
+
+Writes tables (`*.json`), plots and one page, `index.html`, into the output folder.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from cmjax import placement, report
+from cmjax.commands.output import bar
+from cmjax.commands.predict import Predict
+from cmjax.cost.deployment import build_layer
+from cmjax.cost.rows import row_time
+from cmjax.hardware import load_machine
+from cmjax.report import Section
+from studies import cloudmatrix
+
+SLO_TPOT_MS = (15.0, 30.0, 50.0)
+BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 160)
+RANKS, REDUNDANT, TOKENS = 64, 64, 96
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MainJob:
+    """Options of the main job."""
+
+    out: Path = Path("out")
+    """Folder for everything written."""
+    loads: Path | None = None
+    """Expert counts to place (default: a built-in synthetic load of 58 layers x 256 experts)."""
+    seconds: float = 30.0
+    """Time limit of the placement search."""
+
+
+def sweep(out: Path, console: Console) -> Section:
+    """Throughput against TPOT over batches, and the best batch under each SLO."""
+    predictor, requests = Predict(phase="decode", microbatches="1").solve()
+    overlapped, _ = Predict(phase="decode", microbatches="2").solve()
+    points = []
+    for batch in BATCHES:
+        served = dataclasses.replace(requests, batch=float(batch))
+        best = max(
+            (p.predict(served) for p in (predictor, overlapped)),
+            key=lambda result: result["tokens_per_s_per_npu"],
+        )
+        points.append(
+            {k: best[k] for k in ("tpot_ms", "tokens_per_s_per_npu")}
+            | {"batch": batch, "microbatches": best["deployment"]["microbatches"]}
+        )
+    (out / "batch_sweep.json").write_text(json.dumps(points, indent=1))
+    report.plot_throughput(points, out / "throughput.png", slo_tpot_ms=SLO_TPOT_MS)
+    table = [("batch per NPU", "microbatches", "TPOT, ms", "tokens/s per NPU")]
+    table += [
+        (
+            f"{p['batch']}",
+            f"{p['microbatches']}",
+            f"{p['tpot_ms']:.1f}",
+            f"{p['tokens_per_s_per_npu']:,.0f}",
+        )
+        for p in points
+    ]
+    for slo in SLO_TPOT_MS:
+        try:
+            found = predictor.largest_batch(requests, slo)
+            console.print(f"TPOT within {slo:g} ms: batch {found.batch:g} per NPU")
+        except ValueError as error:
+            console.print(f"TPOT within {slo:g} ms: {error}")
+    return Section(
+        "How many requests to decode together",
+        "Each point is a batch; overlapping two microbatches is used where it is faster.",
+        table=table,
+        image=out / "throughput.png",
+    )
+
+
+def place(job: MainJob, console: Console) -> Section:
+    """Experts on 64 dies: contiguous, greedy and gradient, by the priced time of the layer."""
+    machine = load_machine("cloudmatrix384")
+    loads = placement.read_loads(job.loads) if job.loads else placement.example_loads()
+    redundant = RANKS - loads.experts % RANKS if loads.experts % RANKS else REDUNDANT
+    layer = build_layer(
+        "deepseek-r1", machine, ranks=RANKS, nodes=None, experts=loads.experts, redundant=redundant
+    )
+    loads = loads.scaled(float(TOKENS) * RANKS * layer.copies)
+    problem = placement.Problem(loads, RANKS, redundant)
+    time_s = row_time(layer, machine, tokens=TOKENS)
+    plans = {}
+    with bar(quiet=False) as progress:
+        task = progress.add_task("placing")
+
+        def on_step(done: int, total: int, best: float) -> None:
+            progress.update(task, total=total, completed=done, description=f"{best * 1e3:.3f} ms")
+
+        for method in ("contiguous", "greedy", "gradient"):
+            plans[method] = placement.place(
+                problem, method, time_s, seconds=job.seconds, on_step=on_step
+            )
+    scores = {name: placement.evaluate(plan, loads, time_s) for name, plan in plans.items()}
+    console.print(report.placement_table(scores))
+    mean = np.asarray(loads.counts).mean(0)
+    tokens = {name: np.asarray(plan.tokens_per_rank(mean)) for name, plan in plans.items()}
+    report.plot_placement(tokens, job.out / "placement.png")
+    (job.out / "placement.json").write_text(plans["gradient"].to_json())
+    table = [("method", "time of all layers, ms", "mean max/mean", "gap to bound")]
+    table += [
+        (name, f"{s.mean_time_s * 1e3:.2f}", f"{s.mean_par:.3f}", f"{s.gap:.1%}")
+        for name, s in scores.items()
+    ]
+    return Section(
+        f"Where {loads.experts} experts live on {RANKS} dies",
+        f"{redundant} redundant slots, {TOKENS} tokens per die and step; "
+        f"loads: {job.loads or 'built-in, synthetic'}.",
+        table=table,
+        image=job.out / "placement.png",
+    )
+
+
+def main(job: MainJob) -> None:
+    console = Console()
+    start = time.perf_counter()
+    job.out.mkdir(parents=True, exist_ok=True)
+    sections = cloudmatrix.run(job.out, console)
+    sections += [sweep(job.out, console), place(job, console)]
+    report.write_page(job.out / "index.html", "DeepSeek-R1 on CloudMatrix384", sections)
+    console.print(f"wrote {job.out}/index.html in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MainJob, description=__doc__))
