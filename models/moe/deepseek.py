@@ -101,7 +101,7 @@ class PrefillOutput:
     caches: tuple[ModelCache, ...]
 
 
-class Step(NamedTuple):
+class RankStep(NamedTuple):
     """A per-rank step with abstract arguments, ready for `on_every_rank`."""
 
     fn: Callable  # fn(params, inputs)
@@ -215,7 +215,7 @@ def abstract_decode(
     precision: Precision = "int8",
     kv_cache: KVCache = "bfloat16",
     mtp: int = 1,
-) -> Step:
+) -> RankStep:
     """A decode step of every rank of `mesh`, with arguments that are shapes.
 
     Args:
@@ -257,7 +257,7 @@ def abstract_prefill(
     kv_cache: KVCache = "bfloat16",
     mtp: int = 1,
     sequence_parallel: bool = True,
-) -> Step:
+) -> RankStep:
     """A prefill step of every rank of `mesh`, with arguments that are shapes.
 
     Args:
@@ -366,4 +366,4 @@ def _step(fn, params, inputs, layout):
 
     params = jax.tree.map(lambda spec, x: ranked(x) if spec is RANKED else x, specs, params)
     inputs = jax.tree.map(ranked, jax.eval_shape(inputs))
-    return Step(fn, (params, inputs), (specs, RANKED), RANKED)
+    return RankStep(fn, (params, inputs), (specs, RANKED), RANKED)
