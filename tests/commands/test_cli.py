@@ -1,0 +1,164 @@
+"""The command line as a user meets it: results on stdout, one line and exit code 2 on bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cmjax.cli import main
+from cmjax.hardware import load_machine
+
+DECODE = ["predict", "decode", "--batch", "96", "--microbatches", "1"]
+
+
+def run_json(capsys, *arguments: str) -> dict:
+    assert main([*arguments, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def loads(tmp_path):
+    counts = np.random.default_rng(0).integers(1, 1000, size=(3, 16))
+    path = tmp_path / "loads.npy"
+    np.save(path, counts)
+    return path
+
+
+def test_predict_decode_reports_every_promised_key(capsys):
+    result = run_json(capsys, *DECODE)
+    promised = "step_ms tpot_ms tokens_per_s_per_npu per_layer_us breakdown calibration".split()
+    assert set(promised) <= set(result)
+    assert result["tpot_ms"] == pytest.approx(result["step_ms"] / 1.7)
+    assert result["tokens_per_s_per_npu"] == pytest.approx(96 / result["tpot_ms"] * 1e3)
+
+
+def test_predict_prefill_reports_ttft_and_defaults_to_16384_tokens(capsys):
+    result = run_json(capsys, "predict", "prefill", "--microbatches", "1", "--prompt", "8192")
+    assert result["requests"]["batch"] == 2
+    assert result["tokens_per_s_per_npu"] == pytest.approx(16384 / result["ttft_ms"] * 1e3)
+
+
+def test_predict_without_mtp_emits_one_token_a_step(capsys):
+    result = run_json(capsys, *DECODE, "--no-mtp")
+    assert result["tpot_ms"] == pytest.approx(result["step_ms"])
+
+
+def test_slo_search_keeps_the_slo_with_the_largest_batch(capsys):
+    at = run_json(capsys, *DECODE[:2], "--microbatches", "1", "--slo-tpot-ms", "30")
+    assert at["tpot_ms"] <= 30
+    batch = int(at["requests"]["batch"]) + 2
+    above = run_json(capsys, *DECODE[:2], "--microbatches", "1", "--batch", str(batch))
+    assert above["tpot_ms"] > 30
+
+
+def test_price_takes_any_annotated_function(capsys, tmp_path, monkeypatch):
+    (tmp_path / "user_steps.py").write_text(
+        "import jax.numpy as jnp\n"
+        "from jaxtyping import Array, BFloat16\n\n"
+        'def project(x: BFloat16[Array, "tokens 4096"], w: BFloat16[Array, "4096 4096"]):\n'
+        "    return x @ w\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = run_json(capsys, "price", "user_steps:project", "--size", "tokens=8192")
+    assert result["work"]["flops"] == 2 * 8192 * 4096 * 4096
+    machine = load_machine("cloudmatrix384")
+    cube_s = result["work"]["flops"] / machine.chip.cube_flops_16bit / machine.efficiency.gemm
+    assert result["engines_busy_ms"]["cube"] == pytest.approx(cube_s * 1e3, rel=1e-5)
+
+
+def test_price_writes_a_trace_that_perfetto_can_read(capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    arguments = ["price", "models.moe.deepseek:decode_step", "--size", "batch=96"]
+    assert main([*arguments, "--size", "context=4096", "--trace", str(trace)]) == 0
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert {"attention/core", "dispatch"} <= {e["cat"].partition("/microbatch")[0] for e in events}
+
+
+def test_micro_reports_time_and_rate(capsys):
+    result = run_json(capsys, "micro", "dispatch", "--ep", "8", "--tokens", "128")
+    assert 50 < result["us"] < 300
+
+
+def test_machines_lists_a_source_for_every_number(capsys):
+    sources = run_json(capsys, "machines", "cloudmatrix384")
+    assert all(sources.values())
+    assert "chip.hbm_bytes_per_s" in sources
+
+
+def test_place_writes_a_plan_that_is_no_worse_than_greedy(capsys, loads):
+    result = run_json(
+        capsys, "place", str(loads), "--ranks", "8", "--redundant", "8", "--seconds", "5"
+    )
+    times = {name: score["time_ms"] for name, score in result["evaluation"].items()}
+    assert times["gradient"] <= times["greedy"] * (1 + 1e-9)
+    assert times["gradient"] <= times["contiguous"] * (1 + 1e-9)
+
+
+def test_validate_reads_a_users_csv(capsys, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(
+        "row,role,command,key,value,source\n"
+        "my dispatch,predict,micro dispatch --ep 8 --tokens 128,us,120,my log\n"
+    )
+    found = run_json(capsys, "validate", str(path))
+    (row,) = found["cloudmatrix384"]["rows"]
+    assert row["measured"] == 120 and row["predicted"] > 0
+
+
+def test_fit_reports_each_residual(capsys):
+    found = run_json(capsys, "fit", "cloudmatrix384")
+    assert 1 <= len(found["values"]) <= 12
+    assert all(abs(r["error"]) < 0.5 for r in found["residuals"])
+
+
+BAD = {
+    "unknown model": (["predict", "decode", "--model", "deepseek-r2"], "deepseek-r1"),
+    "unknown machine": ([*DECODE, "--on", "cloudmatrix"], "cloudmatrix384"),
+    "unknown module": (["price", "models.moe.deepsek:decode_step"], "models.moe.deepseek"),
+    "unknown function": (["price", "models.moe.deepseek:decode_stp"], "decode_step"),
+    "size that is no number": (["price", "models.moe.deepseek:decode_step", "--size", "batch=x"], "batch=x"),
+    "missing size": (["price", "models.moe.deepseek:decode_step", "--size", "batch=96"], "context"),
+    "batch does not divide": (["predict", "decode", "--batch", "97"], "batch"),
+    "EP above the ranks": ([*DECODE, "--npus", "16", "--ep", "64"], "ep 64 is larger"),
+    "EP does not divide": ([*DECODE, "--ep", "48"], "ep 48 does not divide"),
+    "acceptance above one": ([*DECODE, "--mtp-acceptance", "1.5"], "mtp-acceptance"),
+    "negative prompt": ([*DECODE, "--prompt", "-1"], "prompt"),
+    "output folder missing": ([*DECODE, "--json", "/no/such/folder/x.json"], "/no/such/folder"),
+    "unknown operator": (["micro", "dispach", "--ep", "8"], "dispatch"),
+    "missing measurements": (["validate", "nothing.csv"], "nothing.csv"),
+    "SLO out of reach": ([*DECODE, "--slo-tpot-ms", "1"], "cannot be met"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, capsys):
+    arguments, expected = BAD[case]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        (np.array([[1.0, np.nan]]), "NaN"),
+        (np.array([[1.0, -2.0]]), "negative"),
+        (np.ones((2, 2, 2, 2)), "layers"),
+        (np.array([[1.0, 2.0], [0.0, 0.0]]), "zero"),
+    ],
+    ids=["nan", "negative", "shape", "all-zero layer"],
+)
+def test_bad_loads_are_refused_before_anything_is_written(counts, expected, capsys, tmp_path):
+    path, plan = tmp_path / "bad.npy", tmp_path / "plan.json"
+    np.save(path, counts)
+    assert main(["place", str(path), "--ranks", "2", "--json", str(plan)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and expected.lower() in error.lower()
+    assert not plan.exists()
+
+
+def test_load_of_another_model_is_refused(capsys, loads):
+    assert main([*DECODE, "--load", str(loads)]) == 2
+    assert "58 MoE layers x 256 experts" in capsys.readouterr().err
