@@ -101,7 +101,7 @@ def sensitivity_table(elasticities: Mapping[str, float]) -> RenderableType:
         table.add_row(name, percent(elasticity / 100, sign=True, digits=3), bar)
     left_out = len(ordered) - len(shown)
     table.caption = "green: more of it makes the step shorter; red: longer" + (
-        f"; {left_out} weaker ones left out" if left_out else ""
+        f"; weaker ones left out: {left_out}" if left_out else ""
     )
     return table
 

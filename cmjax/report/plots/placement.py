@@ -43,10 +43,8 @@ def plot_placement(
     if not plan_loads:
         raise ValueError("plot_placement: no placements to draw")
     maps = {name: _relative(loads) for name, loads in plan_loads.items()}
-    figure = fig.new_figure(1.55 + 1.35 * len(maps))
-    how = (
-        "Red: ranks with more tokens than their layer's mean, which hold up the rest. White: even."
-    )
+    figure = fig.new_figure(1.35 + 1.35 * len(maps))
+    how = "Orange: ranks with more tokens than their layer's mean; all others wait for them."
     fig.set_title(figure, placement_title(plan_loads), how)
     high = max(float(loads.max()) for loads in maps.values())
     norm = TwoSlopeNorm(1.0, 0.0, min(max(high, 2.0), _SATURATED))
@@ -68,7 +66,7 @@ def plot_placement(
             axes.tick_params(labelbottom=False)
         else:
             axes.set_xlabel("rank")
-    place = figure.add_axes((1 - 1.15 / 8, 0.62 / height, 0.16 / 8, 1 - (0.62 + 0.91) / height))
+    place = figure.add_axes((1 - 1.15 / 8, 0.62 / height, 0.16 / 8, 1 - (0.62 + 0.71) / height))
     bar = figure.colorbar(
         ScalarMappable(norm, _MAP),
         cax=place,
