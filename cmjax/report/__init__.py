@@ -1,0 +1,44 @@
+"""What people look at: tables for a terminal, figures, and pages to pass on."""
+
+from cmjax.report.blocks import BLOCKS, block_of, roll_up
+from cmjax.report.html import Section, write_page
+from cmjax.report.plots import (
+    ThroughputPoint,
+    plot_load_curve,
+    plot_placement,
+    plot_step,
+    plot_steps_compare,
+    plot_throughput,
+    plot_timeline,
+)
+from cmjax.report.tables import (
+    placement_table,
+    prediction_table,
+    residual_table,
+    sensitivity_table,
+    validation_table,
+)
+from cmjax.report.validation import RoleSummary, ValidationRow, summary
+
+__all__ = [
+    "BLOCKS",
+    "RoleSummary",
+    "Section",
+    "ThroughputPoint",
+    "ValidationRow",
+    "block_of",
+    "placement_table",
+    "plot_load_curve",
+    "plot_placement",
+    "plot_step",
+    "plot_steps_compare",
+    "plot_throughput",
+    "plot_timeline",
+    "prediction_table",
+    "residual_table",
+    "roll_up",
+    "sensitivity_table",
+    "summary",
+    "validation_table",
+    "write_page",
+]

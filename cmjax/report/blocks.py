@@ -1,0 +1,33 @@
+"""The blocks of a model step that people think in, rolled up from its nested scopes."""
+
+from collections.abc import Mapping
+
+BLOCKS = {
+    "attention": "attention",
+    "router": "router",
+    "dispatch": "dispatch",
+    "experts": "experts",
+    "combine": "combine",
+    "shared": "shared expert",
+    "dense_ffn": "dense FFN",
+    "lm_head": "LM head",
+    "sample": "sampling",
+    "mtp": "MTP",
+    "embed": "embedding",
+    "other": "other",
+}
+"""Top-level blocks in the order of the step, and what people call them."""
+
+
+def block_of(scope: str) -> str:
+    """The block that a scope path such as `attention/output/QuantMatmul` belongs to."""
+    top = next((part for part in scope.split("/") if not part.startswith("microbatch")), "")
+    return top if top in BLOCKS else "other"
+
+
+def roll_up(breakdown: Mapping[str, float]) -> dict[str, float]:
+    """Sum a breakdown by scope path into blocks, in the order of the step; zeros are left out."""
+    totals = dict.fromkeys(BLOCKS, 0.0)
+    for scope, value in breakdown.items():
+        totals[block_of(scope)] += value
+    return {block: total for block, total in totals.items() if total > 0}

@@ -1,0 +1,30 @@
+"""Figures: each is drawn from data, says its finding in its title, and is written to one file."""
+
+from cmjax.report.plots.placement import (
+    load_curve_title,
+    placement_title,
+    plot_load_curve,
+    plot_placement,
+)
+from cmjax.report.plots.step import plot_step, step_lanes, step_title
+from cmjax.report.plots.throughput import ThroughputPoint, plot_throughput, throughput_title
+from cmjax.report.plots.timeline import layer_period, plot_timeline, timeline_title
+from cmjax.report.plots.validation import plot_steps_compare, steps_compare_title
+
+__all__ = [
+    "ThroughputPoint",
+    "layer_period",
+    "load_curve_title",
+    "placement_title",
+    "plot_load_curve",
+    "plot_placement",
+    "plot_step",
+    "plot_steps_compare",
+    "plot_throughput",
+    "plot_timeline",
+    "step_lanes",
+    "step_title",
+    "steps_compare_title",
+    "throughput_title",
+    "timeline_title",
+]

@@ -1,0 +1,128 @@
+"""How evenly a placement loads the ranks, and how uneven the experts are.
+
+PAR (peak-to-average ratio) of a layer is max / mean of its tokens per rank.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator
+
+from cmjax.report.plots import figure as fig
+from cmjax.report.units import percent
+
+_SATURATED = 4.0  # times the mean: beyond, one hot rank would bleach all others
+_MAP = LinearSegmentedColormap.from_list(
+    "load",
+    [(0.0, "#A9CCE3"), (0.5, "#FBFBFB"), (0.62, "#F0B98D"), (0.8, fig.VERMILION), (1.0, "#4A1500")],
+)
+
+
+def placement_title(plan_loads: Mapping[str, Float[np.ndarray, "layers ranks"]]) -> str:
+    """The finding: the slowest rank over the mean, per method, mean over layers."""
+    pars = {name: float(_relative(loads).max(-1).mean()) for name, loads in plan_loads.items()}
+    return "Busiest rank over mean: " + ", ".join(f"{n} {par:.2f}×" for n, par in pars.items())
+
+
+def plot_placement(
+    plan_loads: Mapping[str, Float[np.ndarray, "layers ranks"]], path: str | Path
+) -> None:
+    """Draw one heat map of ranks by layers per method, in times the layer's mean, on one scale.
+
+    Args:
+      plan_loads: tokens per layer and rank by method, such as `plan.tokens_per_rank(counts)`.
+      path: ends in .png or .svg.
+    Raises: ValueError without methods, for arrays that are no loads, or a path that cannot be
+      written.
+    """
+    fig.checked_path(path)
+    if not plan_loads:
+        raise ValueError("plot_placement: no placements to draw")
+    maps = {name: _relative(loads) for name, loads in plan_loads.items()}
+    figure = fig.new_figure(1.35 + 1.35 * len(maps))
+    how = "Orange: ranks with more tokens than their layer's mean; all others wait for them."
+    fig.set_title(figure, placement_title(plan_loads), how)
+    high = max(float(loads.max()) for loads in maps.values())
+    norm = TwoSlopeNorm(1.0, 0.0, min(max(high, 2.0), _SATURATED))
+    height = figure.get_figheight()
+    for index, (name, loads) in enumerate(maps.items()):
+        bottom = 0.62 + 1.35 * (len(maps) - 1 - index)
+        axes = fig.add_axes(
+            figure, left=0.75, right=1.35, bottom=bottom, top=height - bottom - 1.08
+        )
+        # Drawn as pixels and not smoothed: a single hot rank must stay visible.
+        axes.imshow(loads, cmap=_MAP, norm=norm, aspect="auto", interpolation="nearest")
+        title = f"{name}: {float(loads.max(-1).mean()):.2f}× (worst layer {loads.max():.2f}×)"
+        axes.set_title(title, loc="left", size=10, color=fig.INK, pad=4)
+        axes.set_ylabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        fig.quiet_axes(axes, keep=("left", "bottom", "right", "top"))
+        if index < len(maps) - 1:
+            axes.tick_params(labelbottom=False)
+        else:
+            axes.set_xlabel("rank")
+    place = figure.add_axes((1 - 1.15 / 8, 0.62 / height, 0.16 / 8, 1 - (0.62 + 0.71) / height))
+    bar = figure.colorbar(
+        ScalarMappable(norm, _MAP),
+        cax=place,
+        extend="max" if high > _SATURATED else "neither",
+        extendfrac=0.03,
+    )
+    bar.set_label("tokens over the layer's mean (×)", size=9, color=fig.INK)
+    bar.set_ticks([0, 0.5, 1, *np.linspace(1, float(norm.vmax or 2), 4)[1:]])
+    bar.ax.yaxis.set_major_formatter("{x:.2g}")
+    bar.ax.tick_params(labelsize=9, colors=fig.FAINT)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    fig.save(figure, path)
+
+
+def load_curve_title(loads: Float[np.ndarray, "layers experts"]) -> str:
+    """The finding: what the busiest tenth of the experts takes, and the busiest one."""
+    curve = -np.sort(-_relative(loads), axis=-1).mean(0)
+    tenth = max(1, round(len(curve) / 10))
+    share = float(curve[:tenth].sum() / curve.sum())
+    return (
+        f"The busiest {tenth} of {len(curve)} experts take {percent(share, digits=0)} of the "
+        f"tokens; the busiest, {curve[0]:.1f}× the mean"
+    )
+
+
+def plot_load_curve(loads: Float[np.ndarray, "layers experts"], path: str | Path) -> None:
+    """Draw experts from busiest to idlest over the mean load: mean of layers, and their range.
+
+    Raises: ValueError for an array that is no loads, or a path that cannot be written.
+    """
+    fig.checked_path(path)
+    sorted_loads = -np.sort(-_relative(loads), axis=-1)
+    experts = np.arange(1, sorted_loads.shape[1] + 1)
+    figure = fig.new_figure(3.8)
+    how = "Line: mean over layers. Band: lowest and highest layer. Dashed: an even load."
+    fig.set_title(figure, load_curve_title(loads), how)
+    axes = fig.add_axes(figure, left=0.75)
+    low, high = sorted_loads.min(0), sorted_loads.max(0)
+    axes.fill_between(experts, low, high, color=fig.BLUE, alpha=0.2, lw=0)
+    axes.plot(experts, sorted_loads.mean(0), color=fig.BLUE, lw=2)
+    axes.axhline(1, color=fig.INK, lw=1, ls="--")
+    axes.set(
+        xlim=(0, len(experts) + 1), ylim=(0, None),
+        xlabel="experts, busiest first", ylabel="tokens over the mean (×)",
+    )  # fmt: skip
+    fig.save(figure, path)
+
+
+def _relative(loads) -> Float[np.ndarray, "layers places"]:
+    """Loads over their layer's mean."""
+    loads = np.asarray(loads, float)
+    if loads.ndim != 2 or 0 in loads.shape or not np.isfinite(loads).all() or loads.min() < 0:
+        raise ValueError(
+            f"expected finite loads of 0 or more of shape [layers, ranks or experts], "
+            f"got shape {loads.shape}"
+        )
+    if (loads.sum(-1) == 0).any():
+        raise ValueError("expected tokens in every layer, got a layer of zeros")
+    return loads / loads.mean(-1, keepdims=True)

@@ -1,0 +1,192 @@
+"""Tables for a terminal, as rich renderables: nothing is printed here."""
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cmjax.cost.fit import Fit
+from cmjax.placement import Evaluation
+from cmjax.report.blocks import BLOCKS, roll_up
+from cmjax.report.units import number, percent, quantity
+from cmjax.report.validation import ValidationRow, summary
+
+_HEADLINES = (
+    ("tpot_ms", "time per output token (TPOT)"),
+    ("ttft_ms", "time to first token (TTFT)"),
+    ("tokens_per_s_per_npu", "throughput"),
+    ("step_ms", "step"),
+    ("per_layer_us", "one layer"),
+)
+_ENGINES = {"hbm": "HBM"}
+_BAR = 24  # characters
+_WEAKEST = 1e-3  # of the strongest elasticity: weaker ones are not listed
+_GOOD, _FAIR = 0.10, 0.25
+
+
+def prediction_table(result: Mapping) -> RenderableType:
+    """A prediction at a glance: headline numbers, blocks of the step, engines, memory.
+
+    Args:
+      result: as `Predictor.predict` returns it.
+    """
+    return Group(_headlines(result), _blocks(result), _engines(result), _memory(result))
+
+
+def residual_table(fit: Fit) -> RenderableType:
+    """What calibration found and, row by row, what it could not explain."""
+    rows = [
+        ValidationRow(
+            r.measurement.row,
+            r.measurement.role,
+            r.predicted,
+            r.measurement.value,
+            r.measurement.source,
+            r.measurement.key,
+        )
+        for r in fit.residuals
+    ]
+    constants = _table("Fitted constants", "constant", "value")
+    for key, value in fit.values.items():
+        shown = f"{number(value * 1e6)} µs" if key.endswith("_s") else percent(value)
+        constants.add_row(key, shown)
+    return Group(constants, _comparison("Calibration rows", rows, model="fitted"), _summary(rows))
+
+
+def validation_table(rows: Sequence[ValidationRow]) -> RenderableType:
+    """Predicted against published, one table per role, and how far off each role is."""
+    titles = {"predict": "Predictions (nothing fitted to these)", "calibrate": "Calibration rows"}
+    roles = dict.fromkeys(row.role for row in rows)
+    tables = [
+        _comparison(titles.get(role, role), [row for row in rows if row.role == role])
+        for role in sorted(roles, key=lambda role: role != "predict")
+    ]
+    return Group(*tables, _summary(rows))
+
+
+def placement_table(results: Mapping[str, Evaluation]) -> RenderableType:
+    """Placement methods side by side; the fastest is marked."""
+    table = _table(
+        "Placement", "method", "time (ms)", "over bound", "mean PAR", "worst layer PAR", "balance"
+    )
+    best = min(results, key=lambda name: results[name].mean_time_s, default=None)
+    for name, found in results.items():
+        table.add_row(
+            f"{name} ◀ fastest" if name == best and len(results) > 1 else name,
+            number(found.mean_time_s * 1e3),
+            percent(found.gap, sign=True),
+            f"{found.mean_par:.3f}",
+            f"{found.worst_par:.3f}",
+            percent(found.balancedness),
+            style="bold" if name == best else "",
+        )
+    table.caption = (
+        "time: all layers, mean over windows; PAR: busiest rank over the mean; balance: its inverse"
+    )
+    return table
+
+
+def sensitivity_table(elasticities: Mapping[str, float]) -> RenderableType:
+    """What 1 % more of each machine constant does to the step, strongest first."""
+    table = _table("Sensitivity of the step", "machine constant", "step, for +1 %")
+    table.add_column("")
+    ordered = sorted(elasticities.items(), key=lambda item: -abs(item[1]))
+    largest = max((abs(e) for _, e in ordered), default=0.0) or 1.0
+    shown = [(name, e) for name, e in ordered if abs(e) >= _WEAKEST * largest]
+    for name, elasticity in shown:
+        colour = "green" if elasticity < 0 else "red"
+        bar = Text(_bar(abs(elasticity) / largest), style=colour)
+        table.add_row(name, percent(elasticity / 100, sign=True, digits=3), bar)
+    left_out = len(ordered) - len(shown)
+    table.caption = "green: more of it makes the step shorter; red: longer" + (
+        f"; weaker ones left out: {left_out}" if left_out else ""
+    )
+    return table
+
+
+def _headlines(result: Mapping) -> Table:
+    said, asked = result["deployment"], result["requests"]
+    title = f"{said['model']} {said['phase']} on {said['npus']} NPUs of {result['machine']}"
+    table = Table(title=title, box=None, show_header=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(justify="right", style="bold")
+    table.add_row("batch per NPU, prompt", f"{asked['batch']:g}, {asked['prompt']:,g}")
+    for key, words in _HEADLINES:
+        if result.get(key):
+            table.add_row(words, quantity(key, result[key]))
+    return table
+
+
+def _blocks(result: Mapping) -> Table:
+    blocks, step_ms = roll_up(result["breakdown"]), result["step_ms"]
+    table = _table("Where the time goes", "block", "ms", "of the step")
+    table.add_column("")
+    for block, ms in blocks.items():
+        share = ms / step_ms
+        table.add_row(BLOCKS[block], number(ms), percent(share), _bar(share))
+    total = sum(blocks.values())
+    if total > 1.001 * step_ms:
+        table.caption = (
+            f"streams overlap: {number(total)} ms of work in a step of {number(step_ms)} ms"
+        )
+    return table
+
+
+def _engines(result: Mapping) -> Text:
+    shares = (
+        f"{_ENGINES.get(name, name)} {percent(ms / result['step_ms'], digits=0)}"
+        for name, ms in result["engines_busy_ms"].items()
+    )
+    return Text.assemble(("engines busy: ", "dim"), ", ".join(shares))
+
+
+def _memory(result: Mapping) -> Text:
+    parts = result["hbm_gb_per_die"]
+    shown = " + ".join(f"{name} {number(gb)}" for name, gb in parts.items())
+    total = f"{number(sum(parts.values()))} GB per die ({shown})"
+    if result["fits_hbm"]:
+        return Text.assemble(("memory: ", "dim"), total, ": ", ("fits", "green"))
+    return Text.assemble(
+        ("DOES NOT FIT: ", "bold red"),
+        f"{total} is more HBM than a die has; use more NPUs or a smaller batch",
+    )
+
+
+def _comparison(title: str, rows: Sequence[ValidationRow], model: str = "predicted") -> Table:
+    table = _table(title, "what", model, "published", "error")
+    for row in rows:
+        size = abs(row.error)
+        style = "green" if size <= _GOOD else "yellow" if size <= _FAIR else "red"
+        table.add_row(
+            row.row,
+            quantity(row.key, row.predicted),
+            quantity(row.key, row.measured),
+            Text(percent(row.error, sign=True), style=style),
+        )
+    return table
+
+
+def _summary(rows: Sequence[ValidationRow]) -> Text:
+    lines = (
+        f"{role}: {found.rows} rows, mean error {percent(found.mean_error)}, "
+        f"worst {percent(found.worst_error)} ({found.worst_row})"
+        for role, found in summary(rows).items()
+    )
+    return Text("\n".join(lines))
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _bar(share: float) -> str:
+    """A bar of `_BAR` characters at 1, to an eighth of a character."""
+    eighths = round(min(max(share, 0.0), 1.0) * _BAR * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -1,0 +1,195 @@
+"""Figures: what they say is computed from the data, and the files can be read back."""
+
+import dataclasses
+import itertools
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+
+from cmjax.report import (
+    ThroughputPoint,
+    ValidationRow,
+    plot_load_curve,
+    plot_placement,
+    plot_step,
+    plot_steps_compare,
+    plot_throughput,
+    plot_timeline,
+    roll_up,
+)
+from cmjax.report.plots import (
+    layer_period,
+    load_curve_title,
+    placement_title,
+    step_lanes,
+    step_title,
+    steps_compare_title,
+    throughput_title,
+    timeline_title,
+)
+from cmjax.report.plots.throughput import best_within
+from cmjax.report.units import number
+
+POINTS = [
+    ThroughputPoint(batch, 20 + batch / 4, 1e3 * batch / (20 + batch / 4))
+    for batch in (8, 16, 32, 64, 96)
+]
+ROWS = [
+    ValidationRow("TPOT", "predict", 46.6, 49.4, "paper", "tpot_ms"),
+    ValidationRow("throughput", "predict", 2061, 1943, "paper", "tokens_per_s_per_npu"),
+    ValidationRow("GEMM", "calibrate", 0.8, 0.774, "paper", "utilization"),
+]
+LOADS = {"contiguous": np.array([[4.0, 0, 2, 2], [3, 1, 2, 2]]), "greedy": np.full((2, 4), 2.0)}
+PNG = b"\x89PNG\r\n\x1a\n"
+PLOTS = {
+    "step": lambda path, result, timeline: plot_step(result, path, timeline),
+    "step without timeline": lambda path, result, timeline: plot_step(result, path),
+    "timeline": lambda path, result, timeline: plot_timeline(timeline, path),
+    "steps compare": lambda path, result, timeline: plot_steps_compare(ROWS, path),
+    "throughput": lambda path, result, timeline: plot_throughput(POINTS, path, slo_ms=(30, 50)),
+    "placement": lambda path, result, timeline: plot_placement(LOADS, path),
+    "load curve": lambda path, result, timeline: plot_load_curve(LOADS["contiguous"], path),
+}
+TITLES = {
+    "step": lambda result, timeline: step_title(result, timeline),
+    "step without timeline": lambda result, timeline: step_title(result),
+    "timeline": lambda result, timeline: timeline_title(layer_period(timeline)),
+    "steps compare": lambda result, timeline: steps_compare_title(ROWS),
+    "throughput": lambda result, timeline: throughput_title(POINTS, (30, 50)),
+    "placement": lambda result, timeline: placement_title(LOADS),
+    "load curve": lambda result, timeline: load_curve_title(LOADS["contiguous"]),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_figure_is_written_as_png_and_as_svg_with_its_title(name, tmp_path, result, timeline):
+    before = dict(matplotlib.rcParams)
+    for suffix in (".png", ".svg"):
+        PLOTS[name](tmp_path / f"figure{suffix}", result, timeline)
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+    svg = (tmp_path / "figure.svg").read_text()
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert f"<!-- {TITLES[name](result, timeline)} -->" in svg
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("figure.pdf", "written as .png or .svg, got '.pdf'"),
+        ("figure", "written as .png or .svg, got no suffix"),
+        ("missing/figure.png", "missing does not exist"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_refused(name, file, message, tmp_path, result, timeline):
+    with pytest.raises(ValueError, match=message):
+        PLOTS[name](tmp_path / file, result, timeline)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_lane_of_the_step_adds_up_to_the_step(result, timeline):
+    lanes = step_lanes(result, timeline)
+    assert list(lanes)[:3] == ["critical path", "attention", "moe"]
+    for parts in lanes.values():
+        assert sum(parts.values()) == pytest.approx(result["step_ms"], rel=1e-4)
+        assert min(parts.values()) > 0
+    assert lanes["critical path"]["host"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_streams_hold_the_time_of_their_blocks(result, timeline):
+    lanes, blocks = step_lanes(result, timeline), roll_up(result["breakdown"])
+    assert lanes["attention"]["attention"] == pytest.approx(blocks["attention"], rel=1e-4)
+    assert lanes["moe"]["experts"] == pytest.approx(blocks["experts"], rel=1e-4)
+
+
+def test_without_a_timeline_the_one_lane_holds_all_work(result):
+    (parts,) = step_lanes(result).values()
+    assert sum(parts.values()) == pytest.approx(
+        max(result["step_ms"], sum(result["breakdown"].values()))
+    )
+    quick = result | {"breakdown": {"attention/core": 0.25 * result["step_ms"]}}
+    (parts,) = step_lanes(quick).values()
+    assert parts["idle"] == pytest.approx(0.75 * result["step_ms"])
+
+
+def test_the_step_title_names_the_block_that_sets_it(result, timeline):
+    step, token = number(result["step_ms"]), number(result["tpot_ms"])
+    assert step_title(result, timeline) == (
+        f"Attention sets the decode step: {step} ms, {token} ms per token"
+    )
+    prefill = {k: v for k, v in result.items() if k != "tpot_ms"}
+    assert step_title(prefill) == f"Attention is the largest part of the prefill step: {step} ms"
+
+
+def test_a_layer_period_is_one_iteration_in_steady_state(timeline):
+    period = layer_period(timeline)
+    ((_, layers, _),) = timeline.loops
+    assert (period.layer, period.layers) == (2, layers)
+    busy = timeline.stream_s(layers)
+    assert period.span_us == pytest.approx(float(busy["attention"]) * 1e6, rel=1e-3)
+    for stream, seconds in busy.items():
+        assert period.busy(stream) * period.span_us == pytest.approx(float(seconds) * 1e6, rel=1e-3)
+        assert {b.microbatch for b in period.bars if b.stream == stream} == {0, 1}
+    assert {b.block for b in period.bars} == {"attention", "experts"}
+    assert all(b.start_us + b.duration_us <= period.span_us * (1 + 1e-6) for b in period.bars)
+
+
+def test_bars_of_one_stream_never_overlap(timeline):
+    bars = sorted(layer_period(timeline, 1).bars, key=lambda b: (b.stream, b.start_us))
+    for one, two in itertools.pairwise(bars):
+        if one.stream == two.stream:
+            assert one.start_us + one.duration_us <= two.start_us + 1e-3
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 99])
+def test_a_layer_without_a_successor_is_refused(layer, timeline, tmp_path):
+    with pytest.raises(ValueError, match=rf"layer must lie in 0\.\.3 .* got {layer}"):
+        plot_timeline(timeline, tmp_path / "figure.png", layer)
+
+
+def test_titles_are_computed_from_the_data():
+    assert steps_compare_title(ROWS) == "Predictions are 5.9 % off on average, 6.1 % at worst"
+    assert steps_compare_title(ROWS[:1]) == "Predictions vs published: 5.7 % off"
+    assert steps_compare_title(ROWS[2:]) == "Calibrated kernels vs published: 3.4 % off"
+    assert placement_title(LOADS) == "Busiest rank over mean: contiguous 1.75×, greedy 1.00×"
+    assert load_curve_title(LOADS["contiguous"]) == (
+        "The busiest 1 of 4 experts take 44 % of the tokens; the busiest, 1.8× the mean"
+    )
+
+
+def test_the_throughput_title_gives_the_best_batch_under_the_slo():
+    assert best_within(POINTS, 40) == POINTS[3]
+    assert throughput_title(POINTS, (40, 30)) == (
+        "Within 40 ms per token: 1,778 tokens/s per NPU at batch 64"
+    )
+    full = [dataclasses.replace(p, fits_hbm=p.batch < 64) for p in POINTS]
+    assert "at batch 32" in throughput_title(full, (40,))
+    assert throughput_title(POINTS, (5,)).startswith("No batch meets the SLO; the most is 2,182")
+    none = [dataclasses.replace(p, fits_hbm=False) for p in POINTS]
+    assert throughput_title(none) == "No batch fits the memory of a die"
+
+
+def test_a_point_is_read_from_a_decode_result_only(result):
+    assert ThroughputPoint.of(result).batch == 96
+    with pytest.raises(ValueError, match="expected a decode result"):
+        ThroughputPoint.of({"ttft_ms": 1.0})
+
+
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (lambda path: plot_throughput([], path), "no points"),
+        (lambda path: plot_steps_compare([], path), "no rows"),
+        (lambda path: plot_placement({}, path), "no placements"),
+        (lambda path: plot_placement({"a": np.ones(4)}, path), r"got shape \(4,\)"),
+        (lambda path: plot_placement({"a": -np.ones((2, 2))}, path), "finite loads of 0 or more"),
+        (lambda path: plot_load_curve(np.array([[1.0, 2], [0, 0]]), path), "a layer of zeros"),
+        (lambda path: plot_load_curve(np.array([[1.0, np.nan]]), path), "finite loads"),
+    ],
+)
+def test_data_that_cannot_be_drawn_is_refused(draw, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw(tmp_path / "figure.png")
