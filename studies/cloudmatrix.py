@@ -41,18 +41,20 @@ def run(out: Path, console: Console) -> list[Section]:
     out.mkdir(parents=True, exist_ok=True)
     found = validate()
     for name, rows in found.items():
-        console.print(report.validation_table(rows, title=name))
+        console.rule(name)
+        console.print(report.validation_table(rows))
 
     decode = Predict(phase="decode", microbatches="2")
     predictor, requests = decode.solve()
     timeline = predictor.timeline(requests)
     result = predictor.report(requests, timeline)
     console.print(report.prediction_table(result))
-    report.plot_step(result, out / "decode_step.png")
+    report.plot_step(result, out / "decode_step.png", timeline)
     report.plot_timeline(timeline, out / "decode_layer.png")
     prefill_predictor, prefill_requests = Predict(phase="prefill").solve()
-    prefill = prefill_predictor.predict(prefill_requests)
-    report.plot_step(prefill, out / "prefill_step.png")
+    prefill_timeline = prefill_predictor.timeline(prefill_requests)
+    prefill = prefill_predictor.report(prefill_requests, prefill_timeline)
+    report.plot_step(prefill, out / "prefill_step.png", prefill_timeline)
     end_to_end = [row for rows in found.values() for row in rows if row.role == "predict"]
     report.plot_steps_compare(end_to_end, out / "predicted_and_published.png")
 
@@ -86,20 +88,18 @@ def run(out: Path, console: Console) -> list[Section]:
             f"Every row known for {name}",
             "Role `calibrate`: a micro-measurement the constants were fitted to. "
             "Role `predict`: only compared.",
-            table=[
-                ("row", "role", "measured", "predicted", "error", "source"),
-                *(
-                    (
-                        row.row,
-                        row.role,
-                        f"{row.measured:,.4g}",
-                        f"{row.predicted:,.4g}",
-                        f"{row.predicted / row.measured - 1:+.1%}",
-                        row.source,
-                    )
-                    for row in rows
-                ),
-            ],
+            columns=("row", "role", "measured", "predicted", "error", "source"),
+            rows=tuple(
+                (
+                    row.row,
+                    row.role,
+                    f"{row.measured:,.4g}",
+                    f"{row.predicted:,.4g}",
+                    f"{row.error:+.1%}",
+                    row.source,
+                )
+                for row in rows
+            ),
         )
         for name, rows in found.items()
     ]

@@ -44,29 +44,14 @@ def sweep(out: Path, console: Console) -> Section:
     """Throughput against TPOT over batches, and the best batch under each SLO."""
     predictor, requests = Predict(phase="decode", microbatches="1").solve()
     overlapped, _ = Predict(phase="decode", microbatches="2").solve()
-    points = []
+    results = []
     for batch in BATCHES:
         served = dataclasses.replace(requests, batch=float(batch))
-        best = max(
-            (p.predict(served) for p in (predictor, overlapped)),
-            key=lambda result: result["tokens_per_s_per_npu"],
-        )
-        points.append(
-            {k: best[k] for k in ("tpot_ms", "tokens_per_s_per_npu")}
-            | {"batch": batch, "microbatches": best["deployment"]["microbatches"]}
-        )
-    (out / "batch_sweep.json").write_text(json.dumps(points, indent=1))
-    report.plot_throughput(points, out / "throughput.png", slo_tpot_ms=SLO_TPOT_MS)
-    table = [("batch per NPU", "microbatches", "TPOT, ms", "tokens/s per NPU")]
-    table += [
-        (
-            f"{p['batch']}",
-            f"{p['microbatches']}",
-            f"{p['tpot_ms']:.1f}",
-            f"{p['tokens_per_s_per_npu']:,.0f}",
-        )
-        for p in points
-    ]
+        both = [p.predict(served) for p in (predictor, overlapped)]
+        results.append(max(both, key=lambda result: result["tokens_per_s_per_npu"]))
+    (out / "batch_sweep.json").write_text(json.dumps(results, indent=1))
+    points = [report.ThroughputPoint.of(result) for result in results]
+    report.plot_throughput(points, out / "throughput.png", slo_ms=SLO_TPOT_MS)
     for slo in SLO_TPOT_MS:
         try:
             found = predictor.largest_batch(requests, slo)
@@ -76,7 +61,16 @@ def sweep(out: Path, console: Console) -> Section:
     return Section(
         "How many requests to decode together",
         "Each point is a batch; overlapping two microbatches is used where it is faster.",
-        table=table,
+        columns=("batch per NPU", "microbatches", "TPOT, ms", "tokens/s per NPU"),
+        rows=tuple(
+            (
+                f"{result['requests']['batch']:g}",
+                f"{result['deployment']['microbatches']}",
+                f"{result['tpot_ms']:.1f}",
+                f"{result['tokens_per_s_per_npu']:,.0f}",
+            )
+            for result in results
+        ),
         image=out / "throughput.png",
     )
 
@@ -109,16 +103,15 @@ def place(job: MainJob, console: Console) -> Section:
     tokens = {name: np.asarray(plan.tokens_per_rank(mean)) for name, plan in plans.items()}
     report.plot_placement(tokens, job.out / "placement.png")
     (job.out / "placement.json").write_text(plans["gradient"].to_json())
-    table = [("method", "time of all layers, ms", "mean max/mean", "gap to bound")]
-    table += [
-        (name, f"{s.mean_time_s * 1e3:.2f}", f"{s.mean_par:.3f}", f"{s.gap:.1%}")
-        for name, s in scores.items()
-    ]
     return Section(
         f"Where {loads.experts} experts live on {RANKS} dies",
         f"{redundant} redundant slots, {TOKENS} tokens per die and step; "
         f"loads: {job.loads or 'built-in, synthetic'}.",
-        table=table,
+        columns=("method", "time of all layers, ms", "mean max/mean", "gap to bound"),
+        rows=tuple(
+            (name, f"{s.mean_time_s * 1e3:.2f}", f"{s.mean_par:.3f}", f"{s.gap:.1%}")
+            for name, s in scores.items()
+        ),
         image=job.out / "placement.png",
     )
 

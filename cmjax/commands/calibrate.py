@@ -75,12 +75,12 @@ class Validate:
         result = {
             name: {
                 "rows": [dataclasses.asdict(r) for r in rows],
-                "summary": report.summary(rows),
+                "summary": {k: dataclasses.asdict(s) for k, s in report.summary(rows).items()},
             }
             for name, rows in found.items()
         }
-        tables = [report.validation_table(rows, title=name) for name, rows in found.items()]
-        emit(console, self.json, result, *tables)
+        tables = [(name, report.validation_table(rows)) for name, rows in found.items()]
+        emit(console, self.json, result, *(part for table in tables for part in table))
 
 
 def compare(row: Measurement, machine_name: str) -> report.ValidationRow:

@@ -69,7 +69,7 @@ class Predict:
         if self.trace:
             timeline.to_perfetto(self.trace)
         if self.plot:
-            report.plot_step(result, self.plot)
+            report.plot_step(result, self.plot, timeline)
         emit(console, self.json, result, report.prediction_table(result))
         if self.sensitivity and self.json != "-":
             console.print(report.sensitivity_table(result["sensitivity"]))

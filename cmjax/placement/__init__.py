@@ -1,8 +1,8 @@
 """Where experts live: the problem, the gradient optimiser, its baselines and the bound."""
 
 from cmjax.placement.contiguous import contiguous
-from cmjax.placement.example import example_loads
 from cmjax.placement.evaluate import Evaluation, evaluate, lower_bound_time_s, lower_bound_tokens
+from cmjax.placement.example import example_loads
 from cmjax.placement.gradient import GradientConfig, gradient
 from cmjax.placement.greedy import greedy
 from cmjax.placement.loads import Loads, read_loads

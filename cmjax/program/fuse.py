@@ -202,7 +202,7 @@ def _is_prefix(scope: tuple[str, ...], nodes: list[Node]) -> bool:
 
 def _traffic(nodes: list[Node], group: int, group_of, needed_outside) -> tuple[Size, Size]:
     """HBM bytes that a kernel reads and writes at its boundary."""
-    views: dict[int, dict[Size, Value]] = defaultdict(dict)
+    views: dict[int, dict[object, Value]] = defaultdict(dict)
     read, write = Size(), Size()
     for node in nodes:
         for position, value in enumerate(node.inputs):
@@ -212,9 +212,9 @@ def _traffic(nodes: list[Node], group: int, group_of, needed_outside) -> tuple[S
             if position in node.reads:
                 read = read + node.reads[position]
             else:
-                views[id(value.root)][value.nbytes] = value
+                views[id(value.root)][value.bytes_seen] = value
     for seen in views.values():
-        total = sum(seen, Size())
+        total = sum((value.nbytes for value in seen.values()), Size())
         whole = next(iter(seen.values())).root.nbytes
         read = read + (total if probe(total) <= probe(whole) else whole)
     for node in nodes:

@@ -27,17 +27,24 @@ MAIN = Stream()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """An array while tracing. A view (reshape, slice) names the value it looks into as `base`."""
+    """An array while tracing. A view (reshape, slice) names the value it looks into as `base`, and
+    as `part` which of its bytes it sees."""
 
     operand: Operand
     nbytes: Size
     producer: tuple[int, int] | None = None  # (node, output)
     external: tuple[str, int] | None = None  # ("const", 0) or ("carry", i)
     base: "Value | None" = None
+    part: object = None
 
     @property
     def root(self) -> "Value":
         return self.base or self
+
+    @property
+    def bytes_seen(self) -> object:
+        """Equal for two views of the same bytes."""
+        return self.part or self
 
 
 @dataclasses.dataclass(eq=False)

@@ -45,7 +45,7 @@ ELEMENTWISE = dict.fromkeys(
     shift_right_arithmetic is_finite square copy copy_p concatenate pad rev integer_pow real imag
     population_count clz nextafter bitcast_convert_type dynamic_slice dynamic_update_slice gather
     one_minus_square mulhi random_bits threefry2x32 random_seed random_wrap random_unwrap
-    random_fold_in squeeze""".split(),
+    random_fold_in""".split(),
     1.0,
 ) | dict.fromkeys(
     "div rem exp exp2 log log2 log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
@@ -59,14 +59,14 @@ TRANSCENDENTAL = set(
 # They move or rename values: XLA counts no FLOP for them.
 MOVES = set(
     "copy copy_p concatenate stack pad rev convert_element_type reduce_precision "
-    "bitcast_convert_type dynamic_slice dynamic_update_slice gather squeeze real imag select_n "
+    "bitcast_convert_type dynamic_slice dynamic_update_slice gather real imag select_n "
     "random_seed random_wrap random_unwrap random_fold_in".split()
 )
 # No work and no traffic of their own: layout, views, constants, annotations.
 FREE = set(
-    "reshape broadcast_in_dim transpose slice split iota stop_gradient pvary pcast "
-    "sharding_constraint "
-    "optimization_barrier axis_index create_token name mesh_cast reshard expand_dims dim_as_value "
+    "reshape squeeze broadcast_in_dim transpose slice split iota stop_gradient pvary pcast "
+    "sharding_constraint optimization_barrier axis_index create_token name mesh_cast reshard "
+    "expand_dims dim_as_value "
     "platform_index ppermute_done tile unstack".split()
 )
 REDUCTIONS = set(

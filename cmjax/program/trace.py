@@ -139,7 +139,8 @@ class _Walker:
             return self._cond(equation, inputs, here)
         outs = [Operand.of(variable.aval) for variable in equation.outvars]
         if name in _VIEWS:
-            return [_view(inputs[0], out) for out in outs]
+            piece = (name, *map(str, equation.params.values()))
+            return [_view(inputs[0], out, (*piece, k)) for k, out in enumerate(outs)]
         arguments = [Operand.of(atom.aval) for atom in equation.invars]
         kind, work = _classify(name, arguments, outs, equation.params, self.mesh)
         if here.region is not None and work.kind not in ("gemm", "attention"):
@@ -255,15 +256,16 @@ def _scan_counts(equation) -> tuple[int, int]:
     return groups[0], groups[1]
 
 
-def _view(value: Value | None, out: Operand) -> Value:
-    """The same bytes under another shape; a slice reads only its own part."""
+def _view(value: Value | None, out: Operand, piece: tuple) -> Value:
+    """The same bytes under another shape; a slice reads only its own part, named by `piece`."""
     if value is None:  # a broadcast literal: no memory behind it
         return Value(operand=out, nbytes=Size(), external=("const", 0))
     nbytes = out.nbytes if out.size != value.operand.size else value.nbytes
     small = value.nbytes.constant
     if small is not None and (out.nbytes.constant is None or out.nbytes.constant > small):
         nbytes = value.nbytes  # a broadcast reads its source
-    return dataclasses.replace(value, operand=out, nbytes=nbytes, base=value.base or value)
+    seen = value.bytes_seen if nbytes == value.nbytes else (value.bytes_seen, piece)
+    return dataclasses.replace(value, operand=out, nbytes=nbytes, base=value.root, part=seen)
 
 
 def _classify(name: str, arguments: list[Operand], outs: list[Operand], params, mesh):

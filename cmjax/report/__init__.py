@@ -12,8 +12,10 @@ from cmjax.report.plots import (
     plot_timeline,
 )
 from cmjax.report.tables import (
+    key_value_table,
     placement_table,
     prediction_table,
+    price_table,
     residual_table,
     sensitivity_table,
     validation_table,
@@ -27,6 +29,7 @@ __all__ = [
     "ThroughputPoint",
     "ValidationRow",
     "block_of",
+    "key_value_table",
     "placement_table",
     "plot_load_curve",
     "plot_placement",
@@ -35,6 +38,7 @@ __all__ = [
     "plot_throughput",
     "plot_timeline",
     "prediction_table",
+    "price_table",
     "residual_table",
     "roll_up",
     "sensitivity_table",

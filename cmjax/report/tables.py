@@ -35,6 +35,24 @@ def prediction_table(result: Mapping) -> RenderableType:
     return Group(_headlines(result), _blocks(result), _engines(result), _memory(result))
 
 
+def price_table(program: str, result: Mapping) -> RenderableType:
+    """A priced program: total, time by scope, and how long each engine is busy."""
+    table = _table(f"{program} on {result['machine']}", "scope", "ms on its stream")
+    for scope, ms in sorted(result["breakdown"].items(), key=lambda entry: -entry[1]):
+        table.add_row(scope, number(ms))
+    total = Text(f"total {quantity('total_ms', result['total_ms'])}", style="bold")
+    return Group(table, total, _engines(result))
+
+
+def key_value_table(title: str, values: Mapping[str, object]) -> RenderableType:
+    """Names and values; numbers with the unit that their names say."""
+    table = _table(title, "")
+    table.add_column("", overflow="fold")
+    for key, value in values.items():
+        table.add_row(key, quantity(key, value) if isinstance(value, float) else str(value))
+    return table
+
+
 def residual_table(fit: Fit) -> RenderableType:
     """What calibration found and, row by row, what it could not explain."""
     rows = [

@@ -116,7 +116,10 @@ BAD = {
     "unknown machine": ([*DECODE, "--on", "cloudmatrix"], "cloudmatrix384"),
     "unknown module": (["price", "models.moe.deepsek:decode_step"], "models.moe.deepseek"),
     "unknown function": (["price", "models.moe.deepseek:decode_stp"], "decode_step"),
-    "size that is no number": (["price", "models.moe.deepseek:decode_step", "--size", "batch=x"], "batch=x"),
+    "size that is no number": (
+        ["price", "models.moe.deepseek:decode_step", "--size", "batch=x"],
+        "batch=x",
+    ),
     "missing size": (["price", "models.moe.deepseek:decode_step", "--size", "batch=96"], "context"),
     "batch does not divide": (["predict", "decode", "--batch", "97"], "batch"),
     "EP above the ranks": ([*DECODE, "--npus", "16", "--ep", "64"], "ep 64 is larger"),
