@@ -75,6 +75,14 @@ def test_every_figure_is_written_as_png_and_as_svg_with_its_title(name, tmp_path
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_same_data_give_the_same_bytes(suffix, tmp_path):
+    one, two = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
+    plot_throughput(POINTS, one, slo_ms=(30,))
+    plot_throughput(POINTS, two, slo_ms=(30,))
+    assert one.read_bytes() == two.read_bytes()
+
+
 @pytest.mark.parametrize("name", PLOTS)
 @pytest.mark.parametrize(
     "file, message",

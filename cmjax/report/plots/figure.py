@@ -7,6 +7,7 @@ Colours are Okabe and Ito's (jfly.uni-koeln.de/color, 2008).
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -99,7 +100,8 @@ def save(figure: Figure, path: str | Path) -> None:
     path = checked_path(path)
     suffix = path.suffix.lower()
     stamp = {"Date": None} if suffix == ".svg" else {"Software": None}
-    figure.savefig(path, format=suffix[1:], dpi=_DPI[suffix], metadata=stamp)
+    with rc_context({"svg.hashsalt": "cmjax"}):  # else an SVG's ids are random
+        figure.savefig(path, format=suffix[1:], dpi=_DPI[suffix], metadata=stamp)
 
 
 def quiet_axes(axes: Axes, *, keep: Sequence[str] = ("left", "bottom")) -> None:

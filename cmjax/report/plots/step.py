@@ -24,6 +24,8 @@ _COLOURS = {**fig.BLOCK_COLOURS, HOST: "#BDBDBD", IDLE: fig.PALE, REST: fig.GREY
 def step_lanes(result: Mapping, timeline: Timeline | None = None) -> dict[str, dict[str, float]]:
     """Milliseconds by lane and block. With a timeline, every lane adds up to the step.
 
+    A single stream is its own critical path; it is not listed twice.
+
     Args:
       result: as `Predictor.report` returns it.
       timeline: the one `result` was made from; without it, one lane holds the blocks of all
@@ -40,9 +42,9 @@ def step_lanes(result: Mapping, timeline: Timeline | None = None) -> dict[str, d
     }
     by_load = sorted(streams, key=lambda name: -sum(streams[name].values()))
     busy = {n: streams[n] for n in by_load if sum(streams[n].values()) > _NEGLIGIBLE * step_ms}
-    return {CRITICAL: path | _remainder(HOST, step_ms, path)} | {
-        name: blocks | _remainder(IDLE, step_ms, blocks) for name, blocks in busy.items()
-    }
+    lanes = {name: blocks | _remainder(IDLE, step_ms, blocks) for name, blocks in busy.items()}
+    critical = {CRITICAL: path | _remainder(HOST, step_ms, path)}
+    return critical | (lanes if len(lanes) > 1 else {})
 
 
 def step_title(result: Mapping, timeline: Timeline | None = None) -> str:
@@ -66,16 +68,20 @@ def plot_step(result: Mapping, path: str | Path, timeline: Timeline | None = Non
     fig.checked_path(path)
     lanes = step_lanes(result, timeline)
     figure = fig.new_figure(1.55 + 0.76 * len(lanes))
-    how = "Top: the chain of operations that sets the step. Below: what each stream does meanwhile."
+    right = max(sum(parts.values()) for parts in lanes.values())
+    overlap = right > 1.001 * result["step_ms"]
     if timeline is None:
-        how = "Work of all streams, which overlap where it adds up to more than the step."
+        how = "Work of all streams, which overlap: together it takes longer than the step."
+        how = how if overlap else "Work of all streams."
+    else:
+        how = "Top: the chain of operations that sets the step. Below: what each stream does."
+        how = how if len(lanes) > 1 else "The chain of operations that sets the step."
     fig.set_title(figure, step_title(result, timeline), how)
     labels = [_lane_label(n, p) for n, p in lanes.items()]
     axes = fig.add_axes(figure, left=fig.widest_inches(figure, labels, 10) + 0.2, top=0.85)
-    right = max(sum(parts.values()) for parts in lanes.values())
     axes.set(
         xlim=(0, right),
-        ylim=(len(lanes) - 0.3, -0.5 if timeline is None else -0.35),
+        ylim=(len(lanes) - 0.3, -0.5 if overlap else -0.35),
         xlabel="time in the step (ms)",
     )
     axes.xaxis.set_major_formatter("{x:,.0f}" if right > 20 else "{x:g}")
@@ -84,7 +90,7 @@ def plot_step(result: Mapping, path: str | Path, timeline: Timeline | None = Non
     axes.tick_params(axis="y", length=0, labelcolor=fig.INK, labelsize=10)
     for y, parts in enumerate(lanes.values()):
         _draw_lane(axes, y, parts, right)
-    if right > 1.001 * result["step_ms"]:
+    if overlap:
         _mark_step(axes, result["step_ms"])
     fig.save(figure, path)
 
@@ -143,9 +149,9 @@ def _write_notes(axes, y, notes, right) -> None:
 
 def _listed(small: Mapping[str, float]) -> str:
     """The three largest of the small parts by name, the others summed."""
-    parts = sorted(small.items(), key=lambda part: -part[1])
-    text = ", ".join(f"{_NAMES[name]} {number(ms)}" for name, ms in parts[:3])
-    others = sum(ms for _, ms in parts[3:])
+    largest = sorted(small.keys() - {"other"}, key=lambda name: -small[name])[:3]
+    text = ", ".join(f"{_NAMES[name]} {number(small[name])}" for name in largest)
+    others = sum(ms for name, ms in small.items() if name not in largest)
     return f"rest: {text}" + (f", others {number(others)}" if others else "") + " ms"
 
 

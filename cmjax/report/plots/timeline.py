@@ -13,6 +13,7 @@ from cmjax.report.units import number
 
 _COLOURS = (fig.SKY, fig.ORANGE, fig.GREEN, fig.PURPLE)
 _HEIGHT = 0.68  # of a lane
+_INVISIBLE = 1e-4  # of the period: shorter operations are left out
 _KERNELS = {"dot_general": "GEMM", "add": "add", "concatenate": "concat"}
 
 
@@ -81,7 +82,7 @@ def layer_period(timeline: Timeline, layer: int | None = None) -> Period:
         for event, microbatch in zip(events, microbatches, strict=True):
             start, stop = event.start_s, event.start_s + event.duration_s
             inside = min(stop, end) - max(start, begin)
-            if inside <= 1e-9 * (end - begin):
+            if inside <= _INVISIBLE * (end - begin):
                 continue
             bars.append(
                 Bar(
@@ -181,13 +182,13 @@ def _draw_blocks(axes, lane: int, bars: list[Bar]) -> None:
     runs: list[list[Bar]] = []
     for bar in sorted(bars, key=lambda b: b.start_us):
         last = runs[-1][-1] if runs else None
-        if last and (last.block, last.microbatch) == (bar.block, bar.microbatch):
+        if last and _adjoin(last, bar):
             runs[-1].append(bar)
         else:
             runs.append([bar])
     for run in runs:
         left, right = run[0].start_us, run[-1].start_us + run[-1].duration_us
-        gap = min(3.0, (right - left) / 4)
+        gap = min(0.0025 * axes.get_xlim()[1], (right - left) / 4)
         axes.plot([left + gap, right - gap], [lane + 0.39] * 2, color=fig.FAINT, lw=1.5)
         name = BLOCKS[run[0].block]
         fig.first_label_that_fits(
@@ -196,17 +197,23 @@ def _draw_blocks(axes, lane: int, bars: list[Bar]) -> None:
         )  # fmt: skip
 
 
+def _adjoin(one: Bar, two: Bar) -> bool:
+    """Whether two bars are of one block and microbatch, with no more than a short gap between."""
+    gap = two.start_us - (one.start_us + one.duration_us)
+    same = (one.block, one.microbatch) == (two.block, two.microbatch)
+    return same and gap <= 0.1 * (one.duration_us + two.duration_us)
+
+
 def _write_key(figure, microbatches: list[int]) -> None:
     """What the colours mean, in the line under the title, each in its colour's box."""
     height = figure.get_figheight()
     x = 0.12 / fig.WIDTH_INCHES
-    words = [f"microbatch {m + 1}" for m in microbatches] if len(microbatches) > 1 else ["kernels"]
-    for microbatch, word in zip(microbatches, words, strict=True):
+    place = {"y": 1 - 0.43 / height, "va": "top", "size": 9}
+    for microbatch in microbatches if len(microbatches) > 1 else []:
         box = {"facecolor": _COLOURS[microbatch % len(_COLOURS)], "edgecolor": "none", "pad": 2.5}
-        figure.text(x + 0.005, 1 - 0.43 / height, word, va="top", size=9, color=fig.INK, bbox=box)
+        figure.text(x + 0.005, s=f"microbatch {microbatch + 1}", color=fig.INK, bbox=box, **place)
         x += 0.135
-    note = "numbers: µs; streams run side by side"
-    figure.text(x, 1 - 0.43 / height, note, va="top", size=9, color=fig.FAINT)
+    figure.text(x, s="numbers: µs", color=fig.FAINT, **place)
 
 
 def _lane_label(timeline: Timeline, name: str) -> str:

@@ -64,8 +64,12 @@ def _draw_row(axes, y: int, row: ValidationRow, top: float) -> None:
     colour = _COLOURS.get(row.role, fig.GREY)
     axes.barh(y, share, height=0.62, color=colour)
     error = percent(row.error, sign=True)
-    style = {"va": "center", "size": 9, "weight": "bold", "color": fig.text_colour(colour)}
-    axes.text(min(share, 100) - 0.01 * top, y, error, ha="right", **style)
+    style = {"va": "center", "size": 9, "weight": "bold"}
+    if share > 0.25 * top:
+        place, style = min(share, 100), style | {"ha": "right", "color": fig.text_colour(colour)}
+        axes.text(place - 0.01 * top, y, error, **style)
+    else:
+        axes.text(share + 0.01 * top, y, error, ha="left", color=fig.INK, **style)
     beside = f"{number(row.predicted)} vs {quantity(row.key, row.measured)}"
     if row.key == "utilization":
         beside = f"{quantity(row.key, row.predicted)} vs {quantity(row.key, row.measured)}"
