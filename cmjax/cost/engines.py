@@ -148,6 +148,6 @@ def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
         attention=kinds == "attention",
         compute=np.isin(kinds, ["gemm", "attention"]),
         kind=kinds,
-        reach=np.array([op.work.reach for op in operations]),
+        reach=np.array([op.work.reach for op in operations], int),
         stream=np.array([[op.stream.name == s for op in operations] for s in streams], float),
     )

@@ -73,7 +73,7 @@ def steps(program: Program) -> tuple[Step, ...]:
         for source in new:
             if source.op is not None and stream_of[source.op] != stream:
                 close(stream_of[source.op])
-        if new and any(s != Source(None, -1) for s in new):
+        if new:
             close(stream)
         if stream not in open_step:
             open_step[stream], waits[stream] = [], ()
@@ -127,7 +127,7 @@ def finish(
 
     for step in steps(program):
         operation = program.operations[step.operations[0]]
-        inputs = [ready(s) for s in step.waits] or [constants]
+        inputs = [ready(s) for s in step.waits]
         if operation.loop is None:
             begin = latest([free[step.stream], *inputs])
             end = begin + jnp.sum(durations[program][jnp.array(step.operations)])
@@ -136,7 +136,7 @@ def finish(
             continue
         loop = operation.loop
         carried = [ready(s) for s in loop.carry_sources]
-        state = jnp.stack([*carried, *(free[s] for s in streams), latest(inputs)])
+        state = jnp.stack([*carried, *(free[s] for s in streams), latest(inputs or [constants])])
         after, inner = _iterate(loop, durations, streams, state, temperature)
         n = loop.carried
         free = dict(zip(streams, after[n : n + len(streams)], strict=True))
@@ -146,10 +146,11 @@ def finish(
         spans |= inner
         spans[loop.body] = jnp.max(everything) - jnp.max(largest(state, temperature))
     carries = [ready(s) for s in program.outputs]
-    end = latest([*free.values(), *(e for ends in done.values() for e in ends)])
+    end = latest([*free.values(), *(e for ends in done.values() for e in ends)] or [start.end])
     basis = constants.shape
     ready_carries = jnp.stack(carries) if carries else jnp.zeros((0, *basis))
-    return Ready(ready_carries, jnp.stack([free[s] for s in streams]), end), spans
+    ready_streams = jnp.stack([free[s] for s in streams]) if streams else jnp.zeros((0, *basis))
+    return Ready(ready_carries, ready_streams, end), spans
 
 
 def _iterate(loop, durations, streams, state, temperature):

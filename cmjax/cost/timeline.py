@@ -180,7 +180,7 @@ class _Replay:
         if durations.ndim == 2:
             durations = durations[iteration[-1]]
         for i, op in enumerate(program.operations):
-            waits = [ready(s) for s in op.sources] + [constants]
+            waits = [ready(s) for s in op.sources]
             if op.loop is None:
                 after = self.latest([self.free[op.stream.name], *waits])
                 start = 0.0 if after is None else _end(self.events[after])
@@ -194,7 +194,7 @@ class _Replay:
                 done[i] = [len(self.events) - 1]
                 continue
             state = [ready(s) for s in op.loop.carry_sources]
-            inner = self.latest(waits)
+            inner = self.latest(waits or [constants])
             for n in range(op.loop.length):
                 state = self.level(op.loop.body, state, inner, (*iteration, n))
             everything = self.latest([*state, inner, *self.free.values()])

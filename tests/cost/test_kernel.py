@@ -1,0 +1,276 @@
+"""Time of one kernel and of one exchange, by hand."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cmjax.cost import price
+from cmjax.cost.engines import PIPELINE_TILES, largest
+from cmjax.cost.fabric import alpha_beta_time_s
+from cmjax.cost.micro import MICROS, mesh_for, micro
+from cmjax.hardware import Tier, load_machine, replace_leaf
+from cmjax.primitives import attention
+from cmjax.program import fused, stream, trace
+
+M = load_machine("cloudmatrix384")
+CHIP, EFFICIENCY = M.chip, M.efficiency
+HBM = CHIP.hbm_bytes_per_s * EFFICIENCY.hbm
+BF16 = jnp.bfloat16
+
+
+def array(*shape, dtype=BF16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def time_of(fn, *args, machine=M, **axis_sizes):
+    return float(price(trace(fn, *args, axis_sizes=axis_sizes), machine, {}).total_s)
+
+
+def test_a_message_takes_latency_plus_bytes_over_bandwidth():
+    tier = Tier(bandwidth_bytes_per_s=2e9, latency_s=3e-6)
+    assert alpha_beta_time_s(0.0, tier) == 3e-6
+    assert alpha_beta_time_s(4e9, tier) == pytest.approx(2 + 3e-6, rel=1e-15)
+    np.testing.assert_allclose(alpha_beta_time_s(np.array([2e9, 4e9]), tier), [1 + 3e-6, 2 + 3e-6])
+    assert jax.grad(alpha_beta_time_s)(1.0, tier) == pytest.approx(1 / 2e9)
+
+
+@pytest.mark.parametrize(
+    "dtype, peak, m",
+    [
+        ("int8", CHIP.cube_flops_8bit, 4096),  # cube-bound
+        ("int8", CHIP.cube_flops_8bit, 16),  # HBM-bound
+        ("bfloat16", CHIP.cube_flops_16bit, 4096),
+        ("bfloat16", CHIP.cube_flops_16bit, 16),
+        ("float32", CHIP.cube_flops_32bit, 4096),
+    ],
+)
+def test_a_matrix_product_takes_its_slower_engine_and_a_start(dtype, peak, m):
+    k, n = 7168, 2048
+    dtype = jnp.dtype(dtype)
+    out = jnp.dtype("int32" if dtype == jnp.int8 else dtype)
+
+    def product(x, w):
+        return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=out)
+
+    cube = 2 * m * k * n / (peak * EFFICIENCY.gemm)
+    hbm = ((m * k + k * n) * dtype.itemsize + m * n * out.itemsize) / HBM
+    assert (cube > hbm) == (m == 4096)
+    got = time_of(product, array(m, k, dtype=dtype), array(k, n, dtype=dtype))
+    assert got == pytest.approx(CHIP.kernel_startup_s + max(cube, hbm), rel=1e-12)
+
+
+def test_an_elementwise_kernel_takes_hbm_or_its_instructions():
+    n = 1 << 24
+    exp = 4  # instructions
+    for repeats in (1, 60):
+
+        def chain(x, repeats=repeats):
+            for _ in range(repeats):
+                x = jnp.exp(x)
+            return x
+
+        hbm = 2 * n * 2 / HBM
+        vector = repeats * exp * n * 2 / CHIP.vector_bytes_per_s
+        assert (vector > hbm) == (repeats == 60)
+        want = CHIP.kernel_startup_s + max(hbm, vector)
+        assert time_of(chain, array(n)) == pytest.approx(want, rel=1e-12)
+
+
+def test_one_tile_of_the_hand_over_between_cube_and_vector_is_exposed():
+    m = n = k = 4096
+
+    @fused("product and activation")
+    def kernel(x, w):
+        return jnp.exp(x @ w)
+
+    cube = 2 * m * n * k / (CHIP.cube_flops_16bit * EFFICIENCY.gemm)
+    vector = 4 * m * n * 2 / CHIP.vector_bytes_per_s
+    hbm = 2 * 3 * n * n / HBM
+    want = max(cube, vector, hbm) + min(cube, vector) / PIPELINE_TILES + CHIP.kernel_startup_s
+    timeline = price(trace(kernel, array(m, k), array(k, n)), M, {})
+    assert float(timeline.total_s) == pytest.approx(want, rel=1e-12)
+    engines = {name: float(s) for name, s in timeline.engines.items()}
+    want = {"cube": cube, "vector": vector, "hbm": hbm, "fabric": 0.0}
+    assert engines == pytest.approx(want, rel=1e-12)
+
+
+def test_a_stream_that_owns_some_cores_computes_at_their_share():
+    m = k = n = 4096
+
+    def product(x, w):
+        with stream("attention", cube=16, vector=32):
+            return x @ w
+
+    def activation(x):
+        with stream("attention", cube=16, vector=32):
+            for _ in range(60):
+                x = jnp.exp(x)
+            return x
+
+    startup = CHIP.kernel_startup_s
+    cube = time_of(product, array(m, k), array(k, n)) - startup
+    full = time_of(lambda x, w: x @ w, array(m, k), array(k, n)) - startup
+    assert cube == pytest.approx(full * 24 / 16, rel=1e-12)
+    vector = time_of(activation, array(m, n)) - startup
+    assert vector == pytest.approx(60 * 4 * m * n * 2 / (CHIP.vector_bytes_per_s * 32 / 48))
+
+
+@pytest.mark.parametrize("name, cores, most", [("cube", 25, 24), ("vector", 49, 48)])
+def test_a_stream_cannot_own_more_cores_than_the_chip_has(name, cores, most):
+    def fn(x):
+        with stream("greedy", **{name: cores}):
+            return jnp.exp(x)
+
+    message = f"stream 'greedy' asks for {cores} {name} cores; the chip has {most}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        time_of(fn, array(8))
+
+
+def test_attention_runs_at_the_efficiency_of_attention():
+    b, length, h, d = 4, 4096, 32, 128
+    q = array(b, length, h, d)
+    got = time_of(lambda q, k, v: attention(q, k, v, scale=1.0, causal=True), q, q, q)
+    scores = b * h * length * length / 2
+    cube = 2 * scores * 2 * d / (CHIP.cube_flops_16bit * EFFICIENCY.attention)
+    vector = scores * 4 * 9 / CHIP.vector_bytes_per_s
+    hbm = 4 * b * length * h * d * 2 / HBM
+    want = max(cube, vector, hbm) + min(cube, vector) / PIPELINE_TILES + CHIP.kernel_startup_s
+    assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_a_chain_takes_the_sum_of_its_kernels():
+    x, w = array(1024, 1024), array(1024, 1024)
+    product = time_of(lambda x, w: x @ w, x, w)
+    activation = time_of(jnp.exp, x)
+    assert time_of(lambda x, w: jnp.exp(x @ w) @ w, x, w) == pytest.approx(
+        2 * product + activation, rel=1e-12
+    )
+
+
+SIZES = {"node": 4, "npu": 8, "die": 2}
+
+
+@pytest.mark.parametrize("machine", ["cloudmatrix384", "h800-pod"])
+@pytest.mark.parametrize("axes", [("die",), ("npu", "die"), ("node",), ("node", "npu", "die")])
+def test_an_all_to_all_takes_latency_of_its_furthest_tier_and_bytes_on_its_links(machine, axes):
+    machine = load_machine(machine)
+    rows, width = 4096, 256
+    nbytes = rows * width * 2
+    ranks = int(np.prod([SIZES[a] for a in axes]))
+    dies = SIZES["die"] if "die" in axes else 1
+    local = dies * (SIZES["npu"] if "npu" in axes else 1)
+    fabric = machine.fabric
+    die = nbytes * (dies - 1) / ranks / fabric.die.bandwidth_bytes_per_s
+    node = nbytes * (local - dies) / ranks / fabric.node.bandwidth_bytes_per_s
+    far = nbytes * (ranks - local) / ranks / fabric.supernode.bandwidth_bytes_per_s
+    both = node + far if fabric.shared_ports else max(node, far)
+    furthest = fabric.supernode if "node" in axes else fabric.node if "npu" in axes else fabric.die
+    want = (
+        machine.chip.kernel_startup_s
+        + furthest.latency_s
+        + max(die, both) / machine.exchange.bandwidth
+    )
+    got = time_of(
+        lambda x: lax.all_to_all(x, axes, 0, 0, tiled=True),
+        array(rows, width),
+        machine=machine,
+        **SIZES,
+    )
+    assert got == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [128, 2500, 8192])
+def test_a_dispatch_is_slower_by_the_bytes_that_overflow_the_receivers_l2(tokens):
+    ep, copies, message = 16, 8, 7680
+    peers = {"die": 1, "node": 14}
+    rows_to_a_peer = tokens * copies / ep
+    sent = {tier: n * rows_to_a_peer * message for tier, n in peers.items()}
+    received = sum(sent.values())
+    spilled = min(max(2 * received / CHIP.l2_bytes - 1, 0), 1)
+    assert (spilled > 0) == (tokens > 128) and (spilled < 1) == (tokens < 8192)
+    rate = (1 - spilled) / M.exchange.bandwidth + spilled / M.exchange.bandwidth_from_hbm
+    wire = rate * max(
+        sent["die"] / M.fabric.die.bandwidth_bytes_per_s,
+        sent["node"] / M.fabric.node.bandwidth_bytes_per_s,
+    )
+    fixed = CHIP.kernel_startup_s + M.fabric.node.latency_s + M.exchange.dispatch_startup_s
+    fixed += ep * M.exchange.flag_s / CHIP.vector_cores
+    result = micro("dispatch", M, ep=ep, tokens=tokens).measure(M)
+    assert float(result["us"]) == pytest.approx((wire + fixed) * 1e6, rel=1e-12)
+
+
+def test_few_vector_cores_send_slower_and_count_flags_slower():
+    flags = replace_leaf(M, "exchange.flag_s", 1e-6)
+    few = replace_leaf(flags, "exchange.saturation_cores", 96.0)  # the die has half of them
+
+    def us(machine):
+        return float(micro("dispatch", M, ep=16, tokens=128).measure(machine)["us"])
+
+    wire = 128 * 8 / 16 * 14 * 7680 / M.fabric.node.bandwidth_bytes_per_s / M.exchange.bandwidth
+    assert us(flags) - us(M) == pytest.approx(16 / 48, rel=1e-6)
+    assert us(few) - us(flags) == pytest.approx(wire * 1e6, rel=1e-6)
+
+
+def test_micro_benchmarks_report_consistent_results():
+    gemm = micro("gemm", M, m=4096, k=7168, n=2048).measure(M)
+    seconds = float(gemm["us"]) / 1e6
+    assert float(gemm["tflops"]) == pytest.approx(2 * 4096 * 7168 * 2048 / 1e12 / seconds)
+    assert float(gemm["utilization"]) == pytest.approx(
+        float(gemm["tflops"]) * 1e12 / CHIP.cube_flops_8bit
+    )
+    assert 0 < float(gemm["utilization"]) < EFFICIENCY.gemm
+    bf16 = micro("gemm", M, m=4096, k=7168, n=2048, quant="bf16").measure(M)
+    assert float(bf16["us"]) > float(gemm["us"])
+    cache = dict(batch=96, q_len=2, heads=128, context=4096)
+    latent = micro("latent-attention", M, **cache).measure(M)
+    kv = 96 * 4096 * (512 + 64) * 2
+    assert float(latent["gb_per_s"]) == pytest.approx(kv / 1e9 / (float(latent["us"]) / 1e6))
+
+
+@pytest.mark.parametrize(
+    "operator, options, message",
+    [
+        ("dispach", {}, "unknown operator 'dispach'; closest: dispatch"),
+        ("zzz", {}, f"unknown operator 'zzz'; closest: {', '.join(MICROS)}"),
+        ("gemm", {"m": 8, "k": 8, "n": 8, "sise": 3}, "operator gemm: "),
+        ("gemm", {"m": 8, "k": 8}, "operator gemm: "),
+        ("gemm", {"m": 8, "k": 8, "n": 8, "quant": "int3"}, "operator gemm: 'int3'"),
+        ("dispatch", {"ep": 1000, "tokens": 8}, "1000 ranks; cloudmatrix384 has 768"),
+        (
+            "dispatch",
+            {"ep": 20, "tokens": 8},
+            "20 ranks on cloudmatrix384: use a multiple of 2 up to 16, or a multiple of 16",
+        ),
+    ],
+)
+def test_a_bad_micro_benchmark_is_refused(operator, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        micro(operator, M, **options)
+
+
+@pytest.mark.parametrize(
+    "ranks, shape", [(2, (1, 1, 2)), (16, (1, 8, 2)), (32, (2, 8, 2)), (768, (48, 8, 2))]
+)
+def test_ranks_fill_whole_nodes_first(ranks, shape):
+    mesh = mesh_for(ranks, M)
+    assert (mesh.nodes, mesh.npus, mesh.dies) == shape and mesh.ranks == ranks
+
+
+def test_the_smooth_maximum_bounds_the_maximum_from_above():
+    terms = jnp.array([[1.0, 5.0], [3.0, -2.0], [2.9, 5.0]])
+    exact = jnp.max(terms, 0)
+    assert (largest(terms, 0.0) == exact).all()
+    for temperature in (1.0, 0.1, 0.01):
+        excess = largest(terms, temperature) - exact
+        # log-sum-exp of n terms exceeds their maximum by at most T ln n.
+        assert ((excess > 0) & (excess <= temperature * np.log(3))).all()
