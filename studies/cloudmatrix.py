@@ -1,4 +1,4 @@
-"""CloudMatrix384 (arXiv 2506.12708), sections 4 and 5 of the paper: its end-to-end results, predicted.
+"""The end-to-end results of the CloudMatrix384 paper (arXiv 2506.12708), predicted.
 
     python -m studies.cloudmatrix [--out out]
 
@@ -55,7 +55,8 @@ def run(out: Path, console: Console) -> list[Section]:
     prefill_timeline = prefill_predictor.timeline(prefill_requests)
     prefill = prefill_predictor.report(prefill_requests, prefill_timeline)
     report.plot_step(prefill, out / "prefill_step.png", prefill_timeline)
-    end_to_end = [row for rows in found.values() for row in rows if row.role == "predict"]
+    names = {m.row for name in found for m in read_measurements(name) if m.command[0] == "predict"}
+    end_to_end = [row for rows in found.values() for row in rows if row.row in names]
     report.plot_steps_compare(end_to_end, out / "predicted_and_published.png")
 
     sections = [
@@ -68,7 +69,7 @@ def run(out: Path, console: Console) -> list[Section]:
         ),
         Section(
             "One layer of it in steady state",
-            "Two microbatches swap streams: while one is in attention, the other is in its experts.",
+            "Two microbatches swap streams: while one is in attention, the other is in the MoE.",
             image=out / "decode_layer.png",
         ),
         Section(

@@ -99,8 +99,8 @@ def place(job: MainJob, console: Console) -> Section:
             )
     scores = {name: placement.evaluate(plan, loads, time_s) for name, plan in plans.items()}
     console.print(report.placement_table(scores))
-    mean = np.asarray(loads.counts).mean(0)
-    tokens = {name: np.asarray(plan.tokens_per_rank(mean)) for name, plan in plans.items()}
+    last = loads.counts[-1]  # of one window: averaging windows would hide the imbalance
+    tokens = {name: np.asarray(plan.tokens_per_rank(last)) for name, plan in plans.items()}
     report.plot_placement(tokens, job.out / "placement.png")
     (job.out / "placement.json").write_text(plans["gradient"].to_json())
     return Section(

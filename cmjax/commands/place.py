@@ -79,8 +79,8 @@ class Place:
                 )
         scores = {name: placement.evaluate(plan, loads, time_s) for name, plan in plans.items()}
         if self.plot:
-            mean = loads.counts.mean(0)
-            tokens = {name: plan.tokens_per_rank(mean) for name, plan in plans.items()}
+            last = loads.counts[-1]  # of one window: averaging windows would hide the imbalance
+            tokens = {name: plan.tokens_per_rank(last) for name, plan in plans.items()}
             report.plot_placement(tokens, self.plot)
         result = json.loads(plans[self.method].to_json()) | {
             "method": self.method,

@@ -116,6 +116,7 @@ class Predictor:
             "breakdown": {k or "other": float(v) * 1e3 for k, v in timeline.scopes.items()},
             "engines_busy_ms": {k: float(v) * 1e3 for k, v in timeline.engines.items()},
             "hbm_gb_per_die": {k: v / 1e9 for k, v in memory.items()},
+            "hbm_capacity_gb_per_die": float(self.machine.chip.hbm_bytes) / 1e9,
             "fits_hbm": sum(memory.values()) <= float(self.machine.chip.hbm_bytes),
             "machine": self.machine.name,
             "deployment": dataclasses.asdict(self.deployment),

@@ -39,7 +39,8 @@ def cost_rule(primitive) -> Callable[[Rule], Rule]:
 
 # Vector instructions per element. One-instruction operations first; the others are expanded by the
 # vector core into short polynomial or iterative sequences of about this many instructions.
-ELEMENTWISE = dict.fromkeys(
+ELEMENTWISE: dict[str, float] = {}
+ELEMENTWISE |= dict.fromkeys(
     """add add_any sub mul max min neg abs sign floor ceil round and or xor not eq ne lt le gt ge
     stack select_n clamp convert_element_type reduce_precision shift_left shift_right_logical
     shift_right_arithmetic is_finite square copy copy_p concatenate pad rev integer_pow real imag
@@ -47,7 +48,8 @@ ELEMENTWISE = dict.fromkeys(
     one_minus_square mulhi random_bits threefry2x32 random_seed random_wrap random_unwrap
     random_fold_in""".split(),
     1.0,
-) | dict.fromkeys(
+)
+ELEMENTWISE |= dict.fromkeys(
     "div rem exp exp2 log log2 log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
     "erf_inv atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma".split(),
     4.0,
@@ -66,8 +68,7 @@ MOVES = set(
 FREE = set(
     "reshape squeeze broadcast_in_dim transpose slice split iota stop_gradient pvary pcast "
     "sharding_constraint optimization_barrier axis_index create_token name mesh_cast reshard "
-    "expand_dims dim_as_value "
-    "platform_index ppermute_done tile unstack".split()
+    "expand_dims dim_as_value platform_index tile unstack".split()
 )
 REDUCTIONS = set(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "

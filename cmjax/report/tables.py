@@ -41,7 +41,7 @@ def price_table(program: str, result: Mapping) -> RenderableType:
     for scope, ms in sorted(result["breakdown"].items(), key=lambda entry: -entry[1]):
         table.add_row(scope, number(ms))
     total = Text(f"total {quantity('total_ms', result['total_ms'])}", style="bold")
-    return Group(table, total, _engines(result))
+    return Group(table, total, _engines({**result, "step_ms": result["total_ms"]}))
 
 
 def key_value_table(title: str, values: Mapping[str, object]) -> RenderableType:
