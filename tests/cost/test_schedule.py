@@ -104,7 +104,7 @@ def end_of(events):
     return max(e.start_s + e.duration_s for e in events)
 
 
-@pytest.mark.parametrize("seed", range(18))
+@pytest.mark.parametrize("seed", range(14))
 def test_the_longest_path_is_the_end_of_an_event_by_event_replay(seed):
     timeline = priced(seed)
     events = timeline.events()
@@ -116,7 +116,7 @@ def test_the_longest_path_is_the_end_of_an_event_by_event_replay(seed):
     assert len(events) == counted
 
 
-@pytest.mark.parametrize("seed", range(0, 18, 3))
+@pytest.mark.parametrize("seed", range(0, 14, 3))
 def test_a_replay_respects_streams_and_dependencies(seed):
     events = priced(seed).events()
     free = {}
@@ -127,7 +127,7 @@ def test_a_replay_respects_streams_and_dependencies(seed):
         assert event.start_s == before
 
 
-@pytest.mark.parametrize("seed", range(0, 18, 3))
+@pytest.mark.parametrize("seed", range(0, 14, 3))
 def test_a_critical_path_without_gaps_sums_to_the_total(seed):
     timeline = priced(seed)
     path = timeline.critical_path()
@@ -137,7 +137,7 @@ def test_a_critical_path_without_gaps_sums_to_the_total(seed):
 
 
 def test_the_bound_from_busy_streams_holds():
-    for seed in range(18):
+    for seed in range(14):
         timeline = priced(seed)
         busy = {}
         for event in timeline.events():
