@@ -103,7 +103,8 @@ BAD_FILES = {
     ),
     "unit-less number": (
         _changed('"1.6 TB/s"', "1.6e12"),
-        'key "chip.hbm_bytes_per_s": 1600000000000.0 has no unit; expected a string like "1.6 TB/s"',
+        'key "chip.hbm_bytes_per_s": 1600000000000.0 has no unit; '
+        'expected a string like "1.6 TB/s"',
     ),
     "wrong dimension": (
         _changed('"64 GB"', '"64 GB/s"'),
