@@ -60,7 +60,8 @@ def price(
         # How much streams disturb one another depends on how far they overlap, which the
         # undisturbed schedule tells; one correction is enough.
         runs = _iterations(program)
-        parts, after, spans = run({body: span / runs[body] for body, span in spans.items()})
+        periods = {body: span / runs[body] for body, span in spans.items()}
+        parts, after, spans = run(periods | {program: after.end[0]})
     levels = [level for level, _ in program.levels]
     spans |= {program: after.end[0]}
     return Timeline(
@@ -115,6 +116,10 @@ def _check(program: Program, values) -> None:
     if unknown := sorted(set(values) - needed):
         close = difflib.get_close_matches(unknown[0], needed, n=1) or sorted(needed)
         raise ValueError(f"price: the program has no size {unknown[0]!r}; it has {close}")
+    lengths = set(_iterations(program).values())
     for name, value in values.items():
-        if value.ndim > 1:
-            raise ValueError(f"price: size {name!r} must be a number or one per layer")
+        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in lengths):
+            raise ValueError(
+                f"price: size {name!r} must be a number, or one per iteration of a loop (the "
+                f"program's loops have {sorted(lengths)}); got shape {value.shape}"
+            )
