@@ -379,7 +379,14 @@ def test_an_empty_program_takes_no_time():
         (
             {"rows": np.ones((2, 2))},
             {},
-            "price: size 'rows' must be a number or one per layer",
+            "price: size 'rows' must be a number, or one per iteration of a loop (the program's "
+            "loops have [3]); got shape (2, 2)",
+        ),
+        (
+            {"rows": np.ones(4)},
+            {},
+            "price: size 'rows' must be a number, or one per iteration of a loop (the program's "
+            "loops have [3]); got shape (4,)",
         ),
         (
             {"rows": 8.0},
