@@ -17,7 +17,8 @@ CMJAX_FLOORS = {
     "serving": 4,
     "parallel": 4,
     "report": 5,
-    "cli": 6,
+    "commands": 6,
+    "cli": 7,
 }
 HOUSE_FLOORS = {"cmjax": 0, "models": 1, "train": 2, "studies": 3}
 SOURCES = sorted(

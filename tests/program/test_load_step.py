@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cmjax.hardware import load_machine
 from cmjax.program import Program
 from cmjax.program.step import Step, load_step
 
+MACHINE = load_machine("cloudmatrix384")
 MODULE = '''
 """Programs of a user."""
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Int32
 
-from cmjax.program.step import Step
+from cmjax.program.step import Step, priced_as
 
 
 def layer(x: BFloat16[Array, "tokens 7168"], w: BFloat16[Array, "7168 wide"]):
@@ -35,9 +37,15 @@ def untyped(x, y: int):
     return x
 
 
-def decode_step() -> Step:
+def decode_step(machine) -> Step:
+    assert machine.name == "cloudmatrix384"
     x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("requests"), 8), jnp.float32)
     return Step(fn=jnp.tanh, args=(x,), sizes=sizes, layers=3)
+
+
+@priced_as("zoo.programs_of_test:decode_step")
+def run_step(model, inputs):
+    return model(inputs)
 
 
 def sizes(batch, context=4096):
@@ -65,7 +73,7 @@ def program(tmp_path, monkeypatch):
 
 
 def test_a_function_with_jaxtyping_shapes_is_a_step_of_its_shape_names(program):
-    step = load_step(f"{program}:layer")
+    step = load_step(f"{program}:layer", MACHINE)
     assert [a.dtype for a in step.args] == [jnp.bfloat16] * 2
     traced = step.trace()
     assert isinstance(traced, Program) and traced.symbols == {"tokens", "wide"}
@@ -76,24 +84,29 @@ def test_a_function_with_jaxtyping_shapes_is_a_step_of_its_shape_names(program):
 
 
 def test_families_of_dtypes_scalars_and_defaults_are_understood(program):
-    step = load_step(f"{program}:lookup")
+    step = load_step(f"{program}:lookup", MACHINE)
     assert [a.dtype for a in step.args] == [jnp.float32, jnp.int32, jnp.float32]
     assert step.args[2].shape == ()
     assert step.trace().symbols == {"n"}  # the table itself is not read
 
 
 def test_shapes_may_be_expressions(program):
-    traced = load_step(f"{program}:products").trace()
+    traced = load_step(f"{program}:products", MACHINE).trace()
     assert traced.totals({"b": 4, "c": 11})["flops"] == 2 * 8 * 8 * 10
 
 
 def test_a_builder_is_called_and_its_sizes_translate(program):
-    step = load_step(f"{program}:decode_step")
+    step = load_step(f"{program}:decode_step", MACHINE)
     assert step.layers == 3
     assert step.symbols({"batch": 4.0}) == {"requests": 8.0}
     assert step.symbols({"batch": 4.0, "context": 10}) == {"requests": 8.0}
     assert step.trace().totals(step.symbols({"batch": 4.0}))["transcendentals"] == 64
     assert jax.grad(lambda b: step.symbols({"batch": b})["requests"])(4.0) == 2.0
+
+
+def test_a_function_may_name_the_builder_that_prices_it(program):
+    step = load_step(f"{program}:run_step", MACHINE)
+    assert step.symbols({"batch": 4.0}) == {"requests": 8.0}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +120,7 @@ def test_a_builder_is_called_and_its_sizes_translate(program):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(program, given, message):
-    step = load_step(f"{program}:decode_step")
+    step = load_step(f"{program}:decode_step", MACHINE)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         step.symbols(given)
 
@@ -144,7 +157,7 @@ def test_sizes_that_do_not_fit_are_refused(program, given, message):
 )
 def test_a_target_that_names_no_program_is_refused(program, target, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(t=target))}"):
-        load_step(target)
+        load_step(target, MACHINE)
 
 
 def test_a_function_of_any_sizes_takes_what_is_given():
