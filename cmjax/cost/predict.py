@@ -18,6 +18,10 @@ from cmjax.program import Program, Size
 from cmjax.program.step import Step
 
 
+MOST_REQUESTS = 4096
+"""Where the search for a batch per NPU ends."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requests:
     """What the instance serves.
@@ -150,13 +154,14 @@ class Predictor:
         return dict(sorted(((n, e) for n, e in found.items() if e), key=lambda ne: -abs(ne[1])))
 
     def largest_batch(self, requests: Requests, slo_tpot_ms: float) -> Requests:
-        """The largest batch whose TPOT stays within `slo_tpot_ms` and whose caches fit HBM.
+        """The largest batch, up to `MOST_REQUESTS` per NPU, whose TPOT stays within `slo_tpot_ms`
+        and whose caches fit HBM.
 
         Raises: ValueError: not even the smallest batch does.
         """
         step = self.machine.dies_per_npu * self.deployment.microbatches
         fits, tokens = [], 1 + requests.acceptance * self.deployment.mtp
-        for batch in range(step, 4097, step):
+        for batch in range(step, MOST_REQUESTS + 1, step):
             candidate = dataclasses.replace(requests, batch=float(batch))
             if sum(self.memory_bytes(candidate).values()) > float(self.machine.chip.hbm_bytes):
                 break
