@@ -16,15 +16,10 @@ straight into remote memory, so few cores send slower (`saturation`).
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.hardware import Supernode, Tier
+from cmjax.hardware import Supernode
 from cmjax.program import FIELDS
 
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
-
-
-def alpha_beta_time_s(payload_bytes, tier: Tier):
-    """One message: latency + bytes / bandwidth. Shapes broadcast."""
-    return tier.latency_s + payload_bytes / tier.bandwidth_bytes_per_s
 
 
 def exchange_s(table, static, machine: Supernode):

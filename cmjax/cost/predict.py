@@ -17,7 +17,6 @@ from cmjax.hardware import Supernode
 from cmjax.program import Program, Size
 from cmjax.program.step import Step
 
-
 MOST_REQUESTS = 4096
 """Where the search for a batch per NPU ends."""
 
@@ -101,7 +100,11 @@ class Predictor:
         """What `predict` returns, from a timeline already priced."""
         step_s = float(self.step_s(timeline))
         tokens_per_step = 1 + requests.acceptance * (self.deployment.mtp and self.decoding)
-        loops = {length: float(each) for _, length, each in timeline.loops}
+        # The stack of MoE layers; a dense stack or a draft module may be as long, but not as slow.
+        layers = max(
+            (loop for loop in timeline.loops if loop.length == self.step.layers),
+            key=lambda loop: float(loop.each_s),
+        )
         memory = self.memory_bytes(requests)
         result: dict = {"step_ms": step_s * 1e3}
         if self.decoding:
@@ -110,12 +113,11 @@ class Predictor:
         else:
             result["ttft_ms"] = step_s * 1e3
             result["tokens_per_s_per_npu"] = requests.batch * requests.prompt / step_s
-        streams = timeline.stream_s(self.step.layers)
         return result | {
-            "per_layer_us": loops.get(self.step.layers, 0.0) * 1e6,
+            "per_layer_us": float(layers.each_s) * 1e6,
             **{
                 f"{name}_stream_us": float(s) * 1e6 / self.step.microbatches
-                for name, s in streams.items()
+                for name, s in layers.streams_s.items()
             },
             "breakdown": {k or "other": float(v) * 1e3 for k, v in timeline.scopes.items()},
             "engines_busy_ms": {k: float(v) * 1e3 for k, v in timeline.engines.items()},

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cmjax.cost.engines import Seconds
-from cmjax.program import Program, Source
+from cmjax.program import Operation, Program, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,17 @@ class Event:
     iteration: tuple[int, ...]
     after: int | None
     """Index of the event whose end set this start; `None` at the beginning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopTime:
+    """A loop of the program: its scope, and the seconds that one of `length` iterations takes, in
+    all and busy on each stream."""
+
+    scope: str
+    length: int
+    each_s: Float[Array, ""]
+    streams_s: dict[str, Float[Array, ""]]
 
 
 @jax.tree_util.register_dataclass
@@ -65,36 +76,25 @@ class Timeline:
                     totals[key] = totals.get(key, jnp.zeros(())) + times * duration[i]
         return totals
 
-    def scope_s(self, name: str) -> Array:
-        """Seconds on its stream of all operations that have `name` in their scope path."""
-        matching = [s for path, s in self.scopes.items() if name in path.split("/")]
-        return jnp.sum(jnp.stack(matching)) if matching else jnp.zeros(())
-
     @property
-    def loops(self) -> list[tuple[str, int, Array]]:
-        """Every loop: its scope, how many iterations, and seconds per iteration."""
-        found = []
+    def loops(self) -> list[LoopTime]:
+        """Every loop of the program, in the order they are issued."""
         bodies = [level for level, _ in self.program.levels]
-        for level in bodies:
-            for op in level.operations:
-                if op.loop is not None:
-                    span = self.spans[bodies.index(op.loop.body)]
-                    found.append(("/".join(op.scope), op.loop.length, span / op.loop.length))
-        return found
+        return [
+            self._loop(op, bodies.index(op.loop.body))
+            for level in bodies
+            for op in level.operations
+            if op.loop is not None
+        ]
 
-    def stream_s(self, length: int) -> dict[str, Array]:
-        """Seconds per iteration that each stream is busy in the loops of `length` iterations."""
-        found: dict[str, Array] = {}
-        bodies = [level for level, _ in self.program.levels]
-        for level in bodies:
-            for op in level.operations:
-                if op.loop is None or op.loop.length != length:
-                    continue
-                duration = _mean(self.parts[bodies.index(op.loop.body)], "total")
-                for i, inner in enumerate(op.loop.body.operations):
-                    name = inner.stream.name
-                    found[name] = found.get(name, jnp.zeros(())) + duration[i]
-        return found
+    def _loop(self, op: Operation, level: int) -> LoopTime:
+        assert op.loop is not None
+        streams: dict[str, Array] = {}
+        for i, inner in enumerate(op.loop.body.operations):
+            busy = _mean(self.parts[level], "total")[i]
+            streams[inner.stream.name] = streams.get(inner.stream.name, jnp.zeros(())) + busy
+        length = op.loop.length
+        return LoopTime("/".join(op.scope), length, self.spans[level] / length, streams)
 
     def events(self) -> list[Event]:
         """Every operation of the run in issue order, loops unrolled (one configuration only).

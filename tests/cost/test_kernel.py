@@ -10,9 +10,8 @@ from jax import lax
 
 from cmjax.cost import price
 from cmjax.cost.engines import PIPELINE_TILES, largest
-from cmjax.cost.fabric import alpha_beta_time_s
 from cmjax.cost.micro import MICROS, mesh_for, micro
-from cmjax.hardware import Tier, load_machine, replace_leaf
+from cmjax.hardware import load_machine, replace_leaf
 from cmjax.primitives import attention
 from cmjax.program import fused, stream, trace
 
@@ -34,14 +33,6 @@ def float64():
 
 def time_of(fn, *args, machine=M, **axis_sizes):
     return float(price(trace(fn, *args, axis_sizes=axis_sizes), machine, {}).total_s)
-
-
-def test_a_message_takes_latency_plus_bytes_over_bandwidth():
-    tier = Tier(bandwidth_bytes_per_s=2e9, latency_s=3e-6)
-    assert alpha_beta_time_s(0.0, tier) == 3e-6
-    assert alpha_beta_time_s(4e9, tier) == pytest.approx(2 + 3e-6, rel=1e-15)
-    np.testing.assert_allclose(alpha_beta_time_s(np.array([2e9, 4e9]), tier), [1 + 3e-6, 2 + 3e-6])
-    assert jax.grad(alpha_beta_time_s)(1.0, tier) == pytest.approx(1 / 2e9)
 
 
 @pytest.mark.parametrize(

@@ -325,15 +325,11 @@ def test_scopes_and_loops_say_where_time_goes():
     scopes = {k: float(v) for k, v in timeline.scopes.items()}
     assert set(scopes) >= {"layers/attention", "layers/experts/up", "head"}
     assert sum(scopes.values()) == pytest.approx(float(timeline.total_s), rel=1e-12)
-    assert float(timeline.scope_s("experts")) == scopes["layers/experts/up"]
-    assert float(timeline.scope_s("nothing")) == 0.0
-    ((scope, length, each),) = timeline.loops
-    assert (scope, length) == ("layers", 7)
+    (loop,) = timeline.loops
+    assert (loop.scope, loop.length) == ("layers", 7)
     inside = sum(v for k, v in scopes.items() if k.startswith("layers"))
-    assert 7 * float(each) == pytest.approx(inside, rel=1e-12)
-    assert {k: float(v) for k, v in timeline.stream_s(7).items()} == pytest.approx(
-        {"main": inside / 7}
-    )
+    assert 7 * float(loop.each_s) == pytest.approx(inside, rel=1e-12)
+    assert {k: float(v) for k, v in loop.streams_s.items()} == pytest.approx({"main": inside / 7})
 
 
 def test_a_trace_file_is_json_whose_events_end_at_the_total(tmp_path):

@@ -134,9 +134,9 @@ def test_the_step_title_names_the_block_that_sets_it(result, timeline):
 
 def test_a_layer_period_is_one_iteration_in_steady_state(timeline):
     period = layer_period(timeline)
-    ((_, layers, _),) = timeline.loops
-    assert (period.layer, period.layers) == (2, layers)
-    busy = timeline.stream_s(layers)
+    (loop,) = timeline.loops
+    assert (period.layer, period.layers) == (2, loop.length)
+    busy = loop.streams_s
     assert period.span_us == pytest.approx(float(busy["attention"]) * 1e6, rel=1e-3)
     for stream, seconds in busy.items():
         assert period.busy(stream) * period.span_us == pytest.approx(float(seconds) * 1e6, rel=1e-3)
