@@ -23,8 +23,10 @@ def emit(console: Console, target: str | None, result: Any, *tables: Any) -> Non
 
 def bar(quiet: bool) -> Progress:
     """A progress bar on stderr, so that stdout stays for results."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+    hidden = quiet or not console.is_terminal  # a log file is no place for a moving bar
+    return Progress(*columns, console=console, transient=True, disable=hidden)
 
 
 def track[Item](items: Sequence[Item], description: str) -> Iterator[Item]:
