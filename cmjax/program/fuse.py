@@ -159,7 +159,7 @@ def _operation(nodes: list[Node], group_of, needed_outside, place) -> Operation:
     group = group_of[head.index]
     anchor = next((n for n in nodes if n.kind in ("anchor", "loop")), head)
     if head.region is not None:
-        name, scope = head.scope[-1], head.scope
+        scope = head.scope
         while not _is_prefix(scope, nodes):
             scope = scope[:-1]
         name = scope[-1]

@@ -56,7 +56,7 @@ def trace(fn: Callable, *args, axis_sizes: Mapping[str, int] | None = None) -> P
       axis_sizes: sizes of the mesh axes that `fn` names outside any `shard_map`.
     Raises:
       UnpricedPrimitive: a primitive without cost rule, with its name and how to register one.
-      ValueError: a `while` without declared trip count; a collective inside a fused kernel.
+      ValueError: a `while` without declared trip count; a collective or loop inside a fused kernel.
     """
     axis_env = list((axis_sizes or {}).items())
     closed = jax.make_jaxpr(fn, axis_env=axis_env)(*args)
@@ -210,6 +210,11 @@ class _Walker:
         return self._loop(equation, inputs[skipped:], here, jaxpr, consts, carried, here.trips)
 
     def _loop(self, equation, inputs, here, jaxpr, consts, carried, length) -> list[Value]:
+        if here.region is not None:
+            raise ValueError(
+                f"loop inside a fused kernel ({'/'.join(here.scope)}): its iterations would be "
+                "priced as kernels of their own; move it out, or write it without a loop"
+            )
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         body = _Walker(self.mesh)
         env = {v: body.external(v.aval, ("const", 0)) for v in jaxpr.constvars}

@@ -233,3 +233,11 @@ def test_a_kernel_waits_for_every_kernel_it_reads():
     last = len(program.operations) - 1
     produced = [i for i, op in enumerate(program.operations[:-1]) if op.name == "dot_general"]
     assert waits[f"dot_general{last}"] == produced and len(produced) == 2
+
+
+def test_a_loop_inside_a_fused_kernel_is_refused():
+    def powers(x):
+        return lax.fori_loop(0, 3, lambda _, y: y * x, x)
+
+    with pytest.raises(ValueError, match=r"^loop inside a fused kernel \(powers\)"):
+        trace(fused("powers")(powers), X)
