@@ -55,8 +55,12 @@ def run(out: Path, console: Console) -> list[Section]:
     prefill_timeline = prefill_predictor.timeline(prefill_requests)
     prefill = prefill_predictor.report(prefill_requests, prefill_timeline)
     report.plot_step(prefill, out / "prefill_step.png", prefill_timeline)
-    names = {m.row for name in found for m in read_measurements(name) if m.command[0] == "predict"}
-    end_to_end = [row for rows in found.values() for row in rows if row.row in names]
+    end_to_end = [
+        row
+        for name, rows in found.items()
+        for measurement, row in zip(read_measurements(name), rows, strict=True)
+        if measurement.command[0] == "predict"
+    ]
     report.plot_steps_compare(end_to_end, out / "predicted_and_published.png")
 
     sections = [

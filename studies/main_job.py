@@ -10,16 +10,13 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import tyro
 from rich.console import Console
 
 from cmjax import placement, report
-from cmjax.commands.output import bar
+from cmjax.commands.place import Place
 from cmjax.commands.predict import Predict
-from cmjax.cost.deployment import build_layer
-from cmjax.cost.rows import row_time
-from cmjax.hardware import load_machine
+from cmjax.cost.predict import fastest
 from cmjax.report import Section
 from studies import cloudmatrix
 
@@ -42,19 +39,20 @@ class MainJob:
 
 def sweep(out: Path, console: Console) -> Section:
     """Throughput against TPOT over batches, and the best batch under each SLO."""
-    predictor, requests = Predict(phase="decode", microbatches="1").solve()
+    alone, requests = Predict(phase="decode", microbatches="1").solve()
     overlapped, _ = Predict(phase="decode", microbatches="2").solve()
+    predictors = (alone, overlapped)
     results = []
     for batch in BATCHES:
         served = dataclasses.replace(requests, batch=float(batch))
-        both = [p.predict(served) for p in (predictor, overlapped)]
-        results.append(max(both, key=lambda result: result["tokens_per_s_per_npu"]))
+        best, _ = fastest(predictors, served)
+        results.append(best.predict(served))
     (out / "batch_sweep.json").write_text(json.dumps(results, indent=1))
     points = [report.ThroughputPoint.of(result) for result in results]
     report.plot_throughput(points, out / "throughput.png", slo_ms=SLO_TPOT_MS)
     for slo in SLO_TPOT_MS:
         try:
-            found = predictor.largest_batch(requests, slo)
+            _, found = fastest(predictors, requests, slo)
             console.print(f"TPOT within {slo:g} ms: batch {found.batch:g} per NPU")
         except ValueError as error:
             console.print(f"TPOT within {slo:g} ms: {error}")
@@ -77,32 +75,14 @@ def sweep(out: Path, console: Console) -> Section:
 
 def place(job: MainJob, console: Console) -> Section:
     """Experts on 64 dies: contiguous, greedy and gradient, by the priced time of the layer."""
-    machine = load_machine("cloudmatrix384")
     loads = placement.read_loads(job.loads) if job.loads else placement.example_loads()
     redundant = RANKS - loads.experts % RANKS if loads.experts % RANKS else REDUNDANT
-    layer = build_layer(
-        "deepseek-r1", machine, ranks=RANKS, nodes=None, experts=loads.experts, redundant=redundant
-    )
-    loads = loads.scaled(float(TOKENS) * RANKS * layer.copies)
-    problem = placement.Problem(loads, RANKS, redundant)
-    time_s = row_time(layer, machine, tokens=TOKENS)
-    plans = {}
-    with bar(quiet=False) as progress:
-        task = progress.add_task("placing")
-
-        def on_step(done: int, total: int, best: float) -> None:
-            progress.update(task, total=total, completed=done, description=f"{best * 1e3:.3f} ms")
-
-        for method in ("contiguous", "greedy", "gradient"):
-            plans[method] = placement.place(
-                problem, method, time_s, seconds=job.seconds, on_step=on_step
-            )
-    scores = {name: placement.evaluate(plan, loads, time_s) for name, plan in plans.items()}
-    console.print(report.placement_table(scores))
-    last = loads.counts[-1]  # of one window: averaging windows would hide the imbalance
-    tokens = {name: np.asarray(plan.tokens_per_rank(last)) for name, plan in plans.items()}
-    report.plot_placement(tokens, job.out / "placement.png")
-    (job.out / "placement.json").write_text(plans["gradient"].to_json())
+    placed = Place(
+        loads=str(job.loads), ranks=RANKS, redundant=redundant, tokens=TOKENS, seconds=job.seconds
+    ).solve(loads=loads)
+    console.print(report.placement_table(placed.scores))
+    placed.draw(job.out / "placement.png")
+    (job.out / "placement.json").write_text(placed.plans["gradient"].to_json())
     return Section(
         f"Where {loads.experts} experts live on {RANKS} dies",
         f"{redundant} redundant slots, {TOKENS} tokens per die and step; "
@@ -110,7 +90,7 @@ def place(job: MainJob, console: Console) -> Section:
         columns=("method", "time of all layers, ms", "mean max/mean", "gap to bound"),
         rows=tuple(
             (name, f"{s.mean_time_s * 1e3:.2f}", f"{s.mean_par:.3f}", f"{s.gap:.1%}")
-            for name, s in scores.items()
+            for name, s in placed.scores.items()
         ),
         image=job.out / "placement.png",
     )

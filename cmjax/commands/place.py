@@ -47,12 +47,29 @@ class Place:
 
     def run(self, console: Console) -> None:
         check_target(self.json, self.plot)
+        placed = self.solve(quiet=self.json == "-")
+        if self.plot:
+            placed.draw(self.plot)
+        result = json.loads(placed.plans[self.method].to_json()) | {
+            "method": self.method,
+            "machine": load_machine(self.on).name,
+            "evaluation": {name: _score(score) for name, score in placed.scores.items()},
+        }
+        emit(console, self.json, result, report.placement_table(placed.scores))
+
+    def solve(self, *, quiet: bool = False, loads: placement.Loads | None = None) -> "Placed":
+        """Plans of the chosen method and of those it is compared with.
+
+        Args:
+          quiet: show no progress.
+          loads: what to place instead of reading `self.loads`.
+        """
         machine = load_machine(self.on)
-        if self.method not in placement.METHODS:
-            placement.place(None, self.method, None)  # type: ignore[arg-type]  # raises, by name
+        placement.check_method(self.method)
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
-        loads = placement.read_loads(self.loads, windows=self.windows)
+        if loads is None:
+            loads = placement.read_loads(self.loads, windows=self.windows)
         layer = build_layer(
             self.model,
             machine,
@@ -65,7 +82,7 @@ class Place:
         problem = placement.Problem(loads, self.ranks, self.redundant, self.nodes or 1)
         time_s = row_time(layer, machine, tokens=self.tokens)
         plans = {}
-        with bar(quiet=self.json == "-") as progress:
+        with bar(quiet=quiet) as progress:
             task = progress.add_task("placing")
 
             def on_step(done: int, total: int, best: float) -> None:
@@ -78,16 +95,22 @@ class Place:
                     problem, method, time_s, seed=self.seed, seconds=self.seconds, on_step=on_step
                 )
         scores = {name: placement.evaluate(plan, loads, time_s) for name, plan in plans.items()}
-        if self.plot:
-            last = loads.counts[-1]  # of one window: averaging windows would hide the imbalance
-            tokens = {name: plan.tokens_per_rank(last) for name, plan in plans.items()}
-            report.plot_placement(tokens, self.plot)
-        result = json.loads(plans[self.method].to_json()) | {
-            "method": self.method,
-            "machine": machine.name,
-            "evaluation": {name: _score(score) for name, score in scores.items()},
-        }
-        emit(console, self.json, result, report.placement_table(scores))
+        return Placed(loads, plans, scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Plans by method, and how good each is under the loads it was made for."""
+
+    loads: placement.Loads
+    plans: dict[str, placement.Plan]
+    scores: dict[str, placement.Evaluation]
+
+    def draw(self, path: Path) -> None:
+        """Tokens per rank and layer of one window: averaging windows would hide the imbalance."""
+        last = self.loads.counts[-1]
+        tokens = {name: plan.tokens_per_rank(last) for name, plan in self.plans.items()}
+        report.plot_placement(tokens, path)
 
 
 def _score(score: placement.Evaluation) -> dict[str, float]:

@@ -1,14 +1,12 @@
 """What a user says about a deployment; a model family turns it into a step."""
 
 import dataclasses
-import importlib
 import os
-import sys
 from types import ModuleType
 from typing import Literal
 
 from cmjax.hardware import Supernode
-from cmjax.program.step import Step
+from cmjax.program.step import Step, import_from_here
 
 PROVIDER = "models.moe.deployment"
 """Module whose `build(deployment, machine)` makes the step. Found by name, as models are programs
@@ -70,7 +68,6 @@ def build_layer(
     nodes: int | None,
     experts: int,
     redundant: int,
-    quant: str = "int8",
 ) -> Step:
     """One MoE block of `model` with another number of experts, on `ranks` ranks: what a placement
     is judged on. Its sizes are `tokens` (per rank) and `rows` (on the slowest rank).
@@ -84,15 +81,12 @@ def build_layer(
         nodes=nodes,
         experts=experts,
         redundant=redundant,
-        quant=quant,
     )
 
 
 def _provider() -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(PROVIDER)
+        return import_from_here(PROVIDER)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"cannot import {PROVIDER} ({error.name} is missing): models are run from a checkout "

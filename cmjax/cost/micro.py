@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from cmjax.cost.price import price
+from cmjax.cost.ranks import mesh_for
 from cmjax.hardware import Supernode
-from cmjax.mesh import RankMesh
 from cmjax.primitives import attention, combine, dispatch, latent_attention
 from cmjax.program import Program, fused, trace
 
@@ -48,25 +48,6 @@ class Micro:
             "utilization": (self.flops / peak) / seconds,
             "gb_per_s": self.kv_bytes / 1e9 / seconds,
         }
-
-
-def mesh_for(ranks: int, machine: Supernode) -> RankMesh:
-    """The smallest block of whole nodes (or part of one) that holds `ranks` dies.
-
-    Raises: ValueError: more ranks than the machine has, or not a whole number of NPUs or nodes.
-    """
-    dies, npus_per_node = machine.dies_per_npu, machine.npus_per_node
-    if ranks > machine.ranks:
-        raise ValueError(f"{ranks} ranks; {machine.name} has {machine.ranks}")
-    npus, odd = divmod(ranks, dies)
-    nodes = max(1, npus // npus_per_node)
-    if ranks < 1 or odd or npus % nodes or npus // nodes > npus_per_node:
-        per_node = npus_per_node * dies
-        raise ValueError(
-            f"{ranks} ranks on {machine.name}: use a multiple of {dies} up to {per_node}, "
-            f"or a multiple of {per_node}"
-        )
-    return RankMesh(nodes, npus // nodes, dies)
 
 
 def micro_exchange(

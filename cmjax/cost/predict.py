@@ -77,12 +77,16 @@ class Predictor:
             even = self.step.symbols(given | {"load": 1.0})
             rows_per_rank = even["slot_rows"] * self.step.expert_slots
             load = sampling_imbalance(rows_per_rank, self.step.ranks)
-        return dict(self.step.symbols(given | {"load": load}))
+        symbols = self.step.symbols(given | {"load": load})
+        return {name: jnp.asarray(value, float) for name, value in symbols.items()}
+
+    def tokens_per_step(self, requests: Requests) -> float:
+        """Tokens a request gains per step: one, and each draft that is accepted."""
+        return 1 + requests.acceptance * (self.deployment.mtp and self.decoding)
 
     def timeline(self, requests: Requests, machine: Supernode | None = None) -> Timeline:
         """The priced step."""
-        symbols = {k: jnp.asarray(v, float) for k, v in self.symbols(requests).items()}
-        return self._price(machine or self.machine, symbols)
+        return self._price(machine or self.machine, self.symbols(requests))
 
     @functools.cached_property
     def _price(self):
@@ -99,7 +103,7 @@ class Predictor:
     def report(self, requests: Requests, timeline: Timeline) -> dict:
         """What `predict` returns, from a timeline already priced."""
         step_s = float(self.step_s(timeline))
-        tokens_per_step = 1 + requests.acceptance * (self.deployment.mtp and self.decoding)
+        tokens_per_step = self.tokens_per_step(requests)
         # The stack of MoE layers; a dense stack or a draft module may be as long, but not as slow.
         layers = max(
             (loop for loop in timeline.loops if loop.length == self.step.layers),
@@ -145,7 +149,7 @@ class Predictor:
 
     def sensitivity(self, requests: Requests) -> dict[str, float]:
         """Elasticity of the step time in each machine constant: percent change per percent."""
-        symbols = {k: jnp.asarray(v, float) for k, v in self.symbols(requests).items()}
+        symbols = self.symbols(requests)
         total, gradient = jax.jit(
             jax.value_and_grad(lambda m: price(self.program, m, symbols).total_s)
         )(self.machine)
@@ -162,7 +166,7 @@ class Predictor:
         Raises: ValueError: not even the smallest batch does.
         """
         step = self.machine.dies_per_npu * self.deployment.microbatches
-        fits, tokens = [], 1 + requests.acceptance * self.deployment.mtp
+        fits = []
         for batch in range(step, MOST_REQUESTS + 1, step):
             candidate = dataclasses.replace(requests, batch=float(batch))
             if sum(self.memory_bytes(candidate).values()) > float(self.machine.chip.hbm_bytes):
@@ -171,9 +175,10 @@ class Predictor:
         if not fits:
             raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
         symbols = [self.symbols(candidate) for candidate in fits]
-        stacked = {k: jnp.stack([jnp.asarray(s[k], float) for s in symbols]) for k in symbols[0]}
+        stacked = {k: jnp.stack([s[k] for s in symbols]) for k in symbols[0]}
         total = jax.vmap(lambda s: self._price(self.machine, s).total_s)(stacked)
-        tpot_ms = np.asarray(total + self.machine.chip.host_step_s) * 1e3 / tokens
+        step_ms = np.asarray(total + self.machine.chip.host_step_s) * 1e3
+        tpot_ms = step_ms / self.tokens_per_step(requests)
         within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
         if not within:
             raise ValueError(

@@ -6,7 +6,7 @@ from cmjax.placement.example import example_loads
 from cmjax.placement.gradient import GradientConfig, gradient
 from cmjax.placement.greedy import greedy
 from cmjax.placement.loads import Loads, read_loads
-from cmjax.placement.place import METHODS, place, register_method
+from cmjax.placement.place import METHODS, check_method, place, register_method
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
 
@@ -18,6 +18,7 @@ __all__ = [
     "Loads",
     "Plan",
     "Problem",
+    "check_method",
     "contiguous",
     "evaluate",
     "example_loads",

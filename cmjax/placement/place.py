@@ -66,13 +66,18 @@ def place(
       on_step: progress, called as `on_step(done, total, best_time_s)`.
     Raises: ValueError for an unknown method, with the names closest to it.
     """
+    check_method(method)
+    return METHODS[method](problem, layer_time_s, seed=seed, seconds=seconds, on_step=on_step)
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError, with the closest names, unless `method` is registered."""
     if method not in METHODS:
         close = difflib.get_close_matches(method, METHODS, n=2)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(
             f"place: unknown method {method!r}; {hint}known methods: {', '.join(sorted(METHODS))}"
         )
-    return METHODS[method](problem, layer_time_s, seed=seed, seconds=seconds, on_step=on_step)
 
 
 register_method("gradient")(gradient)

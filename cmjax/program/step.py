@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Any, cast
 
 import jax
@@ -82,6 +83,13 @@ def priced_as(builder: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def import_from_here(module_name: str) -> ModuleType:
+    """Import a module, also from the working folder, which a console script does not search."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(module_name)
+
+
 def load_step(target: str, machine: Supernode) -> Step:
     """Find what `module:function` names and make it a step.
 
@@ -95,10 +103,8 @@ def load_step(target: str, machine: Supernode) -> Step:
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"program {target!r}: expected module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        module = import_from_here(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise ValueError(f"program {target!r}: {module_name} needs {error.name!r}") from None

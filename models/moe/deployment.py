@@ -15,9 +15,9 @@ from flax import nnx
 from jax.core import Tracer
 
 from cmjax.cost.deployment import Deployment
-from cmjax.cost.micro import mesh_for
+from cmjax.cost.ranks import mesh_for, mesh_over
 from cmjax.hardware import Supernode
-from cmjax.mesh import RANKED, RankMesh, on_every_rank
+from cmjax.mesh import RANKED, on_every_rank
 from cmjax.program.size import Size
 from cmjax.program.step import Step
 from models.moe.config import MoEConfig, load_config
@@ -29,7 +29,6 @@ from models.moe.placement import SlotTable, ep_table
 from models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 
 _PRECISION: dict[str, Precision] = {"int8": "int8", "bf16": "bfloat16"}
-_CACHE = {"int8": "int8", "bf16": "bfloat16"}
 
 
 def decode(machine: Supernode) -> Step:
@@ -60,11 +59,13 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
     mesh = mesh_for(ep, machine)
     table = slot_table(config, ep, deployment)
     schedule = schedule_for(machine, deployment)
+    # Splitting heads over nodes pays where the scale-up network spans them.
+    sequence_parallel = machine.fabric.shared_ports and config.heads % ep == 0
     drafts = int(deployment.mtp and config.mtp_layers > 0)
     requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
     common = {
         "precision": _PRECISION[deployment.quant],
-        "kv_cache": _CACHE[deployment.kv_cache],
+        "kv_cache": _PRECISION[deployment.kv_cache],
         "mtp": drafts,
     }
     if deployment.phase == "decode":
@@ -78,10 +79,10 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
             requests,
             length,
             rows,
-            sequence_parallel=machine.fabric.shared_ports and config.heads % ep == 0,
+            sequence_parallel=sequence_parallel,
             **common,
         )
-    sizes = _Sizes(deployment, machine, table, config, ep, drafts)
+    sizes = _Sizes(deployment, machine, table, config, ep, drafts, sequence_parallel)
     params, inputs = ranked.args
     return Step(
         fn=on_every_rank(ranked.fn, mesh, ranked.in_specs, ranked.out_specs, abstract=True),
@@ -107,7 +108,6 @@ def build_layer(
     nodes: int | None,
     experts: int,
     redundant: int,
-    quant: str,
 ) -> Step:
     """The MoE block of `model` with `experts` routed experts and no shared one, on `ranks` ranks.
 
@@ -123,15 +123,14 @@ def build_layer(
         groups_per_token=1,
         shared_experts=0,
     )
-    mesh = mesh_for(ranks, machine) if nodes is None else _mesh_over(nodes, ranks, machine)
+    mesh = mesh_for(ranks, machine) if nodes is None else mesh_over(nodes, ranks, machine)
     table = ep_table(experts, ranks, redundant)
     tokens, rows = jax.export.symbolic_shape("tokens, slot_rows")
     layout = Layout(
         table=table, axes=mesh.axes, capacity=rows, schedule=Schedule(), sequence_parallel=False
     )
-    precision = _PRECISION[quant]
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: MoE(config, layout, precision=precision, rngs=nnx.Rngs(params=0)))
+        nnx.eval_shape(lambda: MoE(config, layout, precision="int8", rngs=nnx.Rngs(params=0)))
     )
     per_rank = jax.tree.map(lambda x: jax.ShapeDtypeStruct((ranks, *x.shape), x.dtype), state)
     x = jax.ShapeDtypeStruct((ranks, tokens, config.hidden_size), jnp.bfloat16)
@@ -149,17 +148,6 @@ def build_layer(
         copies=copies,
         ranks=ranks,
     )
-
-
-def _mesh_over(nodes: int, ranks: int, machine: Supernode) -> RankMesh:
-    per_node, odd = divmod(ranks, nodes)
-    dies = machine.dies_per_npu if per_node % machine.dies_per_npu == 0 else 1
-    if odd or nodes > machine.nodes or per_node // dies > machine.npus_per_node:
-        raise ValueError(
-            f"{ranks} ranks over {nodes} nodes: {machine.name} has {machine.nodes} nodes of "
-            f"{machine.npus_per_node * machine.dies_per_npu} ranks"
-        )
-    return RankMesh(nodes, per_node // dies, dies)
 
 
 def slot_table(config: MoEConfig, ranks: int, deployment: Deployment) -> SlotTable:
@@ -200,6 +188,7 @@ class _Sizes:
     config: MoEConfig
     ep: int
     drafts: int
+    sequence_parallel: bool
 
     def decode(self, batch, context, load=1.0) -> dict:
         requests = self._per_microbatch(batch, whole=1)
@@ -207,8 +196,7 @@ class _Sizes:
 
     def prefill(self, batch, prompt, load=1.0) -> dict:
         # With sequence parallelism a prompt may spread over ranks: only the group's total counts.
-        shared = self.machine.fabric.shared_ports and self.config.heads % self.ep == 0
-        requests = self._per_microbatch(batch, whole=self.ep if shared else 1)
+        requests = self._per_microbatch(batch, whole=self.ep if self.sequence_parallel else 1)
         return self._symbols(requests, prompt, requests * prompt, load)
 
     def _symbols(self, requests, length, tokens, load) -> dict:

@@ -10,7 +10,8 @@ from jax import lax
 
 from cmjax.cost import price
 from cmjax.cost.engines import PIPELINE_TILES, largest
-from cmjax.cost.micro import MICROS, mesh_for, micro
+from cmjax.cost.micro import MICROS, micro
+from cmjax.cost.ranks import mesh_for
 from cmjax.hardware import load_machine, replace_leaf
 from cmjax.primitives import attention
 from cmjax.program import fused, stream, trace
