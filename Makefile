@@ -34,8 +34,10 @@ $(VENV)/bin/python:
 	echo "using $$python ($$($$python --version))"; \
 	$$python -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+# Installing compiles the kernels, where there is a C++ compiler; the last line says how that went.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(wildcard cmjax/native/csrc/* cmjax/native/build.py)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m cmjax.native
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -10,6 +10,7 @@ PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
 CMJAX_FLOORS = {
     "mesh": 0,
     "hardware": 0,
+    "native": 0,
     "program": 1,
     "primitives": 2,
     "cost": 3,

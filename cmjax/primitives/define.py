@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from cmjax.native import status
+
 __all__ = ["Primitive", "Zero", "define"]
 
 Zero = ad.Zero  # a tangent known to be zero; derivative rules test `type(t) is Zero`
@@ -27,6 +29,7 @@ def define(
     check: Callable | None = None,
     jvp: Callable | None = None,
     batch: Callable | None = None,
+    native: Callable | None = None,
     collective: bool = False,
     multiple_results: bool = False,
 ) -> Primitive:
@@ -41,6 +44,9 @@ def define(
         derivative of the reference.
       batch: `batch(args, dims, **static)`; by default every operand gets a leading axis, which is
         right for a reference that accepts any number of leading batch axes.
+      native: the reference again, made of calls to the C++ kernels of `cmjax.native` (and to the
+        reference itself for what they do not serve), with the same results; the lowering on CPU
+        devices where the kernels are enabled.
       collective: the reference talks over named axes. Under `vmap` (of any axis name) it is then
         decomposed into the reference, whose own collectives know about virtual axes.
       multiple_results: the reference returns a list.
@@ -62,13 +68,39 @@ def define(
 
     p.def_impl(lambda *args, **params: jitted(tuple(sorted(params.items())))(*args))
     p.def_abstract_eval(abstract)
-    mlir.register_lowering(p, mlir.lower_fun(reference, multiple_results=multiple_results))
+    plain = mlir.lower_fun(reference, multiple_results=multiple_results)
+    mlir.register_lowering(p, plain)
+    if native is not None:
+        kernel = mlir.lower_fun(native, multiple_results=multiple_results)
+        mlir.register_lowering(p, _where_kernels_run(kernel, plain), platform="cpu")
     ad.primitive_jvps[p] = functools.partial(jvp or _reference_jvp(reference), p)
     if collective:
         batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference)
     else:
         batching.primitive_batchers[p] = batch or _leading_batch(p)
     return p
+
+
+def _where_kernels_run(kernel: Callable, plain: Callable) -> Callable:
+    """A CPU lowering that keeps to XLA where a custom call would do harm.
+
+    An exported program must run where the library is not; and under automatic sharding XLA would
+    gather a custom call's operands onto every device, while it partitions the reference. Inside
+    `shard_map`, over all of its mesh, the program is one device's own, and kernels run.
+    """
+
+    def rule(ctx, *args, **params):
+        module = ctx.module_context
+        axes = module.axis_context
+        mesh = getattr(axes, "mesh", None)
+        one_device = getattr(axes, "num_devices", None) == 1 or (
+            mesh is not None and set(mesh.axis_names) <= set(getattr(axes, "manual_axes", ()))
+        )
+        exporting = module.lowering_parameters.for_export
+        use_kernel = status().enabled and one_device and not exporting
+        return (kernel if use_kernel else plain)(ctx, *args, **params)
+
+    return rule
 
 
 def _leading_batch(p: Primitive) -> Callable:
