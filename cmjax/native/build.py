@@ -23,11 +23,9 @@ LIBRARY = "libcmjax_native.so"
 # use it where the CPU has not been asked. GCC contracts a*b+c into a fused operation by default,
 # which rounds once instead of twice: then the kernels would not give XLA's numbers.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
-ISA_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq"]
-    + ["-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": [*AVX2, *AVX512, "-mprefer-vector-width=512"]}
 
 
 def sources() -> list[str]:
@@ -90,7 +88,8 @@ def main() -> None:
     os.chdir(HERE.parents[1])
     library = Extension("cmjax.native._library", [], language="c++")  # here a failure is an error
     distribution = Distribution({"name": "cmjax", "packages": [], "ext_modules": [library]})
-    command = BuildNative(distribution, inplace=True)
+    command = BuildNative(distribution)
+    command.inplace = True
     command.ensure_finalized()
     command.run()
 
