@@ -75,7 +75,7 @@ def define(
         mlir.register_lowering(p, _where_kernels_run(kernel, plain), platform="cpu")
     ad.primitive_jvps[p] = functools.partial(jvp or _reference_jvp(reference), p)
     if collective:
-        batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference)
+        batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference, jvp)
     else:
         batching.primitive_batchers[p] = batch or _leading_batch(p)
     return p
@@ -115,7 +115,7 @@ def _leading_batch(p: Primitive) -> Callable:
     return rule
 
 
-def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
+def _decompose_under_vmap(p: Primitive, reference: Callable, jvp: Callable | None) -> Callable:
     """Batching for collectives: the virtual axis is bound, and the reference runs under it."""
 
     def rule(axis, args, dims, **params):
@@ -124,8 +124,12 @@ def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
             out = p.bind(*args, **params)
             return (out, [None] * len(out)) if p.multiple_results else (out, None)
         names = {"axis_name": axis.name} if named else {}
+        one = functools.partial(reference, **params)
+        if jvp is not None:  # the derivative of the primitive, not that of its parts
+            one = jax.custom_jvp(one)
+            one.defjvp(_dense_tangents(functools.partial(jvp, p, **params)))
         out = jax.vmap(
-            functools.partial(reference, **params),
+            one,
             in_axes=tuple(dims),
             axis_size=axis.size,
             **names,
@@ -133,6 +137,24 @@ def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
         return (out, [0] * len(out)) if p.multiple_results else (out, 0)
 
     return rule
+
+
+def _dense_tangents(rule: Callable) -> Callable:
+    """A derivative rule that tests for `Zero`, in the form `jax.custom_jvp` wants."""
+
+    def dense(primals, tangents):
+        moving = [
+            ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == jax.dtypes.float0 else t
+            for x, t in zip(primals, tangents, strict=True)
+        ]
+        out, dout = rule(primals, moving)
+        return out, jax.tree.map(
+            lambda t: ad.instantiate_zeros(t) if type(t) is ad.Zero else t,
+            dout,
+            is_leaf=lambda t: type(t) is ad.Zero,
+        )
+
+    return dense
 
 
 def _reference_jvp(reference: Callable) -> Callable:
