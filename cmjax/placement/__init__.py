@@ -5,10 +5,12 @@ from cmjax.placement.evaluate import Evaluation, evaluate, lower_bound_time_s, l
 from cmjax.placement.example import example_loads
 from cmjax.placement.gradient import GradientConfig, gradient
 from cmjax.placement.greedy import greedy
-from cmjax.placement.loads import Loads, read_loads
+from cmjax.placement.loads import Loads
 from cmjax.placement.place import METHODS, check_method, place, register_method
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
+from cmjax.placement.readers import domains, read_family, read_loads, read_pairs, read_routes
+from cmjax.placement.routes import Routes
 
 __all__ = [
     "METHODS",
@@ -18,8 +20,10 @@ __all__ = [
     "Loads",
     "Plan",
     "Problem",
+    "Routes",
     "check_method",
     "contiguous",
+    "domains",
     "evaluate",
     "example_loads",
     "gradient",
@@ -27,6 +31,9 @@ __all__ = [
     "lower_bound_time_s",
     "lower_bound_tokens",
     "place",
+    "read_family",
     "read_loads",
+    "read_pairs",
+    "read_routes",
     "register_method",
 ]
