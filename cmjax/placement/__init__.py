@@ -3,9 +3,19 @@
 from cmjax.placement.contiguous import contiguous
 from cmjax.placement.evaluate import Evaluation, evaluate, lower_bound_time_s, lower_bound_tokens
 from cmjax.placement.example import example_loads
+from cmjax.placement.formats import (
+    PLAN_FORMATS,
+    StoredPlan,
+    plan_text,
+    read_plan,
+    read_plans,
+    write_plan,
+)
 from cmjax.placement.gradient import GradientConfig, gradient
 from cmjax.placement.greedy import greedy
+from cmjax.placement.judge import align, judge
 from cmjax.placement.loads import Loads
+from cmjax.placement.once_per_rank import once_per_rank
 from cmjax.placement.place import METHODS, check_method, place, register_method
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
@@ -14,6 +24,7 @@ from cmjax.placement.routes import Routes
 
 __all__ = [
     "METHODS",
+    "PLAN_FORMATS",
     "Evaluation",
     "GradientConfig",
     "LayerTime",
@@ -21,6 +32,8 @@ __all__ = [
     "Plan",
     "Problem",
     "Routes",
+    "StoredPlan",
+    "align",
     "check_method",
     "contiguous",
     "domains",
@@ -28,12 +41,18 @@ __all__ = [
     "example_loads",
     "gradient",
     "greedy",
+    "judge",
     "lower_bound_time_s",
     "lower_bound_tokens",
+    "once_per_rank",
     "place",
+    "plan_text",
     "read_family",
     "read_loads",
     "read_pairs",
+    "read_plan",
+    "read_plans",
     "read_routes",
     "register_method",
+    "write_plan",
 ]
