@@ -15,11 +15,13 @@ from cmjax.placement.gradient import GradientConfig, gradient
 from cmjax.placement.greedy import greedy
 from cmjax.placement.judge import align, judge
 from cmjax.placement.loads import Loads
+from cmjax.placement.migration import Move, match, moves, wire_s
 from cmjax.placement.once_per_rank import once_per_rank
 from cmjax.placement.place import METHODS, check_method, place, register_method
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
 from cmjax.placement.readers import domains, read_family, read_loads, read_pairs, read_routes
+from cmjax.placement.rebalancer import MoveCost, Proposal, Rebalancer
 from cmjax.placement.routes import Routes
 
 __all__ = [
@@ -29,8 +31,12 @@ __all__ = [
     "GradientConfig",
     "LayerTime",
     "Loads",
+    "Move",
+    "MoveCost",
     "Plan",
     "Problem",
+    "Proposal",
+    "Rebalancer",
     "Routes",
     "StoredPlan",
     "align",
@@ -44,6 +50,8 @@ __all__ = [
     "judge",
     "lower_bound_time_s",
     "lower_bound_tokens",
+    "match",
+    "moves",
     "once_per_rank",
     "place",
     "plan_text",
@@ -54,5 +62,6 @@ __all__ = [
     "read_plans",
     "read_routes",
     "register_method",
+    "wire_s",
     "write_plan",
 ]
