@@ -3,10 +3,22 @@
 import dataclasses
 from functools import cache, partial
 
+import numpy as np
+from jaxtyping import Float
+
 from cmjax import placement
 from cmjax.cost.deployment import build_layer
 from cmjax.cost.rows import row_time
 from cmjax.hardware import Supernode
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judged:
+    """How good a plan is on loads, and the tokens it puts on ranks in their last window."""
+
+    score: placement.Evaluation
+    loads: placement.Loads
+    tokens: Float[np.ndarray, "layers ranks"]
 
 
 def evaluate_plans(
@@ -18,7 +30,7 @@ def evaluate_plans(
     tokens: int,
     ranks: int | None = None,
     nodes: int | None = None,
-) -> dict[str, placement.Evaluation]:
+) -> dict[str, "Judged"]:
     """Judge the plan, or the plans, of a file on each workload.
 
     Args:
@@ -26,14 +38,14 @@ def evaluate_plans(
       loads: workloads by name.
       machine, model, tokens: what the MoE layer is priced for; tokens are per rank and step.
       ranks, nodes: where the file does not say them.
-    Returns: evaluations by plan and workload. A sole plan of as many slots in every layer is joined
-      by greedy and contiguous ones of its size, planned on the same loads.
+    Returns: what was found by plan and workload. A sole plan of as many slots in every layer is
+      joined by greedy and contiguous ones of its size, planned on the same loads.
     Raises: ValueError of one line for a file that is no plan, or a plan that is not for the loads.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     plans = placement.read_plans(path, ranks=ranks, nodes=nodes)
-    scores = {}
+    judged = {}
     for name, plan in plans.items():
         on_nodes = plan.nodes if plan.nodes > 1 else nodes
         layer = (machine, model, plan.ranks, on_nodes, plan.expert_count)
@@ -42,18 +54,15 @@ def evaluate_plans(
         for workload, counted in loads.items():
             served = counted.scaled(float(tokens) * plan.ranks * copies)
             title = " on ".join(part for part in (name or "plan", workload) if part)
-            scores[title] = placement.judge(plan, served, price_of)
+            part, _ = placement.align(plan, served)
+            judged[title] = Judged(
+                placement.judge(plan, served, price_of),
+                served,
+                part.tokens_per_rank(served.counts[-1]),
+            )
             if len(plans) == 1 and (plan.filled == plan.slots_per_rank).all():
-                scores |= _baselines(plan, served, price_of(plan.slots_per_rank), workload)
-    return scores
-
-
-def numbered(loads: placement.Loads, first_layer: int | None) -> placement.Loads:
-    """`loads` with their layers numbered from `first_layer`, unless the recording numbers them."""
-    if first_layer is None or loads.layer_labels is not None:
-        return loads
-    labels = tuple(range(first_layer, first_layer + loads.layers))
-    return dataclasses.replace(loads, layer_labels=labels)
+                judged |= _baselines(plan, served, price_of(plan.slots_per_rank), workload)
+    return judged
 
 
 @cache
@@ -74,9 +83,10 @@ def _baselines(plan, served, price, workload):
     plan, served = placement.align(plan, served)
     redundant = plan.slots - plan.expert_count
     problem = placement.Problem(served, plan.ranks, redundant, plan.nodes)
-    return {
-        f"{method} on {workload}" if workload else method: placement.evaluate(
-            placement.place(problem, method, price), served, price
+    judged = {}
+    for method in ("greedy", "contiguous"):
+        made = placement.place(problem, method, price)
+        judged[f"{method} on {workload}" if workload else method] = Judged(
+            placement.evaluate(made, served, price), served, made.tokens_per_rank(served.counts[-1])
         )
-        for method in ("greedy", "contiguous")
-    }
+    return judged

@@ -4,12 +4,21 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 from cmjax import placement, report
-from cmjax.commands.evaluate_plan import evaluate_plans, numbered
+from cmjax.commands.evaluate_plan import evaluate_plans
 from cmjax.commands.output import bar, check_target, emit
+from cmjax.commands.plan_output import (
+    check_format,
+    nodes_for,
+    numbered,
+    plan_document,
+    reach_of,
+    write_page,
+)
 from cmjax.cost.deployment import build_layer
 from cmjax.cost.rows import row_time
 from cmjax.hardware import load_machine
@@ -57,39 +66,36 @@ class Place:
     first_layer: int | None = None
     """The model's number of the first layer in LOADS (3 for DeepSeek-V3), where LOADS has none."""
 
+    html: Path | None = None
+    """Write a page with the table and all pictures to this .html."""
+
     def run(self, console: Console) -> None:
-        check_target(self.json, self.plot)
+        check_target(self.json, self.plot, self.html)
         if self.evaluate is not None:
             self._evaluate(console)
             return
-        loads = numbered(
-            placement.read_loads(self.loads, windows=self.windows, domain=self.domain),
-            self.first_layer,
-        )
-        if self.format == "sglang" and loads.layer_labels is None:
-            raise ValueError(
-                f"{self.loads}: SGLang's file numbers layers as the model does, dense ones "
-                f"included; give --first-layer (3 for DeepSeek-V3)"
-            )
+        loads = placement.read_loads(self.loads, windows=self.windows, domain=self.domain)
+        loads = numbered(loads, self.first_layer)
+        check_format(self.format, loads)
         placed = self.solve(quiet=self.json == "-", loads=loads)
         if self.plot:
             placed.draw(self.plot)
-        plan = placed.plans[self.method]
-        if self.format == "vllm-ascend":
-            plan = _addressable(plan, placed.loads, console, quiet=self.json == "-")
-        stored = placement.StoredPlan.of(
-            plan,
-            layer_labels=loads.layer_labels,
-            provenance={
-                "method": self.method, "machine": load_machine(self.on).name,
-                "loads": self.loads, "seed": self.seed,
-            },
+        machine = load_machine(self.on)
+        document = plan_document(
+            placed.plans[self.method], loads, self.format,
+            provenance={"method": self.method, "machine": machine.name,
+                        "loads": self.loads, "seed": self.seed},
+            evaluation={name: _score(score) for name, score in placed.scores.items()},
+            console=None if self.json in (None, "-") else console,
         )  # fmt: skip
-        result = placement.plan_text(stored, self.format)
-        if self.format == "own":
-            evaluation = {name: _score(score) for name, score in placed.scores.items()}
-            result = placement.plan_text(stored, evaluation=evaluation)
-        emit(console, self.json, result, report.placement_table(placed.scores))
+        if self.html:
+            nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
+            write_page(
+                self.html, source=self.loads, loads=placed.loads, tokens=placed.tokens,
+                scores=placed.scores, machine=machine, model=self.model, nodes=self.nodes,
+                reach=reach_of(self.loads, self.domain, placed.plans, nodes),
+            )  # fmt: skip
+        emit(console, self.json, document, report.placement_table(placed.scores))
 
     def _evaluate(self, console: Console) -> None:
         """Judge the plans of a file; each on every workload chosen."""
@@ -98,12 +104,25 @@ class Place:
             family = {"": placement.read_loads(self.loads, windows=self.windows)}
         else:
             family = placement.read_family(self.loads, windows=self.windows, domain=self.domain)
-        scores = evaluate_plans(
-            str(self.evaluate),
-            {name: numbered(loads, self.first_layer) for name, loads in family.items()},
-            machine=machine, model=self.model, tokens=self.tokens,
+        family = {name: numbered(loads, self.first_layer) for name, loads in family.items()}
+        judged = evaluate_plans(
+            str(self.evaluate), family, machine=machine, model=self.model, tokens=self.tokens,
             ranks=self.ranks, nodes=self.nodes,
         )  # fmt: skip
+        scores = {name: found.score for name, found in judged.items()}
+        tokens = {name: found.tokens for name, found in judged.items()}
+        if (self.plot or self.html) and len({array.shape for array in tokens.values()}) > 1:
+            raise ValueError(
+                f"{self.evaluate}: the plans are for different ranks and cannot share a picture; "
+                f"choose one by file.npz:name"
+            )
+        if self.plot:
+            report.plot_placement(tokens, self.plot)
+        if self.html:
+            write_page(
+                self.html, source=self.loads, loads=next(iter(judged.values())).loads,
+                tokens=tokens, scores=scores, machine=machine, model=self.model, nodes=self.nodes,
+            )  # fmt: skip
         result = {
             "machine": machine.name,
             "evaluation": {name: _score(score) for name, score in scores.items()},
@@ -161,27 +180,15 @@ class Placed:
     plans: dict[str, placement.Plan]
     scores: dict[str, placement.Evaluation]
 
-    def draw(self, path: Path) -> None:
-        """Tokens per rank and layer of one window: averaging windows would hide the imbalance."""
+    @property
+    def tokens(self) -> dict[str, np.ndarray]:
+        """Tokens per layer and rank of one window: averaging windows would hide the imbalance."""
         last = self.loads.counts[-1]
-        tokens = {name: plan.tokens_per_rank(last) for name, plan in self.plans.items()}
-        report.plot_placement(tokens, path)
+        return {name: plan.tokens_per_rank(last) for name, plan in self.plans.items()}
 
-
-def _addressable(plan, loads, console, *, quiet):
-    """The plan with no expert twice on a rank, as vLLM-Ascend needs it; says what that costs."""
-    found = placement.once_per_rank(plan, loads)
-    changed = int((found.experts != plan.experts).sum())
-    if changed and not quiet:
-        par = [
-            float((tokens.max(-1) / tokens.mean(-1)).mean())
-            for tokens in (p.tokens_per_rank(loads.counts) for p in (plan, found))
-        ]
-        console.print(
-            f"vLLM-Ascend addresses one copy of an expert per rank: {changed} slots changed, "
-            f"mean PAR {par[0]:.4f} -> {par[1]:.4f}"
-        )
-    return found
+    def draw(self, path: Path) -> None:
+        """A heat map of ranks by layers for each plan."""
+        report.plot_placement(self.tokens, path)
 
 
 def _score(score: placement.Evaluation) -> dict[str, float]:

@@ -23,6 +23,7 @@ from cmjax.placement.problem import Plan, Problem
 from cmjax.placement.readers import domains, read_family, read_loads, read_pairs, read_routes
 from cmjax.placement.rebalancer import MoveCost, Proposal, Rebalancer
 from cmjax.placement.routes import Routes
+from cmjax.placement.traffic import Reach, node_bytes, reach
 
 __all__ = [
     "METHODS",
@@ -36,6 +37,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Proposal",
+    "Reach",
     "Rebalancer",
     "Routes",
     "StoredPlan",
@@ -52,9 +54,11 @@ __all__ = [
     "lower_bound_tokens",
     "match",
     "moves",
+    "node_bytes",
     "once_per_rank",
     "place",
     "plan_text",
+    "reach",
     "read_family",
     "read_loads",
     "read_pairs",
