@@ -110,7 +110,8 @@ def _reach_section(reach: Mapping[str, Reach]) -> Section:
     return Section(
         "Where a token goes",
         "Different ranks and nodes that hold one of a token's experts, mean over tokens and "
-        "layers. A kernel that sends a token once to a rank, or once to a node, sends so many copies.",
+        "layers. A kernel that sends a token once to a rank, or once to a node, sends so many "
+        "copies.",
         columns=("plan", "ranks per token", "nodes per token"),
         rows=tuple(
             (name, f"{found.ranks.mean():.2f}", f"{found.nodes.mean():.2f}")

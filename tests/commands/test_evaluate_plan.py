@@ -72,6 +72,16 @@ def test_public_plans_of_uneven_depth_are_judged(data, capsys, tmp_path):
     assert found["plan"]["gap_to_bound"] > 0 and 0 < found["plan"]["balancedness"] < 1
 
 
+def test_the_page_shows_made_and_judged_plans(capsys, loads, tmp_path):
+    plan, page = tmp_path / "plan.json", tmp_path / "page.html"
+    made = ["place", loads, *SMALL, "--json", str(plan), "--html", str(page)]
+    assert main(made) == 0
+    assert "Where 12 experts live on 4 dies" in page.read_text()
+    judged = ["place", loads, "--evaluate", str(plan), "--html", str(page)]
+    assert main([*judged, "--plot", str(tmp_path / "heat.png")]) == 0
+    assert "<td>plan</td>" in page.read_text() and (tmp_path / "heat.png").exists()
+
+
 def test_bad_plans_are_one_line_and_exit_code_2(capsys, loads, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "out.json"
     out.write_text("old")

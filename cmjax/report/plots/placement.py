@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent
 
+_ABREAST = 4  # curves side by side: more leave no room for their labels
 _SATURATED = 4.0  # times the mean: beyond, one hot rank would bleach all others
 _MAP = LinearSegmentedColormap.from_list(
     "load",
@@ -137,16 +138,20 @@ def plot_rank_curve(
     if not plan_loads:
         raise ValueError("plot_rank_curve: no placements to draw")
     curves = {name: -np.sort(-_relative(loads), axis=-1) for name, loads in plan_loads.items()}
-    figure = fig.new_figure(4.0)
+    rows = -(-len(curves) // _ABREAST)
+    figure = fig.new_figure(0.75 + 3.1 * rows)
     how = "Line: mean over layers. Band: lowest and highest layer. Dashed: perfect balance."
     fig.set_title(figure, rank_curve_title(plan_loads), how)
     high = max(float(curve.max()) for curve in curves.values())
-    width = (fig.WIDTH_INCHES - 0.75 - 0.2 - 0.25 * (len(curves) - 1)) / len(curves)
+    abreast = min(len(curves), _ABREAST)
+    width = (fig.WIDTH_INCHES - 0.75 - 0.2 - 0.25 * (abreast - 1)) / abreast
     for index, (name, curve) in enumerate(curves.items()):
-        left = 0.75 + index * (width + 0.25)
+        row, column = divmod(index, _ABREAST)
+        left = 0.75 + column * (width + 0.25)
         axes = fig.add_axes(
-            figure, left=left, right=fig.WIDTH_INCHES - left - width, top=1.05, bottom=0.62
-        )
+            figure, left=left, right=fig.WIDTH_INCHES - left - width,
+            top=0.95 + 3.1 * row, bottom=0.62 + 3.1 * (rows - 1 - row),
+        )  # fmt: skip
         ranks = np.arange(1, curve.shape[1] + 1)
         axes.fill_between(ranks, curve.min(0), curve.max(0), color=fig.BLUE, alpha=0.2, lw=0)
         axes.plot(ranks, curve.mean(0), color=fig.BLUE, lw=2)
@@ -154,10 +159,10 @@ def plot_rank_curve(
         axes.set(xlim=(1, max(2, len(ranks))), ylim=(0, 1.05 * high), xlabel="ranks, busiest first")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_title(name, loc="left", size=10, color=fig.INK, pad=4)
-        if index:
+        if column:
             axes.tick_params(labelleft=False)
         else:
-            axes.set_ylabel("tokens over the layer's mean (×)")
+            axes.set_ylabel("tokens over the mean (×)")
     fig.save(figure, path)
 
 
