@@ -12,7 +12,7 @@ from cmjax import placement, report
 from cmjax.commands.evaluate_plan import evaluate_plans
 from cmjax.commands.output import bar, check_target, emit
 from cmjax.commands.plan_output import (
-    check_format,
+    check_outputs,
     nodes_for,
     numbered,
     plan_document,
@@ -76,7 +76,7 @@ class Place:
             return
         loads = placement.read_loads(self.loads, windows=self.windows, domain=self.domain)
         loads = numbered(loads, self.first_layer)
-        check_format(self.format, loads)
+        check_outputs(self.format, self.html, loads)
         placed = self.solve(quiet=self.json == "-", loads=loads)
         if self.plot:
             placed.draw(self.plot)
@@ -84,14 +84,14 @@ class Place:
         document = plan_document(
             placed.plans[self.method], loads, self.format,
             provenance={"method": self.method, "machine": machine.name,
-                        "loads": self.loads, "seed": self.seed},
+                        "loads": loads.source, "windows": loads.counts.shape[0], "seed": self.seed},
             evaluation={name: _score(score) for name, score in placed.scores.items()},
             console=None if self.json in (None, "-") else console,
         )  # fmt: skip
         if self.html:
             nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
             write_page(
-                self.html, source=self.loads, loads=placed.loads, tokens=placed.tokens,
+                self.html, source=loads.source, loads=placed.loads, tokens=placed.tokens,
                 scores=placed.scores, machine=machine, model=self.model, nodes=self.nodes,
                 reach=reach_of(self.loads, self.domain, placed.plans, nodes),
             )  # fmt: skip

@@ -21,11 +21,13 @@ def numbered(loads: placement.Loads, first_layer: int | None) -> placement.Loads
     return dataclasses.replace(loads, layer_labels=labels)
 
 
-def check_format(format: str, loads: placement.Loads) -> None:
-    """Before long work: can a plan for these loads be written in this format?
+def check_outputs(format: str, html: Path | None, loads: placement.Loads) -> None:
+    """Before long work: can a plan for these loads be written in this format, and the page?
 
     Raises: ValueError of one line, saying what is missing.
     """
+    if html is not None and html.suffix.lower() != ".html":
+        raise ValueError(f"{html}: pages are written as .html, got {html.suffix or 'no suffix'}")
     if format == "sglang" and loads.layer_labels is None:
         raise ValueError(
             f"{loads.source}: SGLang's file numbers layers as the model does, dense ones "

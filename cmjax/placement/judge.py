@@ -65,7 +65,7 @@ def align(plan: StoredPlan, loads: Loads) -> tuple[StoredPlan, Loads]:
             f"{plan.source}: layers disagree: the plan has "
             f"{_described(plan.layer_labels, plan.layers)}, {loads.source} has "
             f"{_described(loads.layer_labels, loads.layers)}; equal numbers of layers, or layer "
-            f"numbers on both sides, can be matched"
+            f"numbers on both sides (--first-layer gives LOADS theirs), can be matched"
         )
     return plan, loads
 

@@ -25,6 +25,8 @@ def read_json(file: Path, key: str | None, experts: int | None) -> Scenarios:
     labels = document.get("layers") if isinstance(document, Mapping) else None
     found = _choose(document, key, file)
     if isinstance(found, Mapping) and not _numbered(found):
+        if not found:
+            raise ValueError(f"{file}: expected counts or an object of domains, found it empty")
         return {name: _loads(value, labels, f"{file} ({name})") for name, value in found.items()}
     return {"": _loads(found, labels, str(file) if key is None else f"{file}:{key}")}
 

@@ -135,6 +135,7 @@ BAD = [
     ("a.json", "{", "expected JSON, found"),
     ("a.json", "3", "found int"),
     ("a.json", '{"counts": {"law": [[1]], "code": [[2]]}}', "found 2 workloads: law, code"),
+    ("a.json", '{"counts": {}}', "an object of domains, found it empty"),
     ("a.json", '{"counts": {"law": [[1]], "code": 2}}', "expected nested lists"),
     ("a.json", '{"counts": [[1]], "layers": [3, 4]}', "expected 1 different layer numbers"),
     ("a.json", "[[1, 2], [3", "expected JSON, found"),
