@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -129,21 +130,25 @@ def _intervals(study: Study) -> list[Loads]:
 
 def main(study: Study) -> None:
     service = Service(study)
-    policies = {"never": service.never, "always": service.always, "pays": service.when_it_pays}
-    title = f"{len(service.intervals)} intervals of {service.intervals[0].source}"
-    table = Table(title=title, title_justify="left")
-    for name in ("steps per interval", "never", "always", "when it pays", "best"):
-        table.add_column(name, justify="right")
+    policies = {
+        "never": service.never,
+        "always": service.always,
+        "when it pays": service.when_it_pays,
+    }
+    title = f"{len(service.intervals)} intervals; steps are per interval"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("steps", *policies, "best"):
+        table.add_column(name, justify="right", no_wrap=True)
     for steps in study.steps:
         found = {name: policy(steps) for name, policy in policies.items()}
         base = found["never"].total_s
         cells = [
-            f"{100 * outcome.total_s / base:.1f} % ({outcome.migrations} moves)"
+            f"{100 * outcome.total_s / base:.1f} % ({outcome.migrations})"
             for outcome in found.values()
         ]
         best = min(found, key=lambda name: found[name].total_s)
         table.add_row(f"{steps:,}", *cells, best)
-    table.caption = "priced MoE time and migrations, relative to never moving"
+    table.caption = "service time over that of never moving (migrations)"
     Console().print(table)
 
 

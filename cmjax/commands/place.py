@@ -29,7 +29,8 @@ class Place:
     """Decide where experts live, by the priced time of the MoE layer on its slowest rank."""
 
     loads: tyro.conf.Positional[str]
-    """.npy, .npz, .csv or .json of counts [layers, experts] or [windows, layers, experts]."""
+    """.npy, .npz, .csv or .json of counts [layers, experts] or [windows, layers, experts] or of
+    token-level routes, or a folder of them."""
     ranks: int | None = None
     """Expert-parallel ranks (dies); needed unless `--evaluate`'s plan says them."""
     redundant: int = 0
@@ -83,10 +84,12 @@ class Place:
         machine = load_machine(self.on)
         document = plan_document(
             placed.plans[self.method], loads, self.format,
-            provenance={"method": self.method, "machine": machine.name,
-                        "loads": loads.source, "windows": loads.counts.shape[0], "seed": self.seed},
-            evaluation={name: _score(score) for name, score in placed.scores.items()},
+            provenance={"method": self.method, "machine": machine.name, "loads": loads.source,
+                        "windows": loads.counts.shape[0], "seed": self.seed},
             console=None if self.json in (None, "-") else console,
+            method=self.method,
+            machine=machine.name,
+            evaluation={name: _score(score) for name, score in placed.scores.items()},
         )  # fmt: skip
         if self.html:
             nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
@@ -105,6 +108,9 @@ class Place:
         else:
             family = placement.read_family(self.loads, windows=self.windows, domain=self.domain)
         family = {name: numbered(loads, self.first_layer) for name, loads in family.items()}
+        if self.html is not None and len(family) > 1:
+            raise ValueError(f"--html shows one workload, {self.domain!r} names {len(family)}")
+        check_outputs("own", self.html, next(iter(family.values())))
         judged = evaluate_plans(
             str(self.evaluate), family, machine=machine, model=self.model, tokens=self.tokens,
             ranks=self.ranks, nodes=self.nodes,

@@ -47,20 +47,19 @@ def plan_document(
     format: str,
     *,
     provenance: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
     console: Console | None,
+    **beside: Any,
 ) -> str:
     """A plan as the text of a file; `loads` say the layer numbers.
 
     What a format cannot hold is changed, and what that costs is said on `console`: vLLM-Ascend
-    addresses one copy of an expert per rank. `provenance` and `evaluation` are kept in cmjax's own
-    format only.
+    addresses one copy of an expert per rank. `provenance`, and what stands `beside` the plan, are
+    kept in cmjax's own format only.
     """
     if format == "vllm-ascend":
         plan = _once_per_rank(plan, loads, console)
     stored = placement.StoredPlan.of(plan, layer_labels=loads.layer_labels, provenance=provenance)
-    beside = {"evaluation": evaluation} if format == "own" else {}
-    return placement.plan_text(stored, format, **beside)
+    return placement.plan_text(stored, format, **(beside if format == "own" else {}))
 
 
 def write_page(

@@ -108,6 +108,7 @@ def test_bad_plans_are_one_line_and_exit_code_2(capsys, loads, tmp_path):
         (["--method", "greedy"], "--ranks is needed"),
         ([*SMALL, "--format", "sglang"], "give --first-layer"),
         ([*SMALL, "--domain", "law"], "found no domain 'law'"),
+        ([*SMALL, "--html", "page.pdf"], "page.pdf: pages are written as .html, got .pdf"),
         (["--evaluate", "none.json"], "none.json: expected a plan, found no such file"),
         (["--evaluate", "none.json", "--tokens", "0"], "tokens must be at least 1"),
     ],
