@@ -7,6 +7,7 @@ and every rank sends and receives at once, so
     wire_s = sum over layers of  max over ranks of  max(sent, received) bytes / bandwidth of tier.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from cmjax.hardware import Supernode
+from cmjax.placement.formats.stored import EMPTY, StoredPlan
 from cmjax.placement.problem import Plan
 
 _DIE, _NODE, _SUPERNODE = range(3)
@@ -33,7 +35,7 @@ class Move(NamedTuple):
     bytes: float
 
 
-def match(current: Plan, proposed: Plan) -> Plan:
+def match[P: (Plan, StoredPlan)](current: P, proposed: P) -> P:
     """`proposed` with ranks renamed and slots reordered so that the fewest weights move.
 
     Nodes stay together: whole nodes are renamed, and ranks inside them. The tokens per rank are
@@ -42,24 +44,32 @@ def match(current: Plan, proposed: Plan) -> Plan:
     Raises: ValueError if the plans differ in layers, experts, slots, ranks or nodes.
     """
     _check_alike("match", current, proposed)
-    experts = np.empty_like(current.experts)
+    order = np.empty(current.experts.shape, np.int64)
     shape = (current.ranks, current.slots_per_rank)
     for layer in range(current.layers):
         old = current.experts[layer].reshape(shape)
         new = proposed.experts[layer].reshape(shape)
         renamed = _rename(_shared(new, old, current.expert_count), current.nodes)
-        kept = [_reorder(new[rank], old[place]) for place, rank in enumerate(renamed)]
-        experts[layer] = np.concatenate(kept)
-    return Plan(experts, current.expert_count, current.ranks, current.nodes)
+        kept = [rank * shape[1] + _reorder(new[rank], old[n]) for n, rank in enumerate(renamed)]
+        order[layer] = np.concatenate(kept)
+    moved = {"experts": np.take_along_axis(proposed.experts, order, axis=1)}
+    split = getattr(proposed, "split", None)  # the shares of a stored plan go with their slots
+    if split is not None:
+        moved["split"] = np.take_along_axis(split, order, axis=1)
+    return dataclasses.replace(proposed, **moved)
 
 
 def moves(
-    current: Plan, proposed: Plan, machine: Supernode, *, expert_bytes: float
+    current: Plan | StoredPlan,
+    proposed: Plan | StoredPlan,
+    machine: Supernode,
+    *,
+    expert_bytes: float,
 ) -> tuple[Move, ...]:
     """What has to be sent to get from `current` to `proposed`, slot for slot.
 
     A weight comes from the nearest rank that holds it: of the same NPU, else of the same node; of
-    several as near, from the one that has sent least so far.
+    several as near, from the one that has sent least so far. To empty a slot moves nothing.
 
     Args:
       current, proposed: plans of one shape; `match` makes the moves few.
@@ -74,7 +84,7 @@ def moves(
     for layer in np.flatnonzero((current.experts != proposed.experts).any(-1)):
         old, new = current.experts[layer], proposed.experts[layer]
         sent = np.zeros(current.ranks, np.int64)
-        for slot in np.flatnonzero(old != new):
+        for slot in np.flatnonzero((old != new) & (new != EMPTY)):
             target, expert = slot // current.slots_per_rank, new[slot]
             holders = np.unique(np.flatnonzero(old == expert) // current.slots_per_rank)
             far = _tier(holders, target, current, machine)
@@ -86,7 +96,9 @@ def moves(
     return tuple(found)
 
 
-def wire_s(moved: Sequence[Move], plan: Plan, machine: Supernode) -> Float[np.ndarray, "layers"]:
+def wire_s(
+    moved: Sequence[Move], plan: Plan | StoredPlan, machine: Supernode
+) -> Float[np.ndarray, "layers"]:
     """Seconds for which each layer's weights are on the links.
 
     Weights come from and go to HBM, so the links reach `exchange.bandwidth_from_hbm` of their
@@ -132,9 +144,9 @@ def _shared(new, old, experts) -> Int[np.ndarray, "ranks ranks"]:
     """How many experts rank a of `new` and rank b of `old` have in common, copies counted."""
     held = []
     for slots in (new, old):
-        counts = np.zeros((len(slots), experts), np.int64)
+        counts = np.zeros((len(slots), experts + 1), np.int64)  # the last column: empty slots
         np.add.at(counts, (np.arange(len(slots))[:, None], slots), 1)
-        held.append(counts)
+        held.append(counts[:, :-1])
     most = int(min(held[0].max(), held[1].max()))
     levels = range(1, most + 1)
     common = sum((held[0] >= n).astype(np.float32) @ (held[1] >= n).T.astype(np.float32)
@@ -165,15 +177,16 @@ def _rename(shared, nodes) -> Int[np.ndarray, "ranks"]:
 
 
 def _reorder(new, old):
-    """The experts of `new`, those of `old` in their old slots."""
-    slots = np.full(len(old), -1, new.dtype)
-    waiting = list(new)
+    """An order of the slots of `new` in which what `old` holds too keeps its slot."""
+    waiting = list(range(len(new)))
+    order = np.full(len(old), -1)
     for slot, expert in enumerate(old):
-        if expert in waiting:
-            slots[slot] = expert
-            waiting.remove(expert)
-    slots[slots < 0] = waiting
-    return slots
+        place = next((n for n in waiting if new[n] == expert), None)
+        if place is not None:
+            order[slot] = place
+            waiting.remove(place)
+    order[order < 0] = waiting
+    return order
 
 
 def _check_alike(function, current, proposed):

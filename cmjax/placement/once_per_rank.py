@@ -20,8 +20,11 @@ def once_per_rank(plan: Plan, loads: Loads) -> Plan:
     Args:
       plan: any plan.
       loads: what balance is kept for: the mean of the windows.
-    Raises: ValueError if an expert has more copies than there are ranks, or no exchange helps.
+    Raises: ValueError if an expert has more copies than there are ranks, no exchange helps, or
+      slots are empty.
     """
+    if plan.experts.min() < 0:
+        raise ValueError("once_per_rank: expected a plan without empty slots")
     counts = loads.counts.mean(0)
     tokens = plan.tokens_per_rank(counts)
     per_slot = np.take_along_axis(counts / plan.copies, plan.experts, axis=1)

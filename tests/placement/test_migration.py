@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax.hardware import load_machine
-from cmjax.placement import Loads, Plan, Problem, greedy, match, moves, wire_s
+from cmjax.placement import Loads, Plan, Problem, StoredPlan, greedy, match, moves, wire_s
 
 MACHINE = load_machine("cloudmatrix384")
 EXPERT_BYTES = 44e6
@@ -92,6 +92,17 @@ def test_a_plan_with_renamed_ranks_moves_nothing():
     found = match(plan, Plan(shuffled, 16, 8))
     np.testing.assert_array_equal(found.experts, plan.experts)
     assert moves(plan, found, MACHINE, expert_bytes=1.0) == ()
+
+
+def test_empty_slots_receive_nothing_and_shares_go_with_their_slots():
+    split = np.array([[0.25, 1.0, 0.75, 0.0]])
+    current = StoredPlan(np.array([[1, -1, 0, 0]]), 2, 2)
+    proposed = StoredPlan(np.array([[0, 1, 0, -1]]), 2, 2, split=split)
+    found = match(current, proposed)
+    np.testing.assert_array_equal(found.experts, [[1, 0, 0, -1]])
+    np.testing.assert_array_equal(found.split, [[1.0, 0.25, 0.75, 0.0]])
+    (move,) = moves(current, found, MACHINE, expert_bytes=1.0)
+    assert (move.expert, move.source, move.target) == (0, 1, 0)
 
 
 def test_weights_come_from_the_nearest_and_least_busy_holder():
