@@ -2,5 +2,18 @@
 
 from cmjax.primitives.attention import attention, latent_attention
 from cmjax.primitives.exchange import Dispatched, combine, dispatch, quantize_rows
+from cmjax.primitives.pasa import flash_attention, merge_by_lse, pasa_attention
+from cmjax.primitives.pasa_shift import pasa_beta
 
-__all__ = ["Dispatched", "attention", "combine", "dispatch", "latent_attention", "quantize_rows"]
+__all__ = [
+    "Dispatched",
+    "attention",
+    "combine",
+    "dispatch",
+    "flash_attention",
+    "latent_attention",
+    "merge_by_lse",
+    "pasa_attention",
+    "pasa_beta",
+    "quantize_rows",
+]

@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -91,8 +90,8 @@ class Blocks:
     """The keys, cut into blocks of `size`; the last block ends at the last key.
 
     Where the size does not divide the number of keys, the last block starts early and repeats keys
-    of the one before it, which are hidden. All blocks are thus equally long and hold real keys only,
-    so one shift matrix and one gain serve all of them.
+    of the one before it, which are hidden. So all blocks are equally long and hold real keys only,
+    and one shift matrix and one gain serve all of them.
     """
 
     keys: Any  # int, or a symbolic dimension

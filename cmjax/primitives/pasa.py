@@ -1,4 +1,4 @@
-"""PASA: softmax attention whose scores fit half precision, as one JAX primitive; and FlashAttention.
+"""PASA, attention whose scores fit half precision, as a JAX primitive; and FlashAttention.
 
     K'_j = scale (K_j - beta mean(K_j)),   S' = Q K'^T,   S = S' + gain mean(S')
 
@@ -187,8 +187,8 @@ def _operands(name: str, *arrays: Any) -> list[Array]:
     for letter, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim not in (3, 4) or x.ndim != q.ndim:
             raise ValueError(
-                f"{name}: {letter} must be [batch, length, heads, d], or [length, heads, d] for all "
-                f"three; got q {q.shape}, k {k.shape}, v {v.shape}"
+                f"{name}: {letter} must be [batch, length, heads, d], or all three of q, k, v "
+                f"[length, heads, d]; got q {q.shape}, k {k.shape}, v {v.shape}"
             )
     _check(name, *map(jax.typeof, (q, k, v)))
     return [q, k, v]
@@ -249,7 +249,7 @@ def _check(name, q, k, v, *mask, **_):
         )
     if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1] or q.shape[:-3] != k.shape[:-3]:
         raise ValueError(
-            f"{name}: q and k must agree in d, k and v in all but d, all three in batch; got {shapes}"
+            f"{name}: q and k must agree in d, k and v in all but d, and all in batch; got {shapes}"
         )
     if mask:
         (mask,) = mask
@@ -276,12 +276,12 @@ def _jvp(primitive, primals, tangents, **params):
     out, lse = primitive.bind(*primals, **params)
     wide = lse.dtype
 
-    def centred(x):
-        x = x.astype(wide)
-        mean = lax.stop_gradient(jnp.mean(x, axis=-3, keepdims=True))
-        return x - mean, mean
+    def mean(x):  # any constant would do
+        return lax.stop_gradient(jnp.mean(x, axis=-3, keepdims=True))
 
-    q, (k, k_mean), (v, v_mean) = q.astype(wide), centred(k), centred(v)
+    q, k, v = (x.astype(wide) for x in (q, k, v))
+    k_mean = mean(k)
+    k, v = k - k_mean, v - mean(v)
     exact = params | {
         "precision": "fp64" if wide == jnp.float64 else "fp32",
         "statistics": "fp32",
@@ -371,17 +371,15 @@ def _cost(
 ) -> Work:
     """A FlashAttention kernel in the variant's formats, plus the shift.
 
-    A shift by product costs 2 n d FLOP per key and head on the cube cores, n / (2 rows) of attention
-    itself, and writes the shifted keys for later query blocks to read; one element by element runs
-    on the vector cores and stays on chip. Blocks above the diagonal are skipped.
+    A shift by product costs 2 n d FLOP per key and head on the cube cores, n / (2 rows) of what
+    attention costs, and writes the shifted keys for later query blocks to read; one element by
+    element runs on the vector cores and stays on chip. Blocks above the diagonal are skipped.
     """
     form = arithmetic(precision, statistics)
     queries, keys = q.shape[-3], k.shape[-3]
     scores = q.size / q.shape[-1] * keys
-    if is_causal:  # key j is seen by query i if j <= i
-        scores = scores * (1.0 - 0.5 * (keys / queries)) if _fewer(keys, queries) else (
-            scores * (0.5 * (queries / keys))
-        )
+    if is_causal:
+        scores = scores * _causal_share(queries, keys)
     flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
     vector = _itemsize(form.vector)
     converted = (form.scores != form.vector) + (form.operand != form.vector)
@@ -408,5 +406,9 @@ def _itemsize(dtype) -> float:
     return float(jnp.dtype(dtype).itemsize)
 
 
-def _fewer(keys: Size, queries: Size) -> bool:
-    return keys.constant is not None and queries.constant is not None and keys.constant < queries.constant
+def _causal_share(queries: Size, keys: Size) -> Size:
+    """Share of the scores on or below the diagonal that starts at the first query and key."""
+    difference = (queries - keys).constant
+    if difference is not None and difference > 0:
+        return Size(1.0) - 0.5 * (keys / queries)
+    return 0.5 * (queries / keys)
