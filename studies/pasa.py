@@ -140,8 +140,8 @@ MARKERS = {
 PUBLISHED = (
     "From the paper and its authors' script: the algorithm; the distributions and their grid; the "
     "arithmetic of FA fp32, FA fp16, PASA fp16-fp32 and PASA fp16 published; that scores overflow "
-    "float16 from a bias along the sequence, or from waves of Q and K along the head dimension that "
-    "coincide. None of the paper's error figures is repeated here."
+    "float16 from a bias along the sequence, or from waves of Q and K along the head dimension "
+    "that coincide. None of the paper's error figures is repeated here."
 )
 DERIVED = (
     "Derived, not the paper's: a common mean x centres q k^T at d x², which leaves float16 at "

@@ -123,6 +123,12 @@ def pasa_attention(
         few = isinstance(rows, int) and 2 * rows < size
         shift = "mean" if few or exact_offset else "gemm"
     operand = arithmetic(precision, statistics).operand
+    smallest = float(jnp.finfo(operand).smallest_normal)
+    if params["scale"] < smallest:
+        raise ValueError(
+            f"{name}: scale, folded into the keys, must be at least {smallest:.2g} to be held in "
+            f"{jnp.dtype(operand)}, got {params['scale']}; multiply q by the rest"
+        )
     if beta is None:
         beta = 1.0 if exact_offset else pasa_beta(size, operand)
     beta = _number(name, "beta", beta)

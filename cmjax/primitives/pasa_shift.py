@@ -67,15 +67,15 @@ def recovery_gain(
 
     Equals beta / (1 - beta) without rounding. With the scale folded into M before it is rounded,
     the two differ where the scale is no power of two: 14.982 against 15 at d = 128.
-    Raises: ValueError if rounding leaves row sums outside (0, scale], so that nothing recovers.
+    Raises: ValueError if rounding leaves no positive row sum, so that nothing recovers the mean.
     """
     diagonal, other = _entries(block_size, beta, scale, dtype)
     row_sum = diagonal + (block_size - 1) * other
-    if row_sum <= 0 or diagonal == 0:
+    if row_sum <= 0:
         raise ValueError(
             f"pasa_attention: a shift by beta {beta} with scale {scale} in blocks of {block_size} "
             f"cannot be undone once rounded to {jnp.dtype(dtype)}: its rows sum to {row_sum:.3g}; "
-            "take a smaller beta, a larger scale, or shift='mean'"
+            "take a smaller beta or shift='mean'"
         )
     return scale / row_sum - 1
 
