@@ -116,6 +116,8 @@ def attention_numerics(
         options["mask"] = np.asarray(mask)
     jax.eval_shape(functools.partial(pasa_attention, beta=beta, **options), q, k, v)  # checks
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.size:
+            raise ValueError(f"attention_numerics: {name} must not be empty, got {x.shape}")
         largest = np.max(np.abs(x.astype(np.float64)))
         if not largest < FP16_OVERFLOW:
             raise ValueError(

@@ -198,6 +198,9 @@ def merge_by_lse(
 
 
 def _operands(name: str, *arrays: Any) -> list[Array]:
+    for letter, x in zip("qkv", arrays, strict=True):
+        if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+            raise TypeError(f"{name}: {letter} must be an array, got {type(x).__name__}")
     q, k, v = (jnp.asarray(x) for x in arrays)
     for letter, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim not in (3, 4) or x.ndim != q.ndim:

@@ -32,10 +32,13 @@ def pasa_beta(block_size: int, dtype: DTypeLike = "float16", *, start: float = _
       block_size: keys per block, n.
       dtype: format of the matrix entries.
       start: where to begin; the authors' starts are 1 - 2^-4, 1 - 2^-5 and 1 - 2^-6.
-    Raises: ValueError for a block size below 1, a start outside [0, 1), or no fixed point.
+    Raises: ValueError for a block size that is no positive integer, a dtype that is not floating
+      point, a start outside [0, 1), or no fixed point.
     """
-    if block_size < 1:
-        raise ValueError(f"pasa_beta: block_size must be at least 1, got {block_size}")
+    if int(block_size) != block_size or block_size < 1:
+        raise ValueError(f"pasa_beta: block_size must be at least 1, an integer; got {block_size}")
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"pasa_beta: dtype must be floating point, got {jnp.dtype(dtype)}")
     if not 0 <= start < 1:
         raise ValueError(f"pasa_beta: start must lie in [0, 1), got {start}")
     beta = start

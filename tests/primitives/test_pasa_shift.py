@@ -88,7 +88,9 @@ def test_the_gain_recovers_the_mean_that_the_rounded_matrix_took(d):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: pasa_beta(0), "pasa_beta: block_size must be at least 1, got 0"),
+        (lambda: pasa_beta(0), "pasa_beta: block_size must be at least 1, an integer; got 0"),
+        (lambda: pasa_beta(12.5), "an integer; got 12.5"),
+        (lambda: pasa_beta(128, "int8"), "dtype must be floating point, got int8"),
         (lambda: pasa_beta(128, start=1.0), r"pasa_beta: start must lie in \[0, 1\), got 1.0"),
         (lambda: recovery_gain(128, 0.99999, 1.0), "cannot be undone once rounded to float16"),
         (lambda: recovery_gain(128, 0.9375, 1e-8), "take a smaller beta or shift='mean'"),

@@ -46,7 +46,7 @@ def test_own_operands_are_read_and_judged(kind, tmp_path, capsys):
             pytest.importorskip("safetensors.numpy").save_file(tensors, path)
         arguments = ["--qkv", str(path)]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "100 % of the scores overflow float16, in 100 % of the rows" in printed
     assert "PASA keeps them in range" in printed
 
