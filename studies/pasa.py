@@ -244,7 +244,7 @@ def plot_errors(found: Mapping[Case, AttentionNumerics], path: Path) -> None:
         "PASA is finite everywhere; float32 row statistics cut its worst error from "
         f"{percent(worst['PASA fp16 published'], digits=0)} to "
         f"{percent(worst['PASA fp16'], digits=0)}",
-        "Relative RMSE, zero-mean V. PASA fp16: float32 row statistics. Grey: NaN, some rows or all.",
+        "Relative RMSE, zero-mean V. PASA fp16: float32 row statistics. Grey: rows are NaN.",
     )
     axes = fig.add_axes(figure, left=1.45, right=0.3, top=1.05)
     low, nan_at, high = 1e-5, 8.0, 20.0
