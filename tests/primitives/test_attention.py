@@ -116,7 +116,7 @@ def test_sizes_may_be_symbolic_and_each_kernel_is_one_equation():
         lambda q, k, v, lengths: attention(q, k, v, scale=1, causal=True, lengths=lengths)
     )(q, k, v, lengths)
     assert [eqn.primitive.name for eqn in jaxpr.eqns] == ["cm_attention"]
-    assert jaxpr.eqns[0].params == {"scale": 1.0, "causal": True}
+    assert jaxpr.eqns[0].params == {"scale": 1.0, "causal": True, "window": None}
     assert jaxpr.out_avals[0].shape == (b, 2, 8, 12)
     prompt = jax.eval_shape(
         lambda q, k: attention(q, k, k, scale=1, causal=True), shape(b, n, 8, 16), k

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.moe.config import YarnConfig, deepseek_v3, tiny
+from models.moe.config import Rope, YarnConfig, deepseek_v3, tiny
 from models.moe.rope import angles, frequencies, rotary_amplitude, rotate, softmax_scale
 
 YARN = deepseek_v3()
@@ -52,7 +52,9 @@ def test_amplitude_is_the_ratio_of_the_two_mscales(mscale, all_dim, want):
     yarn = YarnConfig(
         factor=40.0, original_max_position=4096, mscale=mscale, mscale_all_dim=all_dim
     )
-    assert rotary_amplitude(dataclasses.replace(YARN, yarn=yarn)) == pytest.approx(want)
+    assert rotary_amplitude(dataclasses.replace(YARN, rope=Rope(scaling=yarn))) == pytest.approx(
+        want
+    )
 
 
 @pytest.mark.parametrize("interleave", [True, False])

@@ -9,22 +9,21 @@ import pytest
 from flax import nnx
 
 from models.moe.cache import extend_cache
-from models.moe.checkpoint import load_checkpoint
-from models.moe.config import MoEConfig
-from models.moe.deepseek import DeepSeek
-from models.moe.layout import one_rank
+from models.moe.checkpoint import load
 
-FIXTURES = ("deepseek_v3_tiny", "deepseek_v3_yarn_tiny")
+FIXTURES = (
+    "deepseek_v2_tiny",
+    "deepseek_v3_tiny",
+    "deepseek_v3_yarn_tiny",
+    "mixtral_tiny",
+    "qwen3_moe_tiny",
+)
 
 
 @functools.cache
 def _loaded(folder):
-    config = MoEConfig.from_json(folder)
-    model = nnx.eval_shape(
-        lambda: DeepSeek(config, one_rank(config), precision="float32", rngs=nnx.Rngs(params=0))
-    )
-    reference = dict(np.load(folder / "reference.npz"))
-    return nnx.split(model)[0], load_checkpoint(folder, config), reference
+    graph, state = nnx.split(load(folder))
+    return graph, nnx.to_pure_dict(state), dict(np.load(folder / "reference.npz"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
