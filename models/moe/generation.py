@@ -1,0 +1,370 @@
+"""Batched generation on a mesh of ranks: prefill, then decode steps with the cache.
+
+Requests are spread over the ranks (data parallelism), experts too (expert parallelism). A request's
+k-th token is drawn with the k-th of its own uniform numbers, whatever step and batch it falls in.
+So speculative decoding (drafts by multi-token prediction, accepted where they equal what the model
+draws in their place) gives the very tokens of plain decoding, sampled ones too, and keeps the
+model's distribution; a draft is accepted with the probability the model gives it, which no rule for
+deterministic drafts can better (Leviathan et al. 2023, section 3.3).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
+from models.moe.cache import KVCache, extend_cache
+from models.moe.config import MoEConfig
+from models.moe.deepseek import (
+    DecodeInputs,
+    PrefillInputs,
+    Sampling,
+    decode_fn,
+    prefill_fn,
+)
+from models.moe.layout import Layout, param_specs
+from models.moe.linear import Precision
+
+_PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
+OnStep = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How tokens are drawn from the model's scores."""
+
+    temperature: float = 0.0
+    """0: the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities reach this."""
+    seed: int = 0
+    """Of the uniform numbers; each request has its own stream."""
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must lie in 0..1, got {self.top_p}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def uniform(self, requests: int, count: int) -> np.ndarray:
+        """`[requests, count]` float32 in [0, 1); a request's do not depend on the others."""
+        streams = (np.random.default_rng((self.seed, request)) for request in range(requests))
+        return np.stack([stream.random(count, np.float32) for stream in streams])
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    tokens: list[int]
+    reason: Literal["end token", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Completions in the order of the prompts, and what they took."""
+
+    completions: list[Completion]
+    prompt_tokens: int
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+    steps: int
+    drafted: int
+    """Drafts that unfinished requests proposed."""
+    accepted: int
+    """Of these, how many became output."""
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Tokens that decode steps gave: all but the first of each request, which prefill gives."""
+        return sum(len(c.tokens) - 1 for c in self.completions)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafts that were accepted; `None` without drafts."""
+        return self.accepted / self.drafted if self.drafted else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A model on its mesh, ready to generate.
+
+    Attributes:
+      config: the model.
+      params: its parameters on the mesh, as `load_params` or `place_params` gives them.
+      layout: of the parameters; `layout.axes` are the mesh's.
+      mesh: the ranks.
+      precision: of the parameters.
+      kv_cache: format of the cache.
+      drafts: tokens the MTP module drafts per step; 0 for plain decoding.
+    """
+
+    config: MoEConfig
+    params: dict[str, Any]
+    layout: Layout
+    mesh: RankMesh
+    precision: Precision = "float32"
+    kv_cache: KVCache = "float32"
+    drafts: int = 0
+
+    def __post_init__(self):
+        if self.drafts < 0:
+            raise ValueError(f"Generator: drafts must be at least 0, got {self.drafts}")
+        if self.drafts and "mtp" not in self.params:
+            raise ValueError(
+                f"Generator: {self.drafts} draft(s) per step need the weights of a multi-token-"
+                "prediction module, which this model was loaded without; use drafts=0"
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        sampler: Sampler | None = None,
+        context: int | None = None,
+        end_tokens: Sequence[int] = (),
+        on_step: OnStep | None = None,
+    ) -> Generated:
+        """Continue each prompt by up to `new_tokens` tokens.
+
+        Args:
+          prompts: tokens of each prompt, of any lengths.
+          sampler: by default greedy.
+          context: tokens the cache holds per request; by default what the longest request needs.
+          end_tokens: a request stops after one of these.
+          on_step: called after prefill and every step with tokens generated and asked for.
+        Raises:
+          ValueError: no prompt, an empty one, tokens outside the vocabulary, or more tokens than
+            the cache holds or the model is meant for; names the prompt and the sizes.
+        """
+        sampler = sampler or Sampler()
+        context = self._checked_context(prompts, new_tokens, context)
+        width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
+        width = min(width, self.config.max_position)
+        batch = _Batch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
+        compiling = time.perf_counter()
+        prefill, decode = self._compile(batch, context)
+        started = time.perf_counter()
+        out = jax.block_until_ready(prefill(self.params, batch.prefill_inputs()))
+        prefill_s = time.perf_counter() - started
+        tally = _Tally(len(prompts), new_tokens, end_tokens)
+        tally.add(_flat(out.tokens)[:, :1], np.ones(batch.requests, int))
+        tokens, caches = np.asarray(out.tokens), out.caches
+        tokens = np.concatenate([tokens, *[tokens[..., -1:]] * self.drafts], -1)
+        tokens, lengths = tokens[..., : 1 + self.drafts], batch.lengths
+        steps, step_started = 0, time.perf_counter()
+        while not tally.finished:
+            if on_step is not None:
+                on_step(tally.count, tally.wanted)
+            inputs = batch.decode_inputs(tokens, lengths)
+            step = jax.block_until_ready(decode(self.params, caches, inputs))
+            tokens, lengths = np.asarray(step.tokens), np.asarray(step.lengths)
+            caches = step.caches
+            emitted = _flat(step.emitted)
+            tally.add(_flat(step.sampled), emitted, drafts=self.drafts)
+            batch.advance(emitted)
+            steps += 1
+        if on_step is not None:
+            on_step(tally.count, tally.wanted)
+        return Generated(
+            tally.completions(),
+            sum(map(len, prompts)),
+            started - compiling,
+            prefill_s,
+            time.perf_counter() - step_started,
+            steps,
+            tally.drafted,
+            tally.accepted,
+        )
+
+    def _checked_context(self, prompts, new_tokens: int, context: int | None) -> int:
+        if not prompts:
+            raise ValueError("generate: no prompt given")
+        if new_tokens < 1:
+            raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}")
+        vocab = self.config.vocab_size
+        for number, prompt in enumerate(prompts, 1):
+            if not len(prompt):
+                raise ValueError(f"generate: prompt {number} is empty")
+            wrong = [token for token in prompt if not 0 <= token < vocab]
+            if wrong:
+                raise ValueError(
+                    f"generate: prompt {number} holds token {wrong[0]}; the model's are "
+                    f"0..{vocab - 1}"
+                )
+        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        needed = len(prompts[longest]) + new_tokens
+        limit = self.config.max_position if context is None else context
+        if limit > self.config.max_position:
+            raise ValueError(
+                f"generate: a context of {limit} tokens is more than the "
+                f"{self.config.max_position} the model is meant for (max_position)"
+            )
+        if needed > limit:
+            raise ValueError(
+                f"generate: prompt {longest + 1} has {len(prompts[longest])} tokens and is to get "
+                f"{new_tokens} more, the cache holds {limit} per request; shorten one of them"
+                + ("" if context is None else ", or enlarge context")
+            )
+        return needed if context is None else context
+
+    def _compile(self, batch: "_Batch", context: int):
+        mtp = self.drafts > 0
+        prefill = prefill_fn(self.config, self.layout, self.precision, self.kv_cache, mtp=mtp)
+        decode = decode_fn(self.config, self.layout, self.precision, mtp=mtp)
+        # a padded prompt may be longer than the context; drafts are written beyond it and dropped
+        room = max(context, batch.prompts.shape[-1])
+
+        def first(params, inputs):
+            out = prefill(params, inputs)
+            return dataclasses.replace(out, caches=extend_cache(out.caches, room))
+
+        def step(params, caches, inputs):
+            return decode(params, dataclasses.replace(inputs, caches=caches))
+
+        specs = param_specs(self.params, self.layout)
+        lifted = on_every_rank(first, self.mesh, (specs, RANKED), RANKED)
+        start = batch.prefill_inputs()
+        jitted = jax.jit(lifted)
+        abstract = jax.eval_shape(jitted, self.params, start)
+        lifted = on_every_rank(step, self.mesh, (specs, RANKED, RANKED), RANKED)
+        tokens = np.zeros((*batch.lengths.shape, 1 + self.drafts), np.int32)
+        inputs = batch.decode_inputs(tokens, batch.lengths)
+        compiled = jitted.lower(self.params, start).compile()
+        caches = jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+            abstract.caches,
+            compiled.output_shardings.caches,
+        )
+        # the caches are donated: a step writes into them instead of copying them
+        following = jax.jit(lifted, donate_argnums=1).lower(self.params, caches, inputs).compile()
+        return compiled, following
+
+
+def place_params(params: dict[str, Any], layout: Layout, mesh: RankMesh) -> dict[str, Any]:
+    """Parameters that `shard_params` gave, on the mesh's devices."""
+    where = {
+        spec: jax.sharding.NamedSharding(mesh.concrete(), jax.sharding.PartitionSpec(*axes))
+        for spec, axes in ((RANKED, ("node",)), (REPLICATED, ()))
+    }
+    specs = param_specs(params, layout)
+    # from NumPy: JAX moves an array of one device to many slowly
+    return jax.tree.map(lambda spec, x: jax.device_put(np.asarray(x), where[spec]), specs, params)
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The requests of all ranks as arrays with a leading axis of ranks; those that fill the last
+    ranks up are one token long and nobody reads them."""
+
+    prompts: np.ndarray  # [ranks, requests, prompt] int32
+    lengths: np.ndarray  # [ranks, requests] int32
+    uniform: np.ndarray  # [ranks * requests, tokens]
+    sampler: Sampler
+    drafts: int
+    done: np.ndarray  # [ranks * requests] tokens generated
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        width: int,
+        ranks: int,
+        new_tokens: int,
+        drafts: int,
+        sampler: Sampler,
+    ) -> "_Batch":
+        each = -(-len(prompts) // ranks)
+        tokens = np.zeros((ranks * each, width), np.int32)
+        lengths = np.ones(ranks * each, np.int32)
+        for request, prompt in enumerate(prompts):
+            tokens[request, : len(prompt)] = prompt
+            lengths[request] = len(prompt)
+        uniform = sampler.uniform(ranks * each, new_tokens + drafts + 1)
+        shape = (ranks, each)
+        done = np.ones(ranks * each, int)
+        return cls(
+            tokens.reshape(*shape, width), lengths.reshape(shape), uniform, sampler, drafts, done
+        )
+
+    @property
+    def requests(self) -> int:
+        return self.lengths.size
+
+    def prefill_inputs(self) -> PrefillInputs:
+        uniform = self.uniform[:, 0].reshape(self.lengths.shape)
+        return PrefillInputs(self.prompts, self.lengths, self._sampling(uniform))  # type: ignore
+
+    def decode_inputs(self, tokens, lengths) -> DecodeInputs:
+        last = self.uniform.shape[1] - 1
+        # a finished request runs on until all are; its numbers no longer matter
+        slots = np.minimum(self.done[:, None] + np.arange(1 + self.drafts), last)
+        uniform = np.take_along_axis(self.uniform, slots, axis=1)
+        shape = (*self.lengths.shape, 1 + self.drafts)
+        return DecodeInputs(tokens, lengths, (), self._sampling(uniform.reshape(shape)))
+
+    def advance(self, emitted: np.ndarray) -> None:
+        self.done += emitted
+
+    def _sampling(self, uniform) -> Sampling:
+        full = np.ones(self.lengths.shape, np.float32)
+        how = self.sampler
+        return Sampling(uniform, how.temperature * full, how.top_p * full)  # type: ignore
+
+
+class _Tally:
+    """What each request has so far."""
+
+    def __init__(self, requests: int, new_tokens: int, end_tokens: Sequence[int]):
+        self.tokens: list[list[int]] = [[] for _ in range(requests)]
+        self.ended = [False] * requests
+        self.new_tokens, self.end_tokens = new_tokens, frozenset(end_tokens)
+        self.drafted = self.accepted = 0
+
+    def add(self, sampled: np.ndarray, emitted: np.ndarray, drafts: int = 0) -> None:
+        for request, tokens in enumerate(self.tokens):
+            if self._done(request):
+                continue
+            before = len(tokens)
+            for token in sampled[request, : emitted[request]].tolist():
+                tokens.append(token)
+                self.ended[request] = token in self.end_tokens
+                if self._done(request):
+                    break
+            self.drafted += drafts
+            self.accepted += len(tokens) - before - 1 if drafts else 0
+
+    def _done(self, request: int) -> bool:
+        return self.ended[request] or len(self.tokens[request]) >= self.new_tokens
+
+    @property
+    def finished(self) -> bool:
+        return all(map(self._done, range(len(self.tokens))))
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def wanted(self) -> int:
+        return self.new_tokens * len(self.tokens)
+
+    def completions(self) -> list[Completion]:
+        return [
+            Completion(tokens, "end token" if ended else "length")
+            for tokens, ended in zip(self.tokens, self.ended, strict=True)
+        ]
+
+
+def _flat(x) -> np.ndarray:
+    """`[ranks, requests, ...]` to `[ranks * requests, ...]`, on the host."""
+    x = np.asarray(x)
+    return x.reshape(-1, *x.shape[2:])
