@@ -29,7 +29,7 @@ from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params, init_params
 from models.moe.deployment import slot_table
-from models.moe.generation import Generated, Generator, Sampler, place_params
+from models.moe.generation import Generated, Generator, Sampler, check_prompts, place_params
 from models.moe.hf_config import load_config
 from models.moe.layout import Layout, param_specs, shard_params
 from models.moe.placement import SlotTable
@@ -89,6 +89,7 @@ class Generate:
         if isinstance(tokenizer, ByteTokenizer):
             log.print("no tokenizer.json: every byte is a token")
         prompts = self._prompts(tokenizer)
+        check_prompts(config, prompts, self.new_tokens, self.context)
         prepare_devices(mesh.nodes)
         started = time.perf_counter()
         generator = self._generator(model, config, mesh)

@@ -9,20 +9,23 @@ deterministic drafts can better (Leviathan et al. 2023, section 3.3).
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
+from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
 from models.moe.cache import KVCache, extend_cache
 from models.moe.config import MoEConfig
 from models.moe.deepseek import (
     DecodeInputs,
     PrefillInputs,
     Sampling,
+    abstract_params,
     decode_fn,
     prefill_fn,
 )
@@ -146,14 +149,26 @@ class Generator:
             the cache holds or the model is meant for; names the prompt and the sizes.
         """
         sampler = sampler or Sampler()
-        context = self._checked_context(prompts, new_tokens, context)
+        context = check_prompts(self.config, prompts, new_tokens, context)
         width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
         width = min(width, self.config.max_position)
         batch = _Batch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
         compiling = time.perf_counter()
-        prefill, decode = self._compile(batch, context)
+        # a padded prompt may be longer than the context; drafts are written beyond it and dropped
+        room = max(context, width)
+        prefill, decode = _compiled(
+            self.config,
+            self.layout,
+            self.mesh,
+            self.precision,
+            self.kv_cache,
+            self.drafts,
+            batch.lengths.shape[1],
+            width,
+            room,
+        )
         started = time.perf_counter()
-        out = jax.block_until_ready(prefill(self.params, batch.prefill_inputs()))
+        out = jax.block_until_ready(prefill(self._used, batch.prefill_inputs()))
         prefill_s = time.perf_counter() - started
         tally = _Tally(len(prompts), new_tokens, end_tokens)
         tally.add(_flat(out.tokens)[:, :1], np.ones(batch.requests, int))
@@ -165,7 +180,7 @@ class Generator:
             if on_step is not None:
                 on_step(tally.count, tally.wanted)
             inputs = batch.decode_inputs(tokens, lengths)
-            step = jax.block_until_ready(decode(self.params, caches, inputs))
+            step = jax.block_until_ready(decode(self._used, caches, inputs))
             tokens, lengths = np.asarray(step.tokens), np.asarray(step.lengths)
             caches = step.caches
             emitted = _flat(step.emitted)
@@ -185,79 +200,116 @@ class Generator:
             tally.accepted,
         )
 
-    def _checked_context(self, prompts, new_tokens: int, context: int | None) -> int:
-        if not prompts:
-            raise ValueError("generate: no prompt given")
-        if new_tokens < 1:
-            raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}")
-        vocab = self.config.vocab_size
-        for number, prompt in enumerate(prompts, 1):
-            if not len(prompt):
-                raise ValueError(f"generate: prompt {number} is empty")
-            wrong = [token for token in prompt if not 0 <= token < vocab]
-            if wrong:
-                raise ValueError(
-                    f"generate: prompt {number} holds token {wrong[0]}; the model's are "
-                    f"0..{vocab - 1}"
-                )
-        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        needed = len(prompts[longest]) + new_tokens
-        limit = self.config.max_position if context is None else context
-        if limit > self.config.max_position:
+    @property
+    def _used(self) -> dict[str, Any]:
+        """The parameters, without the draft module's where nothing is drafted."""
+        return self.params if self.drafts else {"main": self.params["main"]}
+
+
+def check_prompts(
+    config: MoEConfig,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    context: int | None = None,
+) -> int:
+    """The tokens a request's cache is to hold, after checking that every request fits.
+
+    Raises: ValueError: see `Generator.generate`.
+    """
+    if not prompts:
+        raise ValueError("generate: no prompt given")
+    if new_tokens < 1:
+        raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}")
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise ValueError(f"generate: prompt {number} is empty")
+        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if wrong:
             raise ValueError(
-                f"generate: a context of {limit} tokens is more than the "
-                f"{self.config.max_position} the model is meant for (max_position)"
+                f"generate: prompt {number} holds token {wrong[0]}; the model's are "
+                f"0..{config.vocab_size - 1}"
             )
-        if needed > limit:
-            raise ValueError(
-                f"generate: prompt {longest + 1} has {len(prompts[longest])} tokens and is to get "
-                f"{new_tokens} more, the cache holds {limit} per request; shorten one of them"
-                + ("" if context is None else ", or enlarge context")
-            )
-        return needed if context is None else context
-
-    def _compile(self, batch: "_Batch", context: int):
-        mtp = self.drafts > 0
-        prefill = prefill_fn(self.config, self.layout, self.precision, self.kv_cache, mtp=mtp)
-        decode = decode_fn(self.config, self.layout, self.precision, mtp=mtp)
-        # a padded prompt may be longer than the context; drafts are written beyond it and dropped
-        room = max(context, batch.prompts.shape[-1])
-
-        def first(params, inputs):
-            out = prefill(params, inputs)
-            return dataclasses.replace(out, caches=extend_cache(out.caches, room))
-
-        def step(params, caches, inputs):
-            return decode(params, dataclasses.replace(inputs, caches=caches))
-
-        specs = param_specs(self.params, self.layout)
-        lifted = on_every_rank(first, self.mesh, (specs, RANKED), RANKED)
-        start = batch.prefill_inputs()
-        jitted = jax.jit(lifted)
-        abstract = jax.eval_shape(jitted, self.params, start)
-        lifted = on_every_rank(step, self.mesh, (specs, RANKED, RANKED), RANKED)
-        tokens = np.zeros((*batch.lengths.shape, 1 + self.drafts), np.int32)
-        inputs = batch.decode_inputs(tokens, batch.lengths)
-        compiled = jitted.lower(self.params, start).compile()
-        caches = jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-            abstract.caches,
-            compiled.output_shardings.caches,
+    limit = config.max_position if context is None else context
+    if limit > config.max_position:
+        raise ValueError(
+            f"generate: a context of {limit} tokens is more than the {config.max_position} the "
+            "model is meant for (max_position)"
         )
-        # the caches are donated: a step writes into them instead of copying them
-        following = jax.jit(lifted, donate_argnums=1).lower(self.params, caches, inputs).compile()
-        return compiled, following
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    needed = len(prompts[longest]) + new_tokens
+    if needed > limit:
+        raise ValueError(
+            f"generate: prompt {longest + 1} has {len(prompts[longest])} tokens and is to get "
+            f"{new_tokens} more, the cache holds {limit} per request; shorten one of them"
+            + ("" if context is None else ", or enlarge the context")
+        )
+    return needed if context is None else context
 
 
 def place_params(params: dict[str, Any], layout: Layout, mesh: RankMesh) -> dict[str, Any]:
     """Parameters that `shard_params` gave, on the mesh's devices."""
-    where = {
-        spec: jax.sharding.NamedSharding(mesh.concrete(), jax.sharding.PartitionSpec(*axes))
-        for spec, axes in ((RANKED, ("node",)), (REPLICATED, ()))
-    }
+    where = _shardings(mesh)
     specs = param_specs(params, layout)
     # from NumPy: JAX moves an array of one device to many slowly
     return jax.tree.map(lambda spec, x: jax.device_put(np.asarray(x), where[spec]), specs, params)
+
+
+def _shardings(mesh: RankMesh) -> dict[Spec, NamedSharding]:
+    devices = mesh.concrete()
+    return {
+        RANKED: NamedSharding(devices, PartitionSpec("node")),
+        REPLICATED: NamedSharding(devices, PartitionSpec()),
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    config: MoEConfig,
+    layout: Layout,
+    mesh: RankMesh,
+    precision: Precision,
+    kv_cache: KVCache,
+    drafts: int,
+    each: int,
+    width: int,
+    room: int,
+) -> tuple[Callable, Callable]:
+    """Prefill of `each` prompts of `width` per rank, and the decode step with `room` in the cache;
+    kept for further batches of these sizes."""
+    mtp = drafts > 0
+    prefill = prefill_fn(config, layout, precision, kv_cache, mtp=mtp)
+    decode = decode_fn(config, layout, precision, mtp=mtp)
+
+    def first(params, inputs):
+        out = prefill(params, inputs)
+        return dataclasses.replace(out, caches=extend_cache(out.caches, room))
+
+    def step(params, caches, inputs):
+        return decode(params, dataclasses.replace(inputs, caches=caches))
+
+    where = _shardings(mesh)
+    shapes = abstract_params(config, layout, precision, mtp=mtp)
+    specs = param_specs(shapes, layout)
+
+    def on_mesh(spec, leaf):
+        shape = (layout.ranks, *leaf.shape) if spec is RANKED else leaf.shape
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
+
+    params = jax.tree.map(on_mesh, specs, shapes)
+    like = _Batch.of([[0]] * (mesh.ranks * each), width, mesh.ranks, 1, drafts, Sampler())
+    inputs = like.prefill_inputs()
+    lifted = jax.jit(on_every_rank(first, mesh, (specs, RANKED), RANKED))
+    caches = jax.eval_shape(lifted, params, inputs).caches
+    starting = lifted.lower(params, inputs).compile()
+    caches = jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        caches,
+        starting.output_shardings.caches,
+    )
+    inputs = like.decode_inputs(np.zeros((mesh.ranks, each, 1 + drafts), np.int32), like.lengths)
+    lifted = on_every_rank(step, mesh, (specs, RANKED, RANKED), RANKED)
+    # the caches are donated: a step writes into them instead of copying them
+    return starting, jax.jit(lifted, donate_argnums=1).lower(params, caches, inputs).compile()
 
 
 @dataclasses.dataclass
