@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Callable
 from typing import Literal
 
-FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral")
+Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral"]
+LayerKind = Literal["dense", "moe"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +189,7 @@ class MoEConfig:
     """Multi-token-prediction modules."""
     end_tokens: tuple[int, ...] = ()
     """Tokens that end a text."""
-    family: Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral"] = "deepseek_v3"
+    family: Family = "deepseek_v3"
     """`model_type` of a config.json, which also fixes how its tensors are named."""
 
     def __post_init__(self):
@@ -238,16 +239,17 @@ class MoEConfig:
         """Layers with experts."""
         return self.layers - len(self.dense_layers)
 
-    def kind(self, layer: int) -> Literal["dense", "moe"]:
+    def kind(self, layer: int) -> LayerKind:
         """What the feed-forward block of a layer is."""
         return "dense" if layer in self.dense_layers else "moe"
 
     @property
-    def runs(self) -> tuple[tuple[Literal["dense", "moe"], range], ...]:
+    def runs(self) -> tuple[tuple[LayerKind, range], ...]:
         """Consecutive layers of one kind: the kind, and their numbers among layers of that kind."""
-        runs: list[tuple[Literal["dense", "moe"], range]] = []
-        done = {"dense": 0, "moe": 0}
-        for kind, group in itertools.groupby(map(self.kind, range(self.layers))):
+        runs: list[tuple[LayerKind, range]] = []
+        done: dict[LayerKind, int] = {"dense": 0, "moe": 0}
+        kinds = [self.kind(layer) for layer in range(self.layers)]
+        for kind, group in itertools.groupby(kinds):
             count = len(list(group))
             runs.append((kind, range(done[kind], done[kind] + count)))
             done[kind] += count

@@ -54,7 +54,7 @@ class Filling:
         self.mtp = mtp
         self.buffers: dict[tuple[Path, int], jax.Array] = {}
         devices = jax.devices()[:1] if mesh is None else list(mesh.concrete().devices.flat)
-        self.devices: list[jax.Device] = devices
+        self.devices = devices
         self.ranks_per_device = layout.ranks // len(devices)
 
     def place(
@@ -113,7 +113,8 @@ class Filling:
         if shared_in_slots or entry.expert not in (None, SHARED):
             layer = self.config.moe_layers if path[0] == "mtp" else entry.index[0]
             table = tables[layer]
-            expert = table.n_experts if entry.expert == SHARED else entry.expert
+            expert = table.n_experts if shared_in_slots else entry.expert
+            assert expert is not None, "the condition above"
             path = tuple("experts" if key == "shared" else key for key in path)
             for slot in table.slots_of_expert[expert]:
                 rank, local = divmod(slot, table.slots_per_rank)

@@ -29,10 +29,11 @@ from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params, init_params
 from models.moe.deployment import slot_table
-from models.moe.generation import Generated, Generator, Sampler, check_prompts, place_params
+from models.moe.generation import Generated, Generator, place_params
 from models.moe.hf_config import load_config
 from models.moe.layout import Layout, param_specs, shard_params
 from models.moe.placement import SlotTable
+from models.moe.requests import Sampler, check_prompts
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 
 

@@ -107,7 +107,8 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
     Raises:
       ValueError: the family's config.json cannot say it; names the field.
     """
-    latent = isinstance(config.attention, LatentAttention)
+    attention = config.attention
+    latent = isinstance(attention, LatentAttention)
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
@@ -116,7 +117,7 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads if latent else config.attention.kv_heads,
+        "num_key_value_heads": config.heads if latent else attention.kv_heads,
         "num_experts_per_tok": config.experts_per_token,
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps,
@@ -125,7 +126,6 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
         "rope_parameters": _rope_json(config.rope),
         "intermediate_size": config.ffn_size,
     }
-    attention = config.attention
     if isinstance(attention, LatentAttention):
         raw |= {
             "q_lora_rank": attention.q_lora_rank,

@@ -10,6 +10,7 @@ from flax import nnx
 
 from models.moe.cache import extend_cache
 from models.moe.checkpoint import load
+from models.moe.transformer import prefill_attention
 
 FIXTURES = (
     "deepseek_v2_tiny",
@@ -34,6 +35,15 @@ def _prefill(graph, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _hidden(graph, params, tokens):
+    main = nnx.merge(graph, params).main
+    stack = main.moe if main.dense is None else main.dense
+    attend = prefill_attention("float32")
+    first, _ = stack((main.embedding(tokens),), (None,), attend, slice(0, 1))
+    return first[0], main.prefill((tokens,), "float32")[0][0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _decode(graph, params, tokens, cache, lengths):
     main = nnx.merge(graph, params).main
     hidden, caches = main.decode((tokens,), (cache,), (lengths,))
@@ -45,6 +55,15 @@ def test_logits_equal_hugging_face(data, name):
     graph, params, reference = _loaded(data / "hf_fixtures" / name)
     logits, _ = _prefill(graph, params, jnp.asarray(reference["input_ids"], jnp.int32))
     np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_hidden_states_after_the_first_layer_and_the_last_norm_equal_hugging_face(data, name):
+    graph, params, reference = _loaded(data / "hf_fixtures" / name)
+    tokens = jnp.asarray(reference["input_ids"], jnp.int32)
+    first, last = _hidden(graph, params, tokens)
+    np.testing.assert_allclose(first, reference["hidden_first"], atol=1e-4)
+    np.testing.assert_allclose(last, reference["hidden_last"], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
