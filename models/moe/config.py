@@ -5,7 +5,6 @@ published config.json of DeepSeek-V3 and DeepSeek-R1.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -248,11 +247,11 @@ class MoEConfig:
         """Consecutive layers of one kind: the kind, and their numbers among layers of that kind."""
         runs: list[tuple[LayerKind, range]] = []
         done: dict[LayerKind, int] = {"dense": 0, "moe": 0}
-        kinds = [self.kind(layer) for layer in range(self.layers)]
-        for kind, group in itertools.groupby(kinds):
-            count = len(list(group))
-            runs.append((kind, range(done[kind], done[kind] + count)))
-            done[kind] += count
+        for layer in range(self.layers):
+            kind, number = self.kind(layer), done[self.kind(layer)]
+            first = runs.pop()[1].start if runs and runs[-1][0] == kind else number
+            runs.append((kind, range(first, number + 1)))
+            done[kind] += 1
         return tuple(runs)
 
 

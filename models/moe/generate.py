@@ -25,6 +25,7 @@ from cmjax.commands.output import bar, check_target, emit
 from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RANKED, RankMesh, prepare_devices
 from cmjax.placement import Plan
+from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params, init_params
@@ -33,7 +34,6 @@ from models.moe.generation import Generated, Generator, place_params
 from models.moe.hf_config import load_config
 from models.moe.layout import Layout, param_specs, shard_params
 from models.moe.placement import SlotTable
-from models.moe.requests import Sampler, check_prompts
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from cmjax.mesh import RankMesh
+from models.moe.batch import Sampler
 from models.moe.config import LatentAttention, MoEConfig
 from models.moe.deepseek import abstract_params
 from models.moe.generation import Generator, place_params
 from models.moe.layout import Layout, one_rank, shard_params
 from models.moe.placement import ep_table
-from models.moe.requests import Sampler
 
 CONFIG = MoEConfig(
     vocab_size=11,

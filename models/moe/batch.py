@@ -105,6 +105,8 @@ class Batch:
         drafts: int,
         sampler: Sampler,
     ) -> "Batch":
+        """Prompts padded on the right to `width`, in order over the ranks; each request may draw
+        `new_tokens`."""
         each = -(-len(prompts) // ranks)
         tokens = np.zeros((ranks * each, width), np.int32)
         lengths = np.ones(ranks * each, np.int32)
@@ -120,21 +122,26 @@ class Batch:
 
     @property
     def requests(self) -> int:
+        """Of all ranks, those that only fill up included."""
         return self.lengths.size
 
     def prefill_inputs(self) -> PrefillInputs:
+        """With the number that draws each request's first token."""
         uniform = self.uniform[:, 0].reshape(self.lengths.shape)
         return PrefillInputs(self.prompts, self.lengths, self._sampling(uniform))  # type: ignore
 
-    def decode_inputs(self, tokens, lengths) -> DecodeInputs:
+    def decode_inputs(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeInputs:
+        """With the numbers that draw each request's next tokens; the caches are the caller's."""
         last = self.uniform.shape[1] - 1
         # a finished request runs on until all are; its numbers no longer matter
         slots = np.minimum(self.done[:, None] + np.arange(1 + self.drafts), last)
         uniform = np.take_along_axis(self.uniform, slots, axis=1)
         shape = (*self.lengths.shape, 1 + self.drafts)
-        return DecodeInputs(tokens, lengths, (), self._sampling(uniform.reshape(shape)))
+        sampling = self._sampling(uniform.reshape(shape))
+        return DecodeInputs(tokens, lengths, (), sampling)  # type: ignore
 
     def advance(self, emitted: np.ndarray) -> None:
+        """A step gave this many tokens, per request."""
         self.done += emitted
 
     def _sampling(self, uniform) -> Sampling:
@@ -153,6 +160,8 @@ class Tally:
         self.drafted = self.accepted = 0
 
     def add(self, sampled: np.ndarray, emitted: np.ndarray, drafts: int = 0) -> None:
+        """Take in a step: `sampled [requests, new]`, of which `emitted` are a request's, and how
+        many were drafted for each."""
         for request, tokens in enumerate(self.tokens):
             if self._done(request):
                 continue
@@ -170,17 +179,21 @@ class Tally:
 
     @property
     def finished(self) -> bool:
+        """Whether every request has all its tokens, or ended."""
         return all(map(self._done, range(len(self.tokens))))
 
     @property
     def count(self) -> int:
+        """Tokens so far."""
         return sum(map(len, self.tokens))
 
     @property
     def wanted(self) -> int:
+        """Tokens asked for."""
         return self.new_tokens * len(self.tokens)
 
     def completions(self) -> list[Completion]:
+        """What every request got."""
         return [
             Completion(tokens, "end token" if ended else "length")
             for tokens, ended in zip(self.tokens, self.ended, strict=True)
