@@ -6,7 +6,6 @@ logits = model(tokens)                     # [sequences, length, vocab], float32
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -63,4 +62,4 @@ def assemble(graph: Any, params: dict[str, Any]) -> MoEModel:
 
 def parameters(model: MoEModel) -> dict[str, Any]:
     """A model's parameters as nested dictionaries."""
-    return jax.tree.map(lambda x: x, nnx.to_pure_dict(nnx.state(model)))
+    return nnx.to_pure_dict(nnx.state(model))
