@@ -1,6 +1,7 @@
 """Mixture-of-experts transformers (DeepSeek-V2 and V3, Qwen3-MoE, Mixtral), as one rank holds
 them; real weights in and out."""
 
+from models.moe.batch import Sampler
 from models.moe.cache import extend_cache
 from models.moe.checkpoint import Checkpoint, load, load_params, open_checkpoint
 from models.moe.config import (
@@ -27,6 +28,7 @@ from models.moe.deepseek import (
     prefill_fn,
 )
 from models.moe.export import save
+from models.moe.generation import Generator, place_params
 from models.moe.hf_config import load_config, read_config
 from models.moe.layout import Layout, one_rank, param_specs, shard_params
 from models.moe.linear import quantize_params
@@ -39,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "DecodeInputs",
     "DecodeOutput",
+    "Generator",
     "GroupedAttention",
     "LatentAttention",
     "Layout",
@@ -47,6 +50,7 @@ __all__ = [
     "PrefillInputs",
     "PrefillOutput",
     "RankStep",
+    "Sampler",
     "Sampling",
     "Schedule",
     "SlotTable",
@@ -65,6 +69,7 @@ __all__ = [
     "one_rank",
     "open_checkpoint",
     "param_specs",
+    "place_params",
     "prefill_fn",
     "quantize_params",
     "read_config",
