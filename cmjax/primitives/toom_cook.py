@@ -1,4 +1,4 @@
-"""Short convolutions with few multiplications: Toom-Cook algorithms from points, in exact rationals.
+"""Toom-Cook algorithms from points in exact rationals: convolutions with few multiplications.
 
     y = A^T [(G g) * (B^T d)]         y_i = sum_j d_{i+j} g_j,   m outputs, r taps, n products
 
@@ -51,7 +51,7 @@ class Algorithm:
 
     @property
     def growth(self) -> int:
-        """Largest row sum of |B^T|: how many times larger than an input a transformed one can be."""
+        """Largest row sum of |B^T|: the most by which the input transform enlarges a value."""
         return largest_sum(self.bt)
 
     @functools.cached_property
