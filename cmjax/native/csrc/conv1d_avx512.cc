@@ -18,8 +18,9 @@ constexpr int64_t kPanels = 2;
 inline F splat(float x) { return _mm512_set1_ps(x); }
 inline F load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* to, F x) { _mm512_storeu_ps(to, x); }
-inline F least(F a, F b) { return _mm512_min_ps(a, b); }
 inline F largest(F a, F b) { return _mm512_max_ps(a, b); }
+// The sign of x with the smaller magnitude.
+inline F clip(F x, float limit) { return _mm512_range_ps(x, _mm512_set1_ps(limit), 0); }
 inline F from_int32(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
 inline F fused(float c, F a, F b) { return _mm512_fmadd_ps(_mm512_set1_ps(c), a, b); }
 inline void narrow(F x, uint8_t* to) {
