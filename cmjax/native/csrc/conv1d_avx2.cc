@@ -127,6 +127,7 @@ inline void register_tile(const Panel& at) {
     for (int64_t k = 0; k < at.groups; ++k, v += kGroupBytes) {
       u += kRowBytes;
       products.filter(u);
+      __builtin_prefetch(u + at.ahead, 0, 2);
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) {
         products.add(acc[t], group_of(v + t * at.row));
