@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cmjax.primitives.straight_line import StraightLine
+from cmjax.primitives.straight_line import Multiply, StraightLine
 from cmjax.primitives.toom_cook import Algorithm
 
 
@@ -70,13 +70,17 @@ def interleave(
 def transform_filter(
     w: Float[Array, "taps cin cout"],
     algorithm: Algorithm,
-    program: StraightLine,
-    multiply: Any,
+    multiply: Multiply | None = None,
 ) -> Float[Array, "points depth cout"]:
     """G w for every tap block, the blocks side by side in input channels."""
     taps, cin, cout = w.shape
     blocks = algorithm.tap_blocks(taps)
     w = jnp.pad(w, ((0, blocks * algorithm.r - taps), (0, 0), (0, 0)))
     w = w.reshape(blocks, algorithm.r, cin, cout)
-    points = program.apply([w[:, j] for j in range(algorithm.r)], multiply)
+    points = algorithm.g_program.apply([w[:, j] for j in range(algorithm.r)], multiply)
     return jnp.stack(points).reshape(algorithm.n, blocks * cin, cout)
+
+
+def transform_instructions(program: StraightLine) -> float:
+    """Vector instructions of a transform, per channel and tile: a constant factor costs one."""
+    return float(program.additions + program.products)
