@@ -31,7 +31,7 @@ def source() -> str:
 
 def _identifier(name: str) -> str:
     """F(4,3)-lavin -> F4_3_lavin, direct -> Direct."""
-    letters = name.replace(",", "_").replace("-", "_").replace("(", "").replace(")", "")
+    letters = name.translate(str.maketrans(",-+", "___", "()"))
     return letters[0].upper() + letters[1:]
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 Matrix = tuple[tuple[Fraction, ...], ...]
+Multiply = Callable[[Fraction, Any], Any]
+"""The product of a coefficient, not 1, and a value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class StraightLine:
     def apply(
         self,
         values: Sequence[Any],
-        multiply: Callable[[Fraction, Any], Any] = lambda c, v: as_float32(c) * v,
+        multiply: Multiply | None = None,
     ) -> list[Any]:
         """Run the program on numbers or arrays that know +, - and unary -.
 
@@ -76,8 +78,13 @@ class StraightLine:
             raise ValueError(f"StraightLine.apply: {self.inputs} values needed, got {len(values)}")
         known = list(values)
         for step in self.steps:
-            known.append(_run(step, known, multiply))
+            known.append(_run(step, known, multiply or multiply_float32))
         return [known[i] for i in self.outputs]
+
+
+def multiply_float32(coefficient: Fraction, value: Any) -> Any:
+    """The plain product in float32."""
+    return as_float32(coefficient) * value
 
 
 def as_float32(coefficient: Fraction) -> np.float32:
@@ -135,7 +142,7 @@ def _sum_of_terms(row: dict[int, Fraction], append: Callable[[Step], int]) -> in
     return total
 
 
-def _run(step: Step, known: list[Any], multiply: Callable[[Fraction, Any], Any]) -> Any:
+def _run(step: Step, known: list[Any], multiply: Multiply) -> Any:
     def term(coefficient: Fraction, i: int) -> Any:
         size = abs(coefficient)
         return known[i] if size == 1 else multiply(size, known[i])

@@ -7,8 +7,9 @@ F(m, r) evaluates polynomials at n - 1 = m + r - 2 rational points and at infini
 B^T are made primitive integers, so a transform of integers is exact; G takes the factors.
 
 Nesting F(m1, r1) over blocks of R taps with F(R, R) inside gives an algorithm of m1 R outputs and
-r1 R taps with products of the two numbers of points: a few more products than the large plain
-algorithm, and far less noise. A filter longer than r is served in tap blocks (see `tap_blocks`).
+r1 R taps, with a few more products than the large plain algorithm and far less noise; so does a
+split of the taps between two algorithms. Both are algorithms again, with matrices of their own.
+A filter longer than r is served in tap blocks (see `tap_blocks`).
 """
 
 import dataclasses
@@ -58,6 +59,11 @@ class Algorithm:
     def bt_program(self) -> StraightLine:
         """The input transform as straight-line code."""
         return straight_line(self.bt)
+
+    @functools.cached_property
+    def g_program(self) -> StraightLine:
+        """The filter transform as straight-line code."""
+        return straight_line(self.g)
 
     @functools.cached_property
     def at_program(self) -> StraightLine:
@@ -160,6 +166,32 @@ def nested(name: str, outer: Algorithm, inner: Algorithm) -> Algorithm:
     return _normalised(name, outer.m * step, outer.r * step, bt, g, at)
 
 
+def split(first: Algorithm, second: Algorithm) -> Algorithm:
+    """A filter in two pieces, each by an algorithm of its own, their products added up.
+
+    It is one algorithm again: the points of both, the second reading `first.r` frames later.
+
+    Raises: ValueError unless both have the same number of outputs.
+    """
+    if first.m != second.m:
+        raise ValueError(f"split: {first.name} and {second.name} differ in outputs")
+
+    def side_by_side(a: Matrix, b: Matrix, shift: int, width: int) -> list[list[Fraction]]:
+        rows = [[*row, *[Fraction(0)] * (width - len(row))] for row in a]
+        behind = width - shift - len(b[0])
+        return rows + [[*[Fraction(0)] * shift, *row, *[Fraction(0)] * behind] for row in b]
+
+    taps = first.r + second.r
+    return _normalised(
+        f"{first.name}+{second.name}",
+        first.m,
+        taps,
+        side_by_side(first.bt, second.bt, first.r, first.m + taps - 1),
+        side_by_side(first.g, second.g, first.r, taps),
+        [[*a, *b] for a, b in zip(first.at, second.at, strict=True)],
+    )
+
+
 def supported(taps: int) -> tuple[str, ...]:
     """Names of the algorithms that serve a filter of `taps` taps, fastest first by products."""
     serving = [a for a in ALGORITHMS.values() if 1 <= taps <= a.r or (a.m == a.r and taps >= 1)]
@@ -233,9 +265,19 @@ def _table() -> dict[str, Algorithm]:
         "N69": ("F(2,3)", "F(3,3)"),
         "N88": ("F(4,4)", "F(2,2)"),
     }
-    return plain | {name: nested(name, plain[a], plain[b]) for name, (a, b) in pairs.items()}
+    halves = (
+        ("F(2,3)", "F(2,2)"),
+        ("F(3,3)", "F(3,2)"),
+        ("F(4,3)", "F(4,2)"),
+        ("F(3,4)", "F(3,3)"),
+        ("F(4,4)", "F(4,3)"),
+    )
+    composed = [nested(name, plain[a], plain[b]) for name, (a, b) in pairs.items()]
+    composed += [split(plain[a], plain[b]) for a, b in halves]
+    return plain | {algorithm.name: algorithm for algorithm in composed}
 
 
 ALGORITHMS: dict[str, Algorithm] = _table()
-"""Every algorithm by name: "direct" (F(1,1)), plain F(m,r), nested N.. (m, then r), with points
-chosen for the least noise; "-lavin" has the integer points of Lavin and Gray instead."""
+"""Every algorithm by name: "direct" (F(1,1)), plain F(m,r), nested N.. (m, then r) and
+split F(m,r1)+F(m,r2), with points chosen for little noise; "-lavin" has the integer points of
+Lavin and Gray instead."""
