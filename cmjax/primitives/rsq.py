@@ -77,12 +77,6 @@ def lsq_gradient_scale(size: int, limit: int) -> float:
     return 1 / math.sqrt(size * limit)
 
 
-def round_to(z: Float[Array, "..."], limit: int) -> Float[Array, "..."]:
-    """`clip(round(z), -limit, limit)` with the straight-through derivative; integers in float32."""
-    step = jnp.ones((1,) * z.ndim, jnp.float32)
-    return rsq_quantize_p.bind(z, step, low=-limit, high=limit, gradient_scale=1.0)
-
-
 def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
     """The same value, in a form that compilers keep as the float32 it is.
 
