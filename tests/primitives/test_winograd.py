@@ -48,7 +48,8 @@ def _data(taps, cin=6, cout=5, batch=2, length=20, seed=0):
 
 def _sqnr_db(want, got):
     want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
-    return 10 * np.log10((want**2).sum() / ((got - want) ** 2).sum())
+    noise = ((got - want) ** 2).sum()
+    return np.inf if noise == 0 else 10 * np.log10((want**2).sum() / noise)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -82,7 +83,7 @@ def test_any_stride_padding_and_dilation_equals_xla(
     assert _sqnr_db(want, got) > (100 if domain == "float32" else 40)
 
 
-@pytest.mark.parametrize("taps", [3, 5, 7, 32])
+@pytest.mark.parametrize("taps", [5, 32])
 def test_the_chosen_algorithm_serves_the_filter_and_keeps_the_accuracy_it_promises(taps):
     x, w = _data(taps, cin=64, cout=64, length=160)
     want = _conv(x, w)
@@ -118,13 +119,13 @@ def test_measured_accuracy_is_what_the_closed_form_expects(algorithm, domain):
         ("F(4,3)-lavin", "int8"),
         ("F(3,3)+F(3,2)", "int8"),
         ("N44", "int16"),
-        ("N88", "int8"),
+        ("F(4,4)", "int8"),
     ],
 )
 def test_the_training_forward_pass_is_the_deployed_convolution_bit_for_bit(algorithm, domain):
     form = ALGORITHMS[algorithm]
     rng = np.random.default_rng(3)
-    taps = form.r if algorithm != "N88" else 15
+    taps = form.r if algorithm != "F(4,4)" else 7
     x, w = _data(taps, cin=int(rng.integers(1, 9)), cout=int(rng.integers(1, 20)), seed=2)
     bias = rng.normal(size=w.shape[2]).astype(np.float32)
     stride = 2 if algorithm == "F(2,3)" else 1
@@ -214,18 +215,17 @@ def test_scan_and_remat_give_the_same_numbers():
 
 def test_a_layer_of_nnx_learns_its_scales_with_its_weights():
     x, w = _data(3)
+    scales = calibrate(x, w, algorithm="F(2,3)", input_limit=20)
 
     class Layer(nnx.Module):
         def __init__(self):
             self.w = nnx.Param(jnp.asarray(w))
-            self.scales = calibrate(x, w, algorithm="F(2,3)", input_limit=20)
-            self.input_step = nnx.Param(self.scales.input_step)
-            self.point_step = nnx.Param(self.scales.point_step)
-            self.filter_step = nnx.Param(self.scales.filter_step)
+            for key in LEARNED:
+                setattr(self, key, nnx.Param(getattr(scales, key)))
 
         def __call__(self, x):
             learned = {key: getattr(self, key)[...] for key in LEARNED}
-            return winograd_conv1d(x, self.w[...], scales=_with(self.scales, **learned))
+            return winograd_conv1d(x, self.w[...], scales=_with(scales, **learned))
 
     layer = Layer()
     optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
