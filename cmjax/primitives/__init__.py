@@ -2,21 +2,40 @@
 
 from cmjax.primitives.attention import attention, latent_attention
 from cmjax.primitives.attention_numerics import AttentionNumerics, attention_numerics
+from cmjax.primitives.conv_choice import choose_algorithm, expected_sqnr_db
+from cmjax.primitives.conv_scales import ConvScales, calibrate, least_error_step
 from cmjax.primitives.exchange import Dispatched, combine, dispatch, quantize_rows
+from cmjax.primitives.packed_conv import PackedConv, prepack
 from cmjax.primitives.pasa import flash_attention, merge_by_lse, pasa_attention
 from cmjax.primitives.pasa_shift import pasa_beta
+from cmjax.primitives.rsq import lsq_gradient_scale, rsq_quantize
+from cmjax.primitives.toom_cook import ALGORITHMS, Algorithm
+from cmjax.primitives.winograd import int8_conv1d, winograd_conv1d
 
 __all__ = [
+    "ALGORITHMS",
+    "Algorithm",
     "AttentionNumerics",
+    "ConvScales",
     "Dispatched",
+    "PackedConv",
     "attention",
     "attention_numerics",
+    "calibrate",
+    "choose_algorithm",
     "combine",
     "dispatch",
+    "expected_sqnr_db",
     "flash_attention",
+    "int8_conv1d",
     "latent_attention",
+    "least_error_step",
+    "lsq_gradient_scale",
     "merge_by_lse",
     "pasa_attention",
     "pasa_beta",
+    "prepack",
     "quantize_rows",
+    "rsq_quantize",
+    "winograd_conv1d",
 ]
