@@ -1,0 +1,48 @@
+"""What a caller of a convolution can get wrong, said in the caller's words."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cmjax.primitives.toom_cook import ALGORITHMS
+
+
+def check_signal_and_filter(function: str, x: Array, w: Array) -> None:
+    """Refuse signals and filters of wrong rank, dtype or channels."""
+    for argument, array, axes in (("x", x, "batch, length, cin"), ("w", w, "taps, cin, cout")):
+        if jnp.ndim(array) != 3:
+            raise ValueError(f"{function}: {argument} must be [{axes}], got {jnp.shape(array)}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{function}: {argument} must be floating point, got {array.dtype}")
+    if x.shape[2] != w.shape[1] or w.shape[0] < 1:
+        raise ValueError(
+            f"{function}: w must be [taps, {x.shape[2]}, cout] for x with {x.shape[2]} channels, "
+            f"got {w.shape}"
+        )
+
+
+def check_geometry(function: str, stride: int, dilation: int) -> None:
+    """Refuse a stride or dilation below 1."""
+    for argument, value in (("stride", stride), ("dilation", dilation)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{function}: {argument} must be an integer of at least 1, got {value}"
+            )
+
+
+def check_domain(function: str, domain: str, choices: tuple[str, ...]) -> None:
+    """Refuse another domain."""
+    if domain not in choices:
+        raise ValueError(f"{function}: domain must be one of {choices}, got {domain!r}")
+
+
+def check_algorithm(function: str, algorithm: str, taps: int, dilation: int) -> None:
+    """Refuse an unknown name, and one that does not serve the filter; say which do."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"{function}: unknown algorithm {algorithm!r}; there are {', '.join(ALGORITHMS)}"
+        )
+    if dilation != 1 and algorithm != "direct":
+        raise ValueError(
+            f"{function}: a dilated filter is served by algorithm='direct' alone, got {algorithm!r}"
+        )
+    ALGORITHMS[algorithm].tap_blocks(taps)

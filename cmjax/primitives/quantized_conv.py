@@ -1,0 +1,309 @@
+"""Convolution of small integers in a transformed domain, as one primitive: the deployed form.
+
+    xi  = clip(round(x * inverse_step), -R, R)                       integers, exact in float32
+    v_p = clip(round((B^T xi)_p * requant_p), -V, V)                 operands, int8 or int16
+    y   = act(A^T (scale_p,o * sum_c u_p,c,o v_p,c) + bias)          int32 sums, float32 scales
+
+for one of the algorithms of `toom_cook`; direct convolution is F(1,1). Every rounding is named and
+every sum of float32 has an order, so XLA and the C++ kernels give the same bits.
+
+The derivative is that of the same formula with roundings read as the identity inside their range
+(`rsq.round_to`): a filter of integers in float32 takes part in it, an integer filter does not.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import batching
+from jaxtyping import Array, Float, Float32
+
+from cmjax.primitives import conv_kernel
+from cmjax.primitives.conv_tiles import (
+    interleave,
+    meet_blocks,
+    output_length,
+    transform_instructions,
+    windows,
+)
+from cmjax.primitives.define import Zero, define
+from cmjax.primitives.rsq import round_to, rounded
+from cmjax.primitives.straight_line import as_float32
+from cmjax.primitives.toom_cook import ALGORITHMS
+from cmjax.program import Work, cost_rule
+
+LARGEST_OPERAND = {"int8": 127, "int16": 2047}
+"""Largest |operand| of each integer domain; 12 bits of int16 leave room for a sum of products."""
+
+_EXACT_BELOW = 2**24  # integers in float32
+_INT32_MAX = 2**31 - 1
+_SMALLEST_FILTER_RANGE = 127  # fewer levels than int8 has would be worse than int8
+
+
+def quantized_conv(
+    x: Float[Array, "batch length cin"],
+    u: Array,
+    *,
+    inverse_step: Float32[Array, "cin"],
+    requant: Float32[Array, "points"],
+    scale: Float32[Array, "points cout"],
+    bias: Float32[Array, "cout"],
+    algorithm: str,
+    taps: int,
+    dilation: int,
+    padding: tuple[Any, Any],
+    input_limit: int,
+    operand_limit: int,
+    slope: float,
+    packed: bool,
+) -> Float32[Array, "batch out_length cout"]:
+    """Bind the primitive, with stride 1: the module's formula, in the module's names.
+
+    Args:
+      x: signal, zeros beyond its ends.
+      u: transformed filter, [points, tap blocks * cin, cout]: int8, int16, or integers in float32;
+        or with `packed` what `conv_kernel.pack_filter` made of an integer one.
+      inverse_step, requant, scale, bias: as in the formula.
+      algorithm: a name in `toom_cook.ALGORITHMS`.
+      taps: taps of the filter that u was made of.
+      dilation: frames between taps; more than 1 with "direct" only.
+      padding: frames of zeros before and after x.
+      input_limit, operand_limit: R and V.
+      slope: of the activation max(y, slope * y): 1 none, 0 ReLU.
+    Raises: ValueError or TypeError for operands that do not fit each other.
+    """
+    operands = (x.astype(jnp.float32), u, inverse_step, requant, scale, bias)
+    params = {
+        "algorithm": algorithm,
+        "taps": taps,
+        "dilation": dilation,
+        "padding": tuple(padding),
+        "input_limit": input_limit,
+        "operand_limit": operand_limit,
+        "slope": float(slope),
+        "packed": packed,
+    }
+    _check(*map(jax.typeof, operands), **params)
+    return quantized_conv_p.bind(*operands, **params)
+
+
+def filter_limit(domain: str, depth: int) -> int:
+    """Largest |integer| that a transformed filter may hold, so that no int32 sum overflows.
+
+    Args:
+      domain: "int8" or "int16".
+      depth: products added up, tap blocks times input channels.
+    Raises: ValueError for a depth at which the filter would be left with less than 8 bits; the
+      message gives the largest that is safe.
+    """
+    largest = LARGEST_OPERAND[domain]
+    most = _INT32_MAX // (largest * depth)
+    if most < _SMALLEST_FILTER_RANGE:
+        safe = _INT32_MAX // (largest * _SMALLEST_FILTER_RANGE)
+        raise ValueError(
+            f"winograd_conv1d: {depth} products of {domain} operands could overflow the int32 "
+            f"sum; the largest safe number of input channels times tap blocks is {safe}"
+        )
+    return min(largest, most)
+
+
+def largest_input_limit(algorithm: str) -> int:
+    """Largest R at which the algorithm's input transform is exact in float32, 32767 at most."""
+    return min(2**15 - 1, (_EXACT_BELOW - 1) // ALGORITHMS[algorithm].growth)
+
+
+def _reference(x, u, inverse_step, requant, scale, bias, **params):
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    limit = float(params["operand_limit"])
+    operand = jnp.int8 if limit <= 127 else jnp.int16
+    if params["packed"]:
+        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=scale.shape[-1])
+    bound = float(params["input_limit"])
+    xi = lax.clamp(-bound, _round(x * inverse_step), bound)
+    where = {key: params[key] for key in ("taps", "dilation", "padding")}
+    columns, tiles = windows(xi, form, **where)
+    v = [
+        lax.clamp(-limit, _round(point * requant[p]), limit).astype(operand)
+        for p, point in enumerate(form.bt_program.apply(columns))
+    ]
+    meet = functools.partial(meet_blocks, tiles=tiles, blocks=blocks, dilation=params["dilation"])
+    sums = jnp.einsum(
+        "pbtk,pko->pbto",
+        jnp.stack([meet(point) for point in v]),
+        u.astype(operand),
+        preferred_element_type=jnp.int32,
+    )
+    products = rounded(sums.astype(jnp.float32) * scale[:, None, None, :])
+    y = form.at_program.apply(list(products), lambda c, m: rounded(as_float32(c) * m))
+    y = interleave(
+        y, output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
+    )
+    y = y + bias
+    return y if params["slope"] == 1 else jnp.maximum(y, np.float32(params["slope"]) * y)
+
+
+def _round(z):
+    return lax.round(z, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _native(x, u, inverse_step, requant, scale, bias, **params):
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    if not conv_kernel.serves(params["algorithm"]):
+        return _reference(x, u, inverse_step, requant, scale, bias, **params)
+    if not params["packed"]:
+        operand = jnp.int8 if params["operand_limit"] <= 127 else jnp.int16
+        u = conv_kernel.pack_filter(u.astype(operand), tap_blocks=blocks)
+    length = output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
+    return conv_kernel.conv1d(
+        x,
+        u,
+        algorithm=params["algorithm"],
+        tap_blocks=blocks,
+        dilation=params["dilation"],
+        padding=params["padding"],
+        out_length=length,
+        inverse_step=inverse_step,
+        requant=requant,
+        scale=scale,
+        bias=bias,
+        input_limit=params["input_limit"],
+        operand_limit=params["operand_limit"],
+        slope=params["slope"],
+    )
+
+
+def _check(x, u, inverse_step, requant, scale, bias, **params):
+    name = "winograd_conv1d"
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    if x.ndim != 3:
+        raise ValueError(f"{name}: x must be [batch, length, cin], got {x.shape}")
+    cin, cout = x.shape[-1], bias.shape[-1]
+    expected = {
+        "inverse_step": (inverse_step, (cin,)),
+        "requant": (requant, (form.n,)),
+        "scale": (scale, (form.n, cout)),
+        "bias": (bias, (cout,)),
+    }
+    if not params["packed"]:
+        expected["u"] = (u, (form.n, blocks * cin, cout))
+    for argument, (operand, shape) in expected.items():
+        if operand.shape != shape:
+            raise ValueError(
+                f"{name}: {argument} must have shape {shape} for {form.name}, "
+                f"{params['taps']} taps, {cin} input and {cout} output channels, "
+                f"got {operand.shape}"
+            )
+    if params["dilation"] != 1 and form.name != "direct":
+        raise ValueError(
+            f"{name}: dilation {params['dilation']} needs algorithm='direct', got {form.name}"
+        )
+    if not 1 <= params["input_limit"] <= largest_input_limit(form.name):
+        raise ValueError(
+            f"{name}: input_limit must lie in 1..{largest_input_limit(form.name)} for {form.name}, "
+            f"got {params['input_limit']}"
+        )
+    if not 0 <= params["slope"] <= 1:
+        raise ValueError(f"{name}: activation slope must lie in [0, 1], got {params['slope']}")
+    depth = blocks * cin
+    filter_limit("int8" if params["operand_limit"] <= 127 else "int16", depth)
+
+
+def _surrogate(x, u, inverse_step, requant, scale, bias, **params):
+    """The formula before the activation, in float32, with straight-through roundings."""
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    if params["packed"]:
+        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=scale.shape[-1])
+    u = u.astype(jnp.float32)
+    xi = round_to(x * inverse_step, params["input_limit"])
+    where = {key: params[key] for key in ("taps", "dilation", "padding")}
+    columns, tiles = windows(xi, form, **where)
+    y = []
+    for p, point in enumerate(form.bt_program.apply(columns)):
+        v = round_to(point * requant[p], params["operand_limit"])
+        seen = meet_blocks(v, tiles, blocks=blocks, dilation=params["dilation"])
+        y.append(jnp.einsum("btk,ko->bto", seen, u[p]) * scale[p])
+    length = output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
+    return interleave(form.at_program.apply(y), length) + bias
+
+
+def _jvp(p, primals, tangents, **params):
+    moving = [i for i, t in enumerate(tangents) if type(t) is not Zero]
+    moving = [i for i in moving if jnp.issubdtype(primals[i].dtype, jnp.floating)]
+    out = p.bind(*primals, **params)
+    if not moving:
+        return out, Zero(jax.typeof(out).to_tangent_aval())
+
+    def of_moving(*values):
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return _surrogate(*operands, **params)
+
+    _, tangent = jax.jvp(
+        of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+    )
+    if params["slope"] != 1:
+        tangent = jnp.where(out > 0, tangent, params["slope"] * tangent)
+    return out, tangent
+
+
+def _batch(args, dims, **params):
+    """A batch of signals joins the batch axis; filters or scales of their own run in turn."""
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    x, *rest = args
+    if all(d is None for d in dims[1:]):
+        x = batching.bdim_at_front(x, dims[0], size)
+        merged = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+        out = quantized_conv_p.bind(merged, *rest, **params)
+        return out.reshape(*x.shape[:2], *out.shape[1:]), 0
+    mapped = tuple(
+        batching.bdim_at_front(a, d, size) if d is not None else None
+        for a, d in zip(args, dims, strict=True)
+    )
+
+    def one(row):
+        operands = [a if r is None else r for a, r in zip(args, row, strict=True)]
+        return quantized_conv_p.bind(*operands, **params)
+
+    return lax.map(one, mapped), 0
+
+
+quantized_conv_p = define(
+    "cm_quantized_conv1d", _reference, check=_check, jvp=_jvp, batch=_batch, native=_native
+)
+
+
+# Vector instructions around the products: per input frame scale, round and clip; per operand
+# rescale, round, clip and cast; per sum cast and scale; per output bias and activation.
+_QUANTISE, _REQUANTISE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
+
+
+@cost_rule(quantized_conv_p)
+def _cost(x, u, inverse_step, requant, scale, bias, *, out, mesh, **params) -> Work:
+    """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
+    form = ALGORITHMS[params["algorithm"]]
+    cin, cout = x.shape[-1], bias.shape[-1]
+    tiles = out[0].size / cout / form.m
+    depth = cin * float(form.tap_blocks(params["taps"]))
+    macs = tiles * depth * cout * float(form.n)
+    to_operands = transform_instructions(form.bt_program) + _REQUANTISE * form.n
+    to_outputs = transform_instructions(form.at_program) + _RESCALE * form.n
+    instructions = (
+        x.size * _QUANTISE
+        + tiles * cin * to_operands
+        + tiles * cout * to_outputs
+        + out[0].size * _FINISH
+    )
+    width = "8bit" if params["operand_limit"] <= 127 else "16bit"
+    return Work(
+        vector_bytes=instructions * 4.0,
+        flops=macs * 2.0,
+        **{f"cube_flops_{width}": macs * 2.0},
+    )

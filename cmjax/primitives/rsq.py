@@ -1,0 +1,167 @@
+"""Fake quantisation with a learned step and a chosen integer range, as one primitive.
+
+    y = step * clip(round(x / step), low, high)
+
+The range is free ("range-scaled", after Yao et al., RSQ, arXiv:2010.14841: integers that a Winograd
+transform then enlarges need a range of their own, neither the dtype's nor the worst case's), and
+what leaves it saturates. The derivative is chosen, since rounding is flat: straight-through inside
+the range and zero outside for `x`, and for the step the rule of LSQ (Esser et al. 2020,
+arXiv:1902.08153, equation 3), times its gradient scale if one is given.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from cmjax.primitives.define import Zero, define
+from cmjax.program import Work, cost_rule
+
+_LARGEST_LIMIT = 2**23  # integers and their halves are exact in float32 up to here
+
+
+def rsq_quantize(
+    x: Float[Array, "..."],
+    step: Float[Array, "..."] | float,
+    *,
+    bits: int | None = None,
+    limit: int | tuple[int, int] | None = None,
+    axis: int | None = None,
+    gradient_scale: float = 1.0,
+) -> Float[Array, "..."]:
+    """Round `x` to multiples of `step` within a range of integers; half to even.
+
+    Args:
+      x: values, any shape, floating point.
+      step: value of one integer, positive: a scalar; `[x.shape[axis]]` with `axis` (per channel);
+        or of the rank of `x` with 1 where it does not vary (per tap and channel).
+      bits: integers -(2**(bits-1) - 1) to 2**(bits-1) - 1, 2 to 16 bits; 8 if `limit` is not given.
+      limit: instead of `bits`, the largest integer (range -limit to limit), or (low, high).
+      axis: the axis of `x` that a one-dimensional `step` belongs to.
+      gradient_scale: factor on the step's gradient; see `lsq_gradient_scale`.
+    Returns: shape and dtype of `x`; computed in float32.
+    Raises: TypeError if `x` is not floating point; ValueError for a step that does not fit or is
+      known to be zero, negative or not finite, or for an impossible range.
+    """
+    x = jnp.asarray(x)
+    step = jnp.asarray(step, jnp.float32)
+    low, high = _range(bits, limit)
+    if axis is not None:
+        if step.ndim != 1 or not -x.ndim <= axis < x.ndim or step.shape[0] != x.shape[axis]:
+            raise ValueError(
+                f"rsq_quantize: with axis={axis}, step must be one-dimensional and as long as that "
+                f"axis of x; got step {step.shape} and x {x.shape}"
+            )
+        step = lax.expand_dims(step, [d for d in range(x.ndim) if d != axis % x.ndim])
+    elif step.ndim == 0:
+        step = step.reshape((1,) * x.ndim)
+    check_steps("rsq_quantize", "step", step)
+    params = {"low": low, "high": high, "gradient_scale": float(gradient_scale)}
+    _check(jax.typeof(x), jax.typeof(step), **params)
+    return rsq_quantize_p.bind(x, step, **params)
+
+
+def lsq_gradient_scale(size: int, limit: int) -> float:
+    """LSQ's factor on a step's gradient, 1 / sqrt(size * limit) (section 2.2 of the paper).
+
+    Args:
+      size: how many values share one step.
+      limit: the largest integer.
+    Raises: ValueError unless both are positive.
+    """
+    if size < 1 or limit < 1:
+        raise ValueError(f"lsq_gradient_scale: size and limit are positive, got {size} and {limit}")
+    return 1 / math.sqrt(size * limit)
+
+
+def round_to(z: Float[Array, "..."], limit: int) -> Float[Array, "..."]:
+    """`clip(round(z), -limit, limit)` with the straight-through derivative; integers in float32."""
+    step = jnp.ones((1,) * z.ndim, jnp.float32)
+    return rsq_quantize_p.bind(z, step, low=-limit, high=limit, gradient_scale=1.0)
+
+
+def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same value, in a form that compilers keep as the float32 it is.
+
+    XLA's backends contract a product and a sum into one rounding, and its simplifier turns
+    quotients into products; either would make a result depend on the program around it. No
+    compiler can know that the value is finite, so it cannot see through this minimum.
+    """
+    return lax.min(value, jnp.full_like(value, jnp.finfo(jnp.float32).max))
+
+
+def check_steps(function: str, argument: str, steps: Array) -> None:
+    """Refuse steps that are known (not traced) and not positive and finite."""
+    if isinstance(steps, jax.core.Tracer):
+        return
+    values = np.asarray(steps)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        bad = values[~(np.isfinite(values) & (values > 0))].flat[0]
+        raise ValueError(f"{function}: {argument} must be positive and finite, found {bad}")
+
+
+def _range(bits: int | None, limit: int | tuple[int, int] | None) -> tuple[int, int]:
+    if bits is not None and limit is not None:
+        raise ValueError(f"rsq_quantize: give bits or limit, not both ({bits} and {limit})")
+    if limit is None:
+        bits = 8 if bits is None else bits
+        if not 2 <= bits <= 16:
+            raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
+        limit = 2 ** (bits - 1) - 1
+    low, high = limit if isinstance(limit, tuple) else (-limit, limit)
+    if not (-_LARGEST_LIMIT <= low <= 0 <= high <= _LARGEST_LIMIT and low < high):
+        raise ValueError(
+            "rsq_quantize: limit must be a positive integer, or (low, high) around zero, "
+            f"within 2**23; got {limit}"
+        )
+    return int(low), int(high)
+
+
+def _reference(x, step, *, low, high, gradient_scale):
+    z = x.astype(jnp.float32) * rounded(1 / step)
+    return (lax.clamp(float(low), lax.round(z, _HALF_TO_EVEN), float(high)) * step).astype(x.dtype)
+
+
+_HALF_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
+
+
+def _check(x, step, *, low, high, gradient_scale):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"rsq_quantize: x must be floating point, got {x.dtype}")
+    fits = step.ndim == x.ndim and all(
+        s == 1 or s == n for s, n in zip(step.shape, x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            "rsq_quantize: step must be a scalar, or have the rank of x with 1 or x's size in each "
+            f"axis (name the axis of a one-dimensional step by axis=); got step {step.shape} and "
+            f"x {x.shape}"
+        )
+
+
+def _jvp(p, primals, tangents, *, low, high, gradient_scale):
+    x, step = primals
+    dx, dstep = tangents
+    out = p.bind(x, step, low=low, high=high, gradient_scale=gradient_scale)
+    z = lax.stop_gradient(x.astype(jnp.float32) * rounded(1 / step))
+    inside = (z >= low) & (z <= high)
+    tangent = jnp.zeros_like(out)
+    if type(dx) is not Zero:
+        tangent += jnp.where(inside, dx, jnp.zeros_like(dx))
+    if type(dstep) is not Zero:
+        integer = lax.clamp(float(low), lax.round(z, _HALF_TO_EVEN), float(high))
+        slope = jnp.where(inside, integer - z, integer) * gradient_scale
+        tangent += (slope * dstep).astype(out.dtype)
+    return out, tangent
+
+
+rsq_quantize_p = define("cm_rsq_quantize", _reference, check=_check, jvp=_jvp)
+
+
+@cost_rule(rsq_quantize_p)
+def _cost(x, step, *, out, mesh, low, high, gradient_scale) -> Work:
+    """Multiply, round, clip, multiply: four vector instructions per value."""
+    return Work(vector_bytes=x.size * (4.0 * 4), flops=x.size * 4.0)
