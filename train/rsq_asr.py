@@ -10,6 +10,7 @@ errors.json and checkpoints into the output folder. Run again, it goes on where 
 
 import sys
 
+import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,8 @@ from train.checkpoint import SaveFailed
 def main(config: Config, console: Console) -> None:
     """Train what is left to train, test, and print the results."""
     prepare_devices(config.devices)
+    if config.compiled is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.compiled.absolute()))
     run = start(config, console)
     if not config.evaluate_only:
         train(run, console)

@@ -13,7 +13,7 @@ from train.data.perturb import Perturb
 from train.data.strings import Strings
 
 # May change between a kill and the resumption: they do not change a number.
-FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices")
+FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices", "compiled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,27 +91,31 @@ class Config:
     """Mel bands."""
     model: Literal["dfsmn", "wav2letter"] = "dfsmn"
     """Network."""
-    dfsmn: ConvDFSMNConfig = ConvDFSMNConfig(width=96, hidden=160, kernel=5, blocks=4)
+    dfsmn: ConvDFSMNConfig = dataclasses.field(
+        default_factory=lambda: ConvDFSMNConfig(width=96, hidden=160, kernel=5, blocks=4)
+    )
     """Sizes of the one; these train on two cores."""
-    wav2letter: Wav2letterConfig = Wav2letterConfig(
-        first_kernel=11, stride=2, width=112, kernel=5, depth=4, wide_kernel=7, wide=192
+    wav2letter: Wav2letterConfig = dataclasses.field(
+        default_factory=lambda: Wav2letterConfig(
+            first_kernel=11, stride=2, width=112, kernel=5, depth=4, wide_kernel=7, wide=192
+        )
     )
     """Sizes of the other; these train on two cores."""
     augment: bool = True
     """Perturb the training data."""
-    mask: SpecAugment = SpecAugment()
+    mask: SpecAugment = dataclasses.field(default_factory=SpecAugment)
     """Masks on features."""
-    perturb: Perturb = Perturb()
+    perturb: Perturb = dataclasses.field(default_factory=Perturb)
     """Perturbation of waveforms."""
-    strings: Strings = Strings()
+    strings: Strings = dataclasses.field(default_factory=Strings)
     """How words are joined to strings, for data of single words."""
     batch: int = 16
     """Utterances a step."""
-    float_stage: FloatStage = FloatStage()
+    float_stage: FloatStage = dataclasses.field(default_factory=FloatStage)
     """Training in float32."""
-    quant: QuantStage = QuantStage()
+    quant: QuantStage = dataclasses.field(default_factory=QuantStage)
     """Quantisation-aware training."""
-    loss: Loss = Loss()
+    loss: Loss = dataclasses.field(default_factory=Loss)
     """Quantisation-aware loss."""
     devices: int = 1
     """Emulated devices that share each batch."""
@@ -121,6 +125,8 @@ class Config:
     """Steps between two checkpoints."""
     seed: int = 0
     """Of the initial parameters, the order of the data and its augmentation."""
+    compiled: Path | None = Path("out/compiled")
+    """Folder of compiled programs, shared by runs; without it each run compiles anew."""
     out: Path = Path("out/rsq_asr")
     """Folder of checkpoints, metrics and results; an unfinished run in it goes on."""
     evaluate_only: bool = False

@@ -71,9 +71,8 @@ def optimiser(
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, rate, max(1, steps // 10), max(steps, 2), rate / 100
         )
-        return optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=decay)
-        )
+        adamw = optax.adamw(schedule, weight_decay=decay)
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     transforms = {"weights": adam(weight_rate, weight_decay), "scales": adam(scale_rate, 0.0)}
     labels = {name: name for name in transforms}

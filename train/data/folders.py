@@ -92,9 +92,8 @@ def an4(folder: Path) -> list[Entry]:
             text, _, name = line.rpartition("(")
             name = name.removesuffix(")").strip()
             if not text or not name:
-                raise ValueError(
-                    f"{folder}/etc/an4_{split}.transcription, line {number}: not '<s> ... </s> (id)'"
-                )
+                place = f"{folder}/etc/an4_{split}.transcription, line {number}"
+                raise ValueError(f"{place}: not '<s> ... </s> (id)': {line[:60]!r}")
             words = text.replace("<s>", " ").replace("</s>", " ")
             speaker = name.split("-")[1] if name.count("-") == 2 else name
             entries.append(Entry(name, speaker, words, audio.get(where.get(name, "")), split))

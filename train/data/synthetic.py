@@ -3,7 +3,8 @@
 Source and filter (Klatt, "Software for a cascade/parallel formant synthesizer", JASA 1980): pulses
 of the glottis through a cascade of resonators at the formants, noise through one of its own,
 
-    y[n] = (1 - b - c) x[n] + b y[n-1] + c y[n-2],   c = -exp(-2 pi B T),  b = 2 exp(-pi B T) cos(2 pi F T)
+    y[n] = (1 - b - c) x[n] + b y[n-1] + c y[n-2]
+    c = -exp(-2 pi B T),    b = 2 exp(-pi B T) cos(2 pi F T)
 
 with targets that glide from phone to phone. Formants of vowels: Peterson and Barney (1952), men.
 It is for tests and first runs: easier than people, but with voices, tempo and noise that vary.
@@ -114,15 +115,13 @@ def speak(word: str, who: Voice, random: np.random.Generator) -> Float32[np.ndar
     pulses = _pulses(who, sum(steps), random)
     noise = random.normal(size=len(pulses))
     out = _filter(pulses, noise, tracks, who)
-    fade = np.minimum(
-        1, np.minimum(np.arange(len(out)), np.arange(len(out))[::-1]) / (0.008 * RATE)
-    )
-    out = out * fade
+    edge = np.arange(len(out)) / (0.008 * RATE)
+    out = out * np.minimum(1, np.minimum(edge, edge[::-1]))
     return (0.3 * random.uniform(0.6, 1.4) * out / np.abs(out).max()).astype(np.float32)
 
 
 def digits(
-    *, voices: int = 16, unseen: int = 4, takes: int = 6, test_takes: int = 2, seed: int = 0
+    *, voices: int = 16, unseen: int = 4, takes: int = 5, test_takes: int = 1, seed: int = 0
 ) -> Corpus:
     """Takes of all ten digits: `voices` to learn from, `unseen` more that only the test hears.
 
