@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.asr.conv import Conv, Precision
+from models.asr.conv import Conv, Precision, Watch
 from models.asr.frames import UNKNOWN, Frames
 
 
@@ -40,20 +40,20 @@ class AcousticModel(nnx.Module):
         features: Float[Array, "batch frames inputs"],
         lengths: Int[Array, "batch"],
         *,
-        record: list | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Float[Array, "batch outputs labels"], Int[Array, "batch"]]:
         """Logits of whole utterances, and how many frames of them are an utterance's.
 
         Args:
           features: padded behind `lengths` by anything.
           lengths: feature frames of each utterance.
-          record: a list to which quantised layers add what they saw (`models.asr.conv.Record`).
+          watch: called by every convolution with itself, its input and its output.
         Raises:
           ValueError: features of another width.
         """
         frames = self._normalised(Frames(features, lengths, jnp.zeros((), jnp.int32)))
         for layer in self.layers:
-            frames = layer(frames, record=record)
+            frames = layer(frames, watch=watch)
         return frames.x, frames.lengths
 
     def stream(self, batch: int = 1) -> Any:
@@ -133,12 +133,17 @@ class AcousticModel(nnx.Module):
         return [conv for layer in self.layers for conv in layer.convolutions()]
 
     def switch(self, precision: Precision) -> None:
-        """Run every convolution in `precision` from now on (Winograd: where the kernel has taps).
+        """Compute every convolution in `precision` from now on.
 
-        Raises: ValueError for an unknown precision, or integers before `calibrate`.
+        Raises: ValueError for an unknown precision, or integers without scales.
         """
         for conv in self.convolutions():
             conv.switch(precision)
+
+    def pack(self) -> None:
+        """Deploy: quantise every filter once. The integers stay the same; training ends here."""
+        for conv in self.convolutions():
+            conv.pack()
 
     def set_statistics(
         self, mean: Float[Array, "inputs"], deviation: Float[Array, "inputs"]

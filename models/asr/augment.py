@@ -26,11 +26,11 @@ class SpecAugment:
     """Widest of them, in bands."""
     time_masks: int = 2
     """Masks over frames."""
-    time_width: int = 12
+    time_width: int = 10
     """Longest of them, in frames."""
     time_share: float = 0.15
     """Longest of them as a share of the utterance: a short word is not wiped out."""
-    warp: float = 0.15
+    warp: float = 0.12
     """Vocal-tract factors are drawn from [1 - warp, 1 + warp]."""
 
     def __post_init__(self):

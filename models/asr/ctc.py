@@ -98,7 +98,8 @@ def prefix_beam_decode(
                     _add(grown[(*prefix, label)], 1, blank + row[label])
                 else:
                     _add(grown[(*prefix, label)], 1, total + row[label])
-        ranked = sorted(grown.items(), key=lambda item: -np.logaddexp(*item[1]))[:beam]
+        possible = [item for item in grown.items() if max(item[1]) > -math.inf]
+        ranked = sorted(possible, key=lambda item: -np.logaddexp(*item[1]))[:beam]
         beams = {prefix: (blank, last) for prefix, (blank, last) in ranked}
     scored = [(list(prefix), float(np.logaddexp(*ends))) for prefix, ends in beams.items()]
     return sorted(scored, key=lambda item: -item[1])

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.asr.acoustic import AcousticModel
-from models.asr.conv import Conv
+from models.asr.conv import Conv, Watch
 from models.asr.frames import Frames, delay, lookback
 
 
@@ -109,8 +109,8 @@ class Block(nnx.Module):
         self.project = Conv(c.hidden, c.width, kernel=1, rngs=rngs)
         self.memory = Memory(c, rngs=rngs)
 
-    def __call__(self, frames: Frames, *, record: list | None = None) -> Frames:
-        p = self.project(self.expand(frames, record=record), record=record)
+    def __call__(self, frames: Frames, *, watch: Watch | None = None) -> Frames:
+        p = self.project(self.expand(frames, watch=watch), watch=watch)
         return p.strided(frames.x + self.memory(p.x), 1)
 
     def convolutions(self) -> list[Conv]:

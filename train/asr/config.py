@@ -12,6 +12,8 @@ from train.data.folders import Layout
 from train.data.perturb import Perturb
 from train.data.strings import Strings
 
+Ranges = Literal["per-tap", "scaled", "safe", "naive"]
+
 # May change between a kill and the resumption: they do not change a number.
 FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices", "compiled")
 
@@ -34,6 +36,10 @@ class QuantStage:
 
     precision: Literal["int8-winograd", "int8", "float32"] = "int8-winograd"
     """Arithmetic to train for; float32 ends the run after the float stage."""
+    algorithm: str = "auto"
+    """Short algorithm of the layers that have one, such as F(2,3); "auto" chooses per layer."""
+    ranges: Ranges = "per-tap"
+    """How integer ranges are chosen; see train.asr.quantise."""
     calibration_batches: int = 8
     """Batches on which scales and ranges are calibrated."""
     scale_steps: int = 100
@@ -87,6 +93,8 @@ class Config:
     """Samples per second; by default the data set's own."""
     units: Units | None = None
     """Labels; by default words for a closed vocabulary, characters otherwise."""
+    voices: int = 16
+    """Synthetic speakers to learn from; a quarter as many more are for the test alone."""
     bands: int = 40
     """Mel bands."""
     model: Literal["dfsmn", "wav2letter"] = "dfsmn"

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 from models.asr.acoustic import AcousticModel, Statistics
 from models.asr.augment import spec_augment, warp_vocal_tract
-from models.asr.conv import Scale
+from models.asr.conv import Record, Scale
 from models.asr.features import log_mel
 from train.asr.config import Config, Loss
 from train.asr.objective import Parts, shares
@@ -74,9 +74,23 @@ def optimiser(
         adamw = optax.adamw(schedule, weight_decay=decay)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
-    transforms = {"weights": adam(weight_rate, weight_decay), "scales": adam(scale_rate, 0.0)}
+    transforms = {
+        "weights": adam(weight_rate, weight_decay),
+        "scales": in_logarithm(adam(scale_rate, 0.0)),
+    }
     labels = {name: name for name in transforms}
     return optax.partition(transforms, labels)
+
+
+def in_logarithm(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Move the logarithms of parameters: a rate is a relative change, and steps stay positive."""
+
+    def update(grads, state, params=None):
+        grads = jax.tree.map(jnp.multiply, grads, params)
+        moves, state = inner.update(grads, state, params)
+        return jax.tree.map(lambda move, x: x * jnp.expm1(move), moves, params), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def make_step(
@@ -111,8 +125,13 @@ def make_step(
             target, _ = teacher[0].model(teacher_params)(features, lengths)
 
         def share(params):
-            records = []
-            logits, frames = network.model(params)(features, lengths, record=records)
+            records: list[Record] = []
+
+            def watch(conv, x, y):
+                if conv.precision != "float32" and (weights.local or weights.saturation):
+                    records.append(conv.record(x, y, saturation=weights.saturation > 0))
+
+            logits, frames = network.model(params)(features, lengths, watch=watch)
             parts = shares(logits, frames, batch, records, target, weights, over_ranks)
             return parts.total(weights), parts
 

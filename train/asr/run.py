@@ -212,7 +212,14 @@ def _finish_stage(run: Run, stream: TrainingStream, console: Console) -> None:
             run.teacher = take_apart(run.model)[1]
             batches = [stream.at(n)[1] for n in range(quant.calibration_batches)]
             console.print(f"calibrating {quant.precision} on {len(batches)} batches")
-            calibrate(run.model, batches, run.task.framing, quant.precision)
+            calibrate(
+                run.model,
+                batches,
+                run.task.framing,
+                quant.precision,
+                algorithm=quant.algorithm,
+                ranges=quant.ranges,
+            )
     _save(run)
 
 

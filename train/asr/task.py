@@ -53,7 +53,7 @@ def prepare(config: Config, alphabet: Alphabet | None = None) -> Task:
       FileNotFoundError, ValueError: see `folders.load`.
     """
     if config.data == "synthetic":
-        corpus = synthetic.digits(seed=config.seed)
+        corpus = synthetic.digits(voices=config.voices, unseen=config.voices // 4)
     else:
         assert config.data_dir is not None  # Config has checked it
         corpus = folders.load(config.data, config.data_dir, rate=config.rate, unseen=config.unseen)

@@ -12,7 +12,7 @@ from scipy.signal import lfilter
 class Perturb:
     """Strength of each part; zeros switch it off."""
 
-    speed: float = 0.15
+    speed: float = 0.12
     """Played faster or slower by up to this share: tempo, pitch and formants move together."""
     gain_db: float = 10.0
     """Louder or softer by up to so many decibels."""

@@ -25,7 +25,9 @@ class Strings:
     """Silence between words, drawn uniformly."""
     edge_s: tuple[float, float] = (0.05, 0.4)
     """Silence before the first and behind the last word."""
-    noise: tuple[float, float] = (3e-4, 4e-3)
+    bare: float = 0.3
+    """Share of strings without silence around them, as single takes are cut."""
+    noise: tuple[float, float] = (3e-5, 4e-3)
     """Background noise, share of full scale, drawn log-uniformly."""
 
     def __post_init__(self):
@@ -38,6 +40,8 @@ class Strings:
             low, high = getattr(self, name)
             if not 0 <= low <= high or (name == "noise" and low == 0):
                 raise ValueError(f"Strings: {name} must be a range of positive numbers")
+        if not 0 <= self.bare <= 1:
+            raise ValueError(f"Strings: bare must lie in [0, 1], got {self.bare}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +58,13 @@ def join(
     takes: Sequence[Utterance], rate: int, options: Strings, random: np.random.Generator
 ) -> Joined:
     """One string of these takes in their order, with gaps, edges and a noise floor by chance."""
-    pieces = [_silence(options.edge_s, rate, random)]
+    edge = (0.0, 0.0) if random.uniform() < options.bare else options.edge_s
+    pieces = [_silence(edge, rate, random)]
     for number, take in enumerate(takes):
         if number:
             pieces.append(_silence(options.gap_s, rate, random))
         pieces.append(take.waveform())
-    pieces.append(_silence(options.edge_s, rate, random))
+    pieces.append(_silence(edge, rate, random))
     wave = np.concatenate(pieces)
     low, high = np.log(options.noise)
     wave = wave + np.float32(np.exp(random.uniform(low, high))) * random.standard_normal(
