@@ -18,7 +18,7 @@ from rich.table import Table
 from cmjax.mesh import prepare_devices
 from train.asr.config import Config
 from train.asr.evaluate import Result
-from train.asr.run import LossNotFinite, start, test, train
+from train.asr.run import LossNotFinite, measure, start, train
 from train.checkpoint import SaveFailed
 
 
@@ -30,7 +30,7 @@ def main(config: Config, console: Console) -> None:
     run = start(config, console)
     if not config.evaluate_only:
         train(run, console)
-    console.print(results_table(test(run, console)))
+    console.print(results_table(measure(run)))
 
 
 def results_table(results: dict[str, dict[str, Result]]) -> Table:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cmjax.primitives.conv_choice import choose_algorithm
 from models.asr.conv import Conv, Precision, Watch
 from models.asr.frames import UNKNOWN, Frames
 
@@ -161,3 +162,23 @@ class AcousticModel(nnx.Module):
             )
         x = (frames.x - self.mean[...]) * self.scale[...]
         return Frames(x, frames.lengths, frames.start).masked()
+
+
+def layer_algorithms(
+    model: AcousticModel, precision: Precision, algorithm: str = "auto"
+) -> list[str]:
+    """Which algorithm every convolution takes in integers.
+
+    Layers with a stride or one tap and the last layer are direct, as all are in "int8"; others
+    take `algorithm`, or with "auto" the fastest that is accurate enough (`choose_algorithm`).
+    """
+    convolutions = model.convolutions()
+
+    def of(conv: Conv) -> str:
+        if precision == "int8" or conv is convolutions[-1] or conv.stride > 1 or conv.taps == 1:
+            return "direct"
+        if algorithm != "auto":
+            return algorithm
+        return choose_algorithm(conv.taps, conv.cin, conv.cout, domain="int8")
+
+    return [of(conv) for conv in convolutions]

@@ -138,10 +138,29 @@ class Conv(nnx.Module):
             )
         self.precision = precision
 
-    def pack(self) -> None:
-        """Quantise the filter once and for all; the layer computes the same integers as before."""
+    def prepare_scales(self, algorithm: str, input_limit: int) -> None:
+        """Steps of 1 in the shapes of an algorithm, to be filled."""
+        points = ALGORITHMS[algorithm].n
+        self.set_scales(
+            ConvScales(
+                input_step=jnp.ones(()),
+                point_step=jnp.ones(points),
+                filter_step=jnp.ones((points, self.cout)),
+                algorithm=algorithm,
+                domain="int8",
+                input_limit=input_limit,
+            )
+        )
+
+    def pack(self, *, for_kernels: bool | None = None) -> None:
+        """Quantise the filter once and for all; the layer computes the same integers as before.
+
+        Args:
+          for_kernels: lay it out for the C++ kernels; by default if they are enabled.
+        """
         if self.precision != "float32":
-            self.packed = Packed(prepack(self.kernel[...], self.scales, stride=self.stride))
+            packed = prepack(self.kernel[...], self.scales, stride=self.stride, packed=for_kernels)
+            self.packed = Packed(packed)
 
     def convolutions(self) -> list["Conv"]:
         return [self]

@@ -152,7 +152,7 @@ def make_step(
         grads, parts = lifted(learner.params, teacher_params, batch, split(keys))
         updates, state = transform.update(grads, learner.optimiser, learner.params)
         params = optax.apply_updates(learner.params, updates)
-        return Learner(params, state), parts, optax.global_norm(grads)
+        return Learner(params, state), parts, optax.tree.norm(grads)
 
     teacher_params = None if teacher is None else teacher[1]
     return lambda learner, batch, key: step(learner, batch, key, teacher_params)

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cmjax.primitives.conv_choice import choose_algorithm
 from cmjax.primitives.conv_scales import ConvScales
 from cmjax.primitives.conv_scales import calibrate as calibrate_conv
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.primitives.winograd import winograd_conv1d
-from models.asr.acoustic import AcousticModel
+from models.asr.acoustic import AcousticModel, layer_algorithms
 from models.asr.conv import Conv, Precision
 from train.asr.config import Ranges
 from train.asr.learner import features_of
@@ -55,12 +54,8 @@ def calibrate(
     """
     model.switch("float32")
     inputs = layer_inputs(model, batches, framing)
-    for conv, x in zip(model.convolutions(), inputs, strict=True):
-        direct = precision == "int8" or conv is model.convolutions()[-1]
-        direct = direct or conv.stride > 1 or conv.taps == 1
-        form = "direct" if direct else algorithm
-        if form == "auto":
-            form = choose_algorithm(conv.taps, conv.cin, conv.cout, domain="int8")
+    forms = layer_algorithms(model, precision, algorithm)
+    for conv, x, form in zip(model.convolutions(), inputs, forms, strict=True):
         conv.set_scales(scales_of(conv, x, form, "per-tap" if form == "direct" else ranges))
     model.switch(precision)
 
@@ -129,17 +124,7 @@ def restore_plans(model: AcousticModel, plans: Sequence[dict[str, Any]]) -> None
     """Make a new model as `saved_plans` says, with steps of the right shapes to be filled."""
     for conv, plan in zip(model.convolutions(), plans, strict=True):
         if plan["algorithm"] is not None:
-            points = ALGORITHMS[plan["algorithm"]].n
-            conv.set_scales(
-                ConvScales(
-                    input_step=jnp.ones(()),
-                    point_step=jnp.ones(points),
-                    filter_step=jnp.ones((points, conv.cout)),
-                    algorithm=plan["algorithm"],
-                    domain="int8",
-                    input_limit=plan["input_limit"],
-                )
-            )
+            conv.prepare_scales(plan["algorithm"], plan["input_limit"])
         conv.switch(plan["precision"])
 
 

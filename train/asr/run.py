@@ -47,7 +47,7 @@ class Run:
       stage: index in `STAGES`; its length when all is done.
       step: steps made in this stage.
       learner: parameters and optimiser of this stage, or None before its first step.
-      teacher: parameters of the float32 network, once trained.
+      teacher: parameters of the float32 network, once trained (and its scales, unused).
     """
 
     config: Config
@@ -89,9 +89,9 @@ def start(config: Config, console: Console) -> Run:
             raise ValueError(f"--evaluate-only: no checkpoint in {config.out}")
         task = prepare(config)
         _report(task, console)
-        run = Run(config, task, task.model(config))
         if not task.corpus.train:
             raise ValueError("the data set has no training utterance")
+        run = Run(config, task, task.model(config))
         run.model.set_statistics(
             *measure_statistics(task.corpus.train, task.framing, task.corpus.rate)
         )
@@ -123,10 +123,17 @@ def train(run: Run, console: Console) -> None:
         _finish_stage(run, stream, console)
 
 
-def test(run: Run, console: Console) -> dict[str, dict[str, Result]]:
-    """Error rates of every network that the run has, on every test set: by precision, then set."""
+def measure(run: Run, *, only: str | None = None) -> dict[str, dict[str, Result]]:
+    """Error rates of every network that the run has, on every test set: by precision, then set.
+
+    Args:
+      run: trained.
+      only: one precision instead of all.
+    """
     results: dict[str, dict[str, Result]] = {}
     for precision, (network, params) in _networks(run).items():
+        if only not in (None, precision):
+            continue
         apply = make_apply(network, run.task.framing)
         results[precision] = {}
         for name, utterances in run.task.corpus.tests.items():
@@ -209,7 +216,6 @@ def _finish_stage(run: Run, stream: TrainingStream, console: Console) -> None:
         if quant.precision == "float32":
             run.stage = len(STAGES)
         else:
-            run.teacher = take_apart(run.model)[1]
             batches = [stream.at(n)[1] for n in range(quant.calibration_batches)]
             console.print(f"calibrating {quant.precision} on {len(batches)} batches")
             calibrate(
@@ -220,6 +226,7 @@ def _finish_stage(run: Run, stream: TrainingStream, console: Console) -> None:
                 algorithm=quant.algorithm,
                 ranges=quant.ranges,
             )
+            run.teacher = take_apart(run.model)[1]
     _save(run)
 
 
@@ -246,9 +253,8 @@ def _float(model: AcousticModel) -> Network:
 def _networks(run: Run) -> dict[str, tuple[Network, Params]]:
     if run.teacher is None:
         return {"float32": take_apart(run.model)}
-    quantised = take_apart(run.model)
-    teacher = {**quantised[1], "weights": run.teacher["weights"]}
-    return {"float32": (_float(run.model), teacher), run.config.quant.precision: quantised}
+    exact = _float(run.model), run.teacher
+    return {"float32": exact, run.config.quant.precision: take_apart(run.model)}
 
 
 def _save(run: Run) -> None:
@@ -277,9 +283,9 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     network, params = take_apart(run.model)
     like: dict[str, Any] = {"constants": network.constants}
     if found.progress["teacher"]:
-        like["teacher"] = params
         restore_plans(run.model, found.progress["plans"])
         network, params = take_apart(run.model)
+        like["teacher"] = params
     like["params"] = params
     if found.progress["optimiser"]:
         like["optimiser"] = jax.eval_shape(_optimiser(run).init, params)

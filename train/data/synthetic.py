@@ -11,6 +11,7 @@ It is for tests and first runs: easier than people, but with voices, tempo and n
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float32
@@ -120,6 +121,7 @@ def speak(word: str, who: Voice, random: np.random.Generator) -> Float32[np.ndar
     return (0.3 * random.uniform(0.6, 1.4) * out / np.abs(out).max()).astype(np.float32)
 
 
+@functools.cache
 def digits(
     *, voices: int = 16, unseen: int = 4, takes: int = 5, test_takes: int = 1, seed: int = 0
 ) -> Corpus:
