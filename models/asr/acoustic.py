@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -147,7 +148,9 @@ class AcousticModel(nnx.Module):
             conv.pack()
 
     def set_statistics(
-        self, mean: Float[Array, "inputs"], deviation: Float[Array, "inputs"]
+        self,
+        mean: Float[Array | np.ndarray, "inputs"],
+        deviation: Float[Array | np.ndarray, "inputs"],
     ) -> None:
         """Normalise features by these from now on."""
         self.mean[...] = jnp.asarray(mean, jnp.float32)

@@ -1,7 +1,7 @@
 """One optimiser step, data-parallel over emulated devices; one device is the case of one rank."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -74,20 +74,20 @@ def optimiser(
         adamw = optax.adamw(schedule, weight_decay=decay)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
-    transforms = {
+    transforms: dict[Hashable, Any] = {
         "weights": adam(weight_rate, weight_decay),
         "scales": in_logarithm(adam(scale_rate, 0.0)),
     }
-    labels = {name: name for name in transforms}
+    labels = {"weights": "weights", "scales": "scales"}
     return optax.partition(transforms, labels)
 
 
 def in_logarithm(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Move the logarithms of parameters: a rate is a relative change, and steps stay positive."""
 
-    def update(grads, state, params=None):
-        grads = jax.tree.map(jnp.multiply, grads, params)
-        moves, state = inner.update(grads, state, params)
+    def update(updates, state, params=None):
+        slopes = jax.tree.map(jnp.multiply, updates, params)
+        moves, state = inner.update(slopes, state, params)
         return jax.tree.map(lambda move, x: x * jnp.expm1(move), moves, params), state
 
     return optax.GradientTransformation(inner.init, update)
@@ -151,7 +151,7 @@ def make_step(
         batch = jax.tree.map(split, batch)
         grads, parts = lifted(learner.params, teacher_params, batch, split(keys))
         updates, state = transform.update(grads, learner.optimiser, learner.params)
-        params = optax.apply_updates(learner.params, updates)
+        params: Any = optax.apply_updates(learner.params, updates)
         return Learner(params, state), parts, optax.tree.norm(grads)
 
     teacher_params = None if teacher is None else teacher[1]

@@ -64,7 +64,7 @@ def shares(
     zero = jnp.zeros(())
     real = batch.lengths > 0
     labels = over_ranks(batch.counts.sum().astype(jnp.float32))
-    ctc = ctc_loss(logits, frames, batch.labels, batch.counts)
+    ctc = ctc_loss(logits, frames, jnp.asarray(batch.labels), jnp.asarray(batch.counts))
     task = jnp.where(real, ctc, 0.0).sum() / labels
     local = saturation = distance = zero
     for record in records if weights.local else ():

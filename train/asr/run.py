@@ -168,8 +168,7 @@ def _train_stage(run: Run, stream: TrainingStream, log: MetricsLog, console: Con
     config, stage = run.config, STAGES[run.stage]
     network, params = take_apart(run.model)
     transform = _optimiser(run)
-    if run.learner is None:
-        run.learner = Learner(params, transform.init(params))
+    learner = run.learner or Learner(params, transform.init(params))
     step = make_step(
         network,
         transform,
@@ -184,9 +183,8 @@ def _train_stage(run: Run, stream: TrainingStream, log: MetricsLog, console: Con
         shown = bar.add_task(stage, total=run.steps[run.stage], completed=run.step, loss=math.nan)
         for number, names, batch in stream.run(first, last):
             began = time.perf_counter()
-            learner, parts, norm = jax.block_until_ready(
-                step(run.learner, batch, jax.random.fold_in(root, number))
-            )
+            key = jax.random.fold_in(root, number)
+            learner, parts, norm = jax.block_until_ready(step(learner, batch, key))
             values = {f.name: float(getattr(parts, f.name)) for f in dataclasses.fields(parts)}
             loss, norm = float(parts.total(config.loss)), float(norm)
             if not math.isfinite(loss) or not math.isfinite(norm):

@@ -43,7 +43,7 @@ def perturb(
         wave = soxr.resample(wave, percent, 100, quality="MQ") if percent != 100 else wave
     if options.channel:
         tilt = random.uniform(-options.channel, options.channel)
-        wave = lfilter([1.0, tilt], [1.0], wave).astype(np.float32)
+        wave = np.asarray(lfilter([1.0, tilt], [1.0], wave), np.float32)
     level = float(np.sqrt(np.mean(np.square(wave)) + 1e-12))
     if random.uniform() < options.noise_share:
         snr = 10 ** (random.uniform(*options.snr_db) / 20)
@@ -56,4 +56,4 @@ def _coloured(length: int, random: np.random.Generator) -> Float32[np.ndarray, "
     """Noise of unit power, white to brown."""
     pole = random.uniform(0, 0.98)
     noise = lfilter([1.0], [1.0, -pole], random.standard_normal(length, np.float32))
-    return (noise * np.sqrt(1 - pole**2)).astype(np.float32)
+    return np.asarray(noise * np.sqrt(1 - pole**2), np.float32)

@@ -15,6 +15,7 @@ import functools
 
 import numpy as np
 from jaxtyping import Float32
+from scipy.ndimage import convolve1d
 from scipy.signal import lfilter
 
 from train.data.audio import Utterance
@@ -167,8 +168,7 @@ def _tracks(phones, steps, random) -> dict[str, np.ndarray]:
 
     def glide(track, width):
         kernel = np.hanning(width + 2)[1:-1]
-        padded = np.pad(track, [(width // 2, width // 2)] + [(0, 0)] * (track.ndim - 1), "edge")
-        return np.apply_along_axis(np.convolve, 0, padded, kernel / kernel.sum(), "valid")
+        return convolve1d(track, kernel / kernel.sum(), axis=0, mode="nearest")
 
     return {
         "formants": glide(held([p.formants for p in phones]), 5) * accent,
