@@ -81,6 +81,5 @@ def tradeoff_title(found: dict[str, list[dict[str, Any]]]) -> str:
         test = list(ours["wer"])[-1]
         gains.append((ours["end_to_end"], 100 * (ours["wer"][test] - exact["wer"][test]), network))
     speed, loss, network = max(gains)
-    sign = "more" if loss >= 0 else "less"
     gain = f"RSQ on {network}: {speed:.2f}x int8 direct"
-    return f"{gain} at {abs(loss):.2f} % {sign} errors than float32"
+    return f"{gain}, word error rate {loss:+.2f} points from float32"

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cmjax.primitives.conv_choice import choose_algorithm
+from cmjax.primitives.toom_cook import ALGORITHMS
 from models.asr.conv import Conv, Precision, Watch
 from models.asr.frames import UNKNOWN, Frames
 
@@ -174,6 +175,8 @@ def layer_algorithms(
 
     Layers with a stride or one tap and the last layer are direct, as all are in "int8"; others
     take `algorithm`, or with "auto" the fastest that is accurate enough (`choose_algorithm`).
+
+    Raises: ValueError for an unknown algorithm, or one that does not serve a layer's taps.
     """
     convolutions = model.convolutions()
 
@@ -184,4 +187,9 @@ def layer_algorithms(
             return algorithm
         return choose_algorithm(conv.taps, conv.cin, conv.cout, domain="int8")
 
-    return [of(conv) for conv in convolutions]
+    forms = [of(conv) for conv in convolutions]
+    for conv, form in zip(convolutions, forms, strict=True):
+        if form not in ALGORITHMS:
+            raise ValueError(f"algorithm {form!r} is not one of auto, {', '.join(ALGORITHMS)}")
+        ALGORITHMS[form].tap_blocks(conv.taps)  # raises if it does not serve so many taps
+    return forms

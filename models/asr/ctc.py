@@ -101,7 +101,9 @@ def prefix_beam_decode(
         possible = [item for item in grown.items() if max(item[1]) > -math.inf]
         ranked = sorted(possible, key=lambda item: -np.logaddexp(*item[1]))[:beam]
         beams = {prefix: (blank, last) for prefix, (blank, last) in ranked}
-    scored = [(list(prefix), float(np.logaddexp(*ends))) for prefix, ends in beams.items()]
+    scored = [
+        (list(prefix), float(np.logaddexp(ends[0], ends[1]))) for prefix, ends in beams.items()
+    ]
     return sorted(scored, key=lambda item: -item[1])
 
 

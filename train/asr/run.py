@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.asr.acoustic import AcousticModel
+from models.asr.acoustic import AcousticModel, layer_algorithms
 from models.asr.text import Alphabet
 from train import checkpoint
 from train.asr.config import FREE, Config, Loss
@@ -92,6 +92,8 @@ def start(config: Config, console: Console) -> Run:
         if not task.corpus.train:
             raise ValueError("the data set has no training utterance")
         run = Run(config, task, task.model(config))
+        if config.quant.precision != "float32":  # before hours of training, not behind them
+            layer_algorithms(run.model, config.quant.precision, config.quant.algorithm)
         run.model.set_statistics(
             *measure_statistics(task.corpus.train, task.framing, task.corpus.rate)
         )

@@ -89,3 +89,12 @@ def test_plans_make_a_new_model_like_the_old_one():
 def test_an_algorithm_without_a_safe_integer_is_refused():
     with pytest.raises(ValueError, match="no integer is safe"):
         calibrate(_model(), [_batch()], FRAMING, "int8-winograd", algorithm="N88", ranges="safe")
+
+
+@pytest.mark.parametrize(
+    "algorithm, message",
+    [("F(9,9)", "is not one of auto, "), ("F(2,3)", "serves 1 to 3 taps, got 5")],
+)
+def test_an_algorithm_that_does_not_fit_is_refused(algorithm, message):
+    with pytest.raises(ValueError, match=message):
+        layer_algorithms(_model(), "int8-winograd", algorithm)
