@@ -15,7 +15,7 @@ _PATH = Path(__file__).with_name("libcmjax_native.so")
 _SWITCH = "CMJAX_NATIVE"
 
 # Every function of the library that computes; the names are those of csrc/*.cc.
-TARGETS = ("cmjax_sum_words",)
+TARGETS = ("cmjax_sum_words", "cmjax_msd_int8", "cmjax_msd_mxfp4")
 
 
 @dataclass(frozen=True, kw_only=True)
