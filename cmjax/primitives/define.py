@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -27,7 +28,7 @@ def count_where(bad: Callable[[Any], Any], x: Any) -> int:
 
     For checks of values: they speak where they can, also of constants inside a `jit`.
     """
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return 0
     with jax.ensure_compile_time_eval():
         return int(jnp.sum(bad(jnp.asarray(x)), dtype=jnp.int32))

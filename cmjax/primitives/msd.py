@@ -3,9 +3,9 @@
     int8, two passes    y = (M / 127) (a1 @ q.T + a2 @ q.T / 254) * scale + bias
     mxfp4, two passes   y = sum over blocks of (s1 p1 . w + s2 p2 . w) sw + bias
 
-The activation row x is split into low-precision parts (`msd_decompose`), each is multiplied with the
-quantised weights in integers, and the results are recombined: Zheng et al., arXiv 2605.13915. The
-int8 recombination, with offset and bias, is that of the vendor's operator
+Each row x of activations is split into low-precision parts (`msd_decompose`), each is multiplied
+with the quantised weights in integers, and the results are recombined: Zheng et al., arXiv
+2605.13915. The int8 recombination, with offset and bias, is that of the vendor's operator
 (`grouped_matmul_antiquant_a16w8_msd.h` in Huawei's open CANN sources).
 
 Two parts make *one* integer, 254 a1 + a2, so the sum T = 254 c1 + c2 is formed exactly and rounded
@@ -13,6 +13,7 @@ to float32 once. Its value depends on no order of summation: XLA and the kernels
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ from cmjax.primitives.msd_decompose import (
     check_finite,
     check_passes,
     decompose_instructions,
+    round_mxfp4,
     split_int8,
-    split_mxfp4,
 )
 from cmjax.primitives.mxfp4 import Rounding
 from cmjax.primitives.quantize_weight import QuantizedWeight, WeightFormat, dequantize
@@ -44,7 +45,10 @@ def msd_dot(
     x: Float[Array, "*rows k"],
     w: Int8[Array, "n k"] | UInt8[Array, "n k//2"] | QuantizedWeight,
     *,
-    w_scale: Float32[Array, "n"] | Float32[Array, "n groups"] | UInt8[Array, "n k//32"] | None = None,
+    w_scale: Float32[Array, "n"]
+    | Float32[Array, "n groups"]
+    | UInt8[Array, "n k//32"]
+    | None = None,
     format: WeightFormat = "int8",
     passes: int = 2,
     group_size: int | None = None,
@@ -67,14 +71,15 @@ def msd_dot(
         3. mxfp4: 1 or 2 (alpha / 64, alpha the block's maximum rounded up to a power of two).
       group_size: inner elements per scale; `None` for one scale per feature (32 in mxfp4). With
         groups, M is the group's maximum.
-      offset: int8 only, in steps, of the shape of `w_scale`: W = w_scale * (w + offset).
+      offset: int8 only, in steps, of the shape of `w_scale`: W = w_scale * (w + offset). It
+        multiplies the sum of the parts, which is an exact integer (the vendor's operator sums x).
       bias: added in float32.
       out_dtype: floating point; the dtype of x by default. There is one cast, at the end.
       rounding: see `msd_decompose`.
-    Gradient: straight-through, that of the exact `x @ W.T + bias`, for x, w_scale (int8), offset and
-      bias; w has none.
+    Gradient: straight-through, that of the exact `x @ W.T + bias`, for x, w_scale (int8), offset
+      and bias; w has none.
     Under `jit`, a row of x with an infinity or NaN gives a row of NaN. A result beyond float32
-    saturates at its largest number; rows (mxfp4: blocks) with a maximum under 2**-100 count as zero.
+    saturates at its largest number. Rows (mxfp4: blocks) whose maximum is under 2**-100 count as 0.
     Raises: ValueError, TypeError: shapes or dtypes that do not fit; rows longer than 132,104 (int32
       would overflow); and where the values are known, an infinity or NaN in x and a scale that is
       not positive and finite.
@@ -111,9 +116,7 @@ def msd_dot(
     return msd_dot_p.bind(*operands, **params)
 
 
-def float_of_total(
-    c1: Array, c2: Array, step: int = 254
-) -> Float32[Array, "..."]:
+def float_of_total(c1: Array, c2: Array, step: int = 254) -> Float32[Array, "..."]:
     """254 c1 + c2 of two int32, rounded to float32 once, to nearest.
 
     The sum needs up to 40 bits. It is split into multiples of 2**16 and a rest under 2**17, both
@@ -134,8 +137,9 @@ def _reference(x, w, w_scale, *rest, format, passes, group_size, has_offset, out
         y = _int8_product(x, w, w_scale, offset, passes, rounding)
     else:
         y = _grouped_product(x, w, w_scale, offset, passes, rounding)
+    y = _rounded(y)
     if bias is not None:
-        y = _rounded(y) + _over_rows(bias, y)
+        y = _rounded(y + _over_rows(bias, y))
     return y.astype(out_dtype)
 
 
@@ -147,11 +151,11 @@ def _int8_product(x, w, scale, offset, passes, rounding):
     lead = tuple(range(stack))
     contract = (((stacked.ndim - 1,), (w.ndim - 1,)), (lead, lead))
     sums = lax.dot_general(stacked, w, contract, preferred_element_type=jnp.int32)
-    total, unit = _recombined([lax.index_in_dim(sums, i, stack, False) for i in range(passes)])
+    total, unit = recombined([lax.index_in_dim(sums, i, stack, False) for i in range(passes)])
     row = (top * unit)[..., None]
     y = total * row
     if offset is not None:
-        whole, _ = _recombined([jnp.sum(p, axis=-1, keepdims=True, dtype=jnp.int32) for p in parts])
+        whole, _ = recombined([jnp.sum(p, axis=-1, keepdims=True, dtype=jnp.int32) for p in parts])
         y = _rounded(y) + _rounded(_over_rows(offset, y) * (whole * row))
     return y * _over_rows(scale, y)
 
@@ -167,9 +171,7 @@ def _grouped_product(x, w, scale, offset, passes, rounding):
     operands = (by_group(x), by_group(w), jnp.moveaxis(scale, -1, 0), *offsets)
 
     def one(x, w, scale, *offset):
-        return _rounded(
-            _int8_product(x, w, scale, offset[0] if offset else None, passes, rounding)
-        )
+        return _rounded(_int8_product(x, w, scale, offset[0] if offset else None, passes, rounding))
 
     first = one(*(a[0] for a in operands))
     rest = tuple(a[1:] for a in operands)
@@ -178,16 +180,14 @@ def _grouped_product(x, w, scale, offset, passes, rounding):
 
 def _mxfp4_product(x, w, scale, passes, rounding):
     """Every factor has few bits and a power of two, so only the sums round, in float32."""
-    parts, unit = split_mxfp4(x, passes, rounding)
-    steps = sum(p.astype(jnp.float32) * float(8**-i) for i, p in enumerate(parts))
-    rows = (steps.reshape(*unit.shape, -1) * unit[..., None]).reshape(x.shape)
+    rows = round_mxfp4(x, passes, rounding)
     lead = tuple(range(w.ndim - 2))
     contract = (((rows.ndim - 1,), (w.ndim - 1,)), (lead, lead))
     values = dequantize(w, scale, None, "mxfp4")
     return lax.dot_general(rows, values, contract, precision=lax.Precision.HIGHEST)
 
 
-def _recombined(sums):
+def recombined(sums):
     """(total, unit): the sums of all parts in float32, and their value at M = 1."""
     if len(sums) == 1:
         return sums[0].astype(jnp.float32), np.float32(1 / 127)
@@ -235,20 +235,24 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
         )
     offset, bias = _optional(rest, has_offset)
     lead, features = w.shape[:-2], w.shape[-2]
-    stack = int(np.prod(lead, dtype=np.int64))
-    rows = x.astype(jnp.float32).reshape(stack, -1, x.shape[-1])
+    stack, rows = math.prod(lead), math.prod(x.shape[len(lead) : -1])
 
-    def features_of(a):
+    def flat(a, *shape):
+        return a.reshape(stack, *shape)
+
+    def of_features(a):
         return jnp.zeros((0,), jnp.float32) if a is None else a.reshape(-1)
 
-    out = jax.ShapeDtypeStruct((stack, rows.shape[1], features), jnp.float32)
-    weights = (w.reshape(stack, features, -1), w_scale.reshape(stack, features, -1))
+    operands = (
+        flat(x.astype(jnp.float32), rows, x.shape[-1]),
+        flat(w, features, w.shape[-1]),
+        flat(w_scale, features, w_scale.shape[-1] if format == "mxfp4" else 1),
+    )
+    out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
     if format == "mxfp4":
-        y = native.call("cmjax_msd_mxfp4", out, rows, *weights, features_of(bias))
+        y = native.call("cmjax_msd_mxfp4", out, *operands, of_features(bias))
     else:
-        y = native.call(
-            "cmjax_msd_int8", out, rows, *weights, features_of(offset), features_of(bias)
-        )
+        y = native.call("cmjax_msd_int8", out, *operands, of_features(offset), of_features(bias))
     return y.reshape(*x.shape[:-1], features).astype(out_dtype)
 
 
@@ -296,8 +300,8 @@ def _check(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dty
     longest = inner if group_size is None else group_size
     if format == "int8" and isinstance(longest, int) and longest > MOST_INNER:
         raise ValueError(
-            f"msd_dot: {longest} products of int8 could overflow an int32 sum; the longest safe row "
-            f"is {MOST_INNER}; use group_size, or split the row"
+            f"msd_dot: {longest} products of int8 could overflow an int32 sum; the longest safe "
+            f"row is {MOST_INNER}; use group_size, or split the row"
         )
     if not jnp.issubdtype(jnp.dtype(out_dtype), jnp.floating):
         raise TypeError(f"msd_dot: out_dtype must be floating point, got {out_dtype}")
@@ -314,7 +318,7 @@ def _check_scale(w_scale, format):
 
 
 def _exact(x, w, w_scale, *rest, format, has_offset, out_dtype):
-    """The map whose derivative stands for the rounded one's: the product with dequantised weights."""
+    """The product with dequantised weights, whose derivative stands for the rounded one's."""
     offset, bias = _optional(rest, has_offset)
     values = dequantize(w, w_scale, offset, format)
     lead = tuple(range(w.ndim - 2))
@@ -342,9 +346,7 @@ def _batch(args, dims, **params):
     return msd_dot_p.bind(*moved, **params), 0
 
 
-msd_dot_p = define(
-    "cm_msd_dot", _reference, check=_check, jvp=_jvp, batch=_batch, native=_native
-)
+msd_dot_p = define("cm_msd_dot", _reference, check=_check, jvp=_jvp, batch=_batch, native=_native)
 
 
 def recombine_instructions(passes: int) -> float:

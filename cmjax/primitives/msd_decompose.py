@@ -63,7 +63,7 @@ def msd_decompose(
       per group along `axis` (1 for a whole row).
     A group whose maximum is under 2**-100 counts as zero: parts and scale are 0. A group with an
     infinity or NaN has parts 0 and scale NaN.
-    Errors are at most M / (254 * 254**(passes - 1)), or alpha / 64 (two passes) and alpha / 8 (one).
+    Errors are at most M / (254 * 254**(passes - 1)); in mxfp4 alpha / 64 (two passes), alpha / 8.
     Gradient: that of the scale; the parts are integers and have none.
     Raises: ValueError, TypeError: bad arguments; an infinity or NaN in a concrete `x`.
     """
@@ -120,6 +120,16 @@ def split_mxfp4(x: Float32[Array, "*lead k"], passes: int, rounding: Rounding):
         rest = 8 * (rest - part)
     scale = jnp.where(good, mxfp4.power_of_two(exponent - 3), 0)
     return parts, jnp.where(jnp.isfinite(top), scale, jnp.nan)
+
+
+def round_mxfp4(x: Float32[Array, "*lead k"], passes: int, rounding: Rounding) -> Array:
+    """x as its mxfp4 parts say: few bits times a power of two, so that its products with MXFP4
+    values are exact in float32."""
+    parts, unit = split_mxfp4(x, passes, rounding)
+    steps = parts[0].astype(jnp.float32)
+    for i, part in enumerate(parts[1:], 1):
+        steps = steps + part.astype(jnp.float32) * float(8**-i)
+    return (steps.reshape(*unit.shape, -1) * unit[..., None]).reshape(x.shape)
 
 
 def check_activations(what: str, x) -> None:

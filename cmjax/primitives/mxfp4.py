@@ -63,7 +63,7 @@ def power_of_two(exponent: Int32[Array, "..."]) -> Float32[Array, "..."]:
 
 
 def scale_of(exponent: UInt8[Array, "..."]) -> Float32[Array, "..."]:
-    """The scale 2**(exponent - 127) of an E8M0 byte. 0 gives zero, and 255 (NaN in E8M0) infinity."""
+    """The scale 2**(exponent - 127) of an E8M0 byte; 0 gives zero, 255 (NaN in E8M0) infinity."""
     return power_of_two(exponent.astype(jnp.int32) - BIAS)
 
 

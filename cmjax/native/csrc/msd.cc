@@ -167,8 +167,8 @@ ffi::Error int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
         for (int64_t f = 0; f < features; ++f) {
           float v = sums[f] * unit;
           if (offsets != nullptr) v = rounded(v) + rounded(offsets[first + f] * whole);
-          v = v * scales[first + f];
-          if (biases != nullptr) v = rounded(v) + biases[first + f];
+          v = rounded(v * scales[first + f]);
+          if (biases != nullptr) v = rounded(v + biases[first + f]);
           out[f] = v;
         }
       });
@@ -219,7 +219,8 @@ ffi::Error mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
           float* out) {
         const int64_t first = stack * n.features + feature;
         for (int64_t f = 0; f < features; ++f) {
-          out[f] = biases == nullptr ? sums[f] : rounded(sums[f]) + biases[first + f];
+          out[f] = rounded(sums[f]);
+          if (biases != nullptr) out[f] = rounded(out[f] + biases[first + f]);
         }
       });
   return ffi::Error::Success();

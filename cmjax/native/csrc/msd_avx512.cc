@@ -17,14 +17,14 @@ namespace {
 #include "msd_split.inc"
 
 // g++ would otherwise move loads of a whole iteration up and spill accumulators.
-#ifndef PFHINT
-#define PFHINT _MM_HINT_T1
-#endif
 #define CMJAX_KEEP(v) asm volatile("" : "+v"(v))
 
 int64_t plane_bytes(int64_t inner) { return (inner + 63) / 64 * 64 + 64; }
 
-// Int8: parts of `R` rows with `C` features. A row is the plane of a1, then that of a2.
+// Int8: `R` rows with `C` features. A row is the plane of a1, then that of a2.
+//
+// While one group of features is multiplied, the next one is fetched into the second cache, line by
+// line in the order of memory: left alone, the hardware does not follow `C` rows at full speed.
 template <int R, int C>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, const int8_t* w,
                       int64_t inner, float* totals, int64_t stride) {
@@ -40,7 +40,7 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, 
     __m512i q[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + 3 * C * inner + C * k + 64 * c), PFHINT);
+      _mm_prefetch(reinterpret_cast<const char*>(w + C * (inner + k) + 64 * c), _MM_HINT_T1);
       q[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w + c * inner + k), flip);
     }
 #pragma GCC unroll 4
@@ -108,6 +108,8 @@ inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w
       __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + C * (inner / 2) + 64 * (C * chunk + c)),
+                   _MM_HINT_T1);
       const __m512i codes =
           _mm512_maskz_loadu_epi8(valid, w + (c * blocks + 4 * chunk) * (kBlock / 2));
       const __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low));
@@ -197,8 +199,8 @@ void int8_totals(const uint8_t* parts, const Row* rows, int64_t count, const int
       r += step;
     };
     while (count - r >= 3) run(int8_features<3, 4>, 3);
-    if (count - r == 2) run(int8_features<2, 4>, 2);
-    if (count - r == 1) run(int8_features<1, 4>, 1);
+    if (count - r == 2) run(int8_features<2, 2>, 2);
+    if (count - r == 1) run(int8_features<1, 2>, 1);
   }
 }
 
@@ -241,8 +243,8 @@ void mxfp4_totals(const uint8_t* parts, int64_t count, const uint8_t* w, const u
       r += step;
     };
     while (count - r >= 4) run(mxfp4_features<4, 4>, 4);
-    if (count - r >= 2) run(mxfp4_features<2, 4>, 2);
-    if (count - r == 1) run(mxfp4_features<1, 4>, 1);
+    if (count - r >= 2) run(mxfp4_features<2, 2>, 2);
+    if (count - r == 1) run(mxfp4_features<1, 2>, 1);
   }
 }
 
