@@ -162,11 +162,13 @@ def _int8_output(weights, v, v_scale, passes, block_size, rounding):
     per_token = _is_per_token(v_scale)
     if per_token:
         weights = weights * _by_key(v_scale[..., 0])
-    missing = -weights.shape[-1] % block_size
+    keys = weights.shape[-1]
+    count = (keys + block_size - 1) // block_size
+    missing = count * block_size - keys
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, missing)])
     v = jnp.pad(v, [(0, 0)] * (v.ndim - 3) + [(0, missing), (0, 0), (0, 0)])
-    blocks = weights.reshape(*weights.shape[:-1], -1, block_size)
-    v = v.reshape(*v.shape[:-3], -1, block_size, *v.shape[-2:])
+    blocks = weights.reshape(*weights.shape[:-1], count, block_size)
+    v = v.reshape(*v.shape[:-3], count, block_size, *v.shape[-2:])
     parts, top = split_int8(blocks, passes, rounding)
     sums = [
         jnp.einsum("...hgqbk,...bkhd->...hgqbd", part, v, preferred_element_type=jnp.int32)
