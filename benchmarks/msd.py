@@ -20,7 +20,7 @@ ROTATED_BYTES = 220e6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="W8A16 and W4A16 products beside their peers.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--seconds", type=float, default=20.0, help="per number of rows")

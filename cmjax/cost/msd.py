@@ -14,9 +14,10 @@ import dataclasses
 from typing import Literal
 
 import jax
-from jaxtyping import ArrayLike
+import jax.numpy as jnp
 
 from cmjax.hardware import Chip
+from cmjax.hardware.machine import Scalar
 from cmjax.primitives.msd import recombine_instructions
 from cmjax.primitives.msd_decompose import decompose_instructions
 
@@ -32,24 +33,24 @@ class ProductCost:
     """Work of one product, in numbers: vector bytes (elements x bytes x instructions), cube FLOP by
     rate, and bytes through HBM."""
 
-    vector_bytes: ArrayLike
-    cube_flops_8bit: ArrayLike
-    cube_flops_16bit: ArrayLike
-    hbm_bytes: ArrayLike
+    vector_bytes: Scalar
+    cube_flops_8bit: Scalar
+    cube_flops_16bit: Scalar
+    hbm_bytes: Scalar
 
-    def seconds(self, chip: Chip, *, overlapped: bool = True) -> ArrayLike:
+    def seconds(self, chip: Chip, *, overlapped: bool = True) -> Scalar:
         """Time at the chip's peaks: the longest of cube, vector and HBM; or, if the cube waits for
         the vector cores (`overlapped=False`), cube plus vector, or HBM if that is longer."""
         cube = self.cube_flops_8bit / chip.cube_flops_8bit
         cube = cube + self.cube_flops_16bit / chip.cube_flops_16bit
         vector = self.vector_bytes / chip.vector_bytes_per_s
         hbm = self.hbm_bytes / chip.hbm_bytes_per_s
-        compute = jax.numpy.maximum(cube, vector) if overlapped else cube + vector
-        return jax.numpy.maximum(compute, hbm)
+        compute = jnp.maximum(cube, vector) if overlapped else cube + vector
+        return jnp.maximum(compute, hbm)
 
 
 def dequantised_product(
-    rows: ArrayLike, features: ArrayLike, inner: ArrayLike, *, through_memory: bool = False
+    rows: Scalar, features: Scalar, inner: Scalar, *, through_memory: bool = False
 ) -> ProductCost:
     """16-bit product with int8 weights dequantised by the vector cores.
 
@@ -68,9 +69,9 @@ def dequantised_product(
 
 
 def parts_product(
-    rows: ArrayLike,
-    features: ArrayLike,
-    inner: ArrayLike,
+    rows: Scalar,
+    features: Scalar,
+    inner: Scalar,
     *,
     passes: int = 2,
     stacked: bool = True,
@@ -97,7 +98,7 @@ def parts_product(
     )
 
 
-def kv_bytes(keys: ArrayLike, head_dim: ArrayLike, path: Path, *, passes: int = 2) -> ArrayLike:
+def kv_bytes(keys: Scalar, head_dim: Scalar, path: Path, *, passes: int = 2) -> Scalar:
     """HBM bytes of one int8 tensor of keys or values in attention.
 
     "dequantise" reads int8, writes and reads bfloat16: 5 per value; "parts" reads int8 once per
@@ -110,14 +111,14 @@ def kv_bytes(keys: ArrayLike, head_dim: ArrayLike, path: Path, *, passes: int = 
 
 
 def crossover_rows(
-    features: ArrayLike,
-    inner: ArrayLike,
+    features: Scalar,
+    inner: Scalar,
     *,
-    dequantise: ArrayLike = 1.0,
-    decompose: ArrayLike = 1.0,
-    recombine: ArrayLike = 1.0,
+    dequantise: Scalar = 1.0,
+    decompose: Scalar = 1.0,
+    recombine: Scalar = 1.0,
     passes: int = 2,
-) -> ArrayLike:
+) -> Scalar:
     """Rows below which parts need less vector work: N K c_dq / (K c_dec + p N c_cmb).
 
     `dequantise` is per weight, `decompose` per activation, `recombine` per result and part. With
