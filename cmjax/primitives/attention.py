@@ -87,7 +87,7 @@ def _reference(q, k, v, *lengths, scale, causal, window):
     scores = scale * jnp.einsum(
         "...qhgd,...khd->...hgqk", grouped, k, preferred_element_type=jnp.float32
     )
-    visible = _visible(q_len, kv_len, lengths[0] if lengths else None, causal, window)
+    visible = visible_keys(q_len, kv_len, lengths[0] if lengths else None, causal, window)
     if visible is not None:
         visible = visible[..., None, None, :, :]
     weights = _softmax(scores, visible)
@@ -103,7 +103,7 @@ def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, sc
     scores = jnp.einsum(
         "...qhc,...kc->...hqk", q_latent, latent, preferred_element_type=jnp.float32
     ) + jnp.einsum("...qhr,...kr->...hqk", q_rope, rope, preferred_element_type=jnp.float32)
-    visible = _visible(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
+    visible = visible_keys(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
     assert visible is not None
     weights = _softmax(scale * scores, visible[..., None, :, :])
     return jnp.einsum(
@@ -114,7 +114,7 @@ def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, sc
     ).astype(q_latent.dtype)
 
 
-def _visible(q_len, kv_len, lengths, causal, window=None):
+def visible_keys(q_len, kv_len, lengths, causal, window=None):
     """Which keys each query may see, `[..., q_len, kv_len]`; None for all of them."""
     if lengths is None and not causal:
         return None
@@ -189,7 +189,7 @@ latent_attention_p = define("cm_latent_attention", _latent_reference, check=_che
 
 # Vector instructions per score, in float32: scale, running maximum, subtract, exponential (4),
 # running sum, cast; the accumulator's rescaling is spread over a block of keys.
-_SOFTMAX_INSTRUCTIONS = 9.0
+SOFTMAX_INSTRUCTIONS = 9.0
 
 
 @cost_rule(attention_p)
@@ -208,7 +208,7 @@ def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal, window) -> Work
     return Work(
         kind="attention",
         flops=flops,
-        vector_bytes=scores * (4 * _SOFTMAX_INSTRUCTIONS),
+        vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS),
         **matmul_flops(q.dtype, flops),
     )
 
@@ -225,6 +225,6 @@ def _latent_attention_cost(
     return Work(
         kind="attention",
         flops=flops,
-        vector_bytes=scores * (4 * _SOFTMAX_INSTRUCTIONS) + dequantise,
+        vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS) + dequantise,
         **matmul_flops(q_latent.dtype, flops),
     )
