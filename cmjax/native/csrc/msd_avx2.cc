@@ -39,8 +39,8 @@ inline __m128i load_some(const int8_t* w, int64_t count) {
 
 // Int8: `R` rows with `C` features.
 //
-// While one group of features is multiplied, the next one is fetched into the second cache, line by
-// line in the order of memory: left alone, the hardware does not follow `C` rows at full speed.
+// While one group of features is multiplied, the next but one is fetched into the second cache, by
+// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed.
 template <int R, int C>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const int8_t* w, int64_t inner,
                       float* totals, int64_t stride) {
@@ -55,7 +55,7 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const int8_t* w, 
     }
     auto step = [&](int64_t k, bool whole) __attribute__((always_inline)) {
       __m256i q[C];
-      _mm_prefetch(reinterpret_cast<const char*>(w + C * (inner + k)), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k)), _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const int8_t* from = w + c * inner + k;
