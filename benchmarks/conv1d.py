@@ -187,7 +187,8 @@ def _float_operands(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     x = np.maximum(rng.normal(size=(shape.batch, shape.length, shape.cin)), 0)
     w = rng.normal(size=(shape.taps, shape.cin, shape.cout)) / np.sqrt(shape.taps * shape.cin)
-    return tuple(jnp.asarray(a, jnp.float32) for a in (x, w, rng.normal(size=shape.cout)))
+    bias = rng.normal(size=shape.cout)
+    return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(bias, jnp.float32)
 
 
 def _xla(shape: Shape) -> Run:
@@ -205,9 +206,9 @@ def _xla(shape: Shape) -> Run:
 
 def _quantised(shape: Shape, algorithm: str, domain: Literal["int8", "int16"]) -> Run:
     x, w, bias = _float_operands(shape)
-    how = {"stride": shape.stride}
-    scales = calibrate(x, w, algorithm=algorithm, domain=domain, method="max", **how)
-    packed = prepack(w, scales, **how)
+    stride = shape.stride
+    scales = calibrate(x, w, algorithm=algorithm, domain=domain, method="max", stride=stride)
+    packed = prepack(w, scales, stride=stride)
 
     @jax.jit
     def conv(x, packed, bias):

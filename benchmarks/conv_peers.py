@@ -68,7 +68,7 @@ def _operands(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.integers(-64, 65, (shape.cout, shape.cin, shape.taps), np.int8)
 
 
-def _onnx_model(shape: Shape, nodes, kind: int, constants: dict[str, np.ndarray]) -> bytes:
+def _onnx_model(shape: Shape, nodes, kind: int, constants: dict[str, Any]) -> bytes:
     from onnx import helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
     tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
@@ -89,7 +89,7 @@ def _attributes(shape: Shape) -> dict[str, Any]:
     return {"kernel_shape": [shape.taps], "strides": [shape.stride], "pads": list(shape.padding)}
 
 
-def _quantisation(shape: Shape, w: np.ndarray) -> dict[str, np.ndarray]:
+def _quantisation(shape: Shape, w: np.ndarray) -> dict[str, Any]:
     return {
         "w": w,
         "x_scale": np.float32(0.02),
