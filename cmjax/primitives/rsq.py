@@ -101,12 +101,14 @@ def check_steps(function: str, argument: str, steps: Array) -> None:
 def _range(bits: int | None, limit: int | tuple[int, int] | None) -> tuple[int, int]:
     if bits is not None and limit is not None:
         raise ValueError(f"rsq_quantize: give bits or limit, not both ({bits} and {limit})")
-    bits = 8 if bits is None else bits
-    if not 2 <= bits <= 16:
-        raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
     if limit is None:
-        limit = 2 ** (bits - 1) - 1
-    low, high = (-limit, limit) if isinstance(limit, int) else limit
+        bits = 8 if bits is None else bits
+        if not 2 <= bits <= 16:
+            raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
+        high = 2 ** (bits - 1) - 1
+        low = -high
+    else:
+        low, high = limit if isinstance(limit, tuple) else (-limit, limit)
     if not (-_LARGEST_LIMIT <= low <= 0 <= high <= _LARGEST_LIMIT and low < high):
         raise ValueError(
             "rsq_quantize: limit must be a positive integer, or (low, high) around zero, "
