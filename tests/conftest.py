@@ -9,6 +9,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import pytest
+from hypothesis import settings
+
+# The first example of a property compiles, and every run tries the same examples.
+settings.register_profile("cmjax", deadline=None, derandomize=True)
+settings.load_profile("cmjax")
 
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
 CMJAX_FLOORS = {
     "mesh": 0,
+    "files": 0,
     "hardware": 0,
     "native": 0,
     "program": 1,

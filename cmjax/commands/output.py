@@ -8,15 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cmjax.files import replace_text
+
 
 def emit(console: Console, target: str | None, result: Any, *tables: Any) -> None:
-    """Print the tables; write `result` as JSON to `target`. With `-` only the JSON is printed."""
-    text = json.dumps(result, indent=1)
+    """Print the tables; write `result` as JSON to `target`. With `-` only the JSON is printed.
+
+    `result` may be JSON text already. An existing file is replaced only by a complete one.
+    """
+    text = result.rstrip() if isinstance(result, str) else json.dumps(result, indent=1)
     if target == "-":
         print(text)
         return
     if target is not None:
-        Path(target).write_text(text + "\n", encoding="utf-8")
+        replace_text(target, text + "\n")
     for table in tables:
         console.print(table)
 

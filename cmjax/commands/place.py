@@ -1,14 +1,24 @@
 """`cmjax place`: where experts live."""
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 from cmjax import placement, report
+from cmjax.commands.evaluate_plan import evaluate_plans
 from cmjax.commands.output import bar, check_target, emit
+from cmjax.commands.plan_output import (
+    check_outputs,
+    nodes_for,
+    numbered,
+    plan_document,
+    reach_of,
+    write_page,
+)
 from cmjax.cost.deployment import build_layer
 from cmjax.cost.rows import row_time
 from cmjax.hardware import load_machine
@@ -19,9 +29,10 @@ class Place:
     """Decide where experts live, by the priced time of the MoE layer on its slowest rank."""
 
     loads: tyro.conf.Positional[str]
-    """.npy, .npz, .csv or .json of counts [layers, experts] or [windows, layers, experts]."""
-    ranks: int
-    """Expert-parallel ranks (dies)."""
+    """.npy, .npz, .csv or .json of counts [layers, experts] or [windows, layers, experts] or of
+    token-level routes, or a folder of them."""
+    ranks: int | None = None
+    """Expert-parallel ranks (dies); needed unless `--evaluate`'s plan says them."""
     redundant: int = 0
     """Extra slots per layer, over all ranks together."""
     nodes: int | None = None
@@ -45,17 +56,84 @@ class Place:
     plot: Path | None = None
     """Draw tokens per rank and layer, per method, to this .png or .svg."""
 
+    # Existing plans, and files for engines.
+    evaluate: str | None = None
+    """Judge this plan instead of making one: a file of cmjax, SGLang, vLLM-Ascend (.json) or
+    OmniPlacement (.npy, .npz; `file.npz:name` for one of several)."""
+    format: Literal["own", "sglang", "vllm-ascend"] = "own"
+    """What `--json` writes: the plan with its evaluation, or the file that an engine loads."""
+    domain: str | None = None
+    """Which workload of several, by name; with `--evaluate`, a pattern such as `*` for many."""
+    first_layer: int | None = None
+    """The model's number of the first layer in LOADS (3 for DeepSeek-V3), where LOADS has none."""
+
+    html: Path | None = None
+    """Write a page with the table and all pictures to this .html."""
+
     def run(self, console: Console) -> None:
-        check_target(self.json, self.plot)
-        placed = self.solve(quiet=self.json == "-")
+        check_target(self.json, self.plot, self.html)
+        if self.evaluate is not None:
+            self._evaluate(console)
+            return
+        loads = placement.read_loads(self.loads, windows=self.windows, domain=self.domain)
+        loads = numbered(loads, self.first_layer)
+        check_outputs(self.format, self.html, loads)
+        placed = self.solve(quiet=self.json == "-", loads=loads)
         if self.plot:
             placed.draw(self.plot)
-        result = json.loads(placed.plans[self.method].to_json()) | {
-            "method": self.method,
-            "machine": load_machine(self.on).name,
-            "evaluation": {name: _score(score) for name, score in placed.scores.items()},
+        machine = load_machine(self.on)
+        document = plan_document(
+            placed.plans[self.method], loads, self.format,
+            provenance={"method": self.method, "machine": machine.name, "loads": loads.source,
+                        "windows": loads.counts.shape[0], "seed": self.seed},
+            console=None if self.json in (None, "-") else console,
+            method=self.method,
+            machine=machine.name,
+            evaluation={name: _score(score) for name, score in placed.scores.items()},
+        )  # fmt: skip
+        if self.html:
+            nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
+            write_page(
+                self.html, source=loads.source, loads=placed.loads, tokens=placed.tokens,
+                scores=placed.scores, machine=machine, model=self.model, nodes=self.nodes,
+                reach=reach_of(self.loads, self.domain, placed.plans, nodes),
+            )  # fmt: skip
+        emit(console, self.json, document, report.placement_table(placed.scores))
+
+    def _evaluate(self, console: Console) -> None:
+        """Judge the plans of a file; each on every workload chosen."""
+        machine = load_machine(self.on)
+        if self.domain is None:
+            family = {"": placement.read_loads(self.loads, windows=self.windows)}
+        else:
+            family = placement.read_family(self.loads, windows=self.windows, domain=self.domain)
+        family = {name: numbered(loads, self.first_layer) for name, loads in family.items()}
+        if self.html is not None and len(family) > 1:
+            raise ValueError(f"--html shows one workload, {self.domain!r} names {len(family)}")
+        check_outputs("own", self.html, next(iter(family.values())))
+        judged = evaluate_plans(
+            str(self.evaluate), family, machine=machine, model=self.model, tokens=self.tokens,
+            ranks=self.ranks, nodes=self.nodes,
+        )  # fmt: skip
+        scores = {name: found.score for name, found in judged.items()}
+        tokens = {name: found.tokens for name, found in judged.items()}
+        if (self.plot or self.html) and len({array.shape for array in tokens.values()}) > 1:
+            raise ValueError(
+                f"{self.evaluate}: the plans are for different ranks and cannot share a picture; "
+                f"choose one by file.npz:name"
+            )
+        if self.plot:
+            report.plot_placement(tokens, self.plot)
+        if self.html:
+            write_page(
+                self.html, source=self.loads, loads=next(iter(judged.values())).loads,
+                tokens=tokens, scores=scores, machine=machine, model=self.model, nodes=self.nodes,
+            )  # fmt: skip
+        result = {
+            "machine": machine.name,
+            "evaluation": {name: _score(score) for name, score in scores.items()},
         }
-        emit(console, self.json, result, report.placement_table(placed.scores))
+        emit(console, self.json, result, report.placement_table(scores))
 
     def solve(self, *, quiet: bool = False, loads: placement.Loads | None = None) -> "Placed":
         """Plans of the chosen method and of those it is compared with.
@@ -66,6 +144,8 @@ class Place:
         """
         machine = load_machine(self.on)
         placement.check_method(self.method)
+        if self.ranks is None:
+            raise ValueError("--ranks is needed to place experts")
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
         if loads is None:
@@ -106,11 +186,15 @@ class Placed:
     plans: dict[str, placement.Plan]
     scores: dict[str, placement.Evaluation]
 
-    def draw(self, path: Path) -> None:
-        """Tokens per rank and layer of one window: averaging windows would hide the imbalance."""
+    @property
+    def tokens(self) -> dict[str, np.ndarray]:
+        """Tokens per layer and rank of one window: averaging windows would hide the imbalance."""
         last = self.loads.counts[-1]
-        tokens = {name: plan.tokens_per_rank(last) for name, plan in self.plans.items()}
-        report.plot_placement(tokens, path)
+        return {name: plan.tokens_per_rank(last) for name, plan in self.plans.items()}
+
+    def draw(self, path: Path) -> None:
+        """A heat map of ranks by layers for each plan."""
+        report.plot_placement(self.tokens, path)
 
 
 def _score(score: placement.Evaluation) -> dict[str, float]:

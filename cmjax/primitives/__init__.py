@@ -1,10 +1,18 @@
 """Operations the NPU does its own way, as JAX primitives with all their rules."""
 
 from cmjax.primitives.attention import attention, latent_attention
+from cmjax.primitives.attention_numerics import AttentionNumerics, attention_numerics
 from cmjax.primitives.conv_choice import choose_algorithm, expected_sqnr_db
 from cmjax.primitives.conv_scales import ConvScales, calibrate, least_error_step
 from cmjax.primitives.exchange import Dispatched, combine, dispatch, quantize_rows
+from cmjax.primitives.msd import msd_dot
+from cmjax.primitives.msd_attention import msd_attention
+from cmjax.primitives.msd_decompose import Decomposed, msd_decompose
 from cmjax.primitives.packed_conv import PackedConv, prepack
+from cmjax.primitives.pasa import flash_attention, merge_by_lse, pasa_attention
+from cmjax.primitives.pasa_shift import pasa_beta
+from cmjax.primitives.quantize_kv import QuantizedKV, quantize_kv
+from cmjax.primitives.quantize_weight import QuantizedWeight, dequantize_weight, quantize_weight
 from cmjax.primitives.rsq import lsq_gradient_scale, rsq_quantize
 from cmjax.primitives.toom_cook import ALGORITHMS, Algorithm
 from cmjax.primitives.winograd import int8_conv1d, winograd_conv1d
@@ -12,21 +20,36 @@ from cmjax.primitives.winograd import int8_conv1d, winograd_conv1d
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "AttentionNumerics",
     "ConvScales",
+    "Decomposed",
     "Dispatched",
     "PackedConv",
+    "QuantizedKV",
+    "QuantizedWeight",
     "attention",
+    "attention_numerics",
     "calibrate",
     "choose_algorithm",
     "combine",
+    "dequantize_weight",
     "dispatch",
     "expected_sqnr_db",
+    "flash_attention",
     "int8_conv1d",
     "latent_attention",
     "least_error_step",
     "lsq_gradient_scale",
+    "merge_by_lse",
+    "msd_attention",
+    "msd_decompose",
+    "msd_dot",
+    "pasa_attention",
+    "pasa_beta",
     "prepack",
+    "quantize_kv",
     "quantize_rows",
+    "quantize_weight",
     "rsq_quantize",
     "winograd_conv1d",
 ]

@@ -13,7 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from cmjax.primitives.define import define
-from cmjax.program import Work, cost_rule, matmul_flops
+from cmjax.program import Size, Work, cost_rule, matmul_flops
+from cmjax.program.size import minimum
 
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
@@ -26,6 +27,7 @@ def attention(
     scale: float,
     causal: bool,
     lengths: Int[Array, "batch"] | None = None,
+    window: int | None = None,
 ) -> Float[Array, "batch q_len heads dv"]:
     """Scaled dot-product attention; `heads` is a multiple of `kv_heads` (GQA, MQA).
 
@@ -35,10 +37,12 @@ def attention(
       causal: query `i` sits at position `lengths - q_len + i` (`kv_len - q_len + i` without
         lengths) and sees no later key.
       lengths: keys that exist, per sequence; the rest is masked.
+      window: a query sees this many newest keys, the one at its own position included (sliding
+        window); needs `causal`. `None` for all.
     Returns: dtype of `q`. A query that sees nothing gets zeros.
     """
     operands = (q, k, v) if lengths is None else (q, k, v, lengths.astype(jnp.int32))
-    params = {"scale": float(scale), "causal": bool(causal)}
+    params = {"scale": float(scale), "causal": bool(causal), "window": window}
     _check(*map(jax.typeof, operands), **params)
     return attention_p.bind(*operands, **params)
 
@@ -76,14 +80,14 @@ def latent_attention(
     return latent_attention_p.bind(*operands, **params)
 
 
-def _reference(q, k, v, *lengths, scale, causal):
+def _reference(q, k, v, *lengths, scale, causal, window):
     *lead, q_len, heads, d = q.shape
     kv_len, kv_heads = k.shape[-3:-1]
     grouped = q.reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
     scores = scale * jnp.einsum(
         "...qhgd,...khd->...hgqk", grouped, k, preferred_element_type=jnp.float32
     )
-    visible = _visible(q_len, kv_len, lengths[0] if lengths else None, causal)
+    visible = visible_keys(q_len, kv_len, lengths[0] if lengths else None, causal, window)
     if visible is not None:
         visible = visible[..., None, None, :, :]
     weights = _softmax(scores, visible)
@@ -99,7 +103,7 @@ def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, sc
     scores = jnp.einsum(
         "...qhc,...kc->...hqk", q_latent, latent, preferred_element_type=jnp.float32
     ) + jnp.einsum("...qhr,...kr->...hqk", q_rope, rope, preferred_element_type=jnp.float32)
-    visible = _visible(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
+    visible = visible_keys(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
     assert visible is not None
     weights = _softmax(scale * scores, visible[..., None, :, :])
     return jnp.einsum(
@@ -110,17 +114,23 @@ def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, sc
     ).astype(q_latent.dtype)
 
 
-def _visible(q_len, kv_len, lengths, causal):
+def visible_keys(q_len, kv_len, lengths, causal, window=None):
     """Which keys each query may see, `[..., q_len, kv_len]`; None for all of them."""
     if lengths is None and not causal:
         return None
     key = lax.broadcasted_iota(jnp.int32, (q_len, kv_len), 1)
     query = lax.broadcasted_iota(jnp.int32, (q_len, kv_len), 0)
     if lengths is None:
-        return key <= query + (kv_len - q_len)
+        return _behind(key, query + (kv_len - q_len), window)
     lengths = lengths[..., None, None]
     visible = key < lengths
-    return visible & (key <= query + (lengths - q_len)) if causal else visible
+    return visible & _behind(key, query + (lengths - q_len), window) if causal else visible
+
+
+def _behind(key, position, window):
+    """Keys up to a query's position, and with a window only the newest of them."""
+    behind = key <= position
+    return behind if window is None else behind & (key > position - window)
 
 
 def _softmax(scores, visible):
@@ -133,7 +143,12 @@ def _softmax(scores, visible):
     return mass / jnp.where(total == 0, 1, total)
 
 
-def _check(q, k, v, *lengths, scale, causal):
+def _check(q, k, v, *lengths, scale, causal, window):
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(
+            f"attention: window must be at least 1 key and needs causal=True, got window={window} "
+            f"and causal={causal}"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim < 4:
             raise ValueError(f"attention: {name} must be [batch, length, heads, d], got {x.shape}")
@@ -174,21 +189,26 @@ latent_attention_p = define("cm_latent_attention", _latent_reference, check=_che
 
 # Vector instructions per score, in float32: scale, running maximum, subtract, exponential (4),
 # running sum, cast; the accumulator's rescaling is spread over a block of keys.
-_SOFTMAX_INSTRUCTIONS = 9.0
+SOFTMAX_INSTRUCTIONS = 9.0
 
 
 @cost_rule(attention_p)
-def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal) -> Work:
-    """A FlashAttention kernel: scores stay on chip, blocks above the diagonal are skipped."""
+def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal, window) -> Work:
+    """A FlashAttention kernel: scores stay on chip, blocks above the diagonal and those behind the
+    window are skipped."""
     queries, keys = q.shape[-3], k.shape[-3]
-    scores = q.size / q.shape[-1] * keys
-    if causal:  # key j is seen by query i if j <= i + keys - queries
-        scores = scores * (1.0 - 0.5 * (queries / keys))
+    if window is None:
+        scores = q.size / q.shape[-1] * keys
+        if causal:  # key j is seen by query i if j <= i + keys - queries
+            scores = scores * (1.0 - 0.5 * (queries / keys))
+    else:  # the first queries of a prompt see fewer keys than the window holds
+        seen = minimum(keys, Size.of(window))
+        scores = q.size / q.shape[-1] * seen * (1.0 - 0.5 * (minimum(queries, seen) / keys))
     flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
     return Work(
         kind="attention",
         flops=flops,
-        vector_bytes=scores * (4 * _SOFTMAX_INSTRUCTIONS),
+        vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS),
         **matmul_flops(q.dtype, flops),
     )
 
@@ -205,6 +225,6 @@ def _latent_attention_cost(
     return Work(
         kind="attention",
         flops=flops,
-        vector_bytes=scores * (4 * _SOFTMAX_INSTRUCTIONS) + dequantise,
+        vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS) + dequantise,
         **matmul_flops(q_latent.dtype, flops),
     )

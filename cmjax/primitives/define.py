@@ -12,14 +12,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from cmjax.native import status
 
-__all__ = ["Primitive", "Zero", "define"]
+__all__ = ["Primitive", "Zero", "count_where", "define", "straight_through"]
 
 Zero = ad.Zero  # a tangent known to be zero; derivative rules test `type(t) is Zero`
+
+
+def count_where(bad: Callable[[Any], Any], x: Any) -> int:
+    """Elements of `x` for which `bad` is true; 0 while `x` is traced and its values are not known.
+
+    For checks of values: they speak where they can, also of constants inside a `jit`.
+    """
+    if isinstance(x, Tracer):
+        return 0
+    with jax.ensure_compile_time_eval():
+        return int(jnp.sum(bad(jnp.asarray(x)), dtype=jnp.int32))
 
 
 def define(
@@ -75,10 +87,29 @@ def define(
         mlir.register_lowering(p, _where_kernels_run(kernel, plain), platform="cpu")
     ad.primitive_jvps[p] = functools.partial(jvp or _reference_jvp(reference), p)
     if collective:
-        batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference)
+        batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference, jvp)
     else:
         batching.primitive_batchers[p] = batch or _leading_batch(p)
     return p
+
+
+def straight_through(exact: Callable, p, primals, tangents, params) -> tuple[Any, Any]:
+    """For a `jvp` rule: the value of `p`, with the derivative of `exact(*operands)` instead.
+
+    Of `exact`, which has the operands and the one result of `p`, only what the tangent needs is
+    computed, along operands that have one.
+    """
+    out = p.bind(*primals, **params)
+    moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+    def of_moving(*values):
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return exact(*operands)
+
+    at = tuple(primals[i] for i in moving)
+    return out, jax.jvp(of_moving, at, tuple(tangents[i] for i in moving))[1]
 
 
 def _where_kernels_run(kernel: Callable, plain: Callable) -> Callable:
@@ -115,7 +146,7 @@ def _leading_batch(p: Primitive) -> Callable:
     return rule
 
 
-def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
+def _decompose_under_vmap(p: Primitive, reference: Callable, jvp: Callable | None) -> Callable:
     """Batching for collectives: the virtual axis is bound, and the reference runs under it."""
 
     def rule(axis, args, dims, **params):
@@ -124,8 +155,12 @@ def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
             out = p.bind(*args, **params)
             return (out, [None] * len(out)) if p.multiple_results else (out, None)
         names = {"axis_name": axis.name} if named else {}
+        one = functools.partial(reference, **params)
+        if jvp is not None:  # the derivative of the primitive, not that of its parts
+            one = jax.custom_jvp(one)
+            one.defjvp(_dense_tangents(functools.partial(jvp, p, **params)))
         out = jax.vmap(
-            functools.partial(reference, **params),
+            one,
             in_axes=tuple(dims),
             axis_size=axis.size,
             **names,
@@ -135,24 +170,32 @@ def _decompose_under_vmap(p: Primitive, reference: Callable) -> Callable:
     return rule
 
 
+def _dense_tangents(rule: Callable) -> Callable:
+    """A derivative rule that tests for `Zero`, in the form `jax.custom_jvp` wants."""
+
+    def dense(primals, tangents):
+        moving = [
+            ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == jax.dtypes.float0 else t
+            for x, t in zip(primals, tangents, strict=True)
+        ]
+        out, dout = rule(primals, moving)
+        return out, jax.tree.map(
+            lambda t: ad.instantiate_zeros(t) if type(t) is ad.Zero else t,
+            dout,
+            is_leaf=lambda t: type(t) is ad.Zero,
+        )
+
+    return dense
+
+
 def _reference_jvp(reference: Callable) -> Callable:
     """The derivative of the reference, taken only along operands that have a tangent."""
 
     def rule(p, primals, tangents, **params):
-        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
-
-        def of_moving(*values):
-            operands = list(primals)
-            for i, value in zip(moving, values, strict=True):
-                operands[i] = value
-            return reference(*operands, **params)
-
         # The value comes from the primitive itself, so that it stays one equation when
         # differentiated; what of the reference's value the tangent does not need is dead code.
-        out = p.bind(*primals, **params)
-        _, dout = jax.jvp(
-            of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
-        )
+        exact = functools.partial(reference, **params)
+        out, dout = straight_through(exact, p, primals, tangents, params)
         if not p.multiple_results:
             return out, _tangent(out, dout)
         return out, [_tangent(o, d) for o, d in zip(out, dout, strict=True)]

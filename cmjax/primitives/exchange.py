@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from cmjax.primitives.define import define
+from cmjax.primitives.define import Zero, define
 from cmjax.program import Size, Work, cost_rule, exchange
 
 
@@ -28,8 +28,8 @@ class Dispatched(NamedTuple):
     Rows of block (source, slot) sit at `source * capacity ...`; unused rows are zero.
     """
 
-    rows: Array  # [slots_per_rank, ranks * capacity, hidden], int8 if quantised
-    scale: Float32[Array, "slots rows"]  # row value = rows * scale; ones if not quantised
+    rows: Array  # [slots_per_rank, ranks * capacity, hidden], int8 if quantised and not restored
+    scale: Float32[Array, "slots rows"]  # value of one int8 step of a row; ones if not quantised
     counts: Int32[Array, "ranks slots"]  # real rows in each block received
     position: Int32[Array, "tokens copies"]  # place of each copy in its block; >= capacity: dropped
     dropped: Int32[Array, ""]  # copies this rank could not send because their block was full
@@ -44,6 +44,8 @@ def dispatch(
     slots_per_rank: int,
     capacity: Any = None,
     quantize: bool = False,
+    restore: bool = False,
+    priority: Float[Array, "tokens copies"] | None = None,
 ) -> Dispatched:
     """Send each token to the ranks of its `slots`.
 
@@ -54,11 +56,18 @@ def dispatch(
       ranks: product of the axes' sizes.
       slots_per_rank: slots on each rank.
       capacity: rows reserved for each (source rank, slot); an int or a symbolic dimension. `None`
-        means `tokens`, which never drops. A copy beyond capacity is not sent, counts in
-        `dropped`, and gets weight zero in `combine`.
+        means `tokens`, which never drops where a token visits a slot at most once. A copy beyond
+        capacity is not sent, counts in `dropped`, and gets weight zero in `combine`.
       quantize: send INT8 with one scale per token, `scale = max|x| / 127`.
-    Gradient: that of a permutation. With `quantize=True` rows are integers and the result is
-      treated as constant: the gradient with respect to `x` is zero.
+      restore: multiply quantised rows by their scale on arrival, into the dtype of `x`; for
+        training through an INT8 exchange.
+      priority: who keeps a place when a block is full: higher values first, then earlier tokens.
+        Routing weights make it DeepSeek-V2's rule (Liu et al. 2024, section 2.2.3: the lowest
+        affinities are dropped); `None` is GShard's, the latest tokens are dropped.
+    Gradient: that of a permutation, also through quantisation with `restore` (straight-through).
+      Rows that stay integers are constants: the gradient with respect to `x` is then zero.
+    Raises: ValueError naming the argument for shapes, dtypes, a capacity below 1, ranks without
+      axes, or `restore` without `quantize`.
     """
     if capacity is None:
         capacity = x.shape[0]
@@ -68,10 +77,13 @@ def dispatch(
         "slots_per_rank": slots_per_rank,
         "capacity": capacity,
         "quantize": bool(quantize),
+        "restore": bool(restore),
     }
-    slots = slots.astype(jnp.int32)
-    _check_dispatch(jax.typeof(x), jax.typeof(slots), **params)
-    return Dispatched(*dispatch_p.bind(x, slots, **params))
+    operands = (x, slots.astype(jnp.int32))
+    if priority is not None:
+        operands = (*operands, lax.stop_gradient(priority.astype(jnp.float32)))
+    _check_dispatch(*map(jax.typeof, operands), **params)
+    return Dispatched(*dispatch_p.bind(*operands, **params))
 
 
 def combine(
@@ -132,14 +144,17 @@ def gather_ranks(
     return x
 
 
-def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
+def _dispatch_reference(
+    x, slots, *priority, axes, ranks, slots_per_rank, capacity, quantize, restore
+):
     tokens, copies = slots.shape
     total = ranks * slots_per_rank
     flat = slots.reshape(tokens * copies)
-    wanted, position = _running_count(flat, total)
+    wanted, position = _running_count(flat, total, *priority)
+    dtype = x.dtype
 
     if quantize:
-        x, scale = quantize_rows(lax.stop_gradient(x))
+        x, scale = quantize_rows(x)
     else:
         scale = jnp.ones_like(x[:, 0], jnp.float32)
 
@@ -148,7 +163,8 @@ def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quan
         each = jnp.broadcast_to(values[:, None], (tokens, copies, *values.shape[1:]))
         each = each.reshape(tokens * copies, *values.shape[1:])
         blocks = jnp.zeros((total, capacity, *values.shape[1:]), values.dtype)
-        blocks = blocks.at[flat, position].set(each, mode="drop")  # beyond capacity: dropped
+        # No two copies share a place; those beyond capacity are dropped.
+        blocks = blocks.at[flat, position].set(each, mode="drop", unique_indices=True)
         blocks = _exchange(blocks.reshape(ranks, slots_per_rank, *blocks.shape[1:]), axes)
         blocks = jnp.swapaxes(blocks, 0, 1)
         return blocks.reshape(slots_per_rank, ranks * capacity, *values.shape[1:])
@@ -156,6 +172,8 @@ def _dispatch_reference(x, slots, *, axes, ranks, slots_per_rank, capacity, quan
     rows = send(x)
     # Without quantisation nothing but the rows crosses the network.
     scale = send(scale) if quantize else jnp.ones_like(rows[:, :, 0], jnp.float32)
+    if restore:
+        rows = (rows.astype(jnp.float32) * scale[..., None]).astype(dtype)
     sent = jnp.minimum(wanted, capacity)
     counts = _exchange(sent.reshape(ranks, slots_per_rank), axes)
     dropped = jnp.sum(wanted - sent)
@@ -170,11 +188,27 @@ def _combine_reference(rows, slots, position, weights, *, axes, ranks, slots_per
     return jnp.sum(each.astype(jnp.float32) * weights[..., None], axis=1).astype(rows.dtype)
 
 
-def _running_count(flat, total):
-    """How often each slot occurs, and for each entry how many earlier entries share its slot."""
+def _dispatch_jvp(p, primals, tangents, *, quantize, restore, **params):
+    """A permutation of rows is linear; rounding is passed straight through where rows are floats
+    again on arrival, and everything else is an integer or a scale held constant."""
+    out = p.bind(*primals, quantize=quantize, restore=restore, **params)
+    constant = [Zero(jax.typeof(o).to_tangent_aval()) for o in out]
+    dx = tangents[0]
+    if type(dx) is Zero or (quantize and not restore):
+        return out, constant
+    rows = _dispatch_reference(dx, *primals[1:], quantize=False, restore=False, **params)[0]
+    return out, [rows, *constant[1:]]
+
+
+def _running_count(flat, total, priority=None):
+    """How often each slot occurs, and for each entry how many entries before it share its slot;
+    before it in order, or in priority."""
     counts = jnp.zeros((total,), jnp.int32).at[flat].add(1)
     starts = jnp.cumsum(counts) - counts
-    order = jnp.argsort(flat, stable=True)
+    if priority is None:
+        order = jnp.argsort(flat, stable=True)
+    else:
+        order = jnp.lexsort((-priority.reshape(flat.shape), flat))
     place = lax.iota(jnp.int32, flat.shape[0]) - starts[flat[order]]
     return counts, jnp.zeros_like(flat).at[order].set(place)
 
@@ -204,7 +238,7 @@ def _check_pair(what, first, first_name, second, second_name):
         )
 
 
-def _check_dispatch(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize):
+def _check_dispatch(x, slots, *priority, axes, ranks, slots_per_rank, capacity, quantize, restore):
     _check_layout("dispatch", axes, ranks, slots_per_rank)
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
@@ -213,6 +247,12 @@ def _check_dispatch(x, slots, *, axes, ranks, slots_per_rank, capacity, quantize
     if slots.ndim != 2 or slots.shape[0] != x.shape[0]:
         raise ValueError(
             f"dispatch: slots must be [tokens, copies] with {x.shape[0]} tokens, got {slots.shape}"
+        )
+    if priority:
+        _check_pair("dispatch", slots, "slots", priority[0], "priority")
+    if restore and not quantize:
+        raise ValueError(
+            "dispatch: restore=True turns INT8 rows back into floats; it needs quantize=True"
         )
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"dispatch: capacity must be at least 1 row, or None, got {capacity}")
@@ -234,6 +274,7 @@ dispatch_p = define(
     "cm_dispatch",
     _dispatch_reference,
     check=_check_dispatch,
+    jvp=_dispatch_jvp,
     collective=True,
     multiple_results=True,
 )
@@ -241,24 +282,37 @@ combine_p = define("cm_combine", _combine_reference, check=_check_combine, colle
 
 
 @cost_rule(dispatch_p)
-def _dispatch_cost(x, slots, *, out, mesh, axes, ranks, slots_per_rank, capacity, quantize) -> Work:
+def _dispatch_cost(
+    x,
+    slots,
+    *priority,
+    out,
+    mesh,
+    axes,
+    ranks,
+    slots_per_rank,
+    capacity,
+    quantize,
+    restore,
+) -> Work:
     """FusedDispatch on the slowest rank, which sends and receives as many rows as it holds.
 
     Every copy of a token is read, quantised and written straight into the receiver's slot; the
     flags of every source rank are counted and polled. Slots are static and in the experts' order,
-    so nothing is moved afterwards.
+    so nothing is moved afterwards, unless rows are restored to floats.
     """
     hidden = x.shape[1].constant
     rows = out[0].shape[0] * out[0].shape[1]
     copies = slots.size
     message = _message_bytes(hidden, quantize, x.itemsize)
     traffic = _traffic(rows * message, slots.shape[1].constant, axes, mesh)
+    floats = rows * (hidden * x.itemsize) if restore else 0.0
     return Work(
         kind="dispatch",
-        vector_bytes=copies * (hidden * x.itemsize * (4.0 if quantize else 1.0)),
+        vector_bytes=copies * (hidden * x.itemsize * (4.0 if quantize else 1.0)) + floats * 2.0,
         flags=ranks if axes else 0.0,
-        read_bytes=copies * (hidden * x.itemsize),
-        write_bytes=rows * message,
+        read_bytes=copies * (hidden * x.itemsize) + (rows * message if restore else 0.0),
+        write_bytes=rows * message + floats,
         **traffic,
     )
 

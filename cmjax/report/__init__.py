@@ -2,10 +2,13 @@
 
 from cmjax.report.blocks import BLOCKS, block_of, roll_up
 from cmjax.report.html import Section, write_page
+from cmjax.report.placement_page import PlacementPage
 from cmjax.report.plots import (
     ThroughputPoint,
     plot_load_curve,
+    plot_node_bytes,
     plot_placement,
+    plot_rank_curve,
     plot_step,
     plot_steps_compare,
     plot_throughput,
@@ -24,6 +27,7 @@ from cmjax.report.validation import RoleSummary, ValidationRow, summary
 
 __all__ = [
     "BLOCKS",
+    "PlacementPage",
     "RoleSummary",
     "Section",
     "ThroughputPoint",
@@ -32,7 +36,9 @@ __all__ = [
     "key_value_table",
     "placement_table",
     "plot_load_curve",
+    "plot_node_bytes",
     "plot_placement",
+    "plot_rank_curve",
     "plot_step",
     "plot_steps_compare",
     "plot_throughput",

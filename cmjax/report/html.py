@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmjax.files import replace_text
+
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 _NUMBER = re.compile(r"[+−-]?[\d,]+(\.\d+)?(e[+-]?\d+)?( ?[%×]| ?(ms|µs|s|GB|GB/s|TFLOPS))?")
 _STYLE = """
@@ -78,12 +80,12 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Non
         raise ValueError(f"{path}: the folder {path.parent} does not exist")
     body = "\n".join(_section(section) for section in sections)
     name = html.escape(title)
-    path.write_text(
+    replace_text(
+        path,
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{name}</h1>\n{body}\n</main>\n</body>\n</html>\n",
-        encoding="utf-8",
     )
 
 

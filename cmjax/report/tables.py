@@ -198,7 +198,7 @@ def _summary(rows: Sequence[ValidationRow]) -> Text:
 def _table(title: str, first: str, *numbers: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table

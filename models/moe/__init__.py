@@ -1,8 +1,18 @@
-"""Mixture-of-experts transformers of the DeepSeek-V3 family, as one rank holds them."""
+"""Mixture-of-experts transformers (DeepSeek-V2 and V3, Qwen3-MoE, Mixtral), as one rank holds
+them; real weights in and out."""
 
+from models.moe.batch import Sampler
 from models.moe.cache import extend_cache
-from models.moe.checkpoint import load_checkpoint
-from models.moe.config import PRESETS, MoEConfig, deepseek_r1, deepseek_v3, load_config, tiny
+from models.moe.checkpoint import Checkpoint, load, load_params, open_checkpoint
+from models.moe.config import (
+    PRESETS,
+    GroupedAttention,
+    LatentAttention,
+    MoEConfig,
+    deepseek_r1,
+    deepseek_v3,
+    tiny,
+)
 from models.moe.deepseek import (
     DecodeInputs,
     DecodeOutput,
@@ -17,20 +27,30 @@ from models.moe.deepseek import (
     init_params,
     prefill_fn,
 )
+from models.moe.export import save
+from models.moe.generation import Generator, place_params
+from models.moe.hf_config import load_config, read_config
 from models.moe.layout import Layout, one_rank, param_specs, shard_params
 from models.moe.linear import quantize_params
+from models.moe.model import MoEModel
 from models.moe.placement import SlotTable, ep_table
 from models.moe.schedule import Schedule, two_stream_decode
 
 __all__ = [
     "PRESETS",
+    "Checkpoint",
     "DecodeInputs",
     "DecodeOutput",
+    "Generator",
+    "GroupedAttention",
+    "LatentAttention",
     "Layout",
     "MoEConfig",
+    "MoEModel",
     "PrefillInputs",
     "PrefillOutput",
     "RankStep",
+    "Sampler",
     "Sampling",
     "Schedule",
     "SlotTable",
@@ -43,12 +63,17 @@ __all__ = [
     "ep_table",
     "extend_cache",
     "init_params",
-    "load_checkpoint",
+    "load",
     "load_config",
+    "load_params",
     "one_rank",
+    "open_checkpoint",
     "param_specs",
+    "place_params",
     "prefill_fn",
     "quantize_params",
+    "read_config",
+    "save",
     "shard_params",
     "tiny",
     "two_stream_decode",

@@ -1,7 +1,8 @@
-"""The latent key/value cache of multi-head latent attention.
+"""Key/value caches of the two forms of attention.
 
-Per token and layer it holds the normalised latent (`kv_lora_rank` values, optionally INT8 with one
-scale per token) and the rotated shared key (`qk_rope_dim` values).
+Per token and layer, latent attention holds the normalised latent (`kv_lora_rank` values) and the
+rotated shared key (`qk_rope_dim` values); grouped-query attention holds rotated keys and values of
+every key/value head. INT8 has one scale per token (and head); the rotated shared key stays BF16.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cmjax.primitives.exchange import quantize_rows
-from models.moe.config import MoEConfig
+from models.moe.config import GroupedAttention, MoEConfig
 
 KVCache = Literal["float32", "bfloat16", "int8"]
 KV_CACHES = ("float32", "bfloat16", "int8")
@@ -30,19 +31,13 @@ class LatentCache:
     @classmethod
     def of(cls, latent: Array, rope: Array, kind: KVCache) -> "LatentCache":
         """Cache entries for new tokens, in the cache's format."""
-        if kind not in KV_CACHES:
-            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kind!r}")
-        if kind == "int8":
-            steps, scale = quantize_rows(latent)
-            return cls(steps, scale, rope.astype(jnp.bfloat16))
-        return cls(latent.astype(kind), None, rope.astype(kind))
+        steps, scale = _encode(latent, kind)
+        return cls(steps, scale, rope.astype(jnp.bfloat16 if kind == "int8" else kind))
 
     @property
     def kind(self) -> KVCache:
         """Format of the latent."""
-        if self.scale is not None:
-            return "int8"
-        return "float32" if self.latent.dtype == jnp.float32 else "bfloat16"
+        return _kind(self.latent)
 
     def write(
         self,
@@ -51,11 +46,47 @@ class LatentCache:
         positions: Int[Array, "requests new"],
     ) -> "LatentCache":
         """The cache with new tokens at `positions`; beyond `max_len` they are dropped."""
-        new = LatentCache.of(latent, rope, self.kind)
-        request = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-        return jax.tree.map(
-            lambda old, entries: old.at[request, positions].set(entries, mode="drop"), self, new
+        return _written(self, LatentCache.of(latent, rope, self.kind), positions)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupedCache:
+    """Cache of one layer, or of a stack of layers with a leading axis."""
+
+    key: Array  # [requests, max_len, kv_heads, head_dim], int8 if scales are given
+    value: Array  # likewise
+    key_scale: Array | None  # [requests, max_len, kv_heads] float32
+    value_scale: Array | None
+
+    @classmethod
+    def of(cls, key: Array, value: Array, kind: KVCache) -> "GroupedCache":
+        """Cache entries for new tokens, in the cache's format."""
+        (key, key_scale), (value, value_scale) = _encode(key, kind), _encode(value, kind)
+        return cls(key, value, key_scale, value_scale)
+
+    @property
+    def kind(self) -> KVCache:
+        """Format of keys and values."""
+        return _kind(self.key)
+
+    def write(
+        self,
+        key: Float[Array, "requests new heads d"],
+        value: Float[Array, "requests new heads d"],
+        positions: Int[Array, "requests new"],
+    ) -> "GroupedCache":
+        """The cache with new tokens at `positions`; beyond `max_len` they are dropped."""
+        return _written(self, GroupedCache.of(key, value, self.kind), positions)
+
+    def read(self, dtype: Any) -> tuple[Array, Array]:
+        """Keys and values in floating point."""
+        return _decode(self.key, self.key_scale, dtype), _decode(
+            self.value, self.value_scale, dtype
         )
+
+
+LayerCache = LatentCache | GroupedCache
 
 
 @jax.tree_util.register_dataclass
@@ -63,25 +94,30 @@ class LatentCache:
 class ModelCache:
     """Caches of one microbatch's requests: `[layers, requests, max_len, ...]` per layer group."""
 
-    dense: LatentCache | None
-    moe: LatentCache | None
-    mtp: LatentCache | None = None
+    dense: LayerCache | None
+    moe: LayerCache | None
+    mtp: LayerCache | None = None
 
 
 def empty_cache(
     config: MoEConfig, requests: Any, max_len: Any, kind: KVCache, *, mtp: bool = False
 ) -> ModelCache:
     """A cache of zeros for `requests` requests of up to `max_len` tokens."""
+    sizes = config.attention
 
-    def group(layers: int) -> LatentCache | None:
+    def group(layers: int) -> LayerCache | None:
         if not layers:
             return None
-        latent = jnp.zeros((layers, requests, max_len, config.kv_lora_rank), jnp.float32)
-        rope = jnp.zeros((layers, requests, max_len, config.qk_rope_dim), jnp.float32)
+        lead = (layers, requests, max_len)
+        if isinstance(sizes, GroupedAttention):
+            heads = jnp.zeros((*lead, sizes.kv_heads, sizes.head_dim), jnp.float32)
+            return GroupedCache.of(heads, heads, kind)
+        latent = jnp.zeros((*lead, sizes.kv_lora_rank), jnp.float32)
+        rope = jnp.zeros((*lead, sizes.qk_rope_dim), jnp.float32)
         return LatentCache.of(latent, rope, kind)
 
     return ModelCache(
-        group(config.dense_layers), group(config.moe_layers), group(1) if mtp else None
+        group(len(config.dense_layers)), group(config.moe_layers), group(1) if mtp else None
     )
 
 
@@ -97,3 +133,26 @@ def extend_cache(cache: Any, max_len: int) -> Any:
         return jnp.pad(x, [(0, room if axis == 2 else 0) for axis in range(x.ndim)])
 
     return jax.tree.map(pad, cache)
+
+
+def _encode(x: Array, kind: KVCache) -> tuple[Array, Array | None]:
+    if kind not in KV_CACHES:
+        raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kind!r}")
+    return quantize_rows(x) if kind == "int8" else (x.astype(kind), None)
+
+
+def _decode(steps: Array, scale: Array | None, dtype: Any) -> Array:
+    if scale is None:
+        return steps.astype(dtype)
+    return (steps.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+def _kind(x: Array) -> KVCache:
+    return {"int8": "int8", "float32": "float32"}.get(x.dtype.name, "bfloat16")  # type: ignore
+
+
+def _written[Cache: LayerCache](cache: Cache, new: Cache, positions: Array) -> Cache:
+    request = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
+    return jax.tree.map(
+        lambda old, entries: old.at[request, positions].set(entries, mode="drop"), cache, new
+    )

@@ -1,171 +1,235 @@
-"""Hugging Face checkpoints of the DeepSeek-V3 family as parameters of the one-rank model.
+"""Hugging Face checkpoints (config.json and safetensors) as models.
 
-Reads safetensors files (and sharded ones, by their index) without further packages. Weights are
-turned from [out, in] to [in, out]; experts and layers are stacked.
+    model = load("path/of/a/checkpoint")       # an NNX module on one device
+
+Loading checks every name, type and shape from the files' headers before it reads a value. Then it
+goes tensor by tensor straight to where the values live: a parameter's buffer is made on its device
+once, each tensor is written into it in place, and at most one tensor at a time is in host memory.
 """
 
+import dataclasses
 import json
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
+from cmjax.mesh import RankMesh
+from models.moe import block_fp8
 from models.moe.config import MoEConfig
-from models.moe.placement import one_rank_table
+from models.moe.filling import Filling
+from models.moe.hf_config import parse_config, read_json
+from models.moe.layout import Layout, layer_tables, one_rank
+from models.moe.linear import Precision
+from models.moe.model import MoEModel, abstract_model, assemble
+from models.moe.placement import SlotTable
+from models.moe.safetensor_file import StoredTensor, list_tensors
+from models.moe.tensor_names import Entry, entries, is_known, mtp_marker
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I8": np.int8,
-}
-
-Read = Callable[[str], np.ndarray]
+INDEX = "model.safetensors.index.json"
+Progress = Callable[[int, int], None]
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
-def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Tensors of one file by name, memory-mapped.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder's config and the places of its tensors; no values."""
 
+    folder: Path
+    config: MoEConfig
+    tensors: dict[str, StoredTensor]
+    block: block_fp8.Block
+    """Rows and columns that share a scale in FP8 matrices."""
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether it holds the weights of a multi-token-prediction module."""
+        return self.config.mtp_layers > 0 and mtp_marker(self.config) in self.tensors
+
+
+def load(
+    path: str | Path,
+    *,
+    precision: Precision = "float32",
+    mtp: bool | None = None,
+    progress: Progress | None = None,
+) -> MoEModel:
+    """A model from a checkpoint folder, on the default device.
+
+    Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), Qwen3-MoE and Mixtral; F32, F16, BF16 and
+    block-FP8 (E4M3 with `weight_scale_inv`).
+
+    Args:
+      path: folder with config.json and model.safetensors, or shards and their index.
+      precision: what the model computes in; weights are converted as they are read.
+      mtp: whether to load the draft module; `None`: if the checkpoint has one.
+      progress: called with the bytes read so far and in all.
     Raises:
-      ValueError: the file is truncated or holds a type this reader does not know; names both.
+      ValueError: something is missing, truncated, unknown or of the wrong shape; names it. Nothing
+        is read before everything is known to be there.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path}: not a safetensors file, or truncated ({size} bytes)")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + length)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{path}: tensor {name!r} has type {entry['dtype']}; this reader knows "
-                f"{', '.join(_DTYPES)}. Convert block-quantised FP8 checkpoints to BF16 first"
-            )
-        start, end = entry["data_offsets"]
-        if end > data.size:
-            raise ValueError(f"{path}: truncated, tensor {name!r} ends beyond the file")
-        dtype = np.dtype(_DTYPES[entry["dtype"]])
-        tensors[name] = data[start:end].view(dtype).reshape(entry["shape"])
-    return tensors
+    checkpoint = open_checkpoint(path)
+    mtp = checkpoint.has_mtp if mtp is None else mtp
+    layout = one_rank(checkpoint.config)
+    graph, _ = abstract_model(checkpoint.config, layout, precision, mtp=mtp)
+    return assemble(
+        graph, load_params(checkpoint, layout, precision=precision, mtp=mtp, progress=progress)
+    )
 
 
-def load_checkpoint(
-    folder: str | Path, config: MoEConfig, *, mtp: bool = False, dtype: Any = jnp.float32
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a folder's config.json, index and headers.
+
+    Raises: ValueError: see `load`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a checkpoint is one with a config.json")
+    raw, file = read_json(folder)
+    config = parse_config(raw, file)
+    quantization = raw.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method not in (None, "fp8"):
+        raise ValueError(
+            f"{file}: quantization_config has quant_method {method!r}; this reader knows 'fp8' "
+            "(block-wise) and unquantised weights"
+        )
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    return Checkpoint(folder, config, _listed(folder), (int(rows), int(columns)))
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    *,
+    precision: Precision = "float32",
+    mtp: bool = False,
+    mesh: RankMesh | None = None,
+    tables: Sequence[SlotTable] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Parameters for `init_params(config, "float32", mtp=mtp)`'s tree, from a checkpoint folder.
+    """Parameters of `layout`'s model, as `shard_params` would give them.
 
-    Raises:
-      ValueError: no weights in the folder, a tensor missing or of the wrong shape; names it.
+    Args:
+      mesh: the ranks; each tensor goes to the devices whose ranks hold it. `None` for a layout of
+        one rank, without a mesh.
+      tables: one per MoE layer (then one for the MTP layer, if it is loaded); by default
+        `layout.table` for all.
+    Raises: ValueError: see `load`; or tables that do not fit the layout.
     """
-    read = _reader(Path(folder), dtype)
-    moe_layers = range(config.dense_layers, config.layers)
-    main: dict[str, Any] = {
-        "embed": read("model.embed_tokens.weight"),
-        "norm": {"gain": read("model.norm.weight").astype(jnp.float32)},
-        "head": {"weight": read("lm_head.weight").T},
-        "moe": _stack([_moe_layer(read, config, i) for i in moe_layers]),
-    }
-    if config.dense_layers:
-        main["dense"] = _stack([_dense_layer(read, config, i) for i in range(config.dense_layers)])
-    params = {"main": main}
-    if mtp:
-        prefix = f"model.layers.{config.layers}"
-        params["mtp"] = {
-            "norm_embed": {"gain": read(f"{prefix}.enorm.weight")},
-            "norm_hidden": {"gain": read(f"{prefix}.hnorm.weight")},
-            "project": {"weight": read(f"{prefix}.eh_proj.weight").T},
-            "stack": _stack([_moe_layer(read, config, config.layers)]),
-            "norm": {"gain": read(f"{prefix}.shared_head.norm.weight")},
-        }
-    return params
+    config = checkpoint.config
+    wanted = list(entries(config, mtp=mtp))
+    _check(checkpoint, wanted, mtp)
+    tables = layer_tables(layout, config.moe_layers + mtp, tables)
+    filling = Filling(config, layout, precision, mtp, mesh)
+    total = sum(checkpoint.tensors[entry.name].nbytes for entry in wanted)
+    done = 0
+    for entry in wanted:
+        stored = checkpoint.tensors[entry.name]
+        scale = checkpoint.tensors.get(entry.name + block_fp8.SCALE_SUFFIX)
+        values = stored.read(), None if scale is None else scale.read()
+        filling.place(entry, tables, *values, checkpoint.block)
+        done += stored.nbytes
+        if progress is not None:
+            progress(done, total)
+    filling.place_tables(tables)
+    return filling.finish()
 
 
-def _reader(folder: Path, dtype: Any) -> Read:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: no .safetensors file in this folder")
-    tensors: Mapping[str, np.ndarray] = {}
-    for file in files:
-        tensors = {**tensors, **read_safetensors(file)}
-
-    def read(name: str) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"{folder}: the checkpoint has no tensor {name!r}")
-        return np.asarray(tensors[name]).astype(dtype)
-
-    return read
-
-
-def _attention(read: Read, config: MoEConfig, layer: int) -> dict[str, Any]:
-    prefix = f"model.layers.{layer}"
-    attention = f"{prefix}.self_attn"
-    up = read(f"{attention}.kv_b_proj.weight")
-    up = up.reshape(config.heads, config.qk_nope_dim + config.v_dim, config.kv_lora_rank)
-    return {
-        "norm": read(f"{prefix}.input_layernorm.weight"),
-        "q_a": {"weight": read(f"{attention}.q_a_proj.weight").T},
-        "q_norm": read(f"{attention}.q_a_layernorm.weight"),
-        "q_b": {"weight": read(f"{attention}.q_b_proj.weight").T},
-        "kv_a": {"weight": read(f"{attention}.kv_a_proj_with_mqa.weight").T},
-        "kv_norm": read(f"{attention}.kv_a_layernorm.weight"),
-        "up_key": up[:, : config.qk_nope_dim],
-        "up_value": up[:, config.qk_nope_dim :].swapaxes(1, 2),
-        "out": {"weight": read(f"{attention}.o_proj.weight").T},
-    }
-
-
-def _swiglu(read: Read, prefix: str) -> dict[str, Any]:
-    gate, up = read(f"{prefix}.gate_proj.weight"), read(f"{prefix}.up_proj.weight")
-    return {
-        "gate_up": {"weight": np.concatenate([gate, up]).T},
-        "down": {"weight": read(f"{prefix}.down_proj.weight").T},
-    }
+def _listed(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder, by its index if it has one."""
+    index = folder / INDEX
+    if not index.exists():
+        whole = folder / "model.safetensors"
+        files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder}: no .safetensors file in this folder")
+        found = {}
+        for file in files:
+            found |= list_tensors(file)
+        return found
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index}: no 'weight_map' from tensors to files in it") from None
+    files = sorted(set(places.values()))
+    absent = [file for file in files if not (folder / file).exists()]
+    if absent:
+        raise ValueError(
+            f"{folder}: {len(absent)} of {len(files)} shards that {INDEX} lists are missing: "
+            f"{_shortened(absent)}"
+        )
+    headers = {file: list_tensors(folder / file) for file in files}
+    astray = [name for name, file in places.items() if name not in headers[file]]
+    if astray:
+        raise ValueError(
+            f"{folder}: {len(astray)} tensors are not in the shards that {INDEX} names: "
+            f"{_shortened(astray)}"
+        )
+    return {name: headers[file][name] for name, file in places.items()}
 
 
-def _dense_layer(read: Read, config: MoEConfig, layer: int) -> dict[str, Any]:
-    prefix = f"model.layers.{layer}"
-    return {
-        "attention": _attention(read, config, layer),
-        "norm": {"gain": read(f"{prefix}.post_attention_layernorm.weight")},
-        "ffn": _swiglu(read, f"{prefix}.mlp"),
-    }
+def _check(checkpoint: Checkpoint, wanted: list[Entry], mtp: bool) -> None:
+    """Everything wanted is there and as it should be, and nothing else is."""
+    config, tensors, folder = checkpoint.config, checkpoint.tensors, checkpoint.folder
+    if mtp and not checkpoint.has_mtp:
+        raise ValueError(
+            f"{folder}: no multi-token-prediction weights ({mtp_marker(config)!r} is absent); "
+            "load with mtp=False"
+        )
+    missing = [entry.name for entry in wanted if entry.name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(wanted)} tensors of this {config.family} model are "
+            f"missing: {_shortened(missing)}"
+        )
+    scales = set()
+    for entry in wanted:
+        stored = tensors[entry.name]
+        if stored.shape != entry.shape:
+            raise ValueError(
+                f"{stored.path}: tensor {entry.name!r} has shape {list(stored.shape)}, config.json "
+                f"makes it {list(entry.shape)}"
+            )
+        if stored.dtype.name not in _FLOATS:
+            raise ValueError(
+                f"{stored.path}: tensor {entry.name!r} has type {stored.dtype}; weights are "
+                f"{', '.join(_FLOATS)} here"
+            )
+        scales |= _check_scale(checkpoint, stored)
+    listed = {entry.name for entry in wanted} | scales
+    unknown = [
+        name
+        for name, stored in tensors.items()
+        if name not in listed and stored.nbytes and not is_known(name, config)
+    ]
+    if unknown:
+        raise ValueError(
+            f"{folder}: {len(unknown)} tensors have no place in the {config.family} model that "
+            f"config.json describes: {_shortened(unknown)}"
+        )
 
 
-def _moe_layer(read: Read, config: MoEConfig, layer: int) -> dict[str, Any]:
-    prefix = f"model.layers.{layer}"
-    slots, copies = one_rank_table(config.experts).arrays()
-    experts = [_swiglu(read, f"{prefix}.mlp.experts.{e}") for e in range(config.experts)]
-    moe = {
-        "norm": {"gain": read(f"{prefix}.post_attention_layernorm.weight")},
-        "router": {
-            "weight": read(f"{prefix}.mlp.gate.weight").T.astype(jnp.float32),
-            "bias": read(f"{prefix}.mlp.gate.e_score_correction_bias").astype(jnp.float32),
-        },
-        "slots_of_expert": slots,
-        "copies": copies,
-        "experts": _stacked(experts),
-    }
-    if config.shared_experts:
-        moe["shared"] = _swiglu(read, f"{prefix}.mlp.shared_experts")
-    return {"attention": _attention(read, config, layer), "moe": moe}
+def _check_scale(checkpoint: Checkpoint, stored: StoredTensor) -> set[str]:
+    """The name of a tensor's FP8 scales, if it has them; they must be there and fit."""
+    name = stored.name + block_fp8.SCALE_SUFFIX
+    scale = checkpoint.tensors.get(name)
+    if stored.dtype.itemsize > 1:
+        return set() if scale is None else {name}
+    if scale is None or len(stored.shape) != 2:
+        raise ValueError(
+            f"{stored.path}: FP8 tensor {stored.name!r} of shape {list(stored.shape)} needs "
+            f"block scales {name!r}"
+        )
+    expected = block_fp8.scale_shape(stored.shape, checkpoint.block)
+    if scale.shape != expected:
+        raise ValueError(
+            f"{scale.path}: {name!r} has shape {list(scale.shape)}; blocks of "
+            f"{checkpoint.block[0]} x {checkpoint.block[1]} of {list(stored.shape)} make it "
+            f"{list(expected)}"
+        )
+    return {name}
 
 
-def _stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"layers": _stacked(layers)}
-
-
-def _stacked(trees: list[Any]) -> Any:
-    if isinstance(trees[0], dict):
-        return {key: _stacked([tree[key] for tree in trees]) for key in trees[0]}
-    return np.stack(trees)
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > 4 else "")

@@ -1,15 +1,100 @@
-"""Sizes of a DeepSeek-V3 family model, read from a Hugging Face config.json or a preset.
+"""Sizes and constants of one mixture-of-experts transformer, and presets.
 
 Source of the presets: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 4.2, and the
 published config.json of DeepSeek-V3 and DeepSeek-R1.
 """
 
 import dataclasses
-import difflib
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Literal
+
+Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral"]
+LayerKind = Literal["dense", "moe"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+
+    q_lora_rank: int | None
+    """Width of the query latent; `None` where queries are projected from the input directly."""
+    kv_lora_rank: int
+    """Width of the key/value latent: what the cache holds per token, besides the rotary key."""
+    qk_nope_dim: int
+    """Per-head query and key width without position."""
+    qk_rope_dim: int
+    """Per-head query and key width that is rotated."""
+    v_dim: int
+    """Per-head value width."""
+    bias: bool = False
+    """Whether the down- and the output projections have one."""
+
+    @property
+    def qk_dim(self) -> int:
+        """Per-head width of queries and keys."""
+        return self.qk_nope_dim + self.qk_rope_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Per-head width that is rotated."""
+        return self.qk_rope_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedAttention:
+    """Grouped-query attention (Ainslie et al. 2023)."""
+
+    kv_heads: int
+    """Key and value heads; each serves `heads / kv_heads` query heads."""
+    head_dim: int
+    """Per-head width of queries, keys and values; all of it is rotated."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normalised per head before rotation (Qwen3)."""
+    bias: bool = False
+    """Whether the projections have one."""
+    window: int | None = None
+    """A query sees this many newest keys, its own included; `None` for all."""
+
+    @property
+    def qk_dim(self) -> int:
+        """Per-head width of queries and keys."""
+        return self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Per-head width that is rotated."""
+        return self.head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Position interpolation (Chen et al. 2023): every frequency is divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicScaling:
+    """NTK-aware scaling that starts beyond `max_position`.
+
+    Up to there it changes nothing, which is how far such a model is run here: further on, every
+    cached key would have to be rotated anew at each step.
+    """
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's: slow frequencies are divided by `factor`, fast ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    """Dimensions that turn fewer times than this over the original context are divided."""
+    high_freq_factor: float
+    """Dimensions that turn more often than this are kept."""
+    original_max_position: int
+    """Context length of pre-training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +113,25 @@ class YarnConfig:
     """Numerator of the factor on cos and sin."""
     mscale_all_dim: float | None = None
     """Denominator of that factor; also scales the softmax temperature."""
+    attention_factor: float | None = None
+    """The factor on cos and sin itself, instead of the two before."""
+    truncate: bool = True
+    """Whether the ends of the ramp are rounded to whole dimensions."""
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions (Su et al. 2021)."""
+
+    theta: float = 10000.0
+    """Base of the frequencies."""
+    interleave: bool = True
+    """Rotary pairs are neighbouring dimensions (2i, 2i+1), not (i, i + d/2)."""
+    scaling: RopeScaling | None = None
+    """Context extension, if any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,20 +144,12 @@ class MoEConfig:
     """Width of the residual stream."""
     layers: int
     """Transformer layers, dense ones included, the MTP layer not."""
-    dense_layers: int
-    """First layers with a dense feed-forward block instead of experts."""
+    dense_layers: tuple[int, ...]
+    """Numbers of the layers with a dense feed-forward block instead of experts, ascending."""
     heads: int
-    """Attention heads."""
-    q_lora_rank: int
-    """Width of the query latent."""
-    kv_lora_rank: int
-    """Width of the key/value latent: what the cache holds per token, besides the rotary key."""
-    qk_nope_dim: int
-    """Per-head query and key width without position."""
-    qk_rope_dim: int
-    """Per-head query and key width that is rotated."""
-    v_dim: int
-    """Per-head value width."""
+    """Attention (query) heads."""
+    attention: LatentAttention | GroupedAttention
+    """Form and sizes of the attention of every layer."""
     ffn_size: int
     """Inner width of dense feed-forward blocks."""
     expert_ffn_size: int
@@ -68,22 +164,32 @@ class MoEConfig:
     """Groups of the group-limited routing."""
     groups_per_token: int
     """Groups each token may choose from."""
-    routed_scale: float
-    """Factor on the normalised routing weights."""
+    routed_scale: float = 1.0
+    """Factor on the routing weights."""
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    score_bias: bool = True
+    """Whether a learned bias enters the choice of experts (not their weights)."""
+    group_best: int = 2
+    """A group's strength is the sum of this many of its best scores."""
     normalize_weights: bool = True
     """Whether the chosen experts' scores are divided by their sum."""
+    ffn_bias: bool = False
+    """Whether dense and shared feed-forward blocks have biases; routed experts never do."""
     norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-    rope_interleave: bool = True
-    """Rotary pairs are neighbouring dimensions (2i, 2i+1), not (i, i + d/2)."""
-    yarn: YarnConfig | None = None
-    """Context extension, if any."""
+    """Epsilon of every RMSNorm but those of the latents, which have 1e-6."""
+    rope: Rope = Rope()
+    """Rotary positions."""
+    tie_embeddings: bool = False
+    """Whether the output head is the embedding, transposed."""
     max_position: int = 4096
     """Longest context the model is meant for, tokens."""
     mtp_layers: int = 0
     """Multi-token-prediction modules."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end a text."""
+    family: Family = "deepseek_v3"
+    """`model_type` of a config.json, which also fixes how its tensors are named."""
 
     def __post_init__(self):
         if self.experts % self.expert_groups:
@@ -102,110 +208,51 @@ class MoEConfig:
                 f"MoEConfig: experts_per_token must lie in 1..{choice} (experts in the chosen "
                 f"groups), got {self.experts_per_token}"
             )
-        if not 0 <= self.dense_layers < self.layers:
+        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.layers]
+        if outside or list(self.dense_layers) != sorted(set(self.dense_layers)):
             raise ValueError(
-                f"MoEConfig: dense_layers must lie in 0..{self.layers - 1}, got {self.dense_layers}"
+                f"MoEConfig: dense_layers must be ascending layer numbers in 0..{self.layers - 1}, "
+                f"got {self.dense_layers}"
             )
-        if self.qk_rope_dim % 2:
-            raise ValueError(f"MoEConfig: qk_rope_dim must be even, got {self.qk_rope_dim}")
-
-    @property
-    def qk_dim(self) -> int:
-        """Per-head width of queries and keys."""
-        return self.qk_nope_dim + self.qk_rope_dim
+        if len(self.dense_layers) == self.layers:
+            raise ValueError(
+                f"MoEConfig: all {self.layers} layers are dense; at least one must have experts"
+            )
+        if self.attention.rope_dim % 2:
+            raise ValueError(
+                f"MoEConfig: the rotated width must be even, got {self.attention.rope_dim}"
+            )
+        if isinstance(self.attention, GroupedAttention):
+            if self.heads % self.attention.kv_heads:
+                raise ValueError(
+                    f"MoEConfig: heads must be a multiple of attention.kv_heads, got {self.heads} "
+                    f"and {self.attention.kv_heads}"
+                )
+            if self.attention.window is not None and self.attention.window < 1:
+                raise ValueError(
+                    f"MoEConfig: attention.window must be at least 1, got {self.attention.window}"
+                )
 
     @property
     def moe_layers(self) -> int:
         """Layers with experts."""
-        return self.layers - self.dense_layers
+        return self.layers - len(self.dense_layers)
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> "MoEConfig":
-        """Read a Hugging Face config.json (or the folder that holds one).
+    def kind(self, layer: int) -> LayerKind:
+        """What the feed-forward block of a layer is."""
+        return "dense" if layer in self.dense_layers else "moe"
 
-        Both rope layouts are read: `rope_parameters` (transformers 5) and the older top-level
-        `rope_theta` with `rope_scaling`.
-
-        Raises:
-          ValueError: the file is no DeepSeek-V3 config, or misses a key; names file and key.
-        """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
-        return cls(**_fields_of(raw, path))
-
-
-_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "layers": "num_hidden_layers",
-    "dense_layers": "first_k_dense_replace",
-    "heads": "num_attention_heads",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_dim": "qk_nope_head_dim",
-    "qk_rope_dim": "qk_rope_head_dim",
-    "v_dim": "v_head_dim",
-    "ffn_size": "intermediate_size",
-    "expert_ffn_size": "moe_intermediate_size",
-    "experts": "n_routed_experts",
-    "shared_experts": "n_shared_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_groups": "n_group",
-    "groups_per_token": "topk_group",
-    "max_position": "max_position_embeddings",
-}
-
-
-def _fields_of(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    if raw.get("model_type") not in ("deepseek_v3",):
-        raise ValueError(f"{path}: model_type must be 'deepseek_v3', got {raw.get('model_type')!r}")
-    fields: dict[str, Any] = {field: _integer(raw, key, path) for field, key in _KEYS.items()}
-    fields["routed_scale"] = _number(raw, "routed_scaling_factor", path)
-    fields["normalize_weights"] = bool(raw.get("norm_topk_prob", True))
-    fields["norm_eps"] = float(raw.get("rms_norm_eps", 1e-6))
-    fields["rope_interleave"] = bool(raw.get("rope_interleave", True))
-    fields["mtp_layers"] = int(raw.get("num_nextn_predict_layers") or 0)
-
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if theta is None:
-        raise ValueError(f"{path}: key 'rope_theta' is missing, also within 'rope_parameters'")
-    fields["rope_theta"] = float(theta)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "yarn":
-        fields["yarn"] = YarnConfig(
-            factor=_number(rope, "factor", path),
-            original_max_position=_integer(rope, "original_max_position_embeddings", path),
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-            mscale=rope.get("mscale"),
-            mscale_all_dim=rope.get("mscale_all_dim"),
-        )
-    elif kind != "default":
-        raise ValueError(f"{path}: key 'rope_type' must be 'default' or 'yarn', got {kind!r}")
-    return fields
-
-
-def _number(raw: dict[str, Any], key: str, path: Path) -> float:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        state = "is missing" if key not in raw else f"must be a number, got {value!r}"
-        raise ValueError(f"{path}: key {key!r} {state}")
-    return value
-
-
-def _integer(raw: dict[str, Any], key: str, path: Path) -> int:
-    value = _number(raw, key, path)
-    if value != int(value):
-        raise ValueError(f"{path}: key {key!r} must be a whole number, got {value!r}")
-    return int(value)
+    @property
+    def runs(self) -> tuple[tuple[LayerKind, range], ...]:
+        """Consecutive layers of one kind: the kind, and their numbers among layers of that kind."""
+        runs: list[tuple[LayerKind, range]] = []
+        done: dict[LayerKind, int] = {"dense": 0, "moe": 0}
+        for layer in range(self.layers):
+            kind, number = self.kind(layer), done[self.kind(layer)]
+            first = runs.pop()[1].start if runs and runs[-1][0] == kind else number
+            runs.append((kind, range(first, number + 1)))
+            done[kind] += 1
+        return tuple(runs)
 
 
 def deepseek_v3() -> MoEConfig:
@@ -214,13 +261,15 @@ def deepseek_v3() -> MoEConfig:
         vocab_size=129280,
         hidden_size=7168,
         layers=61,
-        dense_layers=3,
+        dense_layers=tuple(range(3)),
         heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_dim=128,
-        qk_rope_dim=64,
-        v_dim=128,
+        attention=LatentAttention(
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_dim=128,
+            qk_rope_dim=64,
+            v_dim=128,
+        ),
         ffn_size=18432,
         expert_ffn_size=2048,
         experts=256,
@@ -229,7 +278,11 @@ def deepseek_v3() -> MoEConfig:
         expert_groups=8,
         groups_per_token=4,
         routed_scale=2.5,
-        yarn=YarnConfig(factor=40.0, original_max_position=4096, mscale=1.0, mscale_all_dim=1.0),
+        rope=Rope(
+            scaling=YarnConfig(
+                factor=40.0, original_max_position=4096, mscale=1.0, mscale_all_dim=1.0
+            )
+        ),
         max_position=163840,
         mtp_layers=1,
     )
@@ -246,13 +299,15 @@ def tiny() -> MoEConfig:
         vocab_size=320,
         hidden_size=64,
         layers=3,
-        dense_layers=1,
+        dense_layers=(0,),
         heads=8,
-        q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_nope_dim=16,
-        qk_rope_dim=8,
-        v_dim=16,
+        attention=LatentAttention(
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_nope_dim=16,
+            qk_rope_dim=8,
+            v_dim=16,
+        ),
         ffn_size=96,
         expert_ffn_size=32,
         experts=16,
@@ -271,21 +326,3 @@ PRESETS: dict[str, Callable[[], MoEConfig]] = {
     "deepseek-v3": deepseek_v3,
     "tiny": tiny,
 }
-
-
-def load_config(name_or_path: str | Path) -> MoEConfig:
-    """A preset by name, or a config.json by path.
-
-    Raises:
-      ValueError: neither; says which presets exist and which is close.
-    """
-    name = str(name_or_path)
-    if name in PRESETS:
-        return PRESETS[name]()
-    if Path(name).exists():
-        return MoEConfig.from_json(name)
-    close = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-        f"load_config: {name!r} is neither a file nor a preset ({', '.join(sorted(PRESETS))}){hint}"
-    )

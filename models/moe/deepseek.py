@@ -21,31 +21,13 @@ from cmjax.program.step import priced_as
 from models.moe.cache import KVCache, ModelCache, empty_cache
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout, one_rank, param_specs
-from models.moe.linear import Precision, check_precision
-from models.moe.mtp import MTPHead, draft
+from models.moe.linear import Precision
+from models.moe.model import MoEModel, abstract_model
+from models.moe.mtp import draft
 from models.moe.placement import SlotTable
 from models.moe.sample import sample
 from models.moe.schedule import Schedule
-from models.moe.transformer import Transformer, decode_attention, prefill_attention
-
-
-class DeepSeek(nnx.Module):
-    """The main model and, with `mtp`, its draft module, as one rank holds them."""
-
-    def __init__(
-        self,
-        config: MoEConfig,
-        layout: Layout,
-        *,
-        precision: Precision,
-        mtp: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        check_precision(precision)
-        if mtp and not config.mtp_layers:
-            raise ValueError("DeepSeek: mtp needs a config with mtp_layers >= 1, got 0; use mtp=0")
-        self.main = Transformer(config, layout, precision=precision, rngs=rngs)
-        self.mtp = MTPHead(config, layout, precision=precision, rngs=rngs) if mtp else None
+from models.moe.transformer import decode_attention, prefill_attention
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +93,7 @@ class RankStep(NamedTuple):
 
 
 @priced_as("models.moe.deployment:decode")
-def decode_step(model: DeepSeek, inputs: DecodeInputs) -> DecodeOutput:
+def decode_step(model: MoEModel, inputs: DecodeInputs) -> DecodeOutput:
     """One decode step: run the newest token and the drafts, sample, accept, draft again.
 
     A draft is accepted if it equals what the model samples in its place and all drafts before it
@@ -141,7 +123,7 @@ def decode_step(model: DeepSeek, inputs: DecodeInputs) -> DecodeOutput:
 
 
 @priced_as("models.moe.deployment:prefill")
-def prefill_step(model: DeepSeek, inputs: PrefillInputs, kv_cache: KVCache) -> PrefillOutput:
+def prefill_step(model: MoEModel, inputs: PrefillInputs, kv_cache: KVCache) -> PrefillOutput:
     """Run whole prompts: the first token of each and the caches to decode on."""
     count = model.main.layout.schedule.microbatches
     lengths, tokens = _split(inputs.lengths, count), _split(inputs.tokens, count)
@@ -172,7 +154,7 @@ def init_params(
 ) -> dict[str, Any]:
     """Random parameters of the one-rank model."""
     rngs = nnx.Rngs(params=seed)
-    model = DeepSeek(config, one_rank(config), precision=precision, mtp=mtp, rngs=rngs)
+    model = MoEModel(config, one_rank(config), precision=precision, mtp=mtp, rngs=rngs)
     return nnx.to_pure_dict(nnx.state(model))
 
 
@@ -180,14 +162,14 @@ def abstract_params(
     config: MoEConfig, layout: Layout, precision: Precision, *, mtp: bool = False
 ) -> dict[str, Any]:
     """Shapes of one rank's parameters."""
-    return _abstract_model(config, layout, precision, mtp)[1]
+    return abstract_model(config, layout, precision, mtp=mtp)[1]
 
 
 def decode_fn(
     config: MoEConfig, layout: Layout, precision: Precision, *, mtp: bool = False
 ) -> Callable[[dict[str, Any], DecodeInputs], DecodeOutput]:
     """`decode_step` as a function of a rank's parameters and inputs."""
-    graph, _ = _abstract_model(config, layout, precision, mtp)
+    graph, _ = abstract_model(config, layout, precision, mtp=mtp)
     return lambda params, inputs: decode_step(nnx.merge(graph, params), inputs)
 
 
@@ -200,7 +182,7 @@ def prefill_fn(
     mtp: bool = False,
 ) -> Callable[[dict[str, Any], PrefillInputs], PrefillOutput]:
     """`prefill_step` as a function of a rank's parameters and inputs."""
-    graph, _ = _abstract_model(config, layout, precision, mtp)
+    graph, _ = abstract_model(config, layout, precision, mtp=mtp)
     return lambda params, inputs: prefill_step(nnx.merge(graph, params), inputs, kv_cache)
 
 
@@ -343,14 +325,6 @@ def _layout(schedule, table, mesh, capacity, *, sequence_parallel):
         schedule=schedule,
         sequence_parallel=sequence_parallel,
     )
-
-
-def _abstract_model(config, layout, precision, mtp):
-    model = nnx.eval_shape(
-        lambda: DeepSeek(config, layout, precision=precision, mtp=mtp, rngs=nnx.Rngs(params=0))
-    )
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
 
 
 def _no_sampling(total, extra):

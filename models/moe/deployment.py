@@ -20,8 +20,9 @@ from cmjax.hardware import Supernode
 from cmjax.mesh import RANKED, on_every_rank
 from cmjax.program.size import Size
 from cmjax.program.step import Step
-from models.moe.config import MoEConfig, load_config
+from models.moe.config import LatentAttention, MoEConfig
 from models.moe.deepseek import abstract_decode, abstract_prefill
+from models.moe.hf_config import load_config
 from models.moe.layout import Layout
 from models.moe.linear import Precision
 from models.moe.moe import MoE, run_moe
@@ -60,7 +61,8 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
     table = slot_table(config, ep, deployment)
     schedule = schedule_for(machine, deployment)
     # Splitting heads over nodes pays where the scale-up network spans them.
-    sequence_parallel = machine.fabric.shared_ports and config.heads % ep == 0
+    splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
+    sequence_parallel = machine.fabric.shared_ports and splits
     drafts = int(deployment.mtp and config.mtp_layers > 0)
     requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
     common = {

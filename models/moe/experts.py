@@ -49,9 +49,11 @@ class Experts(nnx.Module):
 class SwiGLU(nnx.Module):
     """The dense feed-forward block, also the shared expert; `ffn` is its inner width."""
 
-    def __init__(self, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.gate_up = Linear(hidden, 2 * ffn, precision=precision, rngs=rngs)
-        self.down = Linear(ffn, hidden, precision=precision, rngs=rngs)
+    def __init__(
+        self, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs, bias: bool = False
+    ):
+        self.gate_up = Linear(hidden, 2 * ffn, precision=precision, rngs=rngs, bias=bias)
+        self.down = Linear(ffn, hidden, precision=precision, rngs=rngs, bias=bias)
 
     def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
         return self.down(_swiglu(self.gate_up(x)))

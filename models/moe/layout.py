@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -95,21 +95,8 @@ def shard_params(
     Raises:
       ValueError: tables of another size than the layout's, or too few.
     """
-    given = iter(tables or ())
-    width = layout.table.max_copies
-
-    def next_tables(count: int) -> list[SlotTable]:
-        own = list(itertools.islice(given, count)) if tables else [layout.table] * count
-        if len(own) < count:
-            raise ValueError("shard_params: fewer tables than MoE layers (MTP included)")
-        for table in own:
-            if _size(table) != _size(layout.table) or table.max_copies > width:
-                raise ValueError(
-                    "shard_params: every table must have the ranks, slots and shared slots of "
-                    f"layout.table, and at most its {width} copies of an expert; got "
-                    f"{_size(table)} and {table.max_copies}, expected {_size(layout.table)}"
-                )
-        return own
+    counts = [len(part["moe"]["copies"]) for part in _moe_parts(params)]
+    given = iter(layer_tables(layout, sum(counts), tables))
 
     def spread(group: dict[str, Any]) -> dict[str, Any]:
         result = {}
@@ -121,16 +108,48 @@ def shard_params(
                     part["attention"] = _split_heads(part["attention"], layout)
                 if "moe" in part:
                     count = part["moe"]["copies"].shape[0]
-                    part["moe"] = _fill_slots(part["moe"], next_tables(count), width)
+                    own = list(itertools.islice(given, count))
+                    part["moe"] = _fill_slots(part["moe"], own, layout.table.max_copies)
             elif isinstance(part, dict):
                 part = spread(part)
             result[name] = part
         return result
 
-    result = spread(params)
-    if next(given, None) is not None:
-        raise ValueError("shard_params: more tables than MoE layers (MTP included)")
-    return result
+    return spread(params)
+
+
+def layer_tables(
+    layout: Layout, layers: int, tables: Sequence[SlotTable] | None
+) -> list[SlotTable]:
+    """A table for each of `layers` MoE layers: the given ones, or the layout's for all.
+
+    Raises:
+      ValueError: tables of another number or size than the layout's.
+    """
+    if tables is None:
+        return [layout.table] * layers
+    if len(tables) != layers:
+        raise ValueError(
+            f"layer_tables: {len(tables)} tables for {layers} MoE layers (MTP included)"
+        )
+    width = layout.table.max_copies
+    for table in tables:
+        if _size(table) != _size(layout.table) or table.max_copies > width:
+            raise ValueError(
+                "layer_tables: every table must have the ranks, slots and shared slots of "
+                f"layout.table, and at most its {width} copies of an expert; got "
+                f"{_size(table)} and {table.max_copies}, expected {_size(layout.table)}"
+            )
+    return list(tables)
+
+
+def _moe_parts(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The stacks of layers that have experts."""
+    for name, part in group.items():
+        if name == "layers":
+            yield from [part] if "moe" in part else []
+        elif isinstance(part, dict):
+            yield from _moe_parts(part)
 
 
 def _size(table: SlotTable) -> dict[str, Any]:
@@ -163,10 +182,7 @@ def _fill_slots(moe: dict[str, Any], tables: Sequence[SlotTable], width: int) ->
         return jnp.swapaxes(filled, 0, 1)
 
     result["experts"] = jax.tree.map(place, held)
-    slots_of_expert, copies = stack_tables(tables)
-    pad = width - slots_of_expert.shape[-1]
-    padded = jnp.pad(jnp.asarray(slots_of_expert), ((0, 0), (0, 0), (0, pad)), mode="edge")
-    result["slots_of_expert"], result["copies"] = padded, jnp.asarray(copies)
+    result["slots_of_expert"], result["copies"] = map(jnp.asarray, stack_tables(tables, width))
     return result
 
 

@@ -39,18 +39,22 @@ def check_precision(precision: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A matrix `[..., in, out]`: floating point with `scale=None`, or int8 steps of `scale`."""
+    """A matrix `[..., in, out]`: floating point with `scale=None`, or int8 steps of `scale`; and
+    what is added to the product."""
 
     value: Array
     scale: Float32[Array, "... out"] | None
+    bias: Float[Array, "... out"] | None = None
 
 
 def matmul(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch n"]:
-    """`x @ weight` in the weight's precision; result in the dtype of `x`."""
+    """`x @ weight + bias` in the weight's precision; result in the dtype of `x`."""
     if weight.scale is None:
-        return jnp.matmul(x, weight.value.astype(x.dtype), preferred_element_type=x.dtype)
-    steps, x_scale = fused("DynamicQuant")(quantize_rows)(x)
-    return _quant_matmul(x.dtype)(steps, x_scale, weight.value, weight.scale)
+        y = jnp.matmul(x, weight.value.astype(x.dtype), preferred_element_type=x.dtype)
+    else:
+        steps, x_scale = fused("DynamicQuant")(quantize_rows)(x)
+        y = _quant_matmul(x.dtype)(steps, x_scale, weight.value, weight.scale)
+    return y if weight.bias is None else y + weight.bias.astype(x.dtype)
 
 
 @functools.cache
@@ -73,7 +77,10 @@ def quantize_weight(
 
 
 class Linear(nnx.Module):
-    """`y = x W`, no bias. Parameters: `weight [in, out]`, and for int8 `scale [out]`."""
+    """`y = x W + b`.
+
+    Parameters: `weight [in, out]`, for int8 `scale [out]`, with `bias` float32 `bias [out]`.
+    """
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class Linear(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
+        bias: bool = False,
     ):
         check_precision(precision)
         shape = (*stack, inputs, outputs)
@@ -94,11 +102,16 @@ class Linear(nnx.Module):
             value = value.astype(jnp.bfloat16)
         self.weight = nnx.Param(value)
         self.scale = None if scale is None else nnx.Param(scale)
+        self.bias = nnx.Param(jnp.zeros((*stack, outputs), jnp.float32)) if bias else None
 
     @property
     def matrix(self) -> Weight:
         """The parameters as a pytree, to hand to a kernel."""
-        return Weight(self.weight[...], None if self.scale is None else self.scale[...])
+        return Weight(
+            self.weight[...],
+            None if self.scale is None else self.scale[...],
+            None if self.bias is None else self.bias[...],
+        )
 
     def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
         return matmul(x, self.matrix)
@@ -123,9 +136,9 @@ def _convert(params: Any, like: Any, path: str) -> Any:
                 f"quantize_params: {path} has shape {params.shape}, expected {like.shape}"
             )
         return params.astype(like.dtype)
-    if set(like) == {"weight", "scale"} and "scale" not in params:
+    if {"weight", "scale"} <= set(like) and "scale" not in params:
         steps, scale = quantize_weight(params["weight"].astype(jnp.float32))
-        return {"weight": steps, "scale": scale}
+        params = params | {"weight": steps, "scale": scale}
     if set(params) != set(like):
         raise ValueError(
             f"quantize_params: {path or 'the module'} has parameters {sorted(map(str, params))}, "

@@ -23,11 +23,14 @@ from cmjax.primitives.attention import attention, latent_attention
 from cmjax.primitives.exchange import gather_ranks
 from cmjax.program.mark import fused
 from models.moe.cache import KVCache, LatentCache
-from models.moe.config import MoEConfig
+from models.moe.config import LatentAttention, MoEConfig
 from models.moe.layout import Layout
 from models.moe.linear import Linear, Precision, Weight, activation_dtype, matmul
 from models.moe.norm import rms_norm
 from models.moe.rope import angles, rotate, softmax_scale
+
+# DeepSeek's own code and transformers build these two norms without the config's epsilon.
+_LATENT_NORM_EPS = 1e-6
 
 
 class MLA(nnx.Module):
@@ -39,22 +42,23 @@ class MLA(nnx.Module):
 
     def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.config, self.layout = config, layout
-        heads = layout.heads(config)
+        sizes = _sizes(config)
+        heads, hidden = layout.heads(config), config.hidden_size
         dtype = activation_dtype(precision)
-        rank = config.kv_lora_rank
+        rank, q_rank = sizes.kv_lora_rank, sizes.q_lora_rank
         linear = functools.partial(Linear, precision=precision, rngs=rngs)
-        self.norm = nnx.Param(jnp.ones((config.hidden_size,), jnp.float32))
-        self.q_a = linear(config.hidden_size, config.q_lora_rank)
-        self.q_norm = nnx.Param(jnp.ones((config.q_lora_rank,), jnp.float32))
-        self.q_b = linear(config.q_lora_rank, heads * config.qk_dim)
-        self.kv_a = linear(config.hidden_size, rank + config.qk_rope_dim)
+        self.norm = nnx.Param(jnp.ones((hidden,), jnp.float32))
+        self.q_a = None if q_rank is None else linear(hidden, q_rank, bias=sizes.bias)
+        self.q_norm = None if q_rank is None else nnx.Param(jnp.ones((q_rank,), jnp.float32))
+        self.q_b = linear(q_rank or hidden, heads * sizes.qk_dim)
+        self.kv_a = linear(hidden, rank + sizes.qk_rope_dim, bias=sizes.bias)
         self.kv_norm = nnx.Param(jnp.ones((rank,), jnp.float32))
         random = functools.partial(jax.random.normal, dtype=jnp.float32)
-        up_key = random(rngs.params(), (heads, config.qk_nope_dim, rank)) * rank**-0.5
-        up_value = random(rngs.params(), (heads, rank, config.v_dim)) * rank**-0.5
+        up_key = random(rngs.params(), (heads, sizes.qk_nope_dim, rank)) * rank**-0.5
+        up_value = random(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
         self.up_key = nnx.Param(up_key.astype(dtype))
         self.up_value = nnx.Param(up_value.astype(dtype))
-        self.out = linear(config.heads * config.v_dim, config.hidden_size)
+        self.out = linear(config.heads * sizes.v_dim, hidden, bias=sizes.bias)
 
     def decode(
         self,
@@ -95,7 +99,7 @@ class MLA(nnx.Module):
             if share:
                 q_low, latent, rope = _down_prolog(config)(x, positions, self._down)
                 cache = LatentCache.of(latent, rope, kind)
-                widths = (config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank)
+                widths = (q_low.shape[-1], q_low.shape[-1] + latent.shape[-1])
                 gathered = gather_ranks(jnp.concatenate([q_low, latent, rope], axis=-1), axes)
                 q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
                 q_nope, q_rope = _up_prolog(config)(q_low, positions, self.q_b.matrix)
@@ -114,34 +118,40 @@ class MLA(nnx.Module):
             return self.out(heads.reshape(*heads.shape[:2], -1)), cache
 
     @property
-    def _down(self) -> tuple[Array, Weight, Array, Weight, Array]:
+    def _down(self) -> tuple[Array, Weight | None, Array | None, Weight, Array]:
         return (
             self.norm[...],
-            self.q_a.matrix,
-            self.q_norm[...],
+            None if self.q_a is None else self.q_a.matrix,
+            None if self.q_norm is None else self.q_norm[...],
             self.kv_a.matrix,
             self.kv_norm[...],
         )
 
 
 def _project_down(config, x, positions, down):
-    """Normalised query latent, normalised key/value latent, rotated shared key."""
+    """Normalised query latent (without one: input), normalised key/value latent, rotated shared
+    key."""
     norm, q_a, q_norm, kv_a, kv_norm = down
     h = rms_norm(x, norm, config.norm_eps)
-    q_low = rms_norm(matmul(h, q_a), q_norm, config.norm_eps)
-    latent, rope = jnp.split(matmul(h, kv_a), [config.kv_lora_rank], axis=-1)
+    q_low = h if q_a is None else rms_norm(matmul(h, q_a), q_norm, _LATENT_NORM_EPS)
+    latent, rope = jnp.split(matmul(h, kv_a), [_sizes(config).kv_lora_rank], axis=-1)
     cos, sin = angles(positions, config)
-    rope = rotate(rope, cos, sin, interleave=config.rope_interleave)
-    return q_low, rms_norm(latent, kv_norm, config.norm_eps), rope
+    rope = rotate(rope, cos, sin, interleave=config.rope.interleave)
+    return q_low, rms_norm(latent, kv_norm, _LATENT_NORM_EPS), rope
 
 
 def _query(config, q_low, positions, q_b):
     """Per-head queries, split into the part without position and the rotated part."""
     q = matmul(q_low, q_b)
-    q = q.reshape(*q.shape[:2], -1, config.qk_dim)
-    q_nope, q_rope = jnp.split(q, [config.qk_nope_dim], axis=-1)
+    q = q.reshape(*q.shape[:2], -1, _sizes(config).qk_dim)
+    q_nope, q_rope = jnp.split(q, [_sizes(config).qk_nope_dim], axis=-1)
     cos, sin = angles(positions[..., None], config)  # alike for all heads
-    return q_nope, rotate(q_rope, cos, sin, interleave=config.rope_interleave)
+    return q_nope, rotate(q_rope, cos, sin, interleave=config.rope.interleave)
+
+
+def _sizes(config: MoEConfig) -> LatentAttention:
+    assert isinstance(config.attention, LatentAttention), "the caller chooses by this type"
+    return config.attention
 
 
 # MLAProlog is one kernel on the NPU: norm, projections and rotation never leave the chip. Which of

@@ -42,6 +42,8 @@ class MoE(nnx.Module):
                 f"MoE: the slot table is for {table.n_experts} routed experts, the model has "
                 f"{config.experts}"
             )
+        if table.has_shared and config.ffn_bias:
+            raise ValueError("MoE: a shared expert with biases cannot live in slots")
         if table.has_shared and config.shared_experts != 1:
             raise ValueError(
                 "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
@@ -57,7 +59,13 @@ class MoE(nnx.Module):
         self.experts = Experts(table.slots_per_rank, hidden, ffn, precision=precision, rngs=rngs)
         local = config.shared_experts and not table.has_shared
         self.shared = (
-            SwiGLU(hidden, ffn * config.shared_experts, precision=precision, rngs=rngs)
+            SwiGLU(
+                hidden,
+                ffn * config.shared_experts,
+                precision=precision,
+                rngs=rngs,
+                bias=config.ffn_bias,
+            )
             if local
             else None
         )

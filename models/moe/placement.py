@@ -145,9 +145,11 @@ def one_rank_table(n_experts: int) -> SlotTable:
     return SlotTable(tuple(range(n_experts)), 1, n_experts)
 
 
-def stack_tables(tables: Sequence[SlotTable]) -> tuple[np.ndarray, np.ndarray]:
+def stack_tables(
+    tables: Sequence[SlotTable], max_copies: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """`SlotTable.arrays` of several layers, stacked on a leading axis."""
-    width = max(table.max_copies for table in tables)
+    width = max_copies or max(table.max_copies for table in tables)
     slots, copies = zip(*(table.arrays(width) for table in tables), strict=True)
     return np.stack(slots), np.stack(copies)
 

@@ -1,9 +1,12 @@
-"""Group-limited sigmoid routing (DeepSeek-V3 report, sections 2.1.2 and 2.1.3).
+"""Which experts a token visits: group-limited top-k over sigmoid or softmax scores.
 
-    s = sigmoid(x W);  choose the top-k of s + b within the groups whose two best s + b add up
-    highest;  weights = s of the chosen / their sum * routed_scale
+    s = sigmoid(x W) or softmax(x W);  choose the top-k of s + b within the groups whose best s + b
+    add up highest;  weights = s of the chosen (/ their sum) * routed_scale
 
-The correction bias `b` balances load; it chooses experts and never enters the weights.
+DeepSeek-V3 (report, sections 2.1.2 and 2.1.3) takes the sigmoid, the two best of a group and a
+correction bias `b`, which balances load: it chooses experts and never enters the weights.
+DeepSeek-V2 (section 2.2) takes the softmax and the best of a group; Qwen3-MoE and Mixtral the
+softmax and no groups.
 """
 
 import functools
@@ -21,14 +24,17 @@ from models.moe.placement import choose_slots
 
 
 def gate(
-    logits: Float32[Array, "tokens experts"], bias: Float32[Array, "experts"], config: MoEConfig
+    logits: Float32[Array, "tokens experts"],
+    bias: Float32[Array, "experts"] | None,
+    config: MoEConfig,
 ) -> tuple[Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
     """Chosen experts, best first, and their weights."""
-    scores = jax.nn.sigmoid(logits)
+    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits)
     tokens, experts = scores.shape
     groups = config.expert_groups
-    biased = (scores + bias).reshape(tokens, groups, experts // groups)
-    best, _ = lax.top_k(biased, min(2, experts // groups))
+    biased = scores if bias is None else scores + bias
+    biased = biased.reshape(tokens, groups, experts // groups)
+    best, _ = lax.top_k(biased, min(config.group_best, experts // groups))
     _, kept = lax.top_k(jnp.sum(best, axis=-1), config.groups_per_token)
     allowed = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
     candidates = jnp.where(allowed[:, :, None], biased, -jnp.inf).reshape(tokens, experts)
@@ -54,7 +60,8 @@ class Router(nnx.Module):
         shape = (config.hidden_size, config.experts)
         weight = jax.random.normal(rngs.params(), shape, jnp.float32)
         self.weight = nnx.Param(weight * config.hidden_size**-0.5)
-        self.bias = nnx.Param(jnp.zeros((config.experts,), jnp.float32))
+        biased = config.score_bias
+        self.bias = nnx.Param(jnp.zeros((config.experts,), jnp.float32)) if biased else None
         self.config = config
 
     def __call__(
@@ -70,7 +77,8 @@ class Router(nnx.Module):
         every token gets one more copy, to a replica of it, with weight 1.
         """
         logits = _scores(x, self.weight[...])
-        return _gating(self.config)(logits, self.bias[...], rank, slots_of_expert, copies)
+        bias = None if self.bias is None else self.bias[...]
+        return _gating(self.config)(logits, bias, rank, slots_of_expert, copies)
 
 
 @functools.cache

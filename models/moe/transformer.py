@@ -1,8 +1,9 @@
-"""The decoder: embedding, a stack of dense layers, a stack of MoE layers, norm and head.
+"""The decoder: embedding, dense layers, MoE layers, norm and head.
 
-Layers of one kind are stacked (parameters have a leading axis of layers) and run by `lax.scan`, so
-that tracing does not grow with depth. A layer takes the activations of all microbatches, and issues
-its blocks in the order the layout's schedule says.
+Layers of one kind are stacked (parameters have a leading axis of layers) and runs of them are
+scanned, so that tracing does not grow with depth. A layer takes the activations of all
+microbatches, and issues its blocks in the order the layout's schedule says. Attention is latent or
+grouped-query, as the config says.
 """
 
 from collections.abc import Callable
@@ -14,19 +15,21 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from models.moe.cache import KVCache, LatentCache, ModelCache
-from models.moe.config import MoEConfig
+from models.moe.cache import KVCache, LayerCache, ModelCache
+from models.moe.config import LatentAttention, MoEConfig
 from models.moe.experts import SwiGLU
+from models.moe.gqa import GQA
 from models.moe.layout import Layout
-from models.moe.linear import Linear, Precision, activation_dtype
+from models.moe.linear import Linear, Precision, Weight, activation_dtype, matmul
 from models.moe.mla import MLA
 from models.moe.moe import MoE, run_moe
 from models.moe.norm import RMSNorm
+from models.moe.rope import check_length
 
 Activations = tuple[Float[Array, "sequences length hidden"], ...]
-Caches = tuple[LatentCache, ...]
+Caches = tuple[LayerCache, ...]
 # attend(attention, microbatch, x, cache) -> (y, cache): how a layer's attention is to be run
-Attend = Callable[[MLA, int, Array, LatentCache | None], tuple[Array, LatentCache]]
+Attend = Callable[[MLA | GQA, int, Array, Any], tuple[Array, LayerCache]]
 
 
 class DenseLayer(nnx.Module):
@@ -34,9 +37,15 @@ class DenseLayer(nnx.Module):
 
     def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.layout = layout
-        self.attention = MLA(config, layout, precision=precision, rngs=rngs)
+        self.attention = _attention(config, layout, precision=precision, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
-        self.ffn = SwiGLU(config.hidden_size, config.ffn_size, precision=precision, rngs=rngs)
+        self.ffn = SwiGLU(
+            config.hidden_size,
+            config.ffn_size,
+            precision=precision,
+            rngs=rngs,
+            bias=config.ffn_bias,
+        )
 
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
         out, new = [], []
@@ -56,7 +65,7 @@ class MoELayer(nnx.Module):
 
     def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
         self.layout = layout
-        self.attention = MLA(config, layout, precision=precision, rngs=rngs)
+        self.attention = _attention(config, layout, precision=precision, rngs=rngs)
         self.moe = MoE(config, layout, precision=precision, rngs=rngs)
 
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
@@ -78,15 +87,19 @@ class MoELayer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`count` layers of one kind, scanned."""
+    """All `count` layers of one kind; runs of them are scanned."""
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
         # every stream of the Rngs is split, so that layers differ
         self.layers = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
-    def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
-        """Run all layers. `caches`: per microbatch, stacked over layers, or `None` in prefill."""
+    def __call__(
+        self, xs: Activations, caches: Any, attend: Attend, part: slice = slice(None)
+    ) -> tuple[Activations, Caches]:
+        """Run the layers of `part` (all). `caches`: per microbatch, stacked over these layers, or
+        `None` in prefill. A true part of the layers is copied out of the stack first."""
         graph, state = nnx.split(self.layers)
+        state = _layers(state, part)
 
         def one_layer(xs, layer):
             state, caches = layer
@@ -96,10 +109,10 @@ class Stack(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A DeepSeek-V3 decoder, as one rank holds it.
+    """The decoder, as one rank holds it.
 
     Attributes: `dense` (None without dense layers) and `moe` stacks, `embed [vocab, hidden]`,
-    `norm`, `head`. Embedding and head are bfloat16 in INT8 models.
+    `norm`, `head` (None if it is the embedding). Embedding and head are bfloat16 in INT8 models.
     """
 
     def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
@@ -114,16 +127,22 @@ class Transformer(nnx.Module):
         def moe(rngs: nnx.Rngs) -> MoELayer:
             return MoELayer(config, layout, precision=precision, rngs=rngs)
 
-        self.dense = Stack(dense, config.dense_layers, rngs=rngs) if config.dense_layers else None
+        count = len(config.dense_layers)
+        self.dense = Stack(dense, count, rngs=rngs) if count else None
         self.moe = Stack(moe, config.moe_layers, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
         plain: Precision = "float32" if precision == "float32" else "bfloat16"
-        self.head = Linear(config.hidden_size, config.vocab_size, precision=plain, rngs=rngs)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.hidden_size, config.vocab_size, precision=plain, rngs=rngs)
+        )
 
     def prefill(
         self, tokens: tuple[Int[Array, "sequences prompt"], ...], kv_cache: KVCache
     ) -> tuple[Activations, tuple[ModelCache, ...]]:
         """Final normalised hidden states and caches of whole prompts, per microbatch."""
+        check_length(self.config, tokens[0].shape[1])
         none = (ModelCache(None, None),) * len(tokens)
         return self._run(tokens, none, prefill_attention(kv_cache))
 
@@ -134,11 +153,14 @@ class Transformer(nnx.Module):
         lengths: tuple[Int[Array, "requests"], ...],
     ) -> tuple[Activations, tuple[ModelCache, ...]]:
         """Final normalised hidden states of new tokens; caches with them written at `lengths`."""
+        check_length(self.config, jax.tree.leaves(caches)[0].shape[2])
         return self._run(tokens, caches, decode_attention(lengths))
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Scores over the vocabulary, float32."""
         with jax.named_scope("lm_head"):
+            if self.head is None:
+                return matmul(hidden, Weight(self.embed[...].T, None)).astype(jnp.float32)
             return self.head(hidden).astype(jnp.float32)
 
     def embedding(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
@@ -148,10 +170,15 @@ class Transformer(nnx.Module):
 
     def _run(self, tokens, caches, attend):
         xs = tuple(self.embedding(t) for t in tokens)
-        dense = (None,) * len(tokens)
-        if self.dense is not None:
-            xs, dense = self.dense(xs, tuple(cache.dense for cache in caches), attend)
-        xs, moe = self.moe(xs, tuple(cache.moe for cache in caches), attend)
+        written = {"dense": [], "moe": []}
+        for kind, layers in self.config.runs:
+            stack = self.dense if kind == "dense" else self.moe
+            assert stack is not None, "the config that has dense layers made the stack"
+            part = slice(layers.start, layers.stop)
+            old = tuple(_layers(getattr(cache, kind), part) for cache in caches)
+            xs, new = stack(xs, old, attend, part)
+            written[kind].append(new)
+        dense, moe = (_joined(written[kind], len(tokens)) for kind in ("dense", "moe"))
         new = tuple(
             ModelCache(d, m, cache.mtp) for d, m, cache in zip(dense, moe, caches, strict=True)
         )
@@ -171,3 +198,29 @@ def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
         return attention.decode(x, cache, lengths[number])
 
     return attend
+
+
+def _attention(config: MoEConfig, layout: Layout, **options: Any) -> MLA | GQA:
+    """The attention block the config asks for."""
+    latent = isinstance(config.attention, LatentAttention)
+    return (MLA if latent else GQA)(config, layout, **options)
+
+
+def _layers(tree: Any, part: slice) -> Any:
+    """Some layers of a stack; the tree itself if these are all."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves or range(leaves[0].shape[0])[part] == range(leaves[0].shape[0]):
+        return tree
+    return jax.tree.map(lambda x: x[part], tree)
+
+
+def _joined(runs: list[Caches], microbatches: int) -> tuple[LayerCache | None, ...]:
+    """Per microbatch, the caches of a kind's layers, from those of its runs."""
+    if not runs:
+        return (None,) * microbatches
+    if len(runs) == 1:
+        return runs[0]
+    return tuple(
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), *each)
+        for each in zip(*runs, strict=True)
+    )

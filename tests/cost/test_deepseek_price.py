@@ -11,6 +11,7 @@ NPUS, RANKS = 160, 320
 BATCH, CONTEXT = 96.0, 4096.0  # requests per NPU
 LOAD = 1.25
 C = deepseek_r1()
+A = C.attention
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +23,18 @@ def decode():
 def products():
     """Multiply-adds of one token by where they are, from the architecture's equations."""
     projections = (
-        C.hidden_size * C.q_lora_rank
-        + C.q_lora_rank * C.heads * C.qk_dim
-        + C.hidden_size * (C.kv_lora_rank + C.qk_rope_dim)
-        + C.heads * C.v_dim * C.hidden_size
+        C.hidden_size * A.q_lora_rank
+        + A.q_lora_rank * C.heads * A.qk_dim
+        + C.hidden_size * (A.kv_lora_rank + A.qk_rope_dim)
+        + C.heads * A.v_dim * C.hidden_size
     )
-    absorbed = C.heads * C.kv_lora_rank * (C.qk_nope_dim + C.v_dim)
-    latent = CONTEXT * C.heads * (2 * C.kv_lora_rank + C.qk_rope_dim)
+    absorbed = C.heads * A.kv_lora_rank * (A.qk_nope_dim + A.v_dim)
+    latent = CONTEXT * C.heads * (2 * A.kv_lora_rank + A.qk_rope_dim)
     return {
         "projections": C.layers * projections,
         "absorbed": C.layers * absorbed,
         "latent": C.layers * latent,
-        "dense": C.dense_layers * 3 * C.hidden_size * C.ffn_size,
+        "dense": len(C.dense_layers) * 3 * C.hidden_size * C.ffn_size,
         "router": C.moe_layers * C.hidden_size * C.experts,
         "expert": C.moe_layers * 3 * C.hidden_size * C.expert_ffn_size,
         "head": C.hidden_size * C.vocab_size,
@@ -69,7 +70,7 @@ def test_a_decode_step_reads_its_weights_and_caches_at_least_once(decode):
     )
     embedding = C.vocab_size * C.hidden_size * 2  # of which only rows are read
     weights = decode.step.weight_bytes.constant - embedding
-    caches = BATCH / 2 * CONTEXT * C.layers * (C.kv_lora_rank + C.qk_rope_dim) * 2
+    caches = BATCH / 2 * CONTEXT * C.layers * (A.kv_lora_rank + A.qk_rope_dim) * 2
     assert weights + caches < totals["read_bytes"]
     # Two microbatches read the layers' weights twice.
     assert totals["read_bytes"] < 3 * (weights + caches)

@@ -88,7 +88,7 @@ def test_the_gradient_of_the_cost_agrees_with_central_differences(use_fixed):
             np.testing.assert_allclose((ahead - behind) / 2e-6, expected, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**16), st.integers(1, 6), st.integers(1, 5), st.data())
 def test_rounding_fills_every_slot_and_keeps_every_expert(seed, ranks, size, data):
     slots = ranks * size

@@ -45,7 +45,7 @@ def test_the_published_hierarchical_example_is_reproduced(data):
     np.testing.assert_array_equal(greedy(problem).experts, example["phy2log"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_every_expert_is_placed_and_no_plan_beats_the_bound(problem):
     bound = lower_bound_tokens(problem)
@@ -57,7 +57,7 @@ def test_every_expert_is_placed_and_no_plan_beats_the_bound(problem):
         assert evaluate(plan, problem.loads, slowest).gap >= -1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**16), st.integers(1, 4), st.integers(0, 5))
 def test_replication_minimises_the_largest_load_per_copy(seed, experts, extra):
     loads = np.random.default_rng(seed).random((1, experts))

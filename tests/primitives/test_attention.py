@@ -8,6 +8,7 @@ from jax import export
 from jax.test_util import check_grads
 
 from cmjax.primitives.attention import attention, latent_attention
+from cmjax.program import trace
 
 
 def _one_query(q, keys, values, scale):
@@ -18,7 +19,7 @@ def _one_query(q, keys, values, scale):
     return weights @ values / weights.sum()
 
 
-def _numpy(q, k, v, scale, causal, lengths):
+def _numpy(q, k, v, scale, causal, lengths, window=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, q_len, heads, _ = q.shape
     out = np.zeros((batch, q_len, heads, v.shape[-1]))
@@ -26,8 +27,10 @@ def _numpy(q, k, v, scale, causal, lengths):
         exist = k.shape[1] if lengths is None else int(lengths[b])
         seen = min(exist, exist - q_len + i + 1) if causal else exist
         seen = max(seen, 0)
+        first = 0 if window is None else max(exist - q_len + i + 1 - window, 0)
         group = h * k.shape[2] // heads
-        out[b, i, h] = _one_query(q[b, i, h], k[b, :seen, group], v[b, :seen, group], scale)
+        keys, values = k[b, first:seen, group], v[b, first:seen, group]
+        out[b, i, h] = _one_query(q[b, i, h], keys, values, scale)
     return out
 
 
@@ -46,6 +49,30 @@ def test_attention_equals_numpy(kv_heads, causal, lengths):
     given = None if lengths is None else jnp.array(lengths)
     got = attention(q, k, v, scale=0.3, causal=causal, lengths=given)
     np.testing.assert_allclose(got, _numpy(q, k, v, 0.3, causal, lengths), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+@pytest.mark.parametrize("lengths", [None, (3, 7), (1, 5)])
+def test_with_a_window_a_query_sees_only_the_newest_keys(window, lengths):
+    q, k, v = _qkv(2)
+    given = None if lengths is None else jnp.array(lengths)
+    got = attention(q, k, v, scale=0.3, causal=True, lengths=given, window=window)
+    np.testing.assert_allclose(got, _numpy(q, k, v, 0.3, True, lengths, window), atol=2e-6)
+
+
+def test_a_window_prices_the_scores_it_lets_through():
+    def flops(keys, queries, window):
+        def run(q, k):
+            return attention(q, k, k, scale=1.0, causal=True, window=window)
+
+        q, k = jnp.ones((1, queries, 2, 8)), jnp.ones((1, keys, 2, 8))
+        return trace(run, q, k).totals({})["flops"]
+
+    each = 2 * 2.0 * (8 + 8)  # two heads, multiply-adds of scores and values
+    assert flops(64, 1, 16) == pytest.approx(each * 16, rel=0.01)
+    assert flops(64, 64, 64) == flops(64, 64, None)
+    seen = sum(min(i + 1, 16) for i in range(64))
+    assert flops(64, 64, 16) == pytest.approx(each * seen, rel=0.02)
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_a_finite_gradient():
@@ -116,7 +143,7 @@ def test_sizes_may_be_symbolic_and_each_kernel_is_one_equation():
         lambda q, k, v, lengths: attention(q, k, v, scale=1, causal=True, lengths=lengths)
     )(q, k, v, lengths)
     assert [eqn.primitive.name for eqn in jaxpr.eqns] == ["cm_attention"]
-    assert jaxpr.eqns[0].params == {"scale": 1.0, "causal": True}
+    assert jaxpr.eqns[0].params == {"scale": 1.0, "causal": True, "window": None}
     assert jaxpr.out_avals[0].shape == (b, 2, 8, 12)
     prompt = jax.eval_shape(
         lambda q, k: attention(q, k, k, scale=1, causal=True), shape(b, n, 8, 16), k
@@ -148,6 +175,11 @@ def _latents(**changes):
             lambda: attention(_qkv(1, d=6)[0], *_qkv(1)[1:], scale=1, causal=True),
             "q and k must agree in d",
         ),
+        (
+            lambda: attention(*_qkv(1), scale=1, causal=True, window=0),
+            "window must be at least 1 key .* got window=0",
+        ),
+        (lambda: attention(*_qkv(1), scale=1, causal=False, window=2), "needs causal=True"),
         (lambda: _latents(latent=jnp.ones((1, 3, 4), jnp.int8)), "int8 latent needs latent_scale"),
         (lambda: _latents(latent_scale=jnp.ones((1, 3))), "must not have it"),
         (lambda: _latents(latent=jnp.ones((1, 3, 5))), "last axes of q_latent and latent"),

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from cmjax import native
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.primitives.define import define
 
@@ -30,6 +33,20 @@ mean_p = define(
     "cm_test_mean",
     lambda x, *, axes: jax.lax.psum(x, axes) if axes else x,
     collective=True,
+)
+
+
+def _sums_by_kernel(x):
+    word = jax.ShapeDtypeStruct((), jnp.int32)
+    rows = x.reshape(-1, x.shape[-1])
+    sums = [native.call("cmjax_sum_words", word, row) for row in rows]
+    return jnp.stack(sums).reshape(x.shape[:-1])
+
+
+sums_p = define(
+    "cm_test_sums",
+    lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32),
+    native=_sums_by_kernel,
 )
 
 
@@ -115,3 +132,28 @@ def test_a_collective_primitive_decomposes_over_virtual_axes(mesh):
 def test_an_ordinary_vmap_of_a_collective_primitive_maps_it():
     got = jax.vmap(lambda x: mean_p.bind(x, axes=()))(jnp.arange(3.0))
     np.testing.assert_array_equal(got, np.arange(3.0))
+
+
+def _runs_kernel(fn, *args):
+    return "cmjax_sum_words" in jax.jit(fn).lower(*args).as_text()
+
+
+@pytest.mark.skipif(not native.status().enabled, reason=native.status().reason)
+def test_a_kernel_runs_on_one_device_and_inside_shard_map_only():
+    x = np.arange(24, dtype=np.int32).reshape(8, 3)
+    assert _runs_kernel(sums_p.bind, x)
+    assert _runs_kernel(jax.vmap(sums_p.bind), x)
+    mesh = jax.make_mesh((8,), ("rank",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(x, NamedSharding(mesh, P("rank")))
+    assert not _runs_kernel(sums_p.bind, sharded)  # XLA would gather a custom call's operands
+    inside = jax.shard_map(sums_p.bind, mesh=mesh, in_specs=P("rank"), out_specs=P("rank"))
+    assert _runs_kernel(inside, sharded)
+    for got in (sums_p.bind(x), jax.jit(sums_p.bind)(sharded), jax.jit(inside)(sharded)):
+        np.testing.assert_array_equal(got, x.sum(1))
+
+
+def test_an_exported_program_holds_no_kernel():
+    x = jnp.arange(24, dtype=jnp.int32).reshape(8, 3)
+    exported = export.export(jax.jit(sums_p.bind))(x)
+    assert "cmjax_sum_words" not in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(x), x.sum(1))

@@ -28,23 +28,16 @@ def _positions(slots):
     return np.array(places).reshape(slots.shape)
 
 
-def _round_trip(how, axes):
+def _round_trip(how, axes, **quantised):
     """Each slot multiplies its rows by its number plus one."""
 
     def fn(x, slots, weights, gain):
-        sent = dispatch(x, slots, **how)
+        sent = dispatch(x, slots, **quantised, **how)
         rank = jax.lax.axis_index(axes) if axes else 0
         held = how["slots_per_rank"]
         factor = (rank * held + jnp.arange(held) + 1.0) * gain
         rows = sent.rows * factor[:, None, None]
-        y = combine(
-            rows,
-            slots,
-            sent.position,
-            weights,
-            **{key: how[key] for key in how if key != "quantize"},
-        )
-        return y, sent
+        return combine(rows, slots, sent.position, weights, **how), sent
 
     return fn
 
@@ -143,6 +136,80 @@ def test_quantised_rows_are_within_half_a_step_and_carry_no_gradient():
     np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(x[0])), 0)
 
 
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("virtual", [True, False])
+def test_restored_rows_are_floats_and_rounding_is_passed_straight_through(mesh, virtual):
+    x, slots, weights = _case(8, 2)
+    how = {"axes": mesh.axes, "ranks": 8, "slots_per_rank": 2, "capacity": 2}
+
+    def lifted(**quantised):
+        fn = _round_trip(how, mesh.axes, **quantised)
+        return on_every_rank(lambda *a: fn(*a, 1.0)[0], mesh, RANKED, RANKED, virtual=virtual)
+
+    restored = lifted(quantize=True, restore=True)
+    y = jax.block_until_ready(jax.jit(restored)(x, slots, weights))
+    want = _expected(x, slots, weights, 2)
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    worst = (np.abs(weights)[..., None] * (slots + 1.0)[..., None] * step[:, :, None] / 2).sum(2)
+    assert (np.abs(y - want) <= worst * 1.001 + 1e-4).all()
+    assert np.abs(y - want).max() > 1e-3
+
+    def gradient(fn):
+        return jax.block_until_ready(
+            jax.jit(jax.grad(lambda x: fn(x, slots, weights).sum()))(jnp.asarray(x))
+        )
+
+    np.testing.assert_allclose(gradient(restored), gradient(lifted()), rtol=1e-6)
+
+
+def test_a_full_block_keeps_the_highest_priorities_and_then_the_earliest():
+    x = jnp.arange(6.0)[:, None] * jnp.ones(4)
+    slots = jnp.zeros((6, 1), jnp.int32)
+    priority = jnp.array([0.1, 0.9, 0.5, 0.9, 0.2, 0.5])[:, None]
+    sent = dispatch(x, slots, capacity=4, priority=priority, **ALONE)
+    np.testing.assert_array_equal(sent.rows[0, :, 0], [1, 3, 2, 5])
+    np.testing.assert_array_equal(sent.position[:, 0], [5, 0, 2, 1, 4, 3])
+    assert int(sent.dropped) == 2
+    in_order = dispatch(x, slots, capacity=4, **ALONE)
+    np.testing.assert_array_equal(in_order.rows[0, :, 0], [0, 1, 2, 3])
+
+
+def _alone(x, slots, weights):
+    sent = dispatch(x, slots, quantize=True, restore=True, **ALONE)
+    return combine(sent.rows, slots, sent.position, weights, **ALONE)
+
+
+TRANSFORMS = {
+    "jit": jax.jit,
+    "vmap": lambda f: lambda *a: jax.vmap(f)(*(jnp.stack([i, i]) for i in a))[1],
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda *a: jax.lax.scan(lambda c, _: (c, f(*a)), 0, None, length=2)[1][1],
+    "export": lambda f: (
+        lambda *a: export.deserialize(export.export(jax.jit(f))(*a).serialize()).call(*a)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_values_are_the_same_under_every_transformation(transform):
+    x, _, weights = (jnp.asarray(a[0]) for a in _case(1, 5))
+    slots = jnp.asarray(np.argsort(np.random.default_rng(1).random((6, 5)), axis=1)[:, :3])
+    np.testing.assert_allclose(
+        TRANSFORMS[transform](_alone)(x, slots, weights),
+        _alone(x, slots, weights),
+        atol=1e-6,
+    )
+
+
+def test_gradients_go_through_jit_of_vmap_of_grad():
+    x, _, weights = (jnp.asarray(a[0]) for a in _case(1, 5))
+    slots = jnp.asarray(np.argsort(np.random.default_rng(1).random((6, 5)), axis=1)[:, :3])
+    gradient = jax.grad(lambda x, s, w: _alone(x, s, w).sum())
+    got = jax.jit(jax.vmap(gradient))(x[None], slots[None], weights[None])[0]
+    want = jnp.broadcast_to(weights.sum(1, keepdims=True), x.shape)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_a_row_of_zeros_quantises_to_zeros():
     steps, scale = quantize_rows(jnp.zeros((2, 3)))
     np.testing.assert_array_equal(steps, 0)
@@ -194,6 +261,16 @@ def _combined(**changes):
         (
             lambda: dispatch(jnp.ones((3, 4)), jnp.zeros((3, 2), int), capacity=0, **ALONE),
             "capacity must be at least 1 row, or None, got 0",
+        ),
+        (
+            lambda: dispatch(
+                jnp.ones((3, 4)), jnp.zeros((3, 2), int), priority=jnp.ones((3, 1)), **ALONE
+            ),
+            r"slots and priority must both be \[tokens, copies\], got \(3, 2\) and \(3, 1\)",
+        ),
+        (
+            lambda: dispatch(jnp.ones((3, 4)), jnp.zeros((3, 2), int), restore=True, **ALONE),
+            "restore=True turns INT8 rows back into floats; it needs quantize=True",
         ),
         (
             lambda: dispatch(

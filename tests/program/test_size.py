@@ -38,7 +38,7 @@ def _joined(children):
 EXPRESSIONS = st.recursive(LEAVES, _joined, max_leaves=6)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(EXPRESSIONS, VALUES)
 def test_size_algebra_is_pythons(expression, values):
     # Six leaves of at most 9 stay below 9**6 * 2**6 < 2**53: float64 holds every step exactly.
@@ -47,7 +47,7 @@ def test_size_algebra_is_pythons(expression, values):
         assert float(size.evaluate(values)) == number(values)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(EXPRESSIONS, EXPRESSIONS, VALUES)
 def test_division_is_true_division(above, below, values):
     if below[1](values) == 0 or below[0].constant == 0:
@@ -60,7 +60,7 @@ def test_division_is_true_division(above, below, values):
     assert got == pytest.approx(float(want), rel=1e-13, abs=1e-13 * parts)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(EXPRESSIONS, VALUES, st.sets(st.sampled_from(NAMES)))
 def test_fixing_some_symbols_leaves_a_size_of_the_others(expression, values, chosen):
     size, number = expression

@@ -12,7 +12,9 @@ from cmjax.report import (
     ThroughputPoint,
     ValidationRow,
     plot_load_curve,
+    plot_node_bytes,
     plot_placement,
+    plot_rank_curve,
     plot_step,
     plot_steps_compare,
     plot_throughput,
@@ -22,7 +24,9 @@ from cmjax.report import (
 from cmjax.report.plots import (
     layer_period,
     load_curve_title,
+    node_bytes_title,
     placement_title,
+    rank_curve_title,
     step_lanes,
     step_title,
     steps_compare_title,
@@ -42,6 +46,7 @@ ROWS = [
     ValidationRow("GEMM", "calibrate", 0.8, 0.774, "paper", "utilization"),
 ]
 LOADS = {"contiguous": np.array([[4.0, 0, 2, 2], [3, 1, 2, 2]]), "greedy": np.full((2, 4), 2.0)}
+RECEIVED = {"contiguous": np.array([2.4e9, 0.6e9]), "greedy": np.array([1.5e9, 1.5e9])}
 PNG = b"\x89PNG\r\n\x1a\n"
 PLOTS = {
     "step": lambda path, result, timeline: plot_step(result, path, timeline),
@@ -51,6 +56,8 @@ PLOTS = {
     "throughput": lambda path, result, timeline: plot_throughput(POINTS, path, slo_ms=(30, 50)),
     "placement": lambda path, result, timeline: plot_placement(LOADS, path),
     "load curve": lambda path, result, timeline: plot_load_curve(LOADS["contiguous"], path),
+    "rank curve": lambda path, result, timeline: plot_rank_curve(LOADS, path),
+    "node bytes": lambda path, result, timeline: plot_node_bytes(RECEIVED, path),
 }
 TITLES = {
     "step": lambda result, timeline: step_title(result, timeline),
@@ -60,6 +67,8 @@ TITLES = {
     "throughput": lambda result, timeline: throughput_title(POINTS, (30, 50)),
     "placement": lambda result, timeline: placement_title(LOADS),
     "load curve": lambda result, timeline: load_curve_title(LOADS["contiguous"]),
+    "rank curve": lambda result, timeline: rank_curve_title(LOADS),
+    "node bytes": lambda result, timeline: node_bytes_title(RECEIVED),
 }
 
 
@@ -196,8 +205,34 @@ def test_a_point_is_read_from_a_decode_result_only(result):
         (lambda path: plot_placement({"a": -np.ones((2, 2))}, path), "finite loads of 0 or more"),
         (lambda path: plot_load_curve(np.array([[1.0, 2], [0, 0]]), path), "a layer of zeros"),
         (lambda path: plot_load_curve(np.array([[1.0, np.nan]]), path), "finite loads"),
+        (lambda path: plot_rank_curve({}, path), "no placements"),
+        (lambda path: plot_node_bytes({}, path), "at least one placement"),
+        (lambda path: plot_node_bytes({"a": np.array([1.0, -1])}, path), "0 or more, .* for a"),
+        (
+            lambda path: plot_node_bytes({"a": np.ones(2), "b": np.ones(3)}, path),
+            r"same nodes for all, got shapes \[\(2,\), \(3,\)\]",
+        ),
     ],
 )
 def test_data_that_cannot_be_drawn_is_refused(draw, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         draw(tmp_path / "figure.png")
+
+
+def test_the_rank_curve_names_the_worst_layer_and_the_bytes_the_busiest_node():
+    assert rank_curve_title(LOADS) == (
+        "Busiest rank of the worst layer: contiguous 2.00×, greedy 1.00×"
+    )
+    assert node_bytes_title(RECEIVED) == (
+        "Busiest node receives a step, in GB: contiguous 2.40, greedy 1.50"
+    )
+    assert "in kB: a 3.00" in node_bytes_title({"a": np.array([3e3, 2e3])})
+
+
+def test_many_curves_take_more_rows(tmp_path):
+    heights = []
+    for count in (4, 5):
+        path = tmp_path / f"{count}.svg"
+        plot_rank_curve({f"m{n}": LOADS["contiguous"] for n in range(count)}, path)
+        heights.append(float(ElementTree.fromstring(path.read_text()).attrib["height"][:-2]))
+    assert heights[1] > 1.5 * heights[0]

@@ -13,8 +13,10 @@ constexpr int64_t kPanels = 1;
 inline F splat(float x) { return _mm256_set1_ps(x); }
 inline F load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(float* to, F x) { _mm256_storeu_ps(to, x); }
-inline F least(F a, F b) { return _mm256_min_ps(a, b); }
 inline F largest(F a, F b) { return _mm256_max_ps(a, b); }
+inline F clip(F x, float limit) {
+  return _mm256_min_ps(_mm256_max_ps(x, splat(-limit)), splat(limit));
+}
 inline F from_int32(const int32_t* x) {
   return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
@@ -125,6 +127,7 @@ inline void register_tile(const Panel& at) {
     for (int64_t k = 0; k < at.groups; ++k, v += kGroupBytes) {
       u += kRowBytes;
       products.filter(u);
+      __builtin_prefetch(u + at.ahead, 0, 2);
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) {
         products.add(acc[t], group_of(v + t * at.row));

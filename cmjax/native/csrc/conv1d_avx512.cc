@@ -18,8 +18,11 @@ constexpr int64_t kPanels = 2;
 inline F splat(float x) { return _mm512_set1_ps(x); }
 inline F load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* to, F x) { _mm512_storeu_ps(to, x); }
-inline F least(F a, F b) { return _mm512_min_ps(a, b); }
 inline F largest(F a, F b) { return _mm512_max_ps(a, b); }
+inline F clip(F x, float limit) {
+  constexpr int kSmallerMagnitudeWithSignOfFirst = 2;
+  return _mm512_range_ps(x, _mm512_set1_ps(limit), kSmallerMagnitudeWithSignOfFirst);
+}
 inline F from_int32(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
 inline F fused(float c, F a, F b) { return _mm512_fmadd_ps(_mm512_set1_ps(c), a, b); }
 inline void narrow(F x, uint8_t* to) {
@@ -68,7 +71,10 @@ void Dot<Operand>::run(const Panel& at) {
       u += kRowBytes;
       __m512i b[panels];
 #pragma GCC unroll 8
-      for (int p = 0; p < panels; ++p) b[p] = _mm512_loadu_si512(u + p * at.panel_bytes);
+      for (int p = 0; p < panels; ++p) {
+        b[p] = _mm512_loadu_si512(u + p * at.panel_bytes);
+        __builtin_prefetch(u + p * at.panel_bytes + at.ahead, 0, 2);
+      }
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) {
         int32_t group;

@@ -15,14 +15,17 @@ inline F load(const float* x) {
   return to;
 }
 inline void store(float* to, F x) { __builtin_memcpy(to, &x, sizeof(x)); }
-inline F least(F a, F b) {
-  F to;
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = a[i] < b[i] ? a[i] : b[i];
-  return to;
-}
 inline F largest(F a, F b) {
   F to;
   for (int64_t i = 0; i < kLanes; ++i) to[i] = a[i] > b[i] ? a[i] : b[i];
+  return to;
+}
+inline F clip(F x, float limit) {
+  F to;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const float above = x[i] > -limit ? x[i] : -limit;
+    to[i] = above < limit ? above : limit;
+  }
   return to;
 }
 inline F from_int32(const int32_t* x) {

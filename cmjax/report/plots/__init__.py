@@ -2,9 +2,13 @@
 
 from cmjax.report.plots.placement import (
     load_curve_title,
+    node_bytes_title,
     placement_title,
     plot_load_curve,
+    plot_node_bytes,
     plot_placement,
+    plot_rank_curve,
+    rank_curve_title,
 )
 from cmjax.report.plots.step import plot_step, step_lanes, step_title
 from cmjax.report.plots.throughput import ThroughputPoint, plot_throughput, throughput_title
@@ -15,13 +19,17 @@ __all__ = [
     "ThroughputPoint",
     "layer_period",
     "load_curve_title",
+    "node_bytes_title",
     "placement_title",
     "plot_load_curve",
+    "plot_node_bytes",
     "plot_placement",
+    "plot_rank_curve",
     "plot_step",
     "plot_steps_compare",
     "plot_throughput",
     "plot_timeline",
+    "rank_curve_title",
     "step_lanes",
     "step_title",
     "steps_compare_title",

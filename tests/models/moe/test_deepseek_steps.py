@@ -19,7 +19,6 @@ from models.moe.cache import extend_cache
 from models.moe.config import deepseek_r1, tiny
 from models.moe.deepseek import (
     DecodeInputs,
-    DeepSeek,
     PrefillInputs,
     Sampling,
     abstract_decode,
@@ -31,6 +30,7 @@ from models.moe.deepseek import (
 )
 from models.moe.layout import Layout, one_rank, param_specs, shard_params
 from models.moe.linear import quantize_params
+from models.moe.model import MoEModel
 from models.moe.placement import SlotTable, ep_table
 from models.moe.schedule import Schedule, two_stream_decode
 
@@ -433,7 +433,7 @@ def test_blocks_are_marked_with_their_scopes_and_streams():
             "mtp needs a config with mtp_layers >= 1",
         ),
         (
-            lambda: DeepSeek(
+            lambda: MoEModel(
                 dataclasses.replace(CONFIG, shared_experts=2),
                 Layout(table=ep_table(16, 1, shared_replicas=1)),
                 precision="float32",

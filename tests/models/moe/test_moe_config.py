@@ -2,10 +2,23 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from models.moe.config import MoEConfig, deepseek_r1, deepseek_v3, load_config, tiny
+from models.moe.config import (
+    DynamicScaling,
+    GroupedAttention,
+    LatentAttention,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnConfig,
+    deepseek_r1,
+    deepseek_v3,
+    tiny,
+)
+from models.moe.hf_config import config_json, load_config, parse_config, read_config
 
 PUBLISHED = {  # the form of DeepSeek-V3's own config.json
     "model_type": "deepseek_v3",
@@ -44,6 +57,9 @@ PUBLISHED = {  # the form of DeepSeek-V3's own config.json
 }
 
 
+ODD = dataclasses.replace(tiny().attention, qk_rope_dim=7)
+
+
 def _written(folder, **changes):
     raw = {key: value for key, value in (PUBLISHED | changes).items() if value is not ...}
     path = folder / "config.json"
@@ -52,20 +68,20 @@ def _written(folder, **changes):
 
 
 def test_the_published_layout_reads_as_the_preset(tmp_path):
-    assert MoEConfig.from_json(_written(tmp_path)) == deepseek_v3() == deepseek_r1()
+    assert read_config(_written(tmp_path)) == deepseek_v3() == deepseek_r1()
 
 
 def test_the_transformers_5_layout_reads_alike(tmp_path):
     rope = PUBLISHED["rope_scaling"] | {"rope_theta": 10000.0, "rope_type": "yarn"}
     path = _written(tmp_path, rope_parameters=rope, rope_theta=..., rope_scaling=...)
-    assert MoEConfig.from_json(path.parent) == deepseek_v3()
+    assert read_config(path.parent) == deepseek_v3()
 
 
 def test_the_fixtures_are_read(data):
     plain = load_config(data / "hf_fixtures" / "deepseek_v3_tiny")
-    assert (plain.layers, plain.experts, plain.heads, plain.yarn) == (3, 16, 4, None)
-    yarn = load_config(data / "hf_fixtures" / "deepseek_v3_yarn_tiny").yarn
-    assert yarn is not None
+    assert (plain.layers, plain.experts, plain.heads, plain.rope.scaling) == (3, 16, 4, None)
+    yarn = load_config(data / "hf_fixtures" / "deepseek_v3_yarn_tiny").rope.scaling
+    assert isinstance(yarn, YarnConfig)
     assert (yarn.factor, yarn.original_max_position) == (40, 64)
 
 
@@ -78,17 +94,17 @@ def test_presets_load_by_name():
     ("changes", "message"),
     [
         ({"q_lora_rank": ...}, "config.json: key 'q_lora_rank' is missing"),
-        ({"q_lora_rank": None}, "config.json: key 'q_lora_rank' must be a number, got None"),
+        ({"q_lora_rank": "8"}, "config.json: key 'q_lora_rank' must be a number, got '8'"),
         ({"hidden_size": 7.5}, "key 'hidden_size' must be a whole number, got 7.5"),
-        ({"model_type": "llama"}, "model_type must be 'deepseek_v3', got 'llama'"),
+        ({"model_type": "llama"}, "model_type must be one of deepseek_v2, .* got 'llama'"),
         ({"rope_theta": ...}, "key 'rope_theta' is missing"),
-        ({"rope_scaling": {"type": "linear"}}, "'rope_type' must be 'default' or 'yarn'"),
+        ({"rope_scaling": {"type": "su"}}, "'rope_type' must be 'default', 'linear',.* got 'su'"),
         ({"rope_scaling": {"type": "yarn"}}, "key 'factor' is missing"),
     ],
 )
 def test_a_bad_file_is_named_with_its_key(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        MoEConfig.from_json(_written(tmp_path, **changes))
+        read_config(_written(tmp_path, **changes))
     assert str(tmp_path) in str(error.value)
 
 
@@ -96,9 +112,9 @@ def test_an_unreadable_file_is_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        MoEConfig.from_json(path)
+        read_config(path)
     with pytest.raises(ValueError, match="cannot be read"):
-        MoEConfig.from_json(tmp_path / "absent.json")
+        read_config(tmp_path / "absent.json")
 
 
 def test_an_unknown_preset_suggests_a_close_one():
@@ -112,10 +128,150 @@ def test_an_unknown_preset_suggests_a_close_one():
         ({"experts": 15}, "multiple of expert_groups, got 15 and 4"),
         ({"groups_per_token": 5}, r"must lie in 1..4 \(expert_groups\), got 5"),
         ({"experts_per_token": 9}, "must lie in 1..8"),
-        ({"dense_layers": 3}, r"must lie in 0..2, got 3"),
-        ({"qk_rope_dim": 7}, "must be even, got 7"),
+        ({"dense_layers": (3,)}, r"ascending layer numbers in 0..2, got \(3,\)"),
+        ({"dense_layers": (0, 1, 2)}, "all 3 layers are dense"),
+        (
+            {"attention": dataclasses.replace(tiny().attention, qk_rope_dim=7)},
+            "must be even, got 7",
+        ),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny(), **changes)
+
+
+QWEN3 = {  # the form of Qwen3-30B-A3B's own config.json
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "attention_bias": False,
+    "max_position_embeddings": 40960,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "eos_token_id": 151645,
+}
+
+
+def _parsed(base, **changes):
+    return parse_config(base | changes, Path("config.json"))
+
+
+def test_qwen3_reads_as_grouped_attention_and_softmax_routing():
+    config = _parsed(QWEN3)
+    assert config.attention == GroupedAttention(kv_heads=4, head_dim=128, qk_norm=True)
+    assert (config.experts, config.experts_per_token, config.shared_experts) == (128, 8, 0)
+    assert (config.scoring, config.score_bias, config.normalize_weights) == ("softmax", False, True)
+    assert (config.rope.theta, config.rope.interleave) == (1e6, False)
+    assert (config.dense_layers, config.end_tokens) == ((), (151645,))
+    transformers_5 = {k: v for k, v in QWEN3.items() if k != "num_experts"}
+    assert _parsed(transformers_5, num_local_experts=128) == config
+
+
+def test_layers_may_be_dense_at_any_place():
+    config = _parsed(QWEN3, num_hidden_layers=7, decoder_sparse_step=2, mlp_only_layers=[1])
+    assert config.dense_layers == (0, 1, 2, 4, 6)
+    assert config.runs == (
+        ("dense", range(3)),
+        ("moe", range(1)),
+        ("dense", range(3, 4)),
+        ("moe", range(1, 2)),
+        ("dense", range(4, 5)),
+    )
+    assert tiny().runs == (("dense", range(1)), ("moe", range(2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 8}, None),
+        ({"sliding_window": 8, "use_sliding_window": True}, 8),
+        ({"model_type": "mixtral", "sliding_window": 8}, 8),
+    ],
+)
+def test_a_window_counts_where_the_family_uses_it(changes, window):
+    attention = _parsed(QWEN3, **changes).attention
+    assert isinstance(attention, GroupedAttention)
+    assert attention.window == window
+
+
+def test_mixtral_has_heads_of_the_default_width_and_experts_of_the_dense_size():
+    config = _parsed(QWEN3, model_type="mixtral", head_dim=None, num_key_value_heads=None)
+    assert config.attention == GroupedAttention(kv_heads=32, head_dim=64)
+    assert config.expert_ffn_size == 6144
+    assert config.normalize_weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups", "best"),
+    [
+        ({"topk_method": "greedy", "n_group": None, "topk_group": None}, (1, 1), 1),
+        ({"topk_method": "group_limited_greedy"}, (8, 4), 1),
+    ],
+)
+def test_deepseek_v2_routes_by_softmax_with_or_without_groups(changes, groups, best):
+    config = _parsed(PUBLISHED, model_type="deepseek_v2", scoring_func="softmax", **changes)
+    assert (config.expert_groups, config.groups_per_token) == groups
+    assert (config.scoring, config.group_best, config.normalize_weights) == ("softmax", best, False)
+    assert config.mtp_layers == 0
+
+
+def test_missing_extras_have_the_values_that_mean_nothing():
+    config = _parsed(PUBLISHED, n_shared_experts=None, q_lora_rank=None, eos_token_id=[1, 2])
+    assert config.shared_experts == 0
+    assert isinstance(config.attention, LatentAttention)
+    assert config.attention.q_lora_rank is None
+    assert config.end_tokens == (1, 2)
+    assert _parsed(PUBLISHED, model_type="kimi_k2").family == "deepseek_v3"
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (PUBLISHED, {"scoring_func": "softmax"}, "'scoring_func' must be 'sigmoid' here"),
+        (PUBLISHED, {"moe_layer_freq": 2}, "'moe_layer_freq' must be 1 here, got 2"),
+        (PUBLISHED, {"hidden_act": "gelu"}, "'hidden_act' must be 'silu' here, got 'gelu'"),
+        (PUBLISHED, {"topk_method": "greedy"}, "'topk_method' must be 'noaux_tc'"),
+        (QWEN3, {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' must be 1"),
+        (QWEN3, {"num_key_value_heads": 5}, "multiple of attention.kv_heads, got 32 and 5"),
+        (QWEN3, {"decoder_sparse_step": 0}, "'decoder_sparse_step' must be at least 1"),
+        (QWEN3, {"tie_word_embeddings": 1}, "'tie_word_embeddings' must be true or false, got 1"),
+        (QWEN3, {"eos_token_id": "end"}, "'eos_token_id' must hold token numbers, got 'end'"),
+        (QWEN3, {"sliding_window": 0, "use_sliding_window": True}, "window must be at least 1"),
+        (QWEN3, {"rope_scaling": "yarn"}, "'rope_parameters' must be an object, got 'yarn'"),
+    ],
+)
+def test_what_this_model_does_not_compute_is_refused(base, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _parsed(base, **changes)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        LinearScaling(factor=2.0),
+        DynamicScaling(factor=2.0),
+        Llama3Scaling(
+            factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64
+        ),
+        YarnConfig(factor=4.0, original_max_position=64, attention_factor=1.2, truncate=False),
+        YarnConfig(factor=4.0, original_max_position=64, mscale=0.7, mscale_all_dim=0.7),
+    ],
+)
+def test_every_rotary_scaling_survives_being_written(scaling):
+    config = dataclasses.replace(tiny(), rope=Rope(theta=5e5, scaling=scaling))
+    assert parse_config(json.loads(json.dumps(config_json(config))), Path("c")) == config

@@ -15,9 +15,11 @@ def _numpy(logits, bias, config):
     size = config.experts // config.expert_groups
     for row in logits.astype(np.float64):
         scores = 1 / (1 + np.exp(-row))
+        if config.scoring == "softmax":
+            scores = np.exp(row) / np.exp(row).sum()
         biased = scores + bias
         strength = [
-            np.sort(biased[g * size : (g + 1) * size])[-2:].sum()
+            np.sort(biased[g * size : (g + 1) * size])[-config.group_best :].sum()
             for g in range(config.expert_groups)
         ]
         groups = np.argsort(strength)[::-1][: config.groups_per_token]
@@ -31,15 +33,23 @@ def _numpy(logits, bias, config):
     return np.array(chosen), np.array(weights)
 
 
-CONFIGS = [tiny(), deepseek_v3(), dataclasses.replace(tiny(), normalize_weights=False)]
+SOFTMAX = dataclasses.replace(tiny(), scoring="softmax", score_bias=False, group_best=1)
+CONFIGS = {
+    "tiny": tiny(),
+    "deepseek-v3": deepseek_v3(),
+    "unnormalised": dataclasses.replace(tiny(), normalize_weights=False),
+    "deepseek-v2": dataclasses.replace(SOFTMAX, normalize_weights=False, routed_scale=16.0),
+    "qwen3": dataclasses.replace(SOFTMAX, expert_groups=1, groups_per_token=1),
+}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["tiny", "deepseek-v3", "unnormalised"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_routing_equals_numpy(config):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, config.experts)).astype(np.float32)
-    bias = rng.normal(size=config.experts).astype(np.float32) * 0.1
-    chosen, weights = gate(jnp.asarray(logits), jnp.asarray(bias), config)
+    bias = rng.normal(size=config.experts).astype(np.float32) * 0.1 * config.score_bias
+    given = jnp.asarray(bias) if config.score_bias else None
+    chosen, weights = gate(jnp.asarray(logits), given, config)
     want, want_weights = _numpy(logits, bias, config)
     np.testing.assert_array_equal(chosen, want)
     np.testing.assert_allclose(weights, want_weights, rtol=1e-5)

@@ -9,22 +9,22 @@ import pytest
 from flax import nnx
 
 from models.moe.cache import extend_cache
-from models.moe.checkpoint import load_checkpoint
-from models.moe.config import MoEConfig
-from models.moe.deepseek import DeepSeek
-from models.moe.layout import one_rank
+from models.moe.checkpoint import load
+from models.moe.transformer import prefill_attention
 
-FIXTURES = ("deepseek_v3_tiny", "deepseek_v3_yarn_tiny")
+FIXTURES = (
+    "deepseek_v2_tiny",
+    "deepseek_v3_tiny",
+    "deepseek_v3_yarn_tiny",
+    "mixtral_tiny",
+    "qwen3_moe_tiny",
+)
 
 
 @functools.cache
 def _loaded(folder):
-    config = MoEConfig.from_json(folder)
-    model = nnx.eval_shape(
-        lambda: DeepSeek(config, one_rank(config), precision="float32", rngs=nnx.Rngs(params=0))
-    )
-    reference = dict(np.load(folder / "reference.npz"))
-    return nnx.split(model)[0], load_checkpoint(folder, config), reference
+    graph, state = nnx.split(load(folder))
+    return graph, nnx.to_pure_dict(state), dict(np.load(folder / "reference.npz"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -35,6 +35,16 @@ def _prefill(graph, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _hidden(graph, params, tokens):
+    main = nnx.merge(graph, params).main
+    stack = main.moe if main.dense is None else main.dense
+    attend = prefill_attention("float32")
+    first, _ = stack((main.embedding(tokens),), (None,), attend, slice(0, 1))
+    (last,), _ = main.prefill((tokens,), "float32")
+    return first[0], last, main.logits(last)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _decode(graph, params, tokens, cache, lengths):
     main = nnx.merge(graph, params).main
     hidden, caches = main.decode((tokens,), (cache,), (lengths,))
@@ -42,25 +52,23 @@ def _decode(graph, params, tokens, cache, lengths):
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_logits_equal_hugging_face(data, name):
+def test_logits_and_hidden_states_equal_hugging_face(data, name):
     graph, params, reference = _loaded(data / "hf_fixtures" / name)
-    logits, _ = _prefill(graph, params, jnp.asarray(reference["input_ids"], jnp.int32))
-    np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
+    found = _hidden(graph, params, jnp.asarray(reference["input_ids"], jnp.int32))
+    for got, want in zip(found, ("hidden_first", "hidden_last", "logits"), strict=True):
+        np.testing.assert_allclose(got, reference[want], atol=1e-4, err_msg=want)
 
 
-@pytest.mark.parametrize("name", FIXTURES)
-@pytest.mark.parametrize("new", [1, 3])
-def test_prefill_then_absorbed_decode_equals_full_prefill(data, name, new):
+@pytest.mark.parametrize("name", ["deepseek_v2_tiny", "deepseek_v3_yarn_tiny", "qwen3_moe_tiny"])
+def test_decoding_several_tokens_at_once_equals_whole_prompts(data, name):
     graph, params, reference = _loaded(data / "hf_fixtures" / name)
-    tokens = jnp.asarray(reference["input_ids"][:, :24], jnp.int32)
-    full, _ = _prefill(graph, params, tokens)
-    prompt = 24 - 2 * new
-    _, cache = _prefill(graph, params, tokens[:, :prompt])
+    tokens, new = jnp.asarray(reference["input_ids"][:, :24], jnp.int32), 3
+    _, cache = _prefill(graph, params, tokens[:, : 24 - 2 * new])
     cache = extend_cache(cache, 24)
-    for start in range(prompt, 24, new):
+    for start in (24 - 2 * new, 24 - new):
         lengths = jnp.full((2,), start, jnp.int32)
         got, cache = _decode(graph, params, tokens[:, start : start + new], cache, lengths)
-        np.testing.assert_allclose(got, full[:, start : start + new], atol=1e-5)
+        np.testing.assert_allclose(got, reference["logits"][:, start : start + new], atol=1e-4)
 
 
 def test_decode_keeps_requests_of_different_lengths_apart(data):

@@ -1,0 +1,250 @@
+// W8A16 and W4A16 matrix products by multi-scale decomposition: split the rows, multiply in
+// integers, recombine. Weights are [features, inner] and are read once, as they lie in memory.
+#include "msd.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "isa.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace cmjax {
+namespace {
+
+namespace ffi = xla::ffi;
+using msd::Row;
+
+struct Kernels {
+  decltype(&msd::scalar::int8_bytes) int8_bytes;
+  decltype(&msd::scalar::int8_split) int8_split;
+  decltype(&msd::scalar::int8_totals) int8_totals;
+  decltype(&msd::scalar::mxfp4_bytes) mxfp4_bytes;
+  decltype(&msd::scalar::mxfp4_split) mxfp4_split;
+  decltype(&msd::scalar::mxfp4_totals) mxfp4_totals;
+};
+
+#define CMJAX_KERNELS_OF(space)                                                           \
+  Kernels {                                                                               \
+    &space::int8_bytes, &space::int8_split, &space::int8_totals, &space::mxfp4_bytes,     \
+        &space::mxfp4_split, &space::mxfp4_totals                                         \
+  }
+
+Kernels kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512Vnni) return CMJAX_KERNELS_OF(msd::avx512);
+  if (isa() == Isa::kAvx2) return CMJAX_KERNELS_OF(msd::avx2);
+#endif
+  return CMJAX_KERNELS_OF(msd::scalar);
+}
+
+#undef CMJAX_KERNELS_OF
+
+// Features per task: enough tasks for every worker, and large enough to stream.
+constexpr int64_t kFeatures = 32;
+// Split rows that stay in the second cache while weights pass.
+constexpr int64_t kRowsBytes = 384 << 10;
+constexpr int64_t kMostRows = 64;
+// Values below which splitting is not worth a second thread.
+constexpr int64_t kSplitAlone = 1 << 15;
+
+struct Sizes {
+  int64_t stack, rows, inner, features;
+};
+
+struct Free {
+  void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Scratch = std::unique_ptr<uint8_t[], Free>;
+
+Scratch aligned_bytes(int64_t count) {
+  return Scratch(static_cast<uint8_t*>(::operator new[](count, std::align_val_t{64}, std::nothrow)));
+}
+
+template <typename A, typename W>
+bool read_sizes(const A& x, const W& w, int64_t codes, Sizes& sizes) {
+  if (x.size() != 3 || w.size() != 3) return false;
+  sizes = {x[0], x[1], x[2], w[1]};
+  return w[0] == sizes.stack && w[2] * codes == sizes.inner && sizes.inner > 0;
+}
+
+template <typename D>
+bool is_shape(const D& dimensions, int64_t a, int64_t b, int64_t c) {
+  return dimensions.size() == 3 && dimensions[0] == a && dimensions[1] == b && dimensions[2] == c;
+}
+
+// Splits all rows, then calls totals(first row, count, stack, first feature, count, out) and
+// finish(row, stack, first feature, count, its totals, its results) for every tile of the result.
+template <typename Split, typename Totals, typename Finish>
+void run(ffi::ThreadPool& pool, const Sizes& n, int64_t row_bytes, float* y, const Split& split,
+         const Totals& totals, const Finish& finish) {
+  const int64_t all_rows = n.stack * n.rows;
+  const int64_t at_once = n.inner * all_rows < kSplitAlone ? all_rows : 1;
+  const int64_t splits = (all_rows + at_once - 1) / std::max<int64_t>(at_once, 1);
+  parallel_for(pool, splits, worker_count(pool, splits), [&](int64_t block, int64_t) {
+    const int64_t end = std::min(all_rows, (block + 1) * at_once);
+    for (int64_t row = block * at_once; row < end; ++row) split(row);
+  });
+  const int64_t rows_at_once = std::clamp<int64_t>(kRowsBytes / row_bytes / 12 * 12, 12, kMostRows);
+  const int64_t row_blocks = (n.rows + rows_at_once - 1) / rows_at_once;
+  const int64_t feature_blocks = (n.features + kFeatures - 1) / kFeatures;
+  const int64_t tasks = n.stack * feature_blocks * row_blocks;
+  parallel_for(pool, tasks, worker_count(pool, tasks), [&](int64_t task, int64_t) {
+    const int64_t row = task % row_blocks * rows_at_once;
+    const int64_t feature = task / row_blocks % feature_blocks * kFeatures;
+    const int64_t stack = task / row_blocks / feature_blocks;
+    const int64_t rows = std::min(rows_at_once, n.rows - row);
+    const int64_t features = std::min(kFeatures, n.features - feature);
+    float sums[kMostRows * kFeatures];
+    totals(stack * n.rows + row, rows, stack, feature, features, sums);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = stack * n.rows + row + r;
+      finish(at, stack, feature, features, sums + r * kFeatures, y + at * n.features + feature);
+    }
+  });
+}
+
+// A product as a value: beyond float32 it saturates, as in the reference.
+inline float rounded(float v) {
+  constexpr float largest = std::numeric_limits<float>::max();
+  return v > largest ? largest : v < -largest ? -largest : v;
+}
+
+ffi::Error int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
+                ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> offset,
+                ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::F32> y) {
+  Sizes n;
+  if (!read_sizes(x.dimensions(), w.dimensions(), 1, n)) {
+    return ffi::Error::InvalidArgument(
+        "msd_int8: x must be [stack, rows, inner] and w [stack, features, inner]");
+  }
+  if (n.inner > msd::kMostInner) {
+    return ffi::Error::InvalidArgument("msd_int8: inner is too long for int32 sums");
+  }
+  const auto of_features = static_cast<size_t>(n.stack * n.features);
+  if (!is_shape(scale.dimensions(), n.stack, n.features, 1)) {
+    return ffi::Error::InvalidArgument("msd_int8: scale must be [stack, features, 1]");
+  }
+  for (const auto* given : {&offset, &bias}) {
+    if (given->element_count() != 0 && given->element_count() != of_features) {
+      return ffi::Error::InvalidArgument(
+          "msd_int8: offset and bias must be empty or have stack * features elements");
+    }
+  }
+  if (!is_shape(y->dimensions(), n.stack, n.rows, n.features)) {
+    return ffi::Error::InvalidArgument("msd_int8: the result must be [stack, rows, features]");
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+
+  const Kernels kernel = kernels();
+  const int64_t bytes = kernel.int8_bytes(n.inner), all_rows = n.stack * n.rows;
+  const Scratch parts = aligned_bytes(bytes * all_rows);
+  const std::unique_ptr<Row[]> rows(new (std::nothrow) Row[all_rows]);
+  if (!parts || !rows) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_int8: memory");
+  const float* scales = scale.typed_data();
+  const float* offsets = offset.element_count() ? offset.typed_data() : nullptr;
+  const float* biases = bias.element_count() ? bias.typed_data() : nullptr;
+  run(
+      pool, n, bytes, y->typed_data(),
+      [&](int64_t row) {
+        kernel.int8_split(x.typed_data() + row * n.inner, n.inner, parts.get() + row * bytes,
+                          &rows[row]);
+      },
+      [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
+          float* sums) {
+        const int8_t* from = w.typed_data() + (stack * n.features + feature) * n.inner;
+        kernel.int8_totals(parts.get() + row * bytes, &rows[row], count, from, features, n.inner,
+                           sums, kFeatures);
+      },
+      [&](int64_t row, int64_t stack, int64_t feature, int64_t features, const float* sums,
+          float* out) {
+        // The order and rounding of every operation are those of the reference in msd.py.
+        const int64_t first = stack * n.features + feature;
+        const float unit = rows[row].unit, whole = rows[row].sum * unit;
+        for (int64_t f = 0; f < features; ++f) {
+          float v = sums[f] * unit;
+          if (offsets != nullptr) v = rounded(v) + rounded(offsets[first + f] * whole);
+          v = rounded(v * scales[first + f]);
+          if (biases != nullptr) v = rounded(v + biases[first + f]);
+          out[f] = v;
+        }
+      });
+  return ffi::Error::Success();
+}
+
+ffi::Error mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
+                 ffi::Buffer<ffi::U8> scale, ffi::Buffer<ffi::F32> bias,
+                 ffi::ResultBuffer<ffi::F32> y) {
+  Sizes n;
+  if (!read_sizes(x.dimensions(), w.dimensions(), 2, n) || n.inner % msd::kBlock != 0) {
+    return ffi::Error::InvalidArgument(
+        "msd_mxfp4: x must be [stack, rows, inner], inner a multiple of 32, and w [stack, "
+        "features, inner / 2]");
+  }
+  if (!is_shape(scale.dimensions(), n.stack, n.features, n.inner / msd::kBlock)) {
+    return ffi::Error::InvalidArgument("msd_mxfp4: scale must be [stack, features, inner / 32]");
+  }
+  const auto of_features = static_cast<size_t>(n.stack * n.features);
+  if (bias.element_count() != 0 && bias.element_count() != of_features) {
+    return ffi::Error::InvalidArgument(
+        "msd_mxfp4: bias must be empty or have stack * features elements");
+  }
+  if (!is_shape(y->dimensions(), n.stack, n.rows, n.features)) {
+    return ffi::Error::InvalidArgument("msd_mxfp4: the result must be [stack, rows, features]");
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+
+  const Kernels kernel = kernels();
+  const int64_t bytes = kernel.mxfp4_bytes(n.inner);
+  const Scratch parts = aligned_bytes(bytes * n.stack * n.rows);
+  if (!parts) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_mxfp4: memory");
+  const float* biases = bias.element_count() ? bias.typed_data() : nullptr;
+  run(
+      pool, n, bytes, y->typed_data(),
+      [&](int64_t row) {
+        kernel.mxfp4_split(x.typed_data() + row * n.inner, n.inner, parts.get() + row * bytes);
+      },
+      [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
+          float* sums) {
+        const int64_t first = stack * n.features + feature;
+        kernel.mxfp4_totals(parts.get() + row * bytes, count,
+                            w.typed_data() + first * (n.inner / 2),
+                            scale.typed_data() + first * (n.inner / msd::kBlock), features, n.inner,
+                            sums, kFeatures);
+      },
+      [&](int64_t, int64_t stack, int64_t feature, int64_t features, const float* sums,
+          float* out) {
+        const int64_t first = stack * n.features + feature;
+        for (int64_t f = 0; f < features; ++f) {
+          out[f] = rounded(sums[f]);
+          if (biases != nullptr) out[f] = rounded(out[f] + biases[first + f]);
+        }
+      });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_msd_int8, int8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_msd_mxfp4, mxfp4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+}  // namespace cmjax

@@ -1,0 +1,94 @@
+"""cmjax's own plan format: everything a `StoredPlan` holds, as one JSON object.
+
+    {"format": "cmjax-placement", "version": 1, "experts": 256, "ranks": 64, "nodes": 4,
+     "slots_per_rank": 5, "layer_labels": [3, ...], "provenance": {...},
+     "expert_of_slot": [[...], ...], "split_of_slot": [[...], ...]}
+
+`layer_labels`, `split_of_slot` and `provenance` are left out where nothing is known; other keys are
+ignored, so that results may be stored beside a plan. -1 is an empty slot. A file without empty
+slots is also what `Plan.from_json` reads.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cmjax.placement.formats.stored import StoredPlan
+
+PLAN_FORMAT = "cmjax-placement"
+PLAN_VERSION = 1
+
+
+def to_own(plan: StoredPlan) -> dict[str, Any]:
+    """The plan as a JSON document."""
+    document: dict[str, Any] = {
+        "format": PLAN_FORMAT,
+        "version": PLAN_VERSION,
+        "experts": plan.expert_count,
+        "ranks": plan.ranks,
+        "nodes": plan.nodes,
+        "slots_per_rank": plan.slots_per_rank,
+    }
+    if plan.layer_labels is not None:
+        document["layer_labels"] = list(plan.layer_labels)
+    if plan.provenance:
+        document["provenance"] = dict(plan.provenance)
+    document["expert_of_slot"] = plan.experts.tolist()
+    if plan.split is not None:
+        document["split_of_slot"] = plan.split.tolist()
+    return document
+
+
+def from_own(document: Mapping[str, Any], source: str) -> StoredPlan:
+    """Read a document back.
+
+    Raises: ValueError, one line that starts with `source`, for anything else.
+    """
+    if document.get("format") != PLAN_FORMAT:
+        raise ValueError(
+            f"{source}: expected format {PLAN_FORMAT!r}, found {document.get('format')!r}"
+        )
+    if document.get("version") != PLAN_VERSION:
+        raise ValueError(
+            f"{source}: expected version {PLAN_VERSION}, found {document.get('version')!r}"
+        )
+    missing = [k for k in ("experts", "ranks", "nodes", "expert_of_slot") if k not in document]
+    if missing:
+        raise ValueError(f"{source}: the plan lacks {', '.join(missing)}")
+    for name in ("experts", "ranks", "nodes"):
+        if type(document[name]) is not int:
+            raise ValueError(f"{source}: expected a whole number {name}, found {document[name]!r}")
+    labels, provenance = document.get("layer_labels"), document.get("provenance", {})
+    if not isinstance(labels, list | None) or not isinstance(provenance, Mapping):
+        raise ValueError(f"{source}: expected layer_labels as a list and provenance as an object")
+    split = document.get("split_of_slot")
+    return StoredPlan(
+        table(document["expert_of_slot"], "expert_of_slot", source),
+        document["experts"],
+        document["ranks"],
+        document["nodes"],
+        None if labels is None else tuple(labels),
+        None if split is None else table(split, "split_of_slot", source),
+        provenance,
+        source,
+    )
+
+
+def table(rows: Any, name: str, source: str) -> np.ndarray:
+    """A list of equally long lists of numbers as an array.
+
+    Raises: ValueError, one line, naming the first row that differs.
+    """
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"{source}: expected {name} as a list of lists")
+    odd = next((n for n, row in enumerate(rows) if len(row) != len(rows[0])), None)
+    if odd is not None:
+        raise ValueError(
+            f"{source}: layers disagree: {name} has {len(rows[0])} entries in layer 0 and "
+            f"{len(rows[odd])} in layer {odd}"
+        )
+    try:
+        return np.array(rows)
+    except ValueError as error:
+        raise ValueError(f"{source}: expected numbers in {name}: {error}") from None

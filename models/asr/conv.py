@@ -1,0 +1,248 @@
+"""One 1-D convolution of an acoustic model with its activation, in floating point or integers.
+
+    float32         y = act(x * W + b)
+    int8            direct convolution with int8 operands
+    int8-winograd   int8 operands in the domain of a short algorithm, one step per point
+
+The integer forms are `cmjax.primitives.winograd`: one pipeline for training and for deployment, so
+a trained network is deployed by `pack`ing its filters, and gives the same integers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from cmjax.primitives.conv_geometry import fold_input, folding
+from cmjax.primitives.conv_scales import ConvScales
+from cmjax.primitives.conv_tiles import windows
+from cmjax.primitives.packed_conv import PackedConv, prepack
+from cmjax.primitives.quantized_conv import LARGEST_OPERAND
+from cmjax.primitives.toom_cook import ALGORITHMS
+from cmjax.primitives.winograd import winograd_conv1d
+from models.asr.frames import Frames, lookback
+
+Precision = Literal["float32", "int8", "int8-winograd"]
+PRECISIONS = ("float32", "int8", "int8-winograd")
+_STEPS = ("input_step", "point_step", "filter_step")
+
+
+class Scale(nnx.Param):
+    """A step of quantisation: positive, learned at a pace of its own."""
+
+
+class Packed(nnx.Variable):
+    """A filter of integers, ready for the kernels; not trained."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a quantised layer saw of a batch, as sums over the frames of its utterances.
+
+    Attributes:
+      error: squared distance of its output from that of the same layer in float32.
+      power: squared float32 output.
+      excess: by how much transformed values leave the integer range, in units of it.
+      count: transformed values.
+    """
+
+    error: Float[Array, ""]
+    power: Float[Array, ""]
+    excess: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+class Conv(nnx.Module):
+    """`y_t = act(b + sum_j x_{stride t - low + j} W_j)`, low = (kernel - 1) // 2, zeros outside.
+
+    `act(y) = max(y, slope y)`: slope 1 is none, 0 is ReLU. Frames: `ceil(frames / stride)`.
+    Parameters: `kernel [taps, cin, cout]`, `bias [cout]`; once calibrated `input_step []`,
+    `point_step [points]` and `filter_step [points, cout]`, the fields of `ConvScales`.
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        slope: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        gain = (2 / (1 + slope**2)) ** 0.5
+        shape = (kernel, cin, cout)
+        scale = gain * (kernel * cin) ** -0.5
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(cout))
+        self.cin, self.cout, self.taps = cin, cout, kernel
+        self.stride, self.slope = stride, slope
+        self.precision: Precision = "float32"
+        self.algorithm: str | None = None
+        self.input_limit = 0
+
+    @property
+    def low(self) -> int:
+        """Zeros in front of an utterance."""
+        return (self.taps - 1) // 2
+
+    @property
+    def tile(self) -> int:
+        """Outputs that are computed together."""
+        if self.precision == "float32" or self.algorithm is None:
+            return 1
+        return ALGORITHMS[self.algorithm].m
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the direct form per output frame."""
+        return self.taps * self.cin * self.cout
+
+    @property
+    def scales(self) -> ConvScales:
+        """The steps. Raises ValueError before `set_scales`."""
+        if self.algorithm is None:
+            raise ValueError("Conv: no scales yet; calibrate before switching to integers")
+        return ConvScales(
+            **{name: getattr(self, name)[...] for name in _STEPS},
+            algorithm=self.algorithm,
+            domain="int8",
+            input_limit=self.input_limit,
+        )
+
+    def set_scales(self, scales: ConvScales) -> None:
+        """Quantise with these from now on, once switched to integers."""
+        for name in _STEPS:
+            setattr(self, name, Scale(jnp.asarray(getattr(scales, name))))
+        self.algorithm, self.input_limit = scales.algorithm, scales.input_limit
+
+    def switch(self, precision: Precision) -> None:
+        """Compute in `precision` from now on.
+
+        Raises: ValueError for an unknown one, or for integers without scales for them.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if precision != "float32" and self.algorithm is None:
+            raise ValueError(f"switch: {precision} needs scales; calibrate first")
+        if precision == "int8" and self.algorithm != "direct":
+            raise ValueError(
+                f"switch: int8 is direct convolution, and the scales are of {self.algorithm}; "
+                "calibrate for int8"
+            )
+        self.precision = precision
+
+    def prepare_scales(self, algorithm: str, input_limit: int) -> None:
+        """Steps of 1 in the shapes of an algorithm, to be filled."""
+        points = ALGORITHMS[algorithm].n
+        self.set_scales(
+            ConvScales(
+                input_step=jnp.ones(()),
+                point_step=jnp.ones(points),
+                filter_step=jnp.ones((points, self.cout)),
+                algorithm=algorithm,
+                domain="int8",
+                input_limit=input_limit,
+            )
+        )
+
+    def pack(self, *, for_kernels: bool | None = None) -> None:
+        """Quantise the filter once and for all; the layer computes the same integers as before.
+
+        Args:
+          for_kernels: lay it out for the C++ kernels; by default if they are enabled.
+        """
+        if self.precision != "float32":
+            packed = prepack(self.kernel[...], self.scales, stride=self.stride, packed=for_kernels)
+            self.packed = Packed(packed)
+
+    def convolutions(self) -> list["Conv"]:
+        return [self]
+
+    def __call__(self, frames: Frames, *, watch: "Watch | None" = None) -> Frames:
+        y = frames.strided(self._convolve(frames.x, self.padding(frames.x.shape[1])), self.stride)
+        if watch is not None:
+            watch(self, frames, y)
+        return y
+
+    def padding(self, length: int) -> tuple[int, int]:
+        """Zeros before and behind so many frames."""
+        last = (-(-length // self.stride) - 1) * self.stride
+        return self.low, last + self.taps - self.low - length
+
+    def record(self, frames: Frames, y: Frames, *, saturation: bool = True) -> Record:
+        """What happened to `frames` on the way to `y`; for layers in integers.
+
+        Args:
+          frames, y: input and output.
+          saturation: count it; it costs another transform of the input.
+        """
+        exact = frames.strided(self._exact(frames.x, self.padding(frames.x.shape[1])), self.stride)
+        wanted = lax.stop_gradient(exact.x)
+        excess, count = jnp.zeros(()), jnp.ones(())
+        if saturation:
+            excess, count = self._saturation(frames.x)
+        return Record(jnp.square(y.x - wanted).sum(), jnp.square(wanted).sum(), excess, count)
+
+    def state(self, batch: int, alignment: int) -> Float[Array, "batch back cin"]:
+        """What a stream remembers: the last input frames."""
+        return jnp.zeros((batch, self._back(alignment), self.cin))
+
+    def late(self, alignment: int) -> int:
+        """Output frames by which a stream is late."""
+        return (self._back(alignment) - self.low) // self.stride
+
+    def step(
+        self, state: Float[Array, "batch back cin"], frames: Frames, alignment: int
+    ) -> tuple[Float[Array, "batch back cin"], Frames]:
+        """The next chunk, a multiple of `stride` frames."""
+        chunk = frames.x.shape[1]
+        both = jnp.concatenate([state, frames.x], axis=1)
+        used = chunk - self.stride + self.taps
+        y = self._convolve(both[:, :used], (0, 0))
+        return both[:, chunk:], frames.strided(y, self.stride, self.late(alignment))
+
+    def _back(self, alignment: int) -> int:
+        return lookback(self.taps, self.low, self.stride, alignment)
+
+    def _convolve(self, x: Array, padding: tuple[int, int]) -> Array:
+        if self.precision == "float32":
+            return self._exact(x, padding)
+        packed = getattr(self, "packed", None)
+        operands: PackedConv | Array = self.kernel[...] if packed is None else packed.get_value()
+        return winograd_conv1d(
+            x,
+            operands,
+            stride=self.stride,
+            padding=padding,
+            bias=self.bias[...],
+            activation=self.slope,
+            scales=self.scales if packed is None else None,
+        )
+
+    def _exact(self, x: Array, padding: tuple[int, int]) -> Array:
+        layout = ("NWC", "WIO", "NWC")
+        kernel = self.kernel[...]
+        y = lax.conv_general_dilated(x, kernel, (self.stride,), [padding], dimension_numbers=layout)
+        y = y + self.bias[...]
+        return y if self.slope == 1 else jnp.maximum(y, self.slope * y)
+
+    def _saturation(self, x: Array) -> tuple[Array, Array]:
+        """By how much all transformed inputs leave the range of operands, and their number."""
+        scales, form = self.scales, ALGORITHMS[self.scales.algorithm]
+        limit = LARGEST_OPERAND[scales.domain]
+        fold = folding(self.taps, self.stride, 1)
+        folded, pads = fold_input(x / scales.input_step, self.padding(x.shape[1]), fold)
+        columns, _ = windows(folded, form, taps=fold.taps, dilation=1, padding=pads)
+        points = jnp.stack(form.bt_program.apply(columns))
+        v = points / scales.point_step[:, None, None, None]
+        return jnp.maximum(jnp.abs(v) / limit - 1, 0).sum(), jnp.asarray(float(v.size))
+
+
+Watch = Callable[[Conv, Frames, Frames], None]

@@ -1,0 +1,145 @@
+"""Log-mel filterbank energies, as Kaldi's `compute-fbank-feats` computes them.
+
+    frame t = samples [t S, t S + N)       S = 10 ms, N = 25 ms, only whole frames
+    minus its mean -> x[n] - 0.97 x[n-1] -> Povey window -> |FFT|^2 -> mel triangles -> log
+
+Source: Povey et al., "The Kaldi speech recognition toolkit" (ASRU 2011), feature extraction with
+dither 0; the triangles are O'Shaughnessy's mel scale, 1127 ln(1 + f / 700).
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+PRE_EMPHASIS = 0.97
+FULL_SCALE = 32768.0  # Kaldi reads 16-bit integers; here a sample is a fraction of full scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogMel:
+    """Options of the front end. Raises ValueError for bands that do not fit the sample rate."""
+
+    sample_rate: int = 8000
+    """Samples per second."""
+    bands: int = 40
+    """Mel bands."""
+    frame_s: float = 0.025
+    """Length of a frame."""
+    shift_s: float = 0.010
+    """Distance of two frames."""
+    low_hz: float = 20.0
+    """Lower edge of the first band; the last band ends at half the sample rate."""
+    floor: float = 1.0
+    """Smallest energy, for 16-bit samples: below it there is only the rounding of the recording."""
+
+    def __post_init__(self):
+        if self.shift < 1 or self.frame < 2:
+            raise ValueError(
+                f"LogMel: frame_s={self.frame_s} and shift_s={self.shift_s} are less than two "
+                f"samples and one at sample_rate={self.sample_rate}"
+            )
+        if not 0 <= self.low_hz < self.sample_rate / 2:
+            raise ValueError(
+                f"LogMel: low_hz must lie in [0, {self.sample_rate / 2}), got {self.low_hz}"
+            )
+        if self.bands < 1 or self.floor <= 0:
+            raise ValueError(
+                f"LogMel: bands and floor must be positive, got {self.bands} and {self.floor}"
+            )
+        if not mel_filters(self).any(axis=0).all():
+            raise ValueError(
+                f"LogMel: bands={self.bands} are too narrow for frames of {self.frame} samples: "
+                "a band would hold no FFT bin; use fewer bands or a longer frame"
+            )
+
+    @property
+    def frame(self) -> int:
+        """Samples in a frame."""
+        return int(self.sample_rate * self.frame_s)
+
+    @property
+    def shift(self) -> int:
+        """Samples between the starts of two frames."""
+        return int(self.sample_rate * self.shift_s)
+
+    @property
+    def fft(self) -> int:
+        """Points of the FFT: the next power of two."""
+        return 1 << (self.frame - 1).bit_length()
+
+    def frames(self, samples):
+        """Whole frames in so many samples (an integer or an array of them)."""
+        return (samples - self.frame + self.shift).clip(0) // self.shift
+
+    def samples(self, frames: int) -> int:
+        """Fewest samples that hold so many frames."""
+        return self.frame + (frames - 1) * self.shift if frames else 0
+
+
+def log_mel(
+    samples: Float[Array, "*batch time"], options: LogMel
+) -> Float32[Array, "*batch frames bands"]:
+    """Log energies of mel bands.
+
+    Args:
+      samples: waveforms, fractions of full scale, at `options.sample_rate`.
+      options: the front end.
+    Returns:
+      natural logarithms of energies; `options.frames(time)` frames.
+    Raises:
+      TypeError: samples are not floating point.
+      ValueError: samples hold less than one frame.
+    """
+    if not jnp.issubdtype(samples.dtype, jnp.floating):
+        raise TypeError(
+            "log_mel: samples must be floating point, fractions of full scale, got "
+            f"{samples.dtype}; divide 16-bit integers by {FULL_SCALE:.0f}"
+        )
+    count = int(options.frames(np.int64(samples.shape[-1])))
+    if count < 1:
+        raise ValueError(
+            f"log_mel: samples must hold at least one frame of {options.frame}, got "
+            f"{samples.shape[-1]}"
+        )
+    starts = np.arange(count) * options.shift
+    x = samples.astype(jnp.float32)[..., starts[:, None] + np.arange(options.frame)] * FULL_SCALE
+    x = x - x.mean(axis=-1, keepdims=True)
+    before = jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
+    x = (x - PRE_EMPHASIS * before) * _povey(options.frame)
+    spectrum = jnp.fft.rfft(x, options.fft)
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    return jnp.log(jnp.maximum(power @ mel_filters(options), options.floor))
+
+
+def mel(hz):
+    """O'Shaughnessy's mel scale."""
+    return 1127.0 * np.log1p(np.asarray(hz, np.float64) / 700.0)
+
+
+@functools.cache
+def mel_filters(options: LogMel) -> Float32[np.ndarray, "bins bands"]:
+    """Triangles, equally wide in mel; each rises from its neighbour's centre and falls to the next.
+
+    FFT bins are 0 to `fft / 2`; Kaldi leaves the last one out, and so does this.
+    """
+    edges = np.linspace(mel(options.low_hz), mel(options.sample_rate / 2), options.bands + 2)
+    bins = mel(np.arange(options.fft // 2) * options.sample_rate / options.fft)[:, None]
+    width = edges[1] - edges[0]
+    rising, falling = (bins - edges[:-2]) / width, (edges[2:] - bins) / width
+    triangles = np.minimum(rising, falling).clip(0)
+    return np.concatenate([triangles, np.zeros((1, options.bands))]).astype(np.float32)
+
+
+def band_centres(options: LogMel) -> Float[np.ndarray, "bands"]:
+    """Mel value of every band's centre."""
+    edges = np.linspace(mel(options.low_hz), mel(options.sample_rate / 2), options.bands + 2)
+    return edges[1:-1]
+
+
+@functools.cache
+def _povey(frame: int) -> Float32[np.ndarray, "frame"]:
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(frame) / (frame - 1))
+    return (hann**0.85).astype(np.float32)

@@ -1,0 +1,328 @@
+"""Generate text with a model on an emulated (or real) mesh.
+
+    python -m models.moe.generate --weights DIR --prompt "The" --prompt "A cat" --mesh 48x8
+    python -m models.moe.generate --random tiny --prompt "The" --new-tokens 16
+
+Prompts are batched over the ranks of the mesh; experts live where the placement plan, or the
+published deployment, puts them. Tokens come from the checkpoint's tokenizer.json, or are bytes.
+Completions go to standard output, progress and speed to standard error. Exit code 2 is bad input.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from cmjax.commands.output import bar, check_target, emit
+from cmjax.cost.deployment import Deployment
+from cmjax.mesh import RANKED, RankMesh, prepare_devices
+from cmjax.placement import Plan
+from models.moe.batch import Sampler, check_prompts
+from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
+from models.moe.config import MoEConfig
+from models.moe.deepseek import abstract_params, init_params
+from models.moe.deployment import slot_table
+from models.moe.generation import Generated, Generator, place_params
+from models.moe.hf_config import load_config
+from models.moe.layout import Layout, param_specs, shard_params
+from models.moe.placement import SlotTable
+from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Options of a generation."""
+
+    weights: Path | None = None
+    """Checkpoint folder: config.json and safetensors."""
+    random: str | None = None
+    """Instead of weights: a preset (tiny), or a config.json, with random parameters."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; give it several times for a batch."""
+    prompt_file: Path | None = None
+    """More prompts, one a line."""
+    prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Prompts as token numbers: `1,2,3`."""
+    mesh: str = "1x1"
+    """Ranks, as nodes x npus (x dies): 48x8 is the supernode. A node is one XLA device."""
+    plan: Path | None = None
+    """Where experts live: a plan written by `cmjax place --json`."""
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    """What the model computes in."""
+    kv_cache: Literal["float32", "bfloat16", "int8"] | None = None
+    """Format of the cache (default: the precision's)."""
+    new_tokens: int = 64
+    """Most tokens to add to each prompt."""
+    context: int | None = None
+    """Tokens the cache holds per request (default: as many as the longest needs)."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities reach this."""
+    seed: int = 0
+    """Of the drawn tokens, and of random parameters."""
+    drafts: int | None = None
+    """Tokens drafted per step by multi-token prediction (default: 1 if the model can)."""
+    ignore_end: bool = False
+    """Go on after a token that ends a text."""
+    json: str | None = None
+    """Write the completions as JSON to this file; `-` is standard output."""
+
+    def run(self, out: Console, log: Console) -> None:
+        """Generate and print.
+
+        Raises: ValueError: bad input.
+        """
+        check_target(self.json)
+        sampler = Sampler(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        mesh = parse_mesh(self.mesh)
+        model = self._model()
+        config = model.config if isinstance(model, Checkpoint) else model
+        tokenizer = open_tokenizer(self.weights, config.vocab_size) if self._texts() else None
+        if isinstance(tokenizer, ByteTokenizer):
+            log.print("no tokenizer.json: every byte is a token")
+        prompts = self._prompts(tokenizer)
+        check_prompts(config, prompts, self.new_tokens, self.context)
+        prepare_devices(mesh.nodes)
+        started = time.perf_counter()
+        generator = self._generator(model, config, mesh)
+        log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
+        with bar(quiet=False) as progress:
+            task = progress.add_task("compiling", total=None)
+
+            def on_step(done: int, wanted: int) -> None:
+                progress.update(task, total=wanted, completed=done, description="generating")
+
+            found = generator.generate(
+                prompts,
+                self.new_tokens,
+                sampler=sampler,
+                context=self.context,
+                end_tokens=() if self.ignore_end else config.end_tokens,
+                on_step=on_step,
+            )
+        self._show(out, log, found, prompts, tokenizer, mesh, generator.drafts)
+
+    def _texts(self) -> tuple[str, ...]:
+        """Prompts given as text."""
+        if self.prompt_file is None:
+            return self.prompt
+        try:
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.prompt_file}: cannot be read ({error})") from None
+        return *self.prompt, *filter(None, lines)
+
+    def _prompts(self, tokenizer: Tokenizer | None) -> list[list[int]]:
+        prompts = [tokenizer.encode(text) for text in self._texts()] if tokenizer else []
+        for given in self.prompt_tokens:
+            try:
+                prompts.append([int(token) for token in re.split(r"[,\s]+", given.strip())])
+            except ValueError:
+                raise ValueError(
+                    f"--prompt-tokens must be numbers with commas, got {given!r}"
+                ) from None
+        if not prompts:
+            raise ValueError("no prompt: give --prompt, --prompt-file or --prompt-tokens")
+        return prompts
+
+    def _model(self) -> Checkpoint | MoEConfig:
+        if (self.weights is None) == (self.random is None):
+            raise ValueError("give either --weights FOLDER or --random PRESET")
+        if self.weights is not None:
+            return open_checkpoint(self.weights)
+        assert self.random is not None
+        return load_config(self.random)
+
+    def _generator(
+        self, model: Checkpoint | MoEConfig, config: MoEConfig, mesh: RankMesh
+    ) -> Generator:
+        possible = model.has_mtp if isinstance(model, Checkpoint) else config.mtp_layers > 0
+        drafts = int(possible) if self.drafts is None else self.drafts
+        if drafts and not possible:
+            raise ValueError(
+                f"--drafts {drafts} needs a multi-token-prediction module, which this model has "
+                "not; use --drafts 0"
+            )
+        mtp = drafts > 0
+        tables = None
+        if self.plan is None:
+            table = slot_table(config, mesh.ranks, Deployment(phase="decode"))
+        else:
+            tables = plan_tables(Plan.from_json(self.plan), self.plan, config, mesh, mtp)
+            table = max(tables, key=lambda table: table.max_copies)
+        layout = Layout(table=table, axes=mesh.axes)
+        check_memory(config, layout, mesh, self.precision, mtp)
+        if isinstance(model, Checkpoint):
+            with bar(quiet=False) as progress:
+                task = progress.add_task("loading")
+                params = load_params(
+                    model,
+                    layout,
+                    precision=self.precision,
+                    mtp=mtp,
+                    mesh=mesh,
+                    tables=tables,
+                    progress=lambda done, total: progress.update(task, completed=done, total=total),
+                )
+        else:
+            one = init_params(config, self.precision, mtp=mtp, seed=self.seed)
+            params = place_params(shard_params(one, layout, tables), layout, mesh)
+        return Generator(
+            config=config,
+            params=params,
+            layout=layout,
+            mesh=mesh,
+            precision=self.precision,
+            kv_cache=self.kv_cache or self.precision,
+            drafts=drafts,
+        )
+
+    def _show(
+        self,
+        out: Console,
+        log: Console,
+        found: Generated,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer | None,
+        mesh: RankMesh,
+        drafts: int,
+    ) -> None:
+        texts = self._texts()
+        requests: list[dict[str, Any]] = []
+        for number, (prompt, completion) in enumerate(zip(prompts, found.completions, strict=True)):
+            request: dict[str, Any] = {"prompt_tokens": prompt, "tokens": completion.tokens}
+            if tokenizer is not None and number < len(texts):
+                request |= {"prompt": texts[number], "text": tokenizer.decode(completion.tokens)}
+            requests.append(request | {"stopped_by": completion.reason})
+        speed = {
+            "ranks": mesh.ranks,
+            "compile_s": found.compile_s,
+            "prefill_s": found.prefill_s,
+            "prefill_tokens_per_s": found.prompt_tokens / found.prefill_s,
+            "decode_s": found.decode_s,
+            "decode_steps": found.steps,
+            "decode_tokens_per_s": found.decoded_tokens / found.decode_s if found.steps else None,
+            "drafts_per_step": drafts,
+            "draft_acceptance": found.acceptance,
+        }
+        emit(out, self.json, {"requests": requests, "speed": speed})
+        if self.json != "-":
+            for number, request in enumerate(requests, 1):
+                shown = request.get("prompt", request["prompt_tokens"])
+                continued = request.get("text", request["tokens"])
+                out.print(f"[{number}] {shown} → {continued}", markup=False, highlight=False)
+        log.print(_summary(found), highlight=False)
+
+
+def parse_mesh(text: str) -> RankMesh:
+    """`48x8` as 48 nodes of 8 NPUs; `48x8x2` with two dies each; `8` as one node of 8.
+
+    Raises: ValueError: anything else.
+    """
+    if not re.fullmatch(r"\d+(x\d+){0,2}", text):
+        raise ValueError(f"--mesh must be NODESxNPUS or NODESxNPUSxDIES, got {text!r}")
+    sizes = [int(part) for part in text.split("x")]
+    return RankMesh(*(sizes if len(sizes) > 1 else [1, *sizes]))
+
+
+def plan_tables(
+    plan: Plan, path: Path, config: MoEConfig, mesh: RankMesh, mtp: bool
+) -> list[SlotTable]:
+    """The slot table of every MoE layer from a plan; the MTP layer's is the last layer's unless the
+    plan has one for it.
+
+    Raises: ValueError: the plan is for another model or mesh; names the sizes.
+    """
+    layers = config.moe_layers
+    wrong = [
+        f"{name}: plan {planned}, {what} {wanted}"
+        for name, planned, what, wanted in (
+            ("experts per layer", plan.expert_count, "model", config.experts),
+            ("ranks", plan.ranks, "mesh", mesh.ranks),
+        )
+        if planned != wanted
+    ]
+    if plan.layers not in (layers, layers + (config.mtp_layers > 0)):
+        wrong.append(f"MoE layers: plan {plan.layers}, model {layers}")
+    if wrong:
+        raise ValueError(f"{path}: a plan for another deployment ({'; '.join(wrong)})")
+    rows = [tuple(row) for row in plan.experts.tolist()]
+    if mtp and len(rows) == layers:
+        rows.append(rows[-1])
+    rows = rows[: layers + mtp]
+    return [SlotTable(row, plan.ranks, plan.expert_count) for row in rows]
+
+
+def check_memory(
+    config: MoEConfig,
+    layout: Layout,
+    mesh: RankMesh,
+    precision: Literal["float32", "bfloat16", "int8"],
+    mtp: bool,
+) -> None:
+    """Refuse parameters that cannot fit this machine before making any.
+
+    Raises: ValueError: names the bytes needed and there.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    shapes = abstract_params(config, layout, precision, mtp=mtp)
+    specs = param_specs(shapes, layout)
+    needed = 0
+    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True):
+        copies = layout.ranks if spec is RANKED else mesh.nodes
+        needed += copies * math.prod(leaf.shape) * leaf.dtype.itemsize
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
+            f"this machine has {there / 1e9:,.1f} GB; choose a smaller model, mesh or precision"
+        )
+
+
+def _summary(found: Generated) -> str:
+    lines = [
+        f"compiled in {found.compile_s:.1f} s; "
+        f"prefill {found.prompt_tokens} tokens in {found.prefill_s:.3f} s, "
+        f"{found.prompt_tokens / found.prefill_s:,.0f} tokens/s"
+    ]
+    if found.steps:
+        lines.append(
+            f"decode {found.decoded_tokens} tokens in {found.decode_s:.3f} s and {found.steps} "
+            f"steps, {found.decoded_tokens / found.decode_s:,.1f} tokens/s"
+        )
+    if found.acceptance is not None:
+        lines.append(
+            f"drafts accepted: {found.accepted} of {found.drafted} ({found.acceptance:.1%})"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    command = tyro.cli(Generate, args=arguments, prog="models.moe.generate", description=__doc__)
+    try:
+        command.run(Console(), Console(stderr=True))
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

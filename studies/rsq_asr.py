@@ -1,0 +1,313 @@
+"""Int8 Winograd for speech recognition: what each way of quantising costs, and what it gains.
+
+    python -m studies.rsq_asr [--full] [--base.data fsdd --base.data-dir FOLDER] [--out out/study]
+
+Yao et al. (arXiv 2010.14841; ICASSP 2022, abstract) report for Wav2letter on ARMv7 phones 1.48x end
+to end and 1.92x on the backbone, at about 0.07 % absolute word error rate. Here, for each network
+and seed, one float32 network is trained and then made integer in six ways. Every part is kept in
+the output folder: an interrupted study goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from cmjax.mesh import prepare_devices
+from cmjax.primitives.packed_conv import prepack
+from models.asr.acoustic import AcousticModel
+from models.asr.frames import Frames
+from studies.rsq_asr_figure import plot_tradeoff
+from train.asr.config import Config, FloatStage, Loss, QuantStage
+from train.asr.learner import features_of, take_apart
+from train.asr.quantise import layer_inputs, layer_sqnr_db
+from train.asr.run import Run, measure, start, train
+from train.asr.task import prepare
+from train.data.batches import Batch, test_batches
+
+PAPER = {"end to end": 1.48, "backbone": 1.92, "WER loss, %": 0.07}
+Network = Literal["dfsmn", "wav2letter"]
+_TRAINED = Loss()
+_UNDISTILLED = dataclasses.replace(_TRAINED, local=0.0, teacher=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to integers: how ranges are chosen, and what is trained with which loss."""
+
+    precision: Literal["float32", "int8", "int8-winograd"]
+    ranges: Literal["per-tap", "safe", "naive"] = "per-tap"
+    loss: Loss | None = None
+
+
+VARIANTS = {
+    "float32": Variant("float32"),
+    "int8 direct, PTQ": Variant("int8"),
+    "Winograd naive, PTQ": Variant("int8-winograd", "naive"),
+    "Winograd per tap, PTQ": Variant("int8-winograd"),
+    "QAT, safe ranges": Variant("int8-winograd", "safe", _TRAINED),
+    "RSQ, no distillation": Variant("int8-winograd", "per-tap", _UNDISTILLED),
+    "RSQ": Variant("int8-winograd", "per-tap", _TRAINED),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Compare the ways to integers."""
+
+    base: Config = dataclasses.field(
+        default_factory=lambda: Config(
+            voices=8,
+            float_stage=FloatStage(steps=500),
+            quant=QuantStage(scale_steps=40, steps=80),
+            out=Path("out/study"),
+        )
+    )
+    """Data, networks and training; its `model`, `seed` and stages are varied."""
+    networks: tuple[Network, ...] = ("dfsmn", "wav2letter")
+    """Networks."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each trains a float32 network of its own."""
+    full: bool = False
+    """Four times the steps and twice the voices: hours instead of minutes."""
+    algorithm: str = "auto"
+    """Short algorithm of the layers that have one; "auto" chooses per layer."""
+
+    def config(self, network: Network, seed: int, name: str) -> Config:
+        """Of one part of the study."""
+        variant, more = VARIANTS[name], 4 if self.full else 1
+        steps = more if variant.loss else 0
+        quant = dataclasses.replace(
+            self.base.quant,
+            precision=variant.precision,
+            ranges=variant.ranges,
+            algorithm=self.algorithm,
+            scale_steps=steps * self.base.quant.scale_steps,
+            steps=steps * self.base.quant.steps,
+        )
+        floating = more * self.base.float_stage.steps if name == "float32" else 0
+        return dataclasses.replace(
+            self.base,
+            voices=self.base.voices * (2 if self.full else 1),
+            model=network,
+            seed=seed,
+            float_stage=dataclasses.replace(self.base.float_stage, steps=floating),
+            quant=quant,
+            loss=variant.loss or _TRAINED,
+            out=self.base.out / network / str(seed) / name.replace(" ", "_").replace(",", ""),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one variant of one network and seed does.
+
+    Attributes:
+      wer: word error rate by test set.
+      sqnr_db: of every convolution, against float32 on the same input.
+      model_bytes: parameters as they are stored.
+      end_to_end_s, backbone_s: processor time for one utterance; backbone are the layers that have
+        a short algorithm.
+    """
+
+    wer: dict[str, float]
+    sqnr_db: list[float]
+    model_bytes: int
+    end_to_end_s: float = 0.0
+    backbone_s: float = 0.0
+
+
+def run_variant(config: Config, teacher: AcousticModel | None, console: Console) -> Run:
+    """Train (or find) one part; those in integers begin from a float32 network."""
+    run = start(config, console)
+    if teacher is not None and run.stage == 0:
+        network, params = take_apart(teacher)
+        run.model = network.model(params)
+    train(run, console)
+    return run
+
+
+def outcome(run: Run, sample: Sequence[Batch]) -> Outcome:
+    """Error rates, noise and size of a finished run."""
+    precision = run.config.quant.precision
+    results = measure(run, only=precision)[precision]
+    noise = [] if precision == "float32" else layer_sqnr_db(run.model, sample, run.task.framing)
+    wer = {name: result.words.rate for name, result in results.items()}
+    return Outcome(wer, noise, model_bytes(run.model))
+
+
+def model_bytes(model: AcousticModel) -> int:
+    """Bytes of all parameters: transformed integer filters with their scales, or float32."""
+    total = sum(4 * x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    for conv in model.convolutions():
+        if conv.precision != "float32":
+            packed = prepack(conv.kernel[...], conv.scales, stride=conv.stride, packed=False)
+            steps = sum(x.size for x in jax.tree.leaves(conv.scales))
+            total -= 4 * (conv.kernel.size + steps)
+            total += packed.u.size + 4 * (packed.scale.size + packed.requant.size + 1)
+    return total
+
+
+def time_variants(
+    runs: dict[str, Run], batch: Batch, repetitions: int
+) -> dict[str, tuple[float, float]]:
+    """(end to end, backbone) processor seconds of each, least of interleaved repetitions.
+
+    The backbone of all variants is the same: layers with a stride of 1 and more than one tap.
+    """
+    calls: dict[str, tuple[Callable, Callable]] = {}
+    for name, run in runs.items():
+        network, params = take_apart(run.model)
+        model = network.model(params)
+        inputs = layer_inputs(model, [batch], run.task.framing)
+        model.pack()
+        calls[name] = (_end_to_end(model, batch, run), _backbone(model, inputs))
+    least = {name: [np.inf, np.inf] for name in calls}
+    for _ in range(repetitions):
+        for name, pair in calls.items():
+            for part, call in enumerate(pair):
+                began = time.process_time()
+                jax.block_until_ready(call())
+                least[name][part] = min(least[name][part], time.process_time() - began)
+    return {name: (float(end), float(backbone)) for name, (end, backbone) in least.items()}
+
+
+def study(options: Study, console: Console) -> dict[str, dict[str, list[Outcome]]]:
+    """All outcomes: by network, variant, and in the order of the seeds."""
+    found: dict[str, dict[str, list[Outcome]]] = {}
+    for network in options.networks:
+        found[network] = {name: [] for name in VARIANTS}
+        for seed in options.seeds:
+            path = options.base.out / network / str(seed) / "outcomes.json"
+            if path.exists():
+                outcomes = {n: Outcome(**o) for n, o in json.loads(path.read_text()).items()}
+            else:
+                outcomes = _one_seed(options, network, seed, console)
+                path.write_text(
+                    json.dumps({n: dataclasses.asdict(o) for n, o in outcomes.items()}, indent=1)
+                )
+            for name in VARIANTS:
+                found[network][name].append(outcomes[name])
+    return found
+
+
+def rows(found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
+    """One row per variant of a network, averages and spreads over seeds."""
+    direct = found["int8 direct, PTQ"]
+    out = []
+    for name, outcomes in found.items():
+        names = outcomes[0].wer
+        out.append(
+            {
+                "variant": name,
+                "wer": {k: float(np.mean([o.wer[k] for o in outcomes])) for k in names},
+                "wer_spread": {k: float(np.ptp([o.wer[k] for o in outcomes])) for k in names},
+                "least_sqnr_db": min((min(o.sqnr_db) for o in outcomes if o.sqnr_db), default=None),
+                "model_bytes": outcomes[0].model_bytes,
+                "end_to_end": _ratio(direct, outcomes, "end_to_end_s"),
+                "backbone": _ratio(direct, outcomes, "backbone_s"),
+            }
+        )
+    return out
+
+
+def results_table(network: str, found: list[dict[str, Any]]) -> Table:
+    """What people read."""
+    table = Table(title=f"{network}: mean over seeds (largest - smallest); speed over int8 direct")
+    table.add_column("variant")
+    for name in found[0]["wer"]:
+        table.add_column(f"WER {name}, %", justify="right")
+    for column in ("worst SQNR, dB", "KiB", "end to end", "backbone"):
+        table.add_column(column, justify="right")
+    for row in found:
+        table.add_row(
+            row["variant"],
+            *(f"{100 * w:.2f} ({100 * row['wer_spread'][k]:.2f})" for k, w in row["wer"].items()),
+            "" if row["least_sqnr_db"] is None else f"{row['least_sqnr_db']:.1f}",
+            f"{row['model_bytes'] / 1024:.0f}",
+            f"{row['end_to_end']:.2f}x",
+            f"{row['backbone']:.2f}x",
+        )
+    return table
+
+
+def main(options: Study, console: Console) -> None:
+    prepare_devices(1)
+    if options.base.compiled is not None:
+        jax.config.update("jax_compilation_cache_dir", str(options.base.compiled.absolute()))
+    found = {network: rows(by_name) for network, by_name in study(options, console).items()}
+    for network, table in found.items():
+        console.print(results_table(network, table))
+    console.print(
+        f"published (Wav2letter, ARMv7): {PAPER['end to end']}x end to end, "
+        f"{PAPER['backbone']}x backbone, about {PAPER['WER loss, %']} % WER"
+    )
+    (options.base.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot_tradeoff(found, options.base.out / "tradeoff.png")
+    console.print(f"wrote {options.base.out}/study.json and tradeoff.png")
+
+
+def _one_seed(options: Study, network: Network, seed: int, console: Console) -> dict[str, Outcome]:
+    runs: dict[str, Run] = {}
+    outcomes: dict[str, Outcome] = {}
+    task = prepare(options.config(network, seed, "float32"))
+    speech = next(iter(task.corpus.tests.values()))
+    sample = [b for _, b in test_batches(speech[:32], task.framing, 8, task.corpus.rate)]
+    for name in VARIANTS:
+        console.rule(f"{network}, seed {seed}: {name}")
+        teacher = runs["float32"].model if name != "float32" else None
+        runs[name] = run_variant(options.config(network, seed, name), teacher, console)
+        outcomes[name] = outcome(runs[name], sample)
+    longest = max(speech, key=lambda u: len(u.samples))
+    ((_, one),) = test_batches([longest], task.framing, 1, task.corpus.rate)
+    timed = time_variants(runs, one, repetitions=100 if options.full else 30)
+    return {
+        name: dataclasses.replace(o, end_to_end_s=timed[name][0], backbone_s=timed[name][1])
+        for name, o in outcomes.items()
+    }
+
+
+def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -> float:
+    pairs = zip(direct, outcomes, strict=True)
+    return float(np.median([getattr(a, field) / getattr(b, field) for a, b in pairs]))
+
+
+def _end_to_end(model: AcousticModel, batch: Batch, run: Run) -> Callable:
+    framing = run.task.framing
+    graph, state = nnx.split(model)
+    call = jax.jit(lambda state, batch: nnx.merge(graph, state)(*features_of(batch, framing)))
+    jax.block_until_ready(call(state, batch))
+    return lambda: call(state, batch)
+
+
+def _backbone(model: AcousticModel, inputs: Sequence[jax.Array]) -> Callable:
+    chosen = [i for i, c in enumerate(model.convolutions()) if c.stride == 1 and c.taps > 1]
+    given = [inputs[i] for i in chosen]
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def call(state, given):
+        convolutions = nnx.merge(graph, state).convolutions()
+        zero = jnp.zeros((), jnp.int32)
+        out = []
+        for i, x in zip(chosen, given, strict=True):
+            frames = Frames(x, jnp.full(x.shape[:1], x.shape[1]), zero)
+            out.append(convolutions[i](frames).x)
+        return out
+
+    jax.block_until_ready(call(state, given))
+    return lambda: call(state, given)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study, description=__doc__), Console())

@@ -1,0 +1,56 @@
+"""The page of a placement: its table and all its pictures, in one file."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from cmjax.placement import Loads, Problem, Routes, contiguous, evaluate, greedy, reach
+from cmjax.report import PlacementPage
+
+
+def slowest(tokens):
+    return 1e-4 + 1e-7 * tokens.max(-1)
+
+
+@pytest.fixture
+def page():
+    rng = np.random.default_rng(0)
+    routes = Routes(rng.random((300, 3, 16)).argsort(-1)[..., :2], 16)
+    problem = Problem(routes.loads(), 8, 8, 2)
+    plans = {"contiguous": contiguous(problem), "greedy": greedy(problem)}
+    counts = problem.loads.counts
+    return PlacementPage(
+        title="Where experts live",
+        setting="Loads: random <routes>.",
+        loads=counts[-1],
+        tokens={name: plan.tokens_per_rank(counts[-1]) for name, plan in plans.items()},
+        scores={name: evaluate(plan, Loads(counts), slowest) for name, plan in plans.items()},
+        nodes=2,
+        row_bytes=300.0,
+        reach={name: reach(plan, routes) for name, plan in plans.items()},
+    )
+
+
+def test_the_page_holds_the_table_and_every_picture(page, tmp_path):
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("data:image/svg+xml") == 4
+    assert re.search(r"<h2>(greedy|contiguous) is fastest</h2>", text)
+    assert f"{page.scores['greedy'].mean_par:.3f}" in text and "random &lt;routes&gt;" in text
+    assert "Between nodes" in text and f"{page.reach['greedy'].ranks.mean():.2f}" in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+
+
+def test_what_is_unknown_is_left_out(page, tmp_path):
+    path = tmp_path / "page.html"
+    dataclasses.replace(page, nodes=1, reach=None).write(path)
+    text = path.read_text()
+    assert text.count("data:image/svg+xml") == 3
+    assert "Between nodes" not in text and "Where a token goes" not in text
+
+
+def test_a_page_that_cannot_be_written_is_refused(page, tmp_path):
+    with pytest.raises(ValueError, match=r"written as \.html"):
+        page.write(tmp_path / "page.pdf")

@@ -1,0 +1,165 @@
+"""Everything that a speech recognition run can be told; the command line is made of it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from models.asr.augment import SpecAugment
+from models.asr.dfsmn import ConvDFSMNConfig
+from models.asr.text import Units
+from models.asr.wav2letter import Wav2letterConfig
+from train.data.folders import Layout
+from train.data.perturb import Perturb
+from train.data.strings import Strings
+
+Ranges = Literal["per-tap", "scaled", "safe", "naive"]
+
+# May change between a kill and the resumption: they do not change a number.
+FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices", "compiled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloatStage:
+    """Training in float32."""
+
+    steps: int = 1200
+    """Optimiser steps."""
+    learning_rate: float = 2e-3
+    """Highest learning rate; it warms up over a tenth of the steps and falls as a cosine."""
+    weight_decay: float = 1e-3
+    """Decoupled weight decay (AdamW)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantStage:
+    """Range-scaled quantisation-aware training, behind the float stage."""
+
+    precision: Literal["int8-winograd", "int8", "float32"] = "int8-winograd"
+    """Arithmetic to train for; float32 ends the run after the float stage."""
+    algorithm: str = "auto"
+    """Short algorithm of the layers that have one, such as F(2,3); "auto" chooses per layer."""
+    ranges: Ranges = "per-tap"
+    """How integer ranges are chosen; see train.asr.quantise."""
+    calibration_batches: int = 8
+    """Batches on which scales and ranges are calibrated."""
+    scale_steps: int = 100
+    """Steps in which scales alone learn."""
+    steps: int = 200
+    """Steps in which all parameters learn."""
+    scale_rate: float = 1e-3
+    """Learning rate of the scales."""
+    learning_rate: float = 1e-4
+    """Learning rate of everything else."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Weights of the parts of the quantisation-aware loss; 0 switches a part off."""
+
+    task: float = 1.0
+    """CTC."""
+    local: float = 1.0
+    """Relative squared distance of each layer from the same layer in float32."""
+    teacher: float = 0.5
+    """Kullback-Leibler divergence of the logits from those of the float32 network."""
+    temperature: float = 2.0
+    """Of the softmaxes in it."""
+    saturation: float = 1e-3
+    """How far transformed values leave the integer range."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) >= 0:
+                raise ValueError(
+                    f"Loss: {field.name} must not be negative, got {getattr(self, field.name)}"
+                )
+        if self.temperature == 0:
+            raise ValueError("Loss: temperature must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a recogniser in float32, then quantisation-aware."""
+
+    data: Layout | Literal["synthetic"] = "synthetic"
+    """What to learn: a data set's layout, or digits synthesised in code."""
+    data_dir: Path | None = None
+    """Folder of the data set."""
+    test_dir: Path | None = None
+    """A second folder of the same layout; everything in it is a further test set."""
+    unseen: tuple[str, ...] = ()
+    """Speakers to keep out of training and to test on."""
+    rate: int | None = None
+    """Samples per second; by default the data set's own."""
+    units: Units | None = None
+    """Labels; by default words for a closed vocabulary, characters otherwise."""
+    voices: int = 16
+    """Synthetic speakers to learn from; a quarter as many more are for the test alone."""
+    bands: int = 40
+    """Mel bands."""
+    model: Literal["dfsmn", "wav2letter"] = "dfsmn"
+    """Network."""
+    dfsmn: ConvDFSMNConfig = dataclasses.field(
+        default_factory=lambda: ConvDFSMNConfig(width=96, hidden=160, kernel=5, blocks=4)
+    )
+    """Sizes of the one; these train on two cores."""
+    wav2letter: Wav2letterConfig = dataclasses.field(
+        default_factory=lambda: Wav2letterConfig(
+            first_kernel=11, stride=2, width=112, kernel=5, depth=4, wide_kernel=7, wide=192
+        )
+    )
+    """Sizes of the other; these train on two cores."""
+    augment: bool = True
+    """Perturb the training data."""
+    mask: SpecAugment = dataclasses.field(default_factory=SpecAugment)
+    """Masks on features."""
+    perturb: Perturb = dataclasses.field(default_factory=Perturb)
+    """Perturbation of waveforms."""
+    strings: Strings = dataclasses.field(default_factory=Strings)
+    """How words are joined to strings, for data of single words."""
+    batch: int = 16
+    """Utterances a step."""
+    float_stage: FloatStage = dataclasses.field(default_factory=FloatStage)
+    """Training in float32."""
+    quant: QuantStage = dataclasses.field(default_factory=QuantStage)
+    """Quantisation-aware training."""
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    """Quantisation-aware loss."""
+    devices: int = 1
+    """Emulated devices that share each batch."""
+    beam: int = 0
+    """Prefixes of the beam search in tests; 0 takes the most likely path."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Of the initial parameters, the order of the data and its augmentation."""
+    compiled: Path | None = Path("out/compiled")
+    """Folder of compiled programs, shared by runs; without it each run compiles anew."""
+    out: Path = Path("out/rsq_asr")
+    """Folder of checkpoints, metrics and results; an unfinished run in it goes on."""
+    evaluate_only: bool = False
+    """Test the finished run in `out`, and train nothing."""
+
+    def __post_init__(self):
+        if self.data != "synthetic" and self.data_dir is None:
+            raise ValueError(f"--data {self.data} needs --data-dir, the folder of the data set")
+        if self.data == "synthetic" and (self.data_dir or self.test_dir):
+            raise ValueError("--data-dir and --test-dir need --data, the layout of the folder")
+        if self.devices < 1 or self.batch < 1 or self.batch % self.devices:
+            raise ValueError(
+                f"--batch ({self.batch}) must be a multiple of --devices ({self.devices})"
+            )
+        if self.checkpoint_every < 1 or self.beam < 0:
+            raise ValueError("--checkpoint-every must be at least 1, --beam not negative")
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON values: what a checkpoint remembers."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,108 @@
+"""Test a network: error rates and real-time factor on every test set of a corpus."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.asr.ctc import greedy_decode, prefix_beam_decode
+from models.asr.score import ErrorRate, character_error_rate, word_error_rate
+from models.asr.text import Alphabet
+from train.asr.learner import Network, Params, features_of
+from train.data.audio import Utterance
+from train.data.batches import Framing, test_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a network does on a test set.
+
+    Attributes:
+      words, characters: error rates.
+      seconds: of speech.
+      compute_s: time it took, without compiling.
+      wrong: (name, reference, hypothesis) of utterances that are not exact.
+    """
+
+    words: ErrorRate
+    characters: ErrorRate
+    seconds: float
+    compute_s: float
+    wrong: tuple[tuple[str, str, str], ...]
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "wer": self.words.rate,
+            "cer": self.characters.rate,
+            "exact": self.words.exact,
+            "substitutions": self.words.substitutions,
+            "deletions": self.words.deletions,
+            "insertions": self.words.insertions,
+            "words": self.words.length,
+            "utterances": self.words.utterances,
+            "seconds": self.seconds,
+            "compute_s": self.compute_s,
+        }
+
+
+def make_apply(network: Network, framing: Framing) -> Callable:
+    """A compiled (params, batch) -> (logits, frames of each)."""
+
+    @jax.jit
+    def apply(params, batch):
+        return network.model(params)(*features_of(batch, framing))
+
+    return apply
+
+
+def evaluate(
+    apply: Callable,
+    params: Params,
+    utterances: Sequence[Utterance],
+    framing: Framing,
+    *,
+    batch: int,
+    rate: int,
+    beam: int = 0,
+) -> Result:
+    """Recognise utterances and count the errors. `apply` is of `make_apply`."""
+    heard = [""] * len(utterances)
+    compiled: set[tuple[int, ...]] = set()
+    compute_s = 0.0
+    for indices, rows in test_batches(utterances, framing, batch, rate):
+        if rows.samples.shape not in compiled:
+            compiled.add(rows.samples.shape)
+            jax.block_until_ready(apply(params, rows))
+        start = time.perf_counter()
+        logits, frames = jax.block_until_ready(apply(params, rows))
+        compute_s += time.perf_counter() - start
+        decoded = decode(logits, frames, framing.alphabet, beam)
+        for index, text in zip(indices, decoded, strict=False):
+            heard[index] = text
+    said = [utterance.text for utterance in utterances]
+    return Result(
+        words=word_error_rate(said, heard),
+        characters=character_error_rate(said, heard),
+        seconds=sum(len(utterance.samples) for utterance in utterances) / rate,
+        compute_s=compute_s,
+        wrong=tuple(
+            (utterance.name, utterance.text, text)
+            for utterance, text in zip(utterances, heard, strict=True)
+            if utterance.text != text
+        ),
+    )
+
+
+def decode(logits, frames, alphabet: Alphabet, beam: int) -> list[str]:
+    """Transcripts of a batch, by the most likely path or with a beam."""
+    if not beam:
+        return [alphabet.decode(labels) for labels in greedy_decode(logits, frames)]
+    scores = np.asarray(jax.nn.log_softmax(logits))
+    return [
+        alphabet.decode(prefix_beam_decode(own[:count], beam=beam, least=-12.0)[0][0])
+        for own, count in zip(scores, np.asarray(frames), strict=True)
+    ]

@@ -1,0 +1,153 @@
+"""What a data set gives to training: utterances, how they are split, and what had to be skipped."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+from models.asr.text import Units, normalise
+from train.data.audio import BadAudio, Utterance, read_audio
+
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A recording left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A line of a data set's list: where a recording is, what is said, what the list claims.
+
+    Attributes:
+      name, speaker, text: of the utterance; the text as written.
+      read: returns the file, or None where the file is missing.
+      split: what the data set says, or None.
+      samples, seconds: claimed length, or None.
+      cut: first and last second of the utterance in its file, or None for all of it.
+    """
+
+    name: str
+    speaker: str
+    text: str
+    read: Callable[[], bytes] | None
+    split: Split | None = None
+    samples: int | None = None
+    seconds: float | None = None
+    cut: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Utterances by split.
+
+    Attributes:
+      train: to learn from.
+      tests: named test sets.
+      units: labels that suit it: words for a closed vocabulary.
+      rate: samples per second.
+      joinable: utterances are single words, from which strings are joined.
+      skipped: what was left out.
+    """
+
+    train: tuple[Utterance, ...]
+    tests: dict[str, tuple[Utterance, ...]]
+    units: Units
+    rate: int
+    joinable: bool = False
+    skipped: tuple[Skipped, ...] = ()
+
+
+def read_entries(
+    entries: Iterable[Entry], rate: int
+) -> Iterator[tuple[Entry, Utterance] | Skipped]:
+    """Every entry with its utterance, or what is wrong with it."""
+    for entry in entries:
+        try:
+            yield entry, _read(entry, rate)
+        except BadAudio as error:
+            yield Skipped(entry.name, str(error))
+
+
+def assemble(
+    entries: Sequence[Entry],
+    *,
+    units: Units,
+    rate: int,
+    unseen: Sequence[str] = (),
+    joinable: bool = False,
+) -> Corpus:
+    """Read and split a list of recordings.
+
+    The test set is the data set's own where it has one. Else it is every fifth speaker if there
+    are five or more, so that no speaker is in both; else every fifth utterance by name.
+
+    Args:
+      entries: the list.
+      units, rate, joinable: of the corpus.
+      unseen: speakers to keep out of training; all they say is the test set "unseen".
+    Raises:
+      ValueError: an unknown speaker in `unseen`, or nothing left to use; says what was skipped.
+    """
+    speakers = sorted({entry.speaker for entry in entries})
+    unknown = sorted(set(unseen) - set(speakers))
+    if unknown:
+        raise ValueError(
+            f"unseen: no speaker {', '.join(unknown)}; there are {', '.join(speakers)}"
+        )
+    kept, skipped = [], []
+    for item in read_entries(entries, rate):
+        (skipped if isinstance(item, Skipped) else kept).append(item)
+    if not kept:
+        raise ValueError("no usable recording: " + summary(skipped))
+    official = any(entry.split for entry, _ in kept)
+    names = sorted(entry.name for entry, _ in kept)
+    tested = set(speakers[::5]) if len(speakers) >= 5 else set()
+    by_turn = set(names[::5])
+    train, seen, held = [], [], []
+    for entry, utterance in kept:
+        if entry.speaker in unseen:
+            held.append(utterance)
+        elif official:
+            (seen if entry.split == "test" else train).append(utterance)
+        elif tested:
+            (seen if entry.speaker in tested else train).append(utterance)
+        else:
+            (seen if entry.name in by_turn else train).append(utterance)
+    tests = {"test": tuple(seen), "unseen": tuple(held)}
+    return Corpus(
+        train=tuple(train),
+        tests={name: utterances for name, utterances in tests.items() if utterances},
+        units=units,
+        rate=rate,
+        joinable=joinable,
+        skipped=tuple(skipped),
+    )
+
+
+def summary(skipped: Sequence[Skipped], most: int = 5) -> str:
+    """The first few of what was skipped, in one line."""
+    shown = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:most])
+    return shown + (f"; and {len(skipped) - most} more" if len(skipped) > most else "")
+
+
+def _read(entry: Entry, rate: int) -> Utterance:
+    if entry.read is None:
+        raise BadAudio("no such file")
+    text = normalise(entry.text)
+    if not text:
+        raise BadAudio("has no transcript")
+    try:
+        data = entry.read()
+    except OSError as error:
+        raise BadAudio(f"cannot be read: {error.strerror}") from None
+    samples = read_audio(data, rate, samples=entry.samples, seconds=entry.seconds)
+    if entry.cut is not None:
+        first, last = (round(second * rate) for second in entry.cut)
+        if not 0 <= first < last <= len(samples) + rate // 50:
+            raise BadAudio(f"segment {entry.cut} s lies outside {len(samples) / rate:.2f} s")
+        samples = samples[first:last]
+    return Utterance(entry.name, entry.speaker, text, samples)

@@ -1,0 +1,69 @@
+"""Train a speech recogniser in float32, then quantisation-aware for int8-Winograd convolutions.
+
+    python -m train.rsq_asr                                        synthetic digits, a few minutes
+    python -m train.rsq_asr --data fsdd --data-dir FOLDER          Free Spoken Digit Dataset
+    python -m train.rsq_asr --help                                 everything that can be told
+
+Prints error rates of the float32 and the integer network, and writes metrics.jsonl, results.json,
+errors.json and checkpoints into the output folder. Run again, it goes on where it was stopped.
+"""
+
+import sys
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cmjax.mesh import prepare_devices
+from train.asr.config import Config
+from train.asr.evaluate import Result
+from train.asr.run import LossNotFinite, measure, start, train
+from train.checkpoint import SaveFailed
+
+
+def main(config: Config, console: Console) -> None:
+    """Train what is left to train, test, and print the results."""
+    prepare_devices(config.devices)
+    if config.compiled is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.compiled.absolute()))
+    run = start(config, console)
+    if not config.evaluate_only:
+        train(run, console)
+    console.print(results_table(measure(run)))
+
+
+def results_table(results: dict[str, dict[str, Result]]) -> Table:
+    """Error rates by arithmetic and test set."""
+    table = Table(title="Error rates")
+    for column in ("arithmetic", "test set", "utterances"):
+        table.add_column(column)
+    for column in ("WER, %", "sub", "del", "ins", "exact, %", "real time factor"):
+        table.add_column(column, justify="right")
+    for precision, by_set in results.items():
+        for name, result in by_set.items():
+            words = result.words
+            table.add_row(
+                precision,
+                name,
+                f"{words.utterances} ({words.length} words)",
+                f"{100 * words.rate:.2f}",
+                str(words.substitutions),
+                str(words.deletions),
+                str(words.insertions),
+                f"{100 * words.exact:.2f}",
+                f"{result.compute_s / result.seconds:.4f}",
+            )
+    return table
+
+
+if __name__ == "__main__":
+    terminal = Console()
+    try:
+        main(tyro.cli(Config, description=__doc__), terminal)
+    except (ValueError, FileNotFoundError) as error:
+        terminal.print(f"[red]rsq_asr:[/] {error}", highlight=False)
+        sys.exit(2)
+    except (LossNotFinite, SaveFailed) as error:
+        terminal.print(f"[red]rsq_asr:[/] {error}", highlight=False)
+        sys.exit(1)
