@@ -417,7 +417,7 @@ PACKED = prepack(W, SCALES)
         (
             lambda: winograd_conv1d(X, W, scales=_with(SCALES, input_step=jnp.zeros(()))),
             ValueError,
-            "scales.input_step must be positive and finite, found 0",
+            "scales.input_step must be positive and finite; 1 of 1 is not",
         ),
         (
             lambda: winograd_conv1d(X, W, scales=_with(SCALES, point_step=jnp.ones(3))),
@@ -427,7 +427,7 @@ PACKED = prepack(W, SCALES)
         (
             lambda: prepack(W, _with(SCALES, filter_step=SCALES.filter_step.at[1, 2].set(jnp.nan))),
             ValueError,
-            "prepack: scales.filter_step must be positive and finite, found nan",
+            "prepack: scales.filter_step must be positive and finite; 1 of 20 is not",
         ),
         (lambda: prepack(W[0], SCALES), ValueError, r"w must be \[taps, cin, cout\]"),
         (
