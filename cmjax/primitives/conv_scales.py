@@ -208,7 +208,8 @@ def transformed_filter(
 ) -> Float32[Array, "points depth cout"]:
     """G w in float32, rounded alike in whatever program it stands."""
     form = ALGORITHMS[algorithm]
-    return transform_filter(w.astype(jnp.float32), form, lambda c, v: rounded(as_float32(c) * v))
+    points = transform_filter(w.astype(jnp.float32), form, lambda c, v: rounded(as_float32(c) * v))
+    return jnp.stack(points)
 
 
 def least_error_step(

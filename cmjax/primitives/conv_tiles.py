@@ -71,14 +71,14 @@ def transform_filter(
     w: Float[Array, "taps cin cout"],
     algorithm: Algorithm,
     multiply: Multiply | None = None,
-) -> Float[Array, "points depth cout"]:
-    """G w for every tap block, the blocks side by side in input channels."""
+) -> list[Float[Array, "depth cout"]]:
+    """G w, point by point, the tap blocks side by side in input channels."""
     taps, cin, cout = w.shape
     blocks = algorithm.tap_blocks(taps)
     w = jnp.pad(w, ((0, blocks * algorithm.r - taps), (0, 0), (0, 0)))
     w = w.reshape(blocks, algorithm.r, cin, cout)
     points = algorithm.g_program.apply([w[:, j] for j in range(algorithm.r)], multiply)
-    return jnp.stack(points).reshape(algorithm.n, blocks * cin, cout)
+    return [point.reshape(blocks * cin, cout) for point in points]
 
 
 def transform_instructions(program: StraightLine) -> float:

@@ -30,7 +30,7 @@ from cmjax.primitives.conv_tiles import (
     transform_instructions,
     windows,
 )
-from cmjax.primitives.define import Zero, define
+from cmjax.primitives.define import define, straight_through
 from cmjax.primitives.rsq import rounded, rsq_quantize
 from cmjax.primitives.straight_line import as_float32
 from cmjax.primitives.toom_cook import ALGORITHMS
@@ -272,21 +272,8 @@ def _surrogate(x, u, input_step, point_step, filter_step, bias, **params):
 
 
 def _jvp(p, primals, tangents, **params):
-    moving = [i for i, t in enumerate(tangents) if type(t) is not Zero]
-    moving = [i for i in moving if jnp.issubdtype(primals[i].dtype, jnp.floating)]
-    out = p.bind(*primals, **params)
-    if not moving:
-        return out, Zero(jax.typeof(out).to_tangent_aval())
-
-    def of_moving(*values):
-        operands = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            operands[i] = value
-        return _surrogate(*operands, **params)
-
-    _, tangent = jax.jvp(
-        of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
-    )
+    real = functools.partial(_surrogate, **params)
+    out, tangent = straight_through(real, p, primals, tangents, params)
     if params["slope"] != 1:
         tangent = jnp.where(out > 0, tangent, params["slope"] * tangent)
     return out, tangent

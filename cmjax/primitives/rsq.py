@@ -13,12 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from cmjax.primitives.define import Zero, define
+from cmjax.primitives.define import Zero, count_where, define
 from cmjax.program import Work, cost_rule
 
 _LARGEST_LIMIT = 2**23  # integers and their halves are exact in float32 up to here
@@ -90,23 +88,25 @@ def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def check_steps(function: str, argument: str, steps: Array) -> None:
     """Refuse steps that are known (not traced) and not positive and finite."""
-    if isinstance(steps, Tracer):
-        return
-    values = np.asarray(steps)
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        bad = values[~(np.isfinite(values) & (values > 0))].flat[0]
-        raise ValueError(f"{function}: {argument} must be positive and finite, found {bad}")
+    bad = count_where(lambda s: ~(jnp.isfinite(s) & (s > 0)), steps)
+    if bad:
+        raise ValueError(
+            f"{function}: {argument} must be positive and finite; {bad} of {jnp.size(steps)} "
+            f"{'is' if bad == 1 else 'are'} not"
+        )
 
 
 def _range(bits: int | None, limit: int | tuple[int, int] | None) -> tuple[int, int]:
     if bits is not None and limit is not None:
         raise ValueError(f"rsq_quantize: give bits or limit, not both ({bits} and {limit})")
-    bits = 8 if bits is None else bits
-    if not 2 <= bits <= 16:
-        raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
     if limit is None:
-        limit = 2 ** (bits - 1) - 1
-    low, high = (-limit, limit) if isinstance(limit, int) else limit
+        bits = 8 if bits is None else bits
+        if not 2 <= bits <= 16:
+            raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
+        high = 2 ** (bits - 1) - 1
+        low = -high
+    else:
+        low, high = limit if isinstance(limit, tuple) else (-limit, limit)
     if not (-_LARGEST_LIMIT <= low <= 0 <= high <= _LARGEST_LIMIT and low < high):
         raise ValueError(
             "rsq_quantize: limit must be a positive integer, or (low, high) around zero, "

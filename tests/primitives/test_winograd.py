@@ -83,20 +83,19 @@ def test_any_stride_padding_and_dilation_equals_xla(
     assert _sqnr_db(want, got) > (100 if domain == "float32" else 40)
 
 
-@pytest.mark.parametrize("taps", [5, 32])
-def test_the_chosen_algorithm_serves_the_filter_and_keeps_the_accuracy_it_promises(taps):
+@pytest.mark.parametrize(
+    ("taps", "domain"), [(5, "float32"), (3, "int8"), (7, "int16"), (32, "int8")]
+)
+def test_the_chosen_algorithm_keeps_the_accuracy_it_promises(taps, domain):
     x, w = _data(taps, cin=64, cout=64, length=160)
-    want = _conv(x, w)
-    for domain, floor in FLOOR_DB.items():
-        name = choose_algorithm(taps, 64, 64, domain=domain)
-        assert name != "direct"
-        if domain != "float32":
-            scales = calibrate(x, w, domain=domain, pair_rule=False)
-            assert scales.algorithm == name
-            got = winograd_conv1d(x, w, scales=scales)
-        else:
-            got = winograd_conv1d(x, w)
-        assert _sqnr_db(want, got) > floor
+    name = choose_algorithm(taps, 64, 64, domain=domain)
+    assert name != "direct"
+    scales = None
+    if domain != "float32":
+        scales = calibrate(x, w, domain=domain, pair_rule=False)
+        assert scales.algorithm == name
+    got = jax.jit(lambda x, w: winograd_conv1d(x, w, scales=scales))(x, w)
+    assert _sqnr_db(_conv(x, w), got) > FLOOR_DB[domain]
 
 
 @pytest.mark.parametrize("domain", ["int8", "int16"])
@@ -216,6 +215,7 @@ def test_scan_and_remat_give_the_same_numbers():
 def test_a_layer_of_nnx_learns_its_scales_with_its_weights():
     x, w = _data(3)
     scales = calibrate(x, w, algorithm="F(2,3)", input_limit=20)
+    scales = _with(scales, input_step=scales.input_step * 2)
 
     class Layer(nnx.Module):
         def __init__(self):
@@ -228,7 +228,7 @@ def test_a_layer_of_nnx_learns_its_scales_with_its_weights():
             return winograd_conv1d(x, self.w[...], scales=_with(scales, **learned))
 
     layer = Layer()
-    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param)
     target = _conv(x, w)
 
     @nnx.jit
@@ -237,7 +237,7 @@ def test_a_layer_of_nnx_learns_its_scales_with_its_weights():
         optimizer.update(layer, gradients)
         return value
 
-    losses = [float(step(layer, optimizer)) for _ in range(30)]
+    losses = [float(step(layer, optimizer)) for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -417,7 +417,7 @@ PACKED = prepack(W, SCALES)
         (
             lambda: winograd_conv1d(X, W, scales=_with(SCALES, input_step=jnp.zeros(()))),
             ValueError,
-            "scales.input_step must be positive and finite, found 0",
+            "scales.input_step must be positive and finite; 1 of 1 is not",
         ),
         (
             lambda: winograd_conv1d(X, W, scales=_with(SCALES, point_step=jnp.ones(3))),
@@ -427,7 +427,7 @@ PACKED = prepack(W, SCALES)
         (
             lambda: prepack(W, _with(SCALES, filter_step=SCALES.filter_step.at[1, 2].set(jnp.nan))),
             ValueError,
-            "prepack: scales.filter_step must be positive and finite, found nan",
+            "prepack: scales.filter_step must be positive and finite; 1 of 20 is not",
         ),
         (lambda: prepack(W[0], SCALES), ValueError, r"w must be \[taps, cin, cout\]"),
         (
