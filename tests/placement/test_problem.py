@@ -33,7 +33,7 @@ def test_problems_that_do_not_divide_are_refused(arguments, message):
     ("slots", "message"),
     [
         ([[0, 1, 2, 3]], "expert 4 of layer 0 has no slot"),
-        ([[0, 1, 2, 3, 4, 5]], "slots must name experts 0 to 4, found 0 to 5"),
+        ([[0, 1, 2, 3, 4, 5]], r"slots must name experts 0 to 4 \(or -1, empty\), found 0 to 5"),
         ([[0, 1, 2, 3, 4]], "5 slots do not divide over 2 ranks"),
         ([0, 1, 2, 3, 4, 0], r"\[layers, slots\]"),
         ([[0.0, 1, 2, 3, 4, 0]], "expected integers"),
