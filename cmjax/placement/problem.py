@@ -23,7 +23,8 @@ class Problem:
     """Loads to place, and where.
 
     Attributes:
-      loads: tokens per window, layer and expert. Windows may be stretches of time or workloads.
+      loads: tokens per window, layer and expert. Windows may be stretches of time or workloads; the
+        search treats all as equally long, so scale them to one step (`Loads.scaled`).
       ranks: expert-parallel ranks (dies, or NPUs where one process drives both dies).
       redundant: extra slots per layer, over all ranks together.
       nodes: nodes the ranks are spread over, in order and evenly.

@@ -33,8 +33,8 @@ class SearchConfig:
     """How long the search runs.
 
     Attributes:
-      starts: starting plans per layer: greedy on the objective's load, on the largest load, and
-        from the third on the copies of the second in random slots.
+      starts: starting plans per layer: greedy on the objective's load, greedy on the largest load
+        if that is another plan, and from then on the latter's copies in random slots.
       chunks: looks at the clock and at the plans; the penalty's θ rises from one to the next.
       rounds: rounds per chunk; a round is one change of copies and some swaps.
       swaps_per_slot: swaps of a round are this times the slots of a layer over all rounds.
@@ -148,7 +148,8 @@ def relative_loads(problem: Problem) -> np.ndarray:
 def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]:
     loads = relative_loads(problem)
     covering = greedy_on(problem, loads.max(0)).experts
-    plans = [greedy_on(problem, problem.objective(loads)).experts, covering]
+    own = greedy_on(problem, problem.objective(loads)).experts
+    plans = [covering] if np.array_equal(own, covering) else [own, covering]
     if start is not None:
         plans.insert(0, start.experts)
     while len(plans) < count:

@@ -82,7 +82,7 @@ def test_no_layer_is_worse_than_any_rule_by_the_objective_asked_for(objective):
 def test_each_objective_is_best_served_by_the_plan_made_for_it():
     # Five workloads are alike, one is of its own kind: the mean may neglect it, the worst is it.
     alike, other = (example_loads(windows=1, layers=3, experts=32, seed=s).counts for s in (0, 1))
-    counts = np.concatenate([alike] * 5 + [other])
+    counts = Loads(np.concatenate([alike] * 5 + [other])).scaled(1e6).counts
     plans = {}
     for objective in ("mean", "worst"):
         problem = Problem(Loads(counts), 8, 8, objective=Risk.parse(objective))
