@@ -1,6 +1,5 @@
 """The problem refuses what cannot be placed; the plan accounts for every token."""
 
-import json
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def test_problems_that_do_not_divide_are_refused(arguments, message):
     ("slots", "message"),
     [
         ([[0, 1, 2, 3]], "expert 4 of layer 0 has no slot"),
-        ([[0, 1, 2, 3, 4, 5]], "slots must name experts 0 to 4, found 0 to 5"),
+        ([[0, 1, 2, 3, 4, 5]], r"slots must name experts 0 to 4 \(or -1, empty\), found 0 to 5"),
         ([[0, 1, 2, 3, 4]], "5 slots do not divide over 2 ranks"),
         ([0, 1, 2, 3, 4, 0], r"\[layers, slots\]"),
         ([[0.0, 1, 2, 3, 4, 0]], "expected integers"),
@@ -58,31 +57,3 @@ def test_tokens_per_rank_equal_a_loop_over_slots():
     np.testing.assert_allclose(plan.tokens_per_rank(counts).sum(-1), counts.sum(-1))
     with pytest.raises(ValueError, match=r"expected counts of shape \[..., 2, 6\]"):
         plan.tokens_per_rank(counts[..., :5])
-
-
-def test_json_round_trip_keeps_the_plan(tmp_path):
-    plan = Plan(np.array([[0, 1, 2, 0], [2, 1, 0, 1]]), 3, 4, 2)
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    for back in (Plan.from_json(plan.to_json()), Plan.from_json(tmp_path / "plan.json")):
-        np.testing.assert_array_equal(back.experts, plan.experts)
-        assert (back.expert_count, back.ranks, back.nodes) == (3, 4, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": "other"}, "expected an object with format 'cmjax-placement'"),
-        ({"version": 9}, "expected version 1, got 9"),
-        ({"expert_of_slot": [[0, 1], [0]]}, "inhomogeneous"),
-        ({"expert_of_slot": [[0, 1, 2, 7]]}, "slots must name experts 0 to 2"),
-        ({"ranks": None}, "NoneType"),
-    ],
-)
-def test_a_damaged_json_plan_is_refused(change, message):
-    plan = Plan(np.array([[0, 1, 2, 0]]), 3, 4, 2)
-    with pytest.raises(ValueError, match=message):
-        Plan.from_json(json.dumps({**json.loads(plan.to_json()), **change}))
-    with pytest.raises(ValueError, match="the placement lacks 'ranks'"):
-        Plan.from_json(plan.to_json().replace('"ranks"', '"rank"'))
-    with pytest.raises(ValueError, match="expected a JSON placement"):
-        Plan.from_json("{")
