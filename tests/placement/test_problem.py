@@ -86,3 +86,18 @@ def test_a_damaged_json_plan_is_refused(change, message):
         Plan.from_json(plan.to_json().replace('"ranks"', '"rank"'))
     with pytest.raises(ValueError, match="expected a JSON placement"):
         Plan.from_json("{")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"without_ranks": (9,)}, "ranks 0 to 7, got 9"),
+        ({"without_ranks": (0, 1, 2, 3, 4)}, "fewer than 24; redundant of at least 40 is needed"),
+        ({"slots_by_layer": (4, 4)}, "3 numbers of at most 4"),
+        ({"slots_by_layer": (4, 5, 4)}, "3 numbers of at most 4"),
+        ({"layer_labels": (1, 1, 2)}, "3 different whole numbers"),
+    ],
+)
+def test_constraints_that_cannot_be_met_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Problem(Loads(np.ones((3, 24))), 8, 8, **arguments)
