@@ -35,7 +35,7 @@ TOKENS = 96
 TOKEN_BYTES = 7_680 + 14_336
 """INT8 dispatch message and BF16 combine of a token of DeepSeek-R1's hidden size 7,168."""
 METHODS = (*placement.BASELINES, "search")
-SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=2, swaps_per_slot=1)
+SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=2, swaps_per_slot=1.0)
 ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
 
 

@@ -26,6 +26,7 @@ on a rank is left out.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def _round(state, loads, theta, slots, chance, *, swaps, tail, ignore_slower):
     factor = 1 / ((1 - theta) * excess)
     if ignore_slower:
         factor = jnp.where(top > least, 0.0, factor)
-    penalty = partial(_penalty, level=1 + theta * excess, factor=factor)
+    penalty = _Penalty(1 + theta * excess, factor)
     state = _overwrite(state, loads, slots[0], chance[0], penalty)
     per_copy = loads / state.copies[:, None]
 
@@ -119,15 +120,23 @@ def _round(state, loads, theta, slots, chance, *, swaps, tail, ignore_slower):
     return SearchState(experts, state.copies, tokens)
 
 
-def _penalty(tokens, level, factor):
-    """Contribution of ranks' tokens [..., windows] to Φ, summed over windows."""
-    return (factor * jnp.square(jnp.maximum(tokens - level, 0))).sum(-1)
+class _Penalty(NamedTuple):
+    """Φ of one row: T and u by window."""
+
+    level: Array
+    factor: Array
+
+    def by_window(self, tokens):
+        """Contribution of tokens [..., windows], window by window."""
+        return self.factor * jnp.square(jnp.maximum(tokens - self.level, 0))
+
+    def __call__(self, tokens):
+        return self.by_window(tokens).sum(-1)
 
 
 def _hot_rank(tokens, chance, penalty):
-    """Drawn in proportion to its share of Φ (the largest of w / exponential)."""
-    level, factor = penalty.keywords["level"], penalty.keywords["factor"]
-    share = factor[:, None] * jnp.square(jnp.maximum(tokens - level[:, None], 0))
+    """Drawn in proportion to its share of Φ (the largest of share / exponential)."""
+    share = penalty.by_window(tokens.T).T  # [windows, ranks]
     return (share / chance).argmax() % tokens.shape[1]
 
 

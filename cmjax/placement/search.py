@@ -27,6 +27,8 @@ from cmjax.placement.problem import Plan, Problem
 
 OnStep = Callable[[int, int, float], None]
 
+_SMALL = 600_000  # windows times layers times experts, over all starting plans
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -34,7 +36,8 @@ class SearchConfig:
 
     Attributes:
       starts: starting plans per layer: greedy on the objective's load, greedy on the largest load
-        if that is another plan, and from then on the latter's copies in random slots.
+        if that is another plan, and from then on the latter's copies in random slots. None is 3,
+        and up to 12 for problems so small that more cost little.
       chunks: looks at the clock and at the plans; the penalty's θ rises from one to the next.
       rounds: rounds per chunk; a round is one change of copies and some swaps.
       swaps_per_slot: swaps of a round are this times the slots of a layer over all rounds.
@@ -42,16 +45,16 @@ class SearchConfig:
       theta: the penalty's θ at the first and last chunk.
     """
 
-    starts: int = 3
+    starts: int | None = None
     chunks: int = 16
-    rounds: int = 5
+    rounds: int = 10
     swaps_per_slot: float = 6.0
     candidates: int = 32
     theta: tuple[float, float] = (0.0, 0.95)
 
     def __post_init__(self):
         for name in ("starts", "chunks", "rounds", "candidates"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(
                     f"SearchConfig: {name} must be at least 1, got {getattr(self, name)}"
                 )
@@ -86,7 +89,8 @@ def search(
     for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
         best.consider(rule(problem).experts[None])
     try:
-        plans = _starts(problem, start, config.starts, np.random.default_rng(seed))
+        count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 3, 12))
+        plans = _starts(problem, start, count, np.random.default_rng(seed))
         best.consider(plans)
         if problem.ranks > 1:
             for chunk, found in enumerate(_chunks(problem, plans, seed, config), 1):

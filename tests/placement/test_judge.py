@@ -35,15 +35,6 @@ def test_shares_say_who_serves_what():
     np.testing.assert_allclose(plan.even().tokens_per_rank(np.array([[40.0, 20]])), [[40, 20]])
 
 
-def test_slots_that_a_selection_leaves_empty_are_dropped():
-    # Layer 0 fills the first slot of rank 0 and the second of rank 1: one slot a rank.
-    split = np.array([[1.0, 0, 0, 1], [1, 0.5, 0.5, 0]])
-    plan = Plan(np.array([[1, -1, -1, 0], [0, 1, 1, -1]]), 2, 2, split=split)
-    part = plan.select([0])
-    assert part.experts.tolist() == [[1, 0]] and part.share.tolist() == [[1, 1]]
-    np.testing.assert_array_equal(plan.select([1]).experts, plan.experts[[1]])
-
-
 def test_layers_are_matched_by_their_numbers():
     plan = Plan(np.array([[0, 1], [1, 0], [1, 0]]), 2, 2, layer_labels=(3, 4, 5))
     loads = Loads(np.array([[30.0, 10], [20, 60]]), "some", (5, 3))

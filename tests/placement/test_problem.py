@@ -1,6 +1,5 @@
 """The problem refuses what cannot be placed; the plan accounts for every token."""
 
-
 import numpy as np
 import pytest
 
@@ -32,10 +31,10 @@ def test_problems_that_do_not_divide_are_refused(arguments, message):
     ("slots", "message"),
     [
         ([[0, 1, 2, 3]], "expert 4 of layer 0 has no slot"),
-        ([[0, 1, 2, 3, 4, 5]], r"slots must name experts 0 to 4 \(or -1, empty\), found 0 to 5"),
+        ([[0, 1, 2, 3, 4, 5]], r"experts 0 to 4 .* found 5 in slot 5 of layer 0"),
         ([[0, 1, 2, 3, 4]], "5 slots do not divide over 2 ranks"),
         ([0, 1, 2, 3, 4, 0], r"\[layers, slots\]"),
-        ([[0.0, 1, 2, 3, 4, 0]], "expected integers"),
+        ([[0.0, 1, 2, 3, 4, 0]], "expected whole numbers"),
     ],
 )
 def test_plans_that_place_wrongly_are_refused(slots, message):
@@ -57,3 +56,17 @@ def test_tokens_per_rank_equal_a_loop_over_slots():
     np.testing.assert_allclose(plan.tokens_per_rank(counts).sum(-1), counts.sum(-1))
     with pytest.raises(ValueError, match=r"expected counts of shape \[..., 2, 6\]"):
         plan.tokens_per_rank(counts[..., :5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"without_ranks": (9,)}, "ranks 0 to 7, got 9"),
+        ({"without_ranks": (0, 1, 2, 3, 4)}, "fewer than 24; redundant of at least 40 is needed"),
+        ({"slots_by_layer": (4, 4)}, "3 numbers of at most 4"),
+        ({"slots_by_layer": (4, 5, 4)}, "3 numbers of at most 4"),
+    ],
+)
+def test_constraints_that_cannot_be_met_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Problem(Loads(np.ones((3, 24))), 8, 8, **arguments)

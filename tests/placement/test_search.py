@@ -86,7 +86,8 @@ def test_each_objective_is_best_served_by_the_plan_made_for_it():
     plans = {}
     for objective in ("mean", "worst"):
         problem = Problem(Loads(counts), 8, 8, objective=Risk.parse(objective))
-        plans[objective] = slowest(search(problem, slowest).tokens_per_rank(counts))
+        plan = search(problem, slowest, config=SearchConfig(starts=3))
+        plans[objective] = slowest(plan.tokens_per_rank(counts))
     assert plans["mean"].mean() < plans["worst"].mean()
     assert plans["worst"].max(0).sum() < plans["mean"].max(0).sum()
 
