@@ -85,7 +85,8 @@ class Rebalancer:
 
     A plan is made from the decayed history *before* the newest interval and priced on the newest:
     what only fits the past gains nothing. Layers whose own saving does not pay for their own moves
-    stay as they are. Slots that are empty in the current plan, as those of dead ranks, stay empty.
+    stay as they are. Ranks that hold nothing now, as dead ones do, get nothing, and no layer uses
+    more slots of a rank than it fills now on its fullest one.
 
         rebalancer = Rebalancer(plan, price, machine, cost=MoveCost(expert_bytes=44e6),
                                 assignments_per_step=96 * 64 * 8, horizon_steps=20_000)
@@ -169,7 +170,6 @@ class Rebalancer:
 
     def _planned(self, past):
         loads = Loads(past, "Rebalancer: history").scaled(self._assignments)
-        # The new plan has the slots that the current one fills, and no others.
         problem = Problem(
             loads, self.plan.ranks, self.plan.slots - self.plan.expert_count, self.plan.nodes,
             self._groups,
