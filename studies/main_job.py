@@ -74,15 +74,15 @@ def sweep(out: Path, console: Console) -> Section:
 
 
 def place(job: MainJob, console: Console) -> Section:
-    """Experts on 64 dies: contiguous, greedy and gradient, by the priced time of the layer."""
+    """Experts on 64 dies: every rule and the search, by the priced time of the layer."""
     loads = placement.read_loads(job.loads) if job.loads else placement.example_loads()
     redundant = RANKS - loads.experts % RANKS if loads.experts % RANKS else REDUNDANT
     placed = Place(
         loads=str(job.loads), ranks=RANKS, redundant=redundant, tokens=TOKENS, seconds=job.seconds
     ).solve(loads=loads)
-    console.print(report.placement_table(placed.scores))
+    console.print(report.comparison_table(placed.judged))
     placed.draw(job.out / "placement.png")
-    (job.out / "placement.json").write_text(placed.plans["gradient"].to_json())
+    placement.write_plan(job.out / "placement.json", placed.plans["search"])
     return Section(
         f"Where {loads.experts} experts live on {RANKS} dies",
         f"{redundant} redundant slots, {TOKENS} tokens per die and step; "

@@ -13,7 +13,7 @@ from cmjax.hardware import Supernode
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judged:
+class Rating:
     """How good a plan is on loads, and the tokens it puts on ranks in their last window."""
 
     score: placement.Evaluation
@@ -30,7 +30,7 @@ def evaluate_plans(
     tokens: int,
     ranks: int | None = None,
     nodes: int | None = None,
-) -> dict[str, "Judged"]:
+) -> dict[str, Rating]:
     """Judge the plan, or the plans, of a file on each workload.
 
     Args:
@@ -55,7 +55,7 @@ def evaluate_plans(
             served = counted.scaled(float(tokens) * plan.ranks * copies)
             title = " on ".join(part for part in (name or "plan", workload) if part)
             part, _ = placement.align(plan, served)
-            judged[title] = Judged(
+            judged[title] = Rating(
                 placement.judge(plan, served, price_of),
                 served,
                 part.tokens_per_rank(served.counts[-1]),
@@ -86,7 +86,7 @@ def _baselines(plan, served, price, workload):
     judged = {}
     for method in ("greedy", "contiguous"):
         made = placement.place(problem, method, price)
-        judged[f"{method} on {workload}" if workload else method] = Judged(
+        judged[f"{method} on {workload}" if workload else method] = Rating(
             placement.evaluate(made, served, price), served, made.tokens_per_rank(served.counts[-1])
         )
     return judged

@@ -1,6 +1,8 @@
 """`cmjax place`: where experts live."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +13,13 @@ from rich.console import Console
 from cmjax import placement, report
 from cmjax.commands.evaluate_plan import evaluate_plans
 from cmjax.commands.output import bar, check_target, emit
+from cmjax.commands.place_problem import (
+    join_loads,
+    parse_ranks,
+    parse_windows,
+    same_model,
+    weight_bytes,
+)
 from cmjax.commands.plan_output import (
     check_outputs,
     nodes_for,
@@ -21,7 +30,9 @@ from cmjax.commands.plan_output import (
 )
 from cmjax.cost.deployment import build_layer
 from cmjax.cost.rows import row_time
-from cmjax.hardware import load_machine
+from cmjax.hardware import Supernode, load_machine
+from cmjax.placement.search import OnStep
+from cmjax.program.step import Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +48,8 @@ class Place:
     """Extra slots per layer, over all ranks together."""
     nodes: int | None = None
     """Nodes the ranks are spread over (default: as few as hold them)."""
-    method: str = "gradient"
-    """gradient, greedy or contiguous."""
+    method: str = "search"
+    """search, greedy, hierarchical, one-spare, contiguous or random."""
     on: str = "cloudmatrix384"
     """Machine: a name of the catalog, or a .toml file."""
     model: str = "deepseek-r1"
@@ -48,13 +59,45 @@ class Place:
     windows: int = 1
     """Time windows to count token-level routes in."""
     seconds: float | None = None
-    """Time limit of the search."""
+    """Time limit of the search; Ctrl-C ends it too, with the best so far."""
     seed: int = 0
     """Of the search."""
     json: str | None = None
     """Write the plan as JSON to this file; `-` is standard output."""
     plot: Path | None = None
     """Draw tokens per rank and layer, per method, to this .png or .svg."""
+    html: Path | None = None
+    """Write a page with the table and all pictures to this .html."""
+
+    # What counts, and where it is judged.
+    objective: str = "mean"
+    """Of a layer's time over the windows: mean, worst, quantile:Q or cvar:Q."""
+    family: tuple[str, ...] = ()
+    """More loads of the same model, each one more workload (its windows are added)."""
+    train_windows: str | None = None
+    """Plan on these windows only, A:B (from A to before B)."""
+    test_windows: str | None = None
+    """Judge on these windows too, A:B."""
+    test: str | None = None
+    """Judge on these loads too: a later recording, another domain."""
+    step_tokens: int = 64
+    """Tokens a rank routes in the sampled steps whose balance is reported; 0 samples none."""
+
+    # What is given.
+    groups: int = 1
+    """Expert groups of the router, which `greedy` and `hierarchical` keep inside a node."""
+    shared: int = 0
+    """Shared experts that live in slots, numbered after the routed ones."""
+    without_ranks: str = ""
+    """Ranks that hold nothing, such as dead ones: 3,17."""
+    memory_gib: float | None = None
+    """Memory of a rank for all experts of these layers; redundant slots go where they save most."""
+    start_from: Path | None = None
+    """The plan that is running (JSON), to be improved with at most `--moves`."""
+    moves: int | None = None
+    """Experts that may be sent to a rank that did not hold them, over all layers."""
+    weighted: bool = False
+    """Let the copies of an expert take uneven shares of its tokens where that is faster."""
 
     # Existing plans, and files for engines.
     evaluate: str | None = None
@@ -67,38 +110,35 @@ class Place:
     first_layer: int | None = None
     """The model's number of the first layer in LOADS (3 for DeepSeek-V3), where LOADS has none."""
 
-    html: Path | None = None
-    """Write a page with the table and all pictures to this .html."""
-
     def run(self, console: Console) -> None:
         check_target(self.json, self.plot, self.html)
         if self.evaluate is not None:
             self._evaluate(console)
             return
-        loads = placement.read_loads(self.loads, windows=self.windows, domain=self.domain)
-        loads = numbered(loads, self.first_layer)
-        check_outputs(self.format, self.html, loads)
-        placed = self.solve(quiet=self.json == "-", loads=loads)
+        placed = self.solve(quiet=self.json == "-")
         if self.plot:
             placed.draw(self.plot)
         machine = load_machine(self.on)
+        loads = placed.loads
         document = plan_document(
             placed.plans[self.method], loads, self.format,
             provenance={"method": self.method, "machine": machine.name, "loads": loads.source,
                         "windows": loads.counts.shape[0], "seed": self.seed},
             console=None if self.json in (None, "-") else console,
             method=self.method,
+            objective=self.objective,
             machine=machine.name,
-            evaluation={name: _score(score) for name, score in placed.scores.items()},
+            evaluation={name: _judged_score(found) for name, found in placed.judged.items()},
         )  # fmt: skip
         if self.html:
             nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
+            shown = {name: placed.plans[name] for name in placed.tokens}
             write_page(
-                self.html, source=loads.source, loads=placed.loads, tokens=placed.tokens,
+                self.html, source=loads.source, loads=loads, tokens=placed.tokens,
                 scores=placed.scores, machine=machine, model=self.model, nodes=self.nodes,
-                reach=reach_of(self.loads, self.domain, placed.plans, nodes),
+                reach=None if self.shared else reach_of(self.loads, self.domain, shown, nodes),
             )  # fmt: skip
-        emit(console, self.json, document, report.placement_table(placed.scores))
+        emit(console, self.json, document, report.comparison_table(placed.judged, self.objective))
 
     def _evaluate(self, console: Console) -> None:
         """Judge the plans of a file; each on every workload chosen."""
@@ -144,64 +184,209 @@ class Place:
         """
         machine = load_machine(self.on)
         placement.check_method(self.method)
+        ranks = self._check()
+        routes = None
+        if loads is None:
+            loads = placement.read_loads(self.loads, windows=self.windows, domain=self.domain)
+            loads = numbered(loads, self.first_layer)
+            routes = self._routes(loads.experts)
+        full = not (self.weighted or self.without_ranks or self.memory_gib is not None)
+        check_outputs(self.format, self.html, loads, full=full)
+        for path in self.family:
+            other = numbered(placement.read_loads(path, windows=self.windows), self.first_layer)
+            loads = join_loads(loads, other)
+        train, test = self._split(loads)
+        layer = self._layer(machine, loads.experts, ranks)
+        train, test = (
+            None if part is None
+            else placement.with_shared(part, self.shared, layer.copies).scaled(
+                float(self.tokens) * ranks * (layer.copies + self.shared)
+            )
+            for part in (train, test)
+        )  # fmt: skip
+        assert train is not None
+        seen = self._seen(routes)
+        time_s = row_time(layer, machine, tokens=self.tokens)
+        problem = self._problem(train, time_s, machine, ranks)
+        methods = tuple(dict.fromkeys((*placement.BASELINES, self.method)))
+        judging = {
+            "test": test, "routes": seen[1], "seed": self.seed,
+            "step_assignments": self.step_tokens * len(problem.alive) * layer.copies,
+        }  # fmt: skip
+        with _progress(quiet) as on_step:
+            judged = placement.compare(
+                problem, methods, time_s,
+                weighted=self.weighted, group_by=seen[0],
+                seconds=self.seconds, on_step=on_step, **judging,
+            )  # fmt: skip
+            if self.start_from is not None:
+                bound_s = judged[self.method].bound_s
+                for name, plan in self._repaired(problem, time_s, on_step).items():
+                    judged[name] = placement.judge_plan(plan, problem, time_s, bound_s, **judging)
+        return Placed(train, judged, self.method)
+
+    def _check(self) -> int:
+        """Refuse options that contradict each other; the ranks."""
         if self.ranks is None:
             raise ValueError("--ranks is needed to place experts")
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
-        if loads is None:
-            loads = placement.read_loads(self.loads, windows=self.windows)
-        layer = build_layer(
-            self.model,
-            machine,
-            ranks=self.ranks,
-            nodes=self.nodes,
-            experts=loads.experts,
-            redundant=self.redundant,
+        if self.step_tokens < 0:
+            raise ValueError(f"step_tokens must be 0 or more, got {self.step_tokens}")
+        if not 0 <= self.shared <= self.redundant:
+            raise ValueError(
+                f"shared experts live in redundant slots: shared must lie in 0 to "
+                f"{self.redundant}, got {self.shared}"
+            )
+        if (self.start_from is None) != (self.moves is None):
+            raise ValueError("--start-from PLAN and --moves N go together")
+        if self.moves is not None and self.moves < 0:
+            raise ValueError(f"moves must be 0 or more, got {self.moves}")
+        if self.test is not None and self.test_windows is not None:
+            raise ValueError("--test and --test-windows: give one of them")
+        if self.start_from is not None and self.method != "search":
+            raise ValueError("--start-from is improved by the method search only")
+        return self.ranks
+
+    def _split(self, loads) -> tuple[placement.Loads, placement.Loads | None]:
+        """What to plan on, and what to judge on."""
+        train, test = loads, None
+        if self.train_windows is not None:
+            first, last = parse_windows(self.train_windows, len(loads.counts), "--train-windows")
+            train = dataclasses.replace(loads, counts=loads.counts[first:last])
+        if self.test_windows is not None:
+            first, last = parse_windows(self.test_windows, len(loads.counts), "--test-windows")
+            test = dataclasses.replace(loads, counts=loads.counts[first:last])
+        if self.test is not None:
+            test = numbered(placement.read_loads(self.test), self.first_layer)
+            same_model(loads, test)
+        return train, test
+
+    def _routes(self, experts: int) -> placement.Routes | None:
+        """Token-level routes, where nodes make them matter and the recording has them."""
+        if self.shared or self.family or (self.nodes or 1) == 1:
+            return None
+        try:
+            return placement.read_routes(self.loads, experts=experts, domain=self.domain)
+        except ValueError:
+            return None  # counts only: the loads were read
+
+    def _seen(self, routes):
+        """Routes of the windows to plan on, and of those to judge on."""
+        if routes is None:
+            return None, None
+        first, last = parse_windows(self.train_windows or ":", self.windows, "--train-windows")
+        train = routes.stretch(self.windows, first, last)
+        if self.test_windows is None:
+            return train, train
+        first, last = parse_windows(self.test_windows, self.windows, "--test-windows")
+        return train, routes.stretch(self.windows, first, last)
+
+    def _layer(
+        self, machine: Supernode, experts: int, ranks: int, redundant: int | None = None
+    ) -> Step:
+        return build_layer(
+            self.model, machine,
+            ranks=ranks, nodes=self.nodes, experts=experts + self.shared,
+            redundant=(self.redundant if redundant is None else redundant) - self.shared,
+        )  # fmt: skip
+
+    def _problem(self, loads, time_s, machine, ranks) -> placement.Problem:
+        problem = placement.Problem(
+            loads, ranks, self.redundant - self.shared, self.nodes or 1, self.groups,
+            objective=placement.Risk.parse(self.objective),
+            without_ranks=parse_ranks(self.without_ranks, "--without-ranks"),
+        )  # fmt: skip
+        if self.memory_gib is None:
+            return problem
+        small, large = (
+            weight_bytes(self._layer(machine, loads.experts - self.shared, ranks, redundant))
+            for redundant in (self.redundant, self.redundant + ranks)
         )
-        loads = loads.scaled(float(self.tokens) * self.ranks * layer.copies)
-        problem = placement.Problem(loads, self.ranks, self.redundant, self.nodes or 1)
-        time_s = row_time(layer, machine, tokens=self.tokens)
-        plans = {}
-        with bar(quiet=quiet) as progress:
-            task = progress.add_task("placing")
+        slots = int(self.memory_gib * 2**30 / (large - small))
+        return placement.choose_slots(problem, time_s, slots)
 
-            def on_step(done: int, total: int, best: float) -> None:
-                progress.update(
-                    task, total=total, completed=done, description=f"{best * 1e3:.3f} ms"
-                )
-
-            for method in dict.fromkeys(("contiguous", "greedy", self.method)):
-                plans[method] = placement.place(
-                    problem, method, time_s, seed=self.seed, seconds=self.seconds, on_step=on_step
-                )
-        scores = {name: placement.evaluate(plan, loads, time_s) for name, plan in plans.items()}
-        return Placed(loads, plans, scores)
+    def _repaired(self, problem, time_s, on_step) -> dict[str, placement.Plan]:
+        """The running plan, and the better one within the moves in place of a free one."""
+        read = placement.read_plan(str(self.start_from), ranks=self.ranks, nodes=self.nodes)
+        current, _ = placement.align(read, problem.loads)
+        plan = placement.repair(
+            problem, current, time_s, moves=int(self.moves or 0), seed=self.seed, on_step=on_step
+        )
+        return {"running": current, self.method: plan}
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """Plans by method, and how good each is under the loads it was made for."""
+    """Plans by method, how good each is, and the method that was asked for."""
 
     loads: placement.Loads
-    plans: dict[str, placement.Plan]
-    scores: dict[str, placement.Evaluation]
+    judged: dict[str, placement.Judged]
+    method: str
+
+    @property
+    def plans(self) -> dict[str, placement.Plan]:
+        return {name: found.plan for name, found in self.judged.items()}
+
+    @property
+    def scores(self) -> dict[str, placement.Evaluation]:
+        """How good each is under the loads it was made for."""
+        return {name: found.made_for for name, found in self.judged.items()}
 
     @property
     def tokens(self) -> dict[str, np.ndarray]:
-        """Tokens per layer and rank of one window: averaging windows would hide the imbalance."""
+        """Tokens per layer and rank of one window, for the plans worth a picture.
+
+        Averaging windows would hide the imbalance.
+        """
         last = self.loads.counts[-1]
-        return {name: plan.tokens_per_rank(last) for name, plan in self.plans.items()}
+        shown = ("contiguous", "greedy", "running", self.method)
+        return {
+            name: plan.tokens_per_rank(last) for name, plan in self.plans.items() if name in shown
+        }
 
     def draw(self, path: Path) -> None:
-        """A heat map of ranks by layers for each plan."""
+        """A heat map of ranks by layers for each of `tokens`."""
         report.plot_placement(self.tokens, path)
 
 
-def _score(score: placement.Evaluation) -> dict[str, float]:
+@contextmanager
+def _progress(quiet: bool) -> Iterator[OnStep]:
+    with bar(quiet=quiet) as progress:
+        task = progress.add_task("placing")
+
+        def on_step(done: int, total: int, best_s: float) -> None:
+            progress.update(task, total=total, completed=done, description=f"{best_s * 1e3:.3f} ms")
+
+        yield on_step
+
+
+def _score(found: placement.Evaluation) -> dict[str, float]:
     return {
-        "mean_par": score.mean_par,
-        "worst_par": score.worst_par,
-        "balancedness": score.balancedness,
-        "time_ms": score.mean_time_s * 1e3,
-        "gap_to_bound": score.gap,
+        "mean_par": found.mean_par,
+        "worst_par": found.worst_par,
+        "balancedness": found.balancedness,
+        "time_ms": found.mean_time_s * 1e3,
+        "gap_to_bound": found.gap,
     }
+
+
+def _judged_score(found: placement.Judged) -> dict[str, float]:
+    score = _score(found.made_for) | {
+        "objective_ms": found.objective_s * 1e3,
+        "gap_to_bound": found.gap,
+        "solve_s": found.solve_s,
+    }
+    if found.served is not None:
+        score |= {
+            "test_time_ms": found.served.mean_time_s * 1e3,
+            "test_mean_par": found.served.mean_par,
+        }
+    if found.step_par is not None:
+        score["step_par"] = float(found.step_par.mean())
+    if found.reach is not None:
+        score |= {
+            "ranks_per_token": float(found.reach.ranks.mean()),
+            "nodes_per_token": float(found.reach.nodes.mean()),
+        }
+    return score

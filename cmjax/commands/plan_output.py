@@ -21,11 +21,23 @@ def numbered(loads: placement.Loads, first_layer: int | None) -> placement.Loads
     return dataclasses.replace(loads, layer_labels=labels)
 
 
-def check_outputs(format: str, html: Path | None, loads: placement.Loads) -> None:
+def check_outputs(
+    format: str, html: Path | None, loads: placement.Loads, *, full: bool = True
+) -> None:
     """Before long work: can a plan for these loads be written in this format, and the page?
 
+    Args:
+      format: of the plan.
+      html: the page, if any.
+      loads: what is placed.
+      full: whether every slot will be filled, and every expert split evenly.
     Raises: ValueError of one line, saying what is missing.
     """
+    if format != "own" and not full:
+        raise ValueError(
+            f"--format {format} holds neither empty slots nor shares per slot: do without "
+            f"--without-ranks, --memory-gib and --weighted"
+        )
     if html is not None and html.suffix.lower() != ".html":
         raise ValueError(f"{html}: pages are written as .html, got {html.suffix or 'no suffix'}")
     if format == "sglang" and loads.layer_labels is None:
@@ -50,16 +62,16 @@ def plan_document(
     console: Console | None,
     **beside: Any,
 ) -> str:
-    """A plan as the text of a file; `loads` say the layer numbers.
+    """A plan as the text of a file.
 
-    What a format cannot hold is changed, and what that costs is said on `console`: vLLM-Ascend
-    addresses one copy of an expert per rank. `provenance`, and what stands `beside` the plan, are
-    kept in cmjax's own format only.
+    What a format cannot hold is changed, and what that costs under `loads` is said on `console`:
+    vLLM-Ascend addresses one copy of an expert per rank. `provenance`, and what stands `beside` the
+    plan, are kept in cmjax's own format only.
     """
     if format == "vllm-ascend":
         plan = _once_per_rank(plan, loads, console)
-    stored = placement.StoredPlan.of(plan, layer_labels=loads.layer_labels, provenance=provenance)
-    return placement.plan_text(stored, format, **(beside if format == "own" else {}))
+    plan = dataclasses.replace(plan, provenance=provenance)
+    return placement.plan_text(plan, format, **(beside if format == "own" else {}))
 
 
 def write_page(

@@ -1,35 +1,45 @@
-"""Where experts live: the problem, the gradient optimiser, its baselines and the bound."""
+"""Where experts live: the problem, the search, the rules it is compared with, and the bounds."""
 
-from cmjax.placement.contiguous import contiguous
-from cmjax.placement.evaluate import Evaluation, evaluate, lower_bound_time_s, lower_bound_tokens
-from cmjax.placement.example import example_loads
-from cmjax.placement.formats import (
-    PLAN_FORMATS,
-    StoredPlan,
-    plan_text,
-    read_plan,
-    read_plans,
-    write_plan,
+from cmjax.placement.bounds import (
+    lower_bound_objective_s,
+    lower_bound_time_s,
+    lower_bound_tokens,
 )
-from cmjax.placement.gradient import GradientConfig, gradient
-from cmjax.placement.greedy import greedy
+from cmjax.placement.budgets import choose_slots
+from cmjax.placement.compare import BASELINES, Judged, compare, judge_plan
+from cmjax.placement.contiguous import contiguous
+from cmjax.placement.evaluate import Evaluation, evaluate
+from cmjax.placement.example import example_family, example_loads
+from cmjax.placement.formats import PLAN_FORMATS, plan_text, read_plan, read_plans, write_plan
+from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
 from cmjax.placement.judge import align, judge
 from cmjax.placement.loads import Loads
 from cmjax.placement.migration import Move, match, moves, wire_s
+from cmjax.placement.multicast import Reach, group_ranks, reach
 from cmjax.placement.once_per_rank import once_per_rank
+from cmjax.placement.one_spare import one_spare
 from cmjax.placement.place import METHODS, check_method, place, register_method
+from cmjax.placement.plan import Plan
 from cmjax.placement.pricing import LayerTime
-from cmjax.placement.problem import Plan, Problem
+from cmjax.placement.problem import Problem
 from cmjax.placement.readers import domains, read_family, read_loads, read_pairs, read_routes
 from cmjax.placement.rebalancer import MoveCost, Proposal, Rebalancer
+from cmjax.placement.repair import count_moves, repair
+from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
-from cmjax.placement.traffic import Reach, node_bytes, reach
+from cmjax.placement.search import SearchConfig, search
+from cmjax.placement.shared import with_shared
+from cmjax.placement.shuffled import shuffled
+from cmjax.placement.split import optimise_split
+from cmjax.placement.step_noise import step_par
+from cmjax.placement.traffic import node_bytes
 
 __all__ = [
+    "BASELINES",
     "METHODS",
     "PLAN_FORMATS",
     "Evaluation",
-    "GradientConfig",
+    "Judged",
     "LayerTime",
     "Loads",
     "Move",
@@ -39,23 +49,34 @@ __all__ = [
     "Proposal",
     "Reach",
     "Rebalancer",
+    "Risk",
     "Routes",
-    "StoredPlan",
+    "SearchConfig",
     "align",
     "check_method",
+    "choose_slots",
+    "compare",
     "contiguous",
+    "count_moves",
     "domains",
     "evaluate",
+    "example_family",
     "example_loads",
-    "gradient",
     "greedy",
+    "greedy_global",
+    "greedy_hierarchical",
+    "group_ranks",
     "judge",
+    "judge_plan",
+    "lower_bound_objective_s",
     "lower_bound_time_s",
     "lower_bound_tokens",
     "match",
     "moves",
     "node_bytes",
     "once_per_rank",
+    "one_spare",
+    "optimise_split",
     "place",
     "plan_text",
     "reach",
@@ -66,6 +87,11 @@ __all__ = [
     "read_plans",
     "read_routes",
     "register_method",
+    "repair",
+    "search",
+    "shuffled",
+    "step_par",
     "wire_s",
+    "with_shared",
     "write_plan",
 ]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from cmjax.placement.greedy import replicate
+from cmjax.placement.bounds import lower_bound_time_s
 from cmjax.placement.loads import Loads
 from cmjax.placement.pricing import LayerTime, price_s
-from cmjax.placement.problem import Plan, Problem, count_copies
+from cmjax.placement.problem import Plan, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,40 +61,12 @@ def evaluate(plan: Plan, loads: Loads, layer_time_s: LayerTime) -> Evaluation:
     Raises: ValueError if the loads' layers and experts are not the plan's.
     """
     tokens = plan.tokens_per_rank(loads.counts)
-    slots = plan.experts.shape[1]
-    problem = Problem(loads, plan.ranks, slots - plan.expert_count, plan.nodes)
+    alive = tokens[..., plan.alive]
+    dead = tuple(np.flatnonzero(~plan.alive).tolist())
+    redundant = plan.slots - plan.expert_count
+    problem = Problem(loads, plan.ranks, redundant, plan.nodes, without_ranks=dead)
     return Evaluation(
-        par=tokens.max(-1) / tokens.mean(-1),
+        par=alive.max(-1) / alive.mean(-1),
         time_s=price_s(layer_time_s, tokens).sum(-1),
         lower_bound_s=lower_bound_time_s(problem, layer_time_s).sum(-1),
     )
-
-
-def lower_bound_tokens(problem: Problem) -> Float[np.ndarray, "windows layers"]:
-    """Tokens that the busiest rank gets at least, under any plan with an even split over copies.
-
-    The mean over ranks, or the smallest largest load of a single copy that the slots allow if they
-    served this window alone: some rank has to hold that copy.
-    """
-    counts = problem.loads.counts
-    rows = counts.reshape(-1, problem.experts)
-    copies = count_copies(replicate(rows, problem.slots), problem.experts)
-    copy = (rows / copies).max(-1).reshape(counts.shape[:2])
-    return np.maximum(counts.sum(-1) / problem.ranks, copy)
-
-
-def lower_bound_time_s(
-    problem: Problem, layer_time_s: LayerTime
-) -> Float[np.ndarray, "windows layers"]:
-    """Seconds that no plan can beat, by window and layer, for a symmetric convex `layer_time_s`.
-
-    One rank gets `lower_bound_tokens`, the others share the rest evenly. Every plan's tokens
-    majorise this vector, so any Schur-convex price (the slowest rank's, for one) is at least this.
-    A price that tells ranks apart, as by their node, is not bounded by it.
-    """
-    counts = problem.loads.counts
-    peak = lower_bound_tokens(problem)[..., None]
-    others = problem.ranks - 1
-    rest = (counts.sum(-1, keepdims=True) - peak) / max(others, 1)
-    tokens = np.concatenate([peak, np.repeat(rest, others, axis=-1)], axis=-1)
-    return price_s(layer_time_s, tokens)

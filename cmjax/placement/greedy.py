@@ -13,14 +13,41 @@ published method. It balances the mean of the windows; it knows nothing of their
 import numpy as np
 from jaxtyping import Float, Int
 
-from cmjax.placement.problem import Plan, Problem, count_copies
+from cmjax.placement.plan import count_copies
+from cmjax.placement.problem import Plan, Problem
 
 
 def greedy(problem: Problem) -> Plan:
-    """Place by greedy replicate-and-pack on the mean load of the windows."""
+    """Place by greedy replicate-and-pack on the mean load of the windows.
+
+    As published: hierarchical where the router's groups divide over the nodes, else global.
+    """
+    fits = problem.groups % problem.nodes == 0
+    groups, nodes = (problem.groups, problem.nodes) if fits else (1, 1)
+    return greedy_on(problem, problem.loads.counts.mean(0), groups=groups, nodes=nodes)
+
+
+def greedy_global(problem: Problem) -> Plan:
+    """The global form, whatever the groups: one group, one node."""
+    return greedy_on(problem, problem.loads.counts.mean(0))
+
+
+def greedy_hierarchical(problem: Problem) -> Plan:
+    """The hierarchical form. Where the groups do not divide over the nodes, every expert is a
+    group of its own; where the experts do not either, the global form.
+    """
+    choices = (problem.groups, problem.experts)
+    groups = next((count for count in choices if count % problem.nodes == 0), None)
     loads = problem.loads.counts.mean(0)
-    hierarchical = problem.groups % problem.nodes == 0
-    groups, nodes = (problem.groups, problem.nodes) if hierarchical else (1, 1)
+    if groups is None:
+        return greedy_on(problem, loads)
+    return greedy_on(problem, loads, groups=groups, nodes=problem.nodes)
+
+
+def greedy_on(
+    problem: Problem, loads: Float[np.ndarray, "layers experts"], *, groups: int = 1, nodes: int = 1
+) -> Plan:
+    """Replicate and pack any one load per expert, groups first packed onto nodes."""
     layers, experts = loads.shape
 
     by_node = _experts_by_node(loads, groups, nodes)
@@ -36,9 +63,14 @@ def greedy(problem: Problem) -> Plan:
 
 
 def replicate(
-    loads: Float[np.ndarray, "rows experts"], slots: int
+    loads: Float[np.ndarray, "rows experts"], slots: int, most: int | None = None
 ) -> Int[np.ndarray, "rows slots"]:
     """Fill `slots` slots with experts, each extra slot easing the largest load per copy.
+
+    Args:
+      loads: tokens of each expert.
+      slots: slots to fill, at least one per expert.
+      most: copies that an expert gets at most; None is any number.
 
     Returns: the expert of each slot: every expert once in order, then the extra copies in the order
       they were given. The result minimises the largest load per copy of each row.
@@ -54,6 +86,10 @@ def replicate(
         filled[:, slot] = hottest
         copies[row, hottest] += 1
         per_copy[row, hottest] = loads[row, hottest] / copies[row, hottest]
+        if most is not None:
+            per_copy[row, hottest] = np.where(
+                copies[row, hottest] == most, -1.0, per_copy[row, hottest]
+            )
     return filled
 
 

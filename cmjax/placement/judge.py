@@ -4,18 +4,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cmjax.placement.evaluate import Evaluation, lower_bound_time_s
-from cmjax.placement.formats.stored import StoredPlan
+from cmjax.placement.evaluate import Evaluation, evaluate
 from cmjax.placement.loads import Loads
-from cmjax.placement.pricing import LayerTime, price_s
-from cmjax.placement.problem import Problem
+from cmjax.placement.plan import Plan
+from cmjax.placement.pricing import LayerTime
 
 
-def judge(plan: StoredPlan, loads: Loads, price_of: Callable[[int], LayerTime]) -> Evaluation:
-    """Balance, priced time and distance from the bound of a stored plan under `loads`.
+def judge(plan: Plan, loads: Loads, price_of: Callable[[int], LayerTime]) -> Evaluation:
+    """`evaluate` for a plan that may fill more slots in one layer than in another.
 
-    Layers are matched by number where both sides have numbers, else by position. Unlike a `Plan`,
-    a stored plan may fill more slots in one layer than in another and split unevenly; each layer is
+    Layers are matched by number where both sides have numbers, else by position. Each layer is
     priced, and bounded, with the slots it has. The bound holds for uneven splits too: of an
     expert's copies, one serves at least its even share.
 
@@ -31,17 +29,15 @@ def judge(plan: StoredPlan, loads: Loads, price_of: Callable[[int], LayerTime]) 
     time_s, bound_s = np.zeros(len(par)), np.zeros(len(par))
     for depth in np.unique(depths):
         rows = np.flatnonzero(depths == depth)
-        part, price = plan.select(rows.tolist()), price_of(int(depth))
         served = Loads(loads.counts[:, rows], loads.source)
-        tokens = part.tokens_per_rank(served.counts)
-        problem = Problem(served, plan.ranks, int(depth) * plan.ranks - served.experts, plan.nodes)
-        par[:, rows] = tokens.max(-1) / tokens.mean(-1)
-        time_s += price_s(price, tokens).sum(-1)
-        bound_s += lower_bound_time_s(problem, price).sum(-1)
+        found = evaluate(plan.select(rows.tolist()), served, price_of(int(depth)))
+        par[:, rows] = found.par
+        time_s += found.time_s
+        bound_s += found.lower_bound_s
     return Evaluation(par=par, time_s=time_s, lower_bound_s=bound_s)
 
 
-def align(plan: StoredPlan, loads: Loads) -> tuple[StoredPlan, Loads]:
+def align(plan: Plan, loads: Loads) -> tuple[Plan, Loads]:
     """The layers of `loads` in both: a recording may hold some of a plan's layers only.
 
     Raises: ValueError of one line if layers or experts do not match.

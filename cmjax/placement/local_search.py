@@ -1,125 +1,207 @@
-"""Exact local search: small changes of whole plans, judged by the priced time itself.
+"""Exact local search over whole plans, all layers and starting plans in one compiled program.
 
-From a slot i (on a busy rank, usually) holding expert e and a slot j holding f, three moves:
+What is lowered is a penalty for every rank above a level that follows the slowest one
+(the quadratic penalty method for a minimax problem; Bertsekas, Nonlinear Programming, chapter 4):
 
-    swap       i holds f, j holds e
-    replicate  j holds e too          (f gives up a copy)
-    retire     i holds f too          (e gives up a copy, f gains one)
+    Φ = sum over windows w and ranks r of  u[w] · max(x[w, r] - T[w], 0)²,
+    T[w] = 1 + θ · (top[w] - 1),    u[w] = 1 / ((1 - θ) · (top[w] - 1)),
 
-Each step draws moves at random, prices all of them exactly from the two experts' old and new
-spread over the ranks, and takes the best if it is better. Steps run under one `jit` for all layers
-and all starting plans. None raises the price; among equal prices the more even plan wins, because
-the slowest rank alone does not tell a step towards a better plan from a step nowhere.
+with x the tokens of a rank over the window's mean and top[w] the slowest rank's, but at least the
+top of the fastest window in the objective's tail: of all windows for the mean, of the slowest alone
+for the worst. So a window of the tail weighs the same however slow it is, and the others
+count only where they would join it.
+
+Unlike the maximum itself, Φ tells a step towards a better plan from a step nowhere, and a swap of
+two experts changes only two of its terms per window. θ rises from 0, where everything is evened
+out, towards 1, where the slowest rank is all that counts.
+
+Moves, all evaluated exactly, with copies of an expert sharing its tokens evenly:
+
+    swap       a slot on a hot rank and a slot elsewhere change experts
+    overwrite  a slot gives up its expert (which has other copies), or was empty, and holds another
+
+The hot rank is drawn in proportion to its share of Φ. A move that would put two copies of an expert
+on a rank is left out.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cmjax.placement.pricing import LayerTime
-
-_EVENNESS = 1e-2  # weight of the spread of tokens: breaks ties between plans of equal price
-_RESOLUTION = 3e-7  # smaller gains are rounding errors of single precision
+_EPS = 1e-6
 
 
-DRAWS = 5  # random numbers a move takes
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SearchState:
+    """Plans in work; leading axis `rows` is layers times starting plans.
+
+    Attributes:
+      experts: expert of every slot; the number of experts itself stands for an empty slot.
+      copies: copies of every expert; 1 for the empty one, whose load is zero.
+      tokens: tokens per window and rank over the window's mean.
+    """
+
+    experts: Int[Array, "rows ranks size"]
+    copies: Float[Array, "rows experts1"]
+    tokens: Float[Array, "rows windows ranks"]
 
 
-@partial(jax.jit, static_argnames=("ranks", "layer_time_s"))
-def descend(
-    experts: Int[Array, "plans layers slots"],
-    counts: Float[Array, "windows layers experts"],
-    scale_s: Float[Array, "layers"],
-    draws: Float[Array, "plans layers steps 5 moves"],
+def start_state(
+    experts: Int[Array, "rows ranks size"], loads: Float[Array, "rows experts1 windows"]
+) -> SearchState:
+    """State of given plans under `loads`, relative to the mean over ranks; see `improve`."""
+    rows, ranks, size = experts.shape
+    row = jnp.arange(rows)[:, None]
+    flat = experts.reshape(rows, -1)
+    copies = jnp.zeros(loads.shape[:2], loads.dtype).at[row, flat].add(1.0).at[:, -1].set(1.0)
+    per_slot = (loads / copies[..., None])[row, flat]
+    tokens = per_slot.reshape(rows, ranks, size, -1).sum(2).swapaxes(1, 2)
+    return SearchState(experts, copies, tokens)
+
+
+@partial(jax.jit, static_argnames=("swaps", "tail", "ignore_slower"))
+def improve(
+    state: SearchState,
+    loads: Float[Array, "rows experts1 windows"],
+    theta: Float[Array, "rounds"],
+    slots: Int[Array, "rounds swaps1 candidates"],
+    chance: Float[Array, "rounds swaps1 windows ranks"],
     *,
-    ranks: int,
-    layer_time_s: LayerTime,
-) -> Int[Array, "plans layers slots"]:
-    """Improve every plan of every layer, step by step, by the best of some random moves.
+    swaps: int,
+    tail: int,
+    ignore_slower: bool = False,
+) -> SearchState:
+    """Rounds of one overwrite and `swaps` swaps; none raises the penalty of its round.
 
     Args:
-      experts: expert of each slot, slots of rank 0 first.
-      counts: tokens.
-      scale_s: seconds that count as one, per layer.
-      draws: uniform numbers in [0, 1), which say what moves each step tries. They are drawn
-        outside: a generator inside the loop takes longer to compile than the search to run.
-      ranks: ranks the slots are dealt to.
-      layer_time_s: the priced layer.
-    Returns: plans of the same shape, none of higher price (to single precision).
+      state: plans to improve.
+      loads: tokens of every expert over the mean tokens of a rank, per window; the last row zero.
+      theta: level of each round, in [0, 1).
+      slots: the other slots that each step tries; the same for every row.
+      chance: standard exponential numbers, which draw the hot rank.
+      swaps: swap steps a round; `slots` and `chance` hold one more step, for the overwrite.
+      tail: how many of the slowest windows count.
+      ignore_slower: only the fastest of the tail counts, not those slower than it (a quantile).
     """
-    one = partial(_descend_layer, ranks=ranks, layer_time_s=layer_time_s)
-    by_layer = jax.vmap(one, (0, 1, 0, 0))
-    return jax.vmap(by_layer, (0, None, None, 0))(experts, counts, scale_s, draws)
-
-
-def _descend_layer(experts, counts, scale_s, draws, *, ranks, layer_time_s):
-    """One plan of one layer: experts [slots], counts [windows, experts]."""
-    slots, size = experts.shape[0], experts.shape[0] // ranks
-    home = jnp.arange(slots) // size
-    spread = jnp.zeros((counts.shape[1], ranks), counts.dtype).at[experts, home].add(1.0)
-    tokens = counts @ (spread / spread.sum(-1, keepdims=True))
-
-    def judge(tokens):
-        """Relative price, and how uneven the ranks are; tokens [..., windows, ranks]."""
-        relative = tokens / tokens.mean(-1, keepdims=True)
-        uneven = jnp.square(relative - 1).mean((-1, -2))
-        return layer_time_s(tokens).mean(-1) / scale_s, uneven
+    one = partial(_round, swaps=swaps, tail=tail, ignore_slower=ignore_slower)
+    by_row = jax.vmap(one, (0, 0, None, None, None))
 
     def step(state, drawn):
-        experts, spread, tokens = state
-        i, j, from_i, from_j = _moves(drawn, tokens, slots, size)
-        e, f = experts[i], experts[j]
-        here, there = (jax.nn.one_hot(home[slot], ranks, dtype=counts.dtype) for slot in (i, j))
-        # Rank by rank, expert e gains what f loses.
-        change = from_j[:, None] * there - from_i[:, None] * here
-        old_e, old_f = spread[e], spread[f]
-        new_e, new_f = old_e + change, old_f - change
-        sums = jnp.stack([new_e.sum(-1), new_f.sum(-1)])
-        crowded = (new_e > jnp.maximum(old_e, 1)) | (new_f > jnp.maximum(old_f, 1))
-        allowed = (e != f) & (sums >= 1).all(0) & ~crowded.any(-1)
-        shift_e = _share(new_e) - _share(old_e)
-        shift_f = _share(new_f) - _share(old_f)
-        moved = tokens + counts.T[e][..., None] * shift_e[:, None]
-        moved = moved + counts.T[f][..., None] * shift_f[:, None]
-        price, uneven = judge(tokens)
-        new_price, new_uneven = judge(moved)
-        gain = price - new_price + _EVENNESS * (uneven - new_uneven)
-        gain = jnp.where(allowed & (new_price <= price + _RESOLUTION), gain, -jnp.inf)
-        best = gain.argmax()
-        better = gain[best] > _RESOLUTION
+        return by_row(state, loads, *drawn), None
 
-        i, j, e, f = i[best], j[best], e[best], f[best]
-        takes_i, takes_j = from_i[best] > 0, from_j[best] > 0
-        new = experts.at[i].set(jnp.where(takes_i, f, e))
-        new = new.at[j].set(jnp.where(takes_j, e, f))
-        new_spread = spread.at[e].set(new_e[best]).at[f].set(new_f[best])
-        state = jax.tree.map(
-            lambda old, new: jnp.where(better, new, old),
-            state,
-            (new, new_spread, moved[best]),
-        )
-        return state, None
-
-    (experts, _, _), _ = jax.lax.scan(step, (experts, spread, tokens), draws)
-    return experts
+    return jax.lax.scan(step, state, (theta, slots, chance))[0]
 
 
-def _moves(drawn, tokens, slots, size):
-    """Random moves: slots i and j, and whether i and j change hands (1.0 or 0.0), each [moves]."""
-    window, busy, slot_i, slot_j, kind = drawn
-    busiest = tokens.argmax(-1)[_integer(window, tokens.shape[0])]
-    anywhere = _integer(slot_i, slots)
-    i = jnp.where(busy < 0.75, busiest * size + anywhere % size, anywhere)
-    kind = _integer(kind, 4)  # 0, 1: swap; 2: replicate; 3: retire
-    from_i, from_j = (kind != 2).astype(tokens.dtype), (kind != 3).astype(tokens.dtype)
-    return i, _integer(slot_j, slots), from_i, from_j
+def _round(state, loads, theta, slots, chance, *, swaps, tail, ignore_slower):
+    """One row: experts [ranks, size], tokens [windows, ranks]."""
+    top = state.tokens.max(-1)
+    least = jnp.sort(top)[-tail]
+    excess = jnp.maximum(jnp.maximum(top, least) - 1, _EPS)
+    if ignore_slower:
+        excess = jnp.full_like(top, jnp.maximum(least - 1, _EPS))
+    factor = 1 / ((1 - theta) * excess)
+    if ignore_slower:
+        factor = jnp.where(top > least, 0.0, factor)
+    penalty = _Penalty(1 + theta * excess, factor)
+    state = _overwrite(state, loads, slots[0], chance[0], penalty)
+    per_copy = loads / state.copies[:, None]
+
+    def step(carry, drawn):
+        return _swap(carry[0], carry[1], per_copy, drawn[0], drawn[1], penalty), None
+
+    (experts, tokens), _ = jax.lax.scan(
+        step, (state.experts, state.tokens), (slots[1:], chance[1:]), length=swaps
+    )
+    return SearchState(experts, state.copies, tokens)
 
 
-def _integer(uniform, below):
-    return jnp.minimum((uniform * below).astype(jnp.int32), below - 1)
+class _Penalty(NamedTuple):
+    """Φ of one row: T and u by window."""
+
+    level: Array
+    factor: Array
+
+    def by_window(self, tokens):
+        """Contribution of tokens [..., windows], window by window."""
+        return self.factor * jnp.square(jnp.maximum(tokens - self.level, 0))
+
+    def __call__(self, tokens):
+        return self.by_window(tokens).sum(-1)
 
 
-def _share(spread):
-    return spread / jnp.maximum(spread.sum(-1, keepdims=True), 1)
+def _hot_rank(tokens, chance, penalty):
+    """Drawn in proportion to its share of Φ (the largest of share / exponential)."""
+    share = penalty.by_window(tokens.T).T  # [windows, ranks]
+    return (share / chance).argmax() % tokens.shape[1]
+
+
+def _swap(experts, tokens, per_copy, slots, chance, penalty):
+    size, nothing = experts.shape[1], len(per_copy) - 1
+    hot = _hot_rank(tokens, chance, penalty)
+    other = slots // size
+    here, there = experts[hot], experts.reshape(-1)[slots]  # [size], [candidates]
+    # Moved off the hot rank, for every pair of a slot there and a candidate: [size, cand, windows].
+    shift = per_copy[here][:, None] - per_copy[there]
+    hot_tokens, other_tokens = tokens[:, hot], tokens.T[other]
+    gain = (
+        penalty(hot_tokens) + penalty(other_tokens)
+        - penalty(hot_tokens - shift) - penalty(other_tokens + shift)
+    )  # fmt: skip
+    doubles = ((here[:, None] == there) & (there < nothing)).any(0) | (
+        experts[other] == here[:, None, None]
+    ).any(-1)
+    gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
+    best = gain.argmax()
+    i, j = best // len(slots), best % len(slots)
+    better = gain.reshape(-1)[best] > 0
+    moved = jnp.where(better, shift[i, j], 0.0)
+    e, f = here[i], there[j]
+    experts = experts.at[hot, i].set(jnp.where(better, f, e))
+    experts = experts.at[other[j], slots[j] % size].set(jnp.where(better, e, f))
+    tokens = tokens.at[:, hot].add(-moved).at[:, other[j]].add(moved)
+    return experts, tokens
+
+
+def _overwrite(state, loads, slots, chance, penalty):
+    experts, copies, tokens = state.experts, state.copies, state.tokens
+    ranks, size = experts.shape
+    nothing = loads.shape[0] - 1
+    slots = slots[: max(1, len(slots) // 8)]
+    hot = _hot_rank(tokens, chance, penalty)
+    other = slots // size
+    here, there = experts[hot], experts.reshape(-1)[slots]
+    held_here = (experts == here[:, None, None]).sum(-1).astype(tokens.dtype)  # [size, ranks]
+    held_there = (experts == there[:, None, None]).sum(-1).astype(tokens.dtype)
+    target = jax.nn.one_hot(other, ranks, dtype=tokens.dtype)
+    more, fewer = copies[here] + 1, jnp.maximum(copies[there] - 1, 1)
+    # Share of the expert's tokens that each rank gains: [size, candidates, ranks].
+    gain_e = (held_here[:, None] + target) / more[:, None, None] - (
+        held_here / copies[here][:, None]
+    )[:, None]
+    gain_f = (held_there - target) / fewer[:, None] - held_there / copies[there][:, None]
+    gain_f = jnp.where((there == nothing)[:, None], 0.0, gain_f)
+    new = (
+        tokens.T
+        + gain_e[..., None] * loads[here][:, None, None]
+        + gain_f[..., None] * loads[there][:, None]
+    )  # [size, candidates, ranks, windows]
+    gain = penalty(tokens.T).sum() - penalty(new).sum(-1)
+    free = (there == nothing) | (copies[there] > 1)
+    doubles = (experts[other] == here[:, None, None]).any(-1) | (here == nothing)[:, None]
+    gain = jnp.where(doubles | ~free, -jnp.inf, gain)
+    best = gain.argmax()
+    i, j = best // len(slots), best % len(slots)
+    better = gain.reshape(-1)[best] > 0
+    e, f = here[i], there[j]
+    spot = (other[j], slots[j] % size)
+    changed = copies.at[e].add(1.0).at[f].add(jnp.where(f == nothing, 0.0, -1.0))
+    return SearchState(
+        experts=experts.at[spot].set(jnp.where(better, e, f)),
+        copies=jnp.where(better, changed, copies),
+        tokens=jnp.where(better, new[i, j].T, tokens),
+    )

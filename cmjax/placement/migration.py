@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from cmjax.hardware import Supernode
-from cmjax.placement.formats.stored import EMPTY, StoredPlan
-from cmjax.placement.problem import Plan
+from cmjax.placement.plan import EMPTY, Plan
 
 _DIE, _NODE, _SUPERNODE = range(3)
 
@@ -35,33 +34,36 @@ class Move(NamedTuple):
     bytes: float
 
 
-def match[P: (Plan, StoredPlan)](current: P, proposed: P) -> P:
+def match(current: Plan, proposed: Plan) -> Plan:
     """`proposed` with ranks renamed and slots reordered so that the fewest weights move.
 
-    Nodes stay together: whole nodes are renamed, and ranks inside them. The tokens per rank are
-    those of `proposed` in another order, so any price that does not tell ranks apart is unchanged.
+    Nodes stay together: whole nodes are renamed, and ranks inside them. A rank that holds nothing
+    in any layer of `proposed` may be dead and keeps its place. The tokens per rank are those of
+    `proposed` in another order, so any price that does not tell ranks apart is unchanged.
 
     Raises: ValueError if the plans differ in layers, experts, slots, ranks or nodes.
     """
     _check_alike("match", current, proposed)
     order = np.empty(current.experts.shape, np.int64)
     shape = (current.ranks, current.slots_per_rank)
+    dead = np.flatnonzero(~proposed.alive)
     for layer in range(current.layers):
         old = current.experts[layer].reshape(shape)
         new = proposed.experts[layer].reshape(shape)
-        renamed = _rename(_shared(new, old, current.expert_count), current.nodes)
+        shared = _shared(new, old, current.expert_count)
+        shared[dead, dead] = shared.sum() + 1  # no other renaming is worth as much
+        renamed = _rename(shared, current.nodes)
         kept = [rank * shape[1] + _reorder(new[rank], old[n]) for n, rank in enumerate(renamed)]
         order[layer] = np.concatenate(kept)
     moved = {"experts": np.take_along_axis(proposed.experts, order, axis=1)}
-    split = getattr(proposed, "split", None)  # the shares of a stored plan go with their slots
-    if split is not None:
-        moved["split"] = np.take_along_axis(split, order, axis=1)
+    if proposed.split is not None:
+        moved["split"] = np.take_along_axis(proposed.split, order, axis=1)
     return dataclasses.replace(proposed, **moved)
 
 
 def moves(
-    current: Plan | StoredPlan,
-    proposed: Plan | StoredPlan,
+    current: Plan,
+    proposed: Plan,
     machine: Supernode,
     *,
     expert_bytes: float,
@@ -96,9 +98,7 @@ def moves(
     return tuple(found)
 
 
-def wire_s(
-    moved: Sequence[Move], plan: Plan | StoredPlan, machine: Supernode
-) -> Float[np.ndarray, "layers"]:
+def wire_s(moved: Sequence[Move], plan: Plan, machine: Supernode) -> Float[np.ndarray, "layers"]:
     """Seconds for which each layer's weights are on the links.
 
     Weights come from and go to HBM, so the links reach `exchange.bandwidth_from_hbm` of their

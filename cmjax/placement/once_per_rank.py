@@ -8,23 +8,27 @@ of the two ranks with the fewest tokens:
 where w is the load of a slot. Each exchange removes one double and makes none.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from cmjax.placement.loads import Loads
-from cmjax.placement.problem import Plan
+from cmjax.placement.plan import EMPTY, Plan
 
 
 def once_per_rank(plan: Plan, loads: Loads) -> Plan:
     """`plan` with as few slots exchanged as it has doubles; itself if it has none.
 
     Args:
-      plan: any plan.
+      plan: without empty slots, every expert split evenly over its copies.
       loads: what balance is kept for: the mean of the windows.
-    Raises: ValueError if an expert has more copies than there are ranks, no exchange helps, or
-      slots are empty.
+    Raises: ValueError if an expert has more copies than there are ranks, no exchange helps, slots
+      are empty, or the plan has shares per slot.
     """
-    if plan.experts.min() < 0:
-        raise ValueError("once_per_rank: expected a plan without empty slots")
+    if plan.split is not None or (plan.experts == EMPTY).any():
+        raise ValueError(
+            "once_per_rank: expected a plan without empty slots and without shares per slot"
+        )
     counts = loads.counts.mean(0)
     tokens = plan.tokens_per_rank(counts)
     per_slot = np.take_along_axis(counts / plan.copies, plan.experts, axis=1)
@@ -52,4 +56,4 @@ def once_per_rank(plan: Plan, loads: Loads) -> Plan:
                 total[[rank, home[other]]] += gain[other] * np.array([1, -1])
                 row[[slot, other]] = row[[other, slot]]
                 weight[[slot, other]] = weight[[other, slot]]
-    return Plan(experts, plan.expert_count, plan.ranks, plan.nodes)
+    return replace(plan, experts=experts)

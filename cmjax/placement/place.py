@@ -1,20 +1,21 @@
 """One door to every placement method, by name."""
 
 import difflib
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from cmjax.placement.contiguous import contiguous
-from cmjax.placement.gradient import gradient
-from cmjax.placement.greedy import greedy
+from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
+from cmjax.placement.one_spare import one_spare
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
-
-OnStep = Callable[[int, int, float], None]
+from cmjax.placement.search import OnStep, search
+from cmjax.placement.shuffled import shuffled
 
 
 class Method(Protocol):
-    """A placement method: a problem and its price in, a plan out."""
+    """A placement method: a problem and its price in, a plan out. All slots are usable."""
 
     def __call__(
         self,
@@ -58,16 +59,34 @@ def place(
     """Solve a placement problem by the named method.
 
     Args:
-      problem: loads, ranks and slots.
-      method: a name in `METHODS`: gradient, greedy, contiguous, or one registered by the caller.
+      problem: loads, ranks, slots and objective. Dead ranks and layers with fewer slots are taken
+        out of it first, so that no method has to know of them.
+      method: a name in `METHODS`: search, greedy, hierarchical, one-spare, contiguous, random, or
+        one registered by the caller.
       layer_time_s: priced time of the layer, `[..., ranks]` tokens to `[...]` seconds.
       seed: for methods that draw at random.
       seconds: wall-clock limit for methods that search.
-      on_step: progress, called as `on_step(done, total, best_time_s)`.
+      on_step: progress, called as `on_step(done, total, best_s)`.
     Raises: ValueError for an unknown method, with the names closest to it.
     """
     check_method(method)
-    return METHODS[method](problem, layer_time_s, seed=seed, seconds=seconds, on_step=on_step)
+    begin, parts = time.monotonic(), problem.dense()
+    plans, before = [], 0.0
+    for index, (_, part) in enumerate(parts):
+        left = None
+        if seconds is not None:
+            left = (seconds - (time.monotonic() - begin)) / (len(parts) - index)
+        best = 0.0
+
+        def report(done, total, found, *, index=index, before=before):
+            nonlocal best
+            best = found
+            if on_step is not None:
+                on_step(index * total + done, len(parts) * total, before + found)
+
+        plans.append(METHODS[method](part, layer_time_s, seed=seed, seconds=left, on_step=report))
+        before += best
+    return problem.assemble(plans)
 
 
 def check_method(method: str) -> None:
@@ -80,14 +99,25 @@ def check_method(method: str) -> None:
         )
 
 
-register_method("gradient")(gradient)
+register_method("search")(search)
 
 
-@register_method("greedy")
-def _greedy(problem, layer_time_s, /, *, seed, seconds, on_step):
-    return greedy(problem)
+@register_method("random")
+def _random(problem, layer_time_s, /, *, seed, seconds, on_step):
+    return shuffled(problem, seed=seed)
 
 
-@register_method("contiguous")
-def _contiguous(problem, layer_time_s, /, *, seed, seconds, on_step):
-    return contiguous(problem)
+def _register_rule(name, rule):
+    @register_method(name)
+    def method(problem, layer_time_s, /, *, seed, seconds, on_step):
+        return rule(problem)
+
+
+for _name, _rule in {
+    "contiguous": contiguous,
+    "greedy": greedy,
+    "greedy-global": greedy_global,
+    "hierarchical": greedy_hierarchical,
+    "one-spare": one_spare,
+}.items():
+    _register_rule(_name, _rule)

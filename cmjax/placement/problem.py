@@ -1,38 +1,40 @@
-"""The placement problem and its answer: which expert each physical slot of each rank holds.
+"""The placement problem: loads, and the machine's side of the bargain.
 
 A layer has `experts` routed experts and `slots = experts + redundant` physical slots, the same
-number on every rank; slot s lives on rank s // slots_per_rank. An expert's tokens are split evenly
-over its copies, so a rank receives
-
-    tokens[r] = sum over slots s of rank r of  load[expert[s]] / copies[expert[s]].
+number on every rank. Dead ranks and layers with fewer slots make some of them unusable; `dense`
+splits such a problem into ones without exceptions, which is all that a method has to solve.
 """
 
-import json
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from cmjax.placement.loads import Loads
+from cmjax.placement.plan import EMPTY, Plan, count_copies
+from cmjax.placement.risk import MEAN, Risk
 
-_FORMAT = "cmjax-placement"
-_VERSION = 1
+__all__ = ["Plan", "Problem", "count_copies"]
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Loads to place, and the machine's side of the bargain.
+    """Loads to place, and where.
 
     Attributes:
-      loads: tokens per window, layer and expert.
+      loads: tokens per window, layer and expert. Windows may be stretches of time or workloads; the
+        search treats all as equally long, so scale them to one step (`Loads.scaled`).
       ranks: expert-parallel ranks (dies, or NPUs where one process drives both dies).
       redundant: extra slots per layer, over all ranks together.
       nodes: nodes the ranks are spread over, in order and evenly.
       groups: the router's expert groups (`n_group` of the model). Only when they divide over the
         nodes does the greedy method keep each group inside one node.
-    Raises: ValueError if ranks, nodes, slots or groups do not divide; it says what would.
+      objective: what counts of a layer's time over the windows.
+      without_ranks: ranks that hold nothing, such as dead ones.
+      slots_by_layer: slots of a rank that each layer may use (default: all of them).
+    Raises: ValueError if ranks, nodes, slots or groups do not divide (it says what would), or the
+      usable slots are fewer than the experts.
     """
 
     loads: Loads
@@ -40,6 +42,9 @@ class Problem:
     redundant: int = 0
     nodes: int = 1
     groups: int = 1
+    objective: Risk = MEAN
+    without_ranks: tuple[int, ...] = ()
+    slots_by_layer: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name in ("ranks", "nodes", "groups"):
@@ -64,6 +69,7 @@ class Problem:
                 f"Problem: {self.experts} experts + {self.redundant} redundant slots do not divide "
                 f"over {self.ranks} ranks; the nearest redundant that does is {fits}"
             )
+        self._check_usable()
 
     @property
     def layers(self) -> int:
@@ -81,7 +87,90 @@ class Problem:
     def slots_per_rank(self) -> int:
         return self.slots // self.ranks
 
-    def plan(self, experts: Int[np.ndarray, "layers slots"]) -> "Plan":
+    @property
+    def alive(self) -> Int[np.ndarray, "alive"]:
+        """Ranks that may hold experts, in order."""
+        return np.setdiff1d(np.arange(self.ranks), self.without_ranks)
+
+    @property
+    def usable(self) -> Int[np.ndarray, "layers"]:
+        """Slots of every rank that each layer may use."""
+        if self.slots_by_layer is None:
+            return np.full(self.layers, self.slots_per_rank)
+        return np.asarray(self.slots_by_layer)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every slot of every rank may be used."""
+        return not self.without_ranks and bool((self.usable == self.slots_per_rank).all())
+
+    def dense(self) -> list[tuple[Int[np.ndarray, "rows"], "Problem"]]:
+        """Problems in which all slots are usable, and the layers that each is for.
+
+        Dead ranks are left out, so the rest spread over nodes only if they still do so evenly;
+        otherwise they count as one node.
+        """
+        if self.is_dense:
+            return [(np.arange(self.layers), self)]
+        alive = self.alive
+        by_node = np.bincount(alive // (self.ranks // self.nodes), minlength=self.nodes)
+        nodes = self.nodes if len(set(by_node.tolist())) == 1 else 1
+        parts = []
+        for size in np.unique(self.usable):
+            rows = np.flatnonzero(self.usable == size)
+            parts.append((rows, replace(
+                self, loads=self.loads_of(rows), ranks=len(alive), nodes=nodes,
+                redundant=int(size) * len(alive) - self.experts,
+                without_ranks=(), slots_by_layer=None,
+            )))  # fmt: skip
+        return parts
+
+    def assemble(self, parts: Sequence[Plan]) -> Plan:
+        """The plan of this problem from those of its `dense` ones, in order."""
+        if self.is_dense:
+            return replace(parts[0], layer_labels=self.loads.layer_labels)
+        experts = np.full((self.layers, self.ranks, self.slots_per_rank), EMPTY, np.int32)
+        split = np.zeros(experts.shape)
+        for (rows, _), plan in zip(self.dense(), parts, strict=True):
+            spot = np.ix_(rows, self.alive, np.arange(plan.slots_per_rank))
+            shape = (len(rows), len(self.alive), -1)
+            experts[spot] = plan.experts.reshape(shape)
+            split[spot] = plan.share.reshape(shape)
+        uneven = any(plan.split is not None for plan in parts)
+        return self.plan(
+            experts.reshape(self.layers, -1), split.reshape(self.layers, -1) if uneven else None
+        )
+
+    def restrict(self, plan: Plan) -> list[Plan]:
+        """The parts of a plan of this problem, one per problem of `dense`.
+
+        Raises: ValueError where the plan uses slots that this problem does not allow.
+        """
+        parts = []
+        for rows, part in self.dense():
+            experts = plan.experts.reshape(plan.layers, plan.ranks, -1)
+            if plan.slots_per_rank < part.slots_per_rank:
+                pad = ((0, 0), (0, 0), (0, part.slots_per_rank - plan.slots_per_rank))
+                experts = np.pad(experts, pad, constant_values=EMPTY)
+            experts = experts[np.ix_(rows, self.alive)]
+            order = np.argsort(experts == EMPTY, axis=-1, kind="stable")
+            experts = np.take_along_axis(experts, order, axis=-1)
+            if (experts[..., part.slots_per_rank :] != EMPTY).any():
+                raise ValueError(
+                    f"Problem.restrict: the plan fills more than {part.slots_per_rank} slots of a "
+                    f"rank"
+                )
+            experts = experts[..., : part.slots_per_rank].reshape(len(rows), -1)
+            parts.append(Plan(experts, plan.expert_count, part.ranks, part.nodes))
+        return parts
+
+    def loads_of(self, rows: Int[np.ndarray, "rows"]) -> Loads:
+        """The loads of some layers."""
+        labels = self.loads.layer_labels
+        named = None if labels is None else tuple(labels[row] for row in rows)
+        return Loads(self.loads.counts[:, rows], self.loads.source, named)
+
+    def plan(self, experts: Int[np.ndarray, "layers slots"], split=None) -> Plan:
         """A plan for this problem from the expert of every slot; validates it."""
         expected = (self.layers, self.slots)
         if np.shape(experts) != expected:
@@ -89,126 +178,28 @@ class Problem:
                 f"Problem.plan: expected slots of shape {expected} (layers, slots), "
                 f"got {np.shape(experts)}"
             )
-        return Plan(np.asarray(experts), self.experts, self.ranks, self.nodes)
+        return Plan(
+            np.asarray(experts), self.experts, self.ranks, self.nodes, self.loads.layer_labels,
+            split,
+        )  # fmt: skip
 
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The expert that each physical slot holds.
-
-    Attributes:
-      experts: int32 `[layers, slots]`; slot s lives on rank s // (slots / ranks). Read-only.
-      expert_count: logical experts per layer.
-      ranks: expert-parallel ranks.
-      nodes: nodes the ranks are spread over, in order.
-    Raises: ValueError if a slot names no expert, or an expert of some layer has no slot.
-    """
-
-    experts: Int[np.ndarray, "layers slots"]
-    expert_count: int
-    ranks: int
-    nodes: int = 1
-
-    def __post_init__(self):
-        experts = np.asarray(self.experts)
-        if experts.ndim != 2 or experts.dtype.kind not in "iu" or 0 in experts.shape:
+    def _check_usable(self):
+        wrong = [rank for rank in self.without_ranks if not 0 <= rank < self.ranks]
+        if wrong:
             raise ValueError(
-                f"Plan: expected integers of shape [layers, slots], got {experts.dtype} "
-                f"of shape {experts.shape}"
+                f"Problem: without_ranks must name ranks 0 to {self.ranks - 1}, got {wrong[0]}"
             )
-        if self.ranks < 1 or experts.shape[1] % self.ranks:
+        usable = self.usable
+        if usable.shape != (self.layers,) or usable.max() > self.slots_per_rank:
             raise ValueError(
-                f"Plan: {experts.shape[1]} slots do not divide over {self.ranks} ranks"
+                f"Problem: slots_by_layer must be {self.layers} numbers of at most "
+                f"{self.slots_per_rank} slots per rank, got {self.slots_by_layer}"
             )
-        if self.nodes < 1 or self.ranks % self.nodes:
-            raise ValueError(f"Plan: {self.ranks} ranks do not divide over {self.nodes} nodes")
-        if experts.min() < 0 or experts.max() >= self.expert_count:
+        alive = len(self.alive)
+        if usable.min() * alive < self.experts:
+            need = -(-self.experts // max(alive, 1)) * self.ranks - self.experts
             raise ValueError(
-                f"Plan: slots must name experts 0 to {self.expert_count - 1}, found "
-                f"{experts.min()} to {experts.max()}"
+                f"Problem: {alive} of {self.ranks} ranks with {usable.min()} slots hold "
+                f"{usable.min() * alive} experts, fewer than {self.experts}; "
+                f"redundant of at least {need} is needed"
             )
-        experts = experts.astype(np.int32)
-        experts.flags.writeable = False
-        object.__setattr__(self, "experts", experts)
-        lost = np.argwhere(self.copies == 0)
-        if len(lost):
-            layer, expert = lost[0]
-            raise ValueError(f"Plan: expert {expert} of layer {layer} has no slot")
-
-    @property
-    def layers(self) -> int:
-        return self.experts.shape[0]
-
-    @property
-    def slots_per_rank(self) -> int:
-        return self.experts.shape[1] // self.ranks
-
-    @cached_property
-    def copies(self) -> Int[np.ndarray, "layers experts"]:
-        """How many slots hold each expert."""
-        return count_copies(self.experts, self.expert_count)
-
-    def tokens_per_rank(
-        self, counts: Float[np.ndarray, "*batch layers experts"]
-    ) -> Float[np.ndarray, "*batch layers ranks"]:
-        """Tokens each rank receives when every expert splits its tokens evenly over its copies.
-
-        Args:
-          counts: tokens per layer and expert, any leading axes (windows).
-        Raises: ValueError if the last two axes are not this plan's layers and experts.
-        """
-        if np.shape(counts)[-2:] != (self.layers, self.expert_count):
-            raise ValueError(
-                f"Plan.tokens_per_rank: expected counts of shape [..., {self.layers}, "
-                f"{self.expert_count}], got {np.shape(counts)}"
-            )
-        per_copy = np.asarray(counts, np.float64) / self.copies
-        index = np.broadcast_to(self.experts, (*per_copy.shape[:-1], self.experts.shape[1]))
-        per_slot = np.take_along_axis(per_copy, index, axis=-1)
-        return per_slot.reshape(*per_slot.shape[:-1], self.ranks, self.slots_per_rank).sum(-1)
-
-    def to_json(self) -> str:
-        """This plan as JSON text, one line per layer's list of slots."""
-        rows = ",\n  ".join(json.dumps(row) for row in self.experts.tolist())
-        head = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "experts": self.expert_count,
-            "ranks": self.ranks,
-            "nodes": self.nodes,
-            "slots_per_rank": self.slots_per_rank,
-        }
-        return json.dumps(head, indent=1)[:-2] + f',\n "expert_of_slot": [\n  {rows}\n ]\n}}\n'
-
-    @classmethod
-    def from_json(cls, text: str | Path) -> "Plan":
-        """Read a plan from JSON text, or from a file if given a `Path`; validates it.
-
-        Raises: ValueError if the text is no plan of this format and version.
-        """
-        source = f"{text}" if isinstance(text, Path) else "Plan.from_json"
-        try:
-            data = json.loads(text.read_text() if isinstance(text, Path) else text)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{source}: expected a JSON placement, got: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ValueError(f"{source}: expected an object with format {_FORMAT!r}")
-        if data.get("version") != _VERSION:
-            raise ValueError(f"{source}: expected version {_VERSION}, got {data.get('version')!r}")
-        try:
-            slots = np.array(data["expert_of_slot"])
-            return cls(slots, int(data["experts"]), int(data["ranks"]), int(data["nodes"]))
-        except KeyError as error:
-            raise ValueError(f"{source}: the placement lacks {error}") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: {error}") from None
-
-
-def count_copies(
-    experts: Int[np.ndarray, "*batch slots"], expert_count: int
-) -> Int[np.ndarray, "*batch experts"]:
-    """How many of the slots hold each expert, for any leading axes."""
-    rows = experts.reshape(-1, experts.shape[-1])
-    flat = rows + expert_count * np.arange(len(rows))[:, None]
-    counts = np.bincount(flat.ravel(), minlength=len(rows) * expert_count)
-    return counts.reshape(*experts.shape[:-1], expert_count)

@@ -85,7 +85,8 @@ class Rebalancer:
 
     A plan is made from the decayed history *before* the newest interval and priced on the newest:
     what only fits the past gains nothing. Layers whose own saving does not pay for their own moves
-    stay as they are.
+    stay as they are. Ranks that hold nothing now, as dead ones do, get nothing, and no layer uses
+    more slots of a rank than it fills now on its fullest one.
 
         rebalancer = Rebalancer(plan, price, machine, cost=MoveCost(expert_bytes=44e6),
                                 assignments_per_step=96 * 64 * 8, horizon_steps=20_000)
@@ -169,8 +170,12 @@ class Rebalancer:
 
     def _planned(self, past):
         loads = Loads(past, "Rebalancer: history").scaled(self._assignments)
-        redundant = self.plan.experts.shape[1] - self.plan.expert_count
-        problem = Problem(loads, self.plan.ranks, redundant, self.plan.nodes, self._groups)
+        problem = Problem(
+            loads, self.plan.ranks, self.plan.slots - self.plan.expert_count, self.plan.nodes,
+            self._groups,
+            without_ranks=tuple(np.flatnonzero(~self.plan.alive).tolist()),
+            slots_by_layer=tuple(self.plan.filled.max(-1).tolist()),
+        )  # fmt: skip
         found = place(
             problem, self._method, self._layer_time_s, seed=self._seed, seconds=self._seconds
         )
@@ -185,21 +190,20 @@ class Rebalancer:
         wire = wire_s(moved, self.plan, self._machine)
         if self._cost.overlapped:
             wire = wire * float(self._machine.exchange.interference)
-        changed = (self.plan.experts != found.experts).any(-1)
-        layer_cost = np.where(changed, self._cost.layer_stall_s + wire, 0.0)
+        refilled = (self.plan.experts != found.experts).any(-1)
+        layer_cost = np.where(refilled, self._cost.layer_stall_s + wire, 0.0)
+        changed = refilled | (self.plan.share != found.share).any(-1)  # new shares move nothing
         if not changed.any():
             return self._stay("the same plan as now")
 
         worth = changed & ((before - after) * self._horizon > layer_cost)
         # Where no layer pays for itself, say what all of them together would have cost.
         chosen = worth if worth.any() else changed
-        experts = np.where(chosen[:, None], found.experts, self.plan.experts)
         saving = float((before - after)[chosen].sum())
-        cost = self._cost.stall_s + float(layer_cost[chosen].sum())
+        cost = self._cost.stall_s * bool(refilled[chosen].any()) + float(layer_cost[chosen].sum())
         steps = cost / saving if saving > 0 else math.inf
         step_s = self._other_step_s + float(before.sum()) - saving
         pays = bool(worth.any()) and steps < self._horizon
-        candidate = dataclasses.replace(self.plan, experts=experts)
         reason = (
             f"{int(chosen.sum())} of {len(chosen)} layers: {_signed(saving)} of "
             f"{1e3 * before.sum():.3g} ms a step for a cost of {cost:.3g} s; "
@@ -207,7 +211,7 @@ class Rebalancer:
             + f", horizon {self._horizon:,.0f}: {'move' if pays else 'do not move'}"
         )
         return Proposal(
-            plan=candidate if pays else self.plan,
+            plan=_mixed(self.plan, found, chosen) if pays else self.plan,
             moves=tuple(move for move in moved if chosen[move.layer]),
             saving_s=saving,
             cost_s=cost,
@@ -219,6 +223,16 @@ class Rebalancer:
 
     def _stay(self, reason):
         return Proposal(self.plan, (), 0.0, 0.0, math.inf, math.inf, False, f"{reason}: stay")
+
+
+def _mixed(current, found, chosen):
+    """The layers `chosen` of one plan and the others of the other, slots and shares."""
+    pick = chosen[:, None]
+    split = None
+    if current.split is not None or found.split is not None:
+        split = np.where(pick, found.share, current.share)
+    experts = np.where(pick, found.experts, current.experts)
+    return dataclasses.replace(current, experts=experts, split=split)
 
 
 def _signed(saving):

@@ -97,6 +97,11 @@ class Routes:
         domain = None if self.domain is None else self.domain[pick]
         return replace(self, ids=self.ids[pick], sequence=sequence, domain=domain)
 
+    def stretch(self, windows: int, first: int, last: int) -> "Routes":
+        """The routes of windows `first` to before `last` of `windows`, cut as `counts` does."""
+        parts = np.array_split(np.arange(self.tokens), windows)[first:last]
+        return self.select(slice(parts[0][0], parts[-1][-1] + 1))
+
     def by_domain(self) -> dict[str, "Routes"]:
         """One set of routes per domain, in the order of `domain_names`; {} if none are known."""
         if self.domain is None:

@@ -15,6 +15,7 @@ from cmjax.report.plots import (
     plot_timeline,
 )
 from cmjax.report.tables import (
+    comparison_table,
     key_value_table,
     placement_table,
     prediction_table,
@@ -33,6 +34,7 @@ __all__ = [
     "ThroughputPoint",
     "ValidationRow",
     "block_of",
+    "comparison_table",
     "key_value_table",
     "placement_table",
     "plot_load_curve",

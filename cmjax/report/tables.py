@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmjax.cost.fit import Fit
-from cmjax.placement import Evaluation
+from cmjax.placement import Evaluation, Judged
 from cmjax.report.blocks import BLOCKS, roll_up
 from cmjax.report.units import number, percent, quantity
 from cmjax.report.validation import ValidationRow, summary
@@ -102,6 +102,45 @@ def placement_table(results: Mapping[str, Evaluation]) -> RenderableType:
         )
     table.caption = (
         "time: all layers, mean over windows; PAR: busiest rank over the mean; balance: its inverse"
+    )
+    return table
+
+
+def comparison_table(judged: Mapping[str, Judged], objective: str = "mean") -> RenderableType:
+    """Placement methods side by side, where they planned and where they did not."""
+    some = list(judged.values())
+    tested = any(found.served is not None for found in some)
+    stepped = any(found.step_par is not None for found in some)
+    reached = any(found.reach is not None for found in some)
+    columns = ["method", f"planned\n{objective} ms", "over\nbound", "PAR\nmean", "\nworst"]
+    columns += ["tested\nms", "over\nbound", "\nPAR"] * tested + ["step\nPAR"] * stepped
+    columns += ["nodes/\ntoken"] * reached + ["solved\nin"]
+    table = _table("Placement", *columns)
+    table.padding = (0, 1, 0, 0)
+    table.columns[0].no_wrap = True
+    best = min(judged, key=lambda name: judged[name].objective_s, default=None)
+    for name, found in judged.items():
+        cells = [
+            f"{name} ◀" if name == best and len(judged) > 1 else name,
+            number(found.objective_s * 1e3), percent(found.gap, sign=True),
+            f"{found.made_for.mean_par:.2f}", f"{found.made_for.worst_par:.2f}",
+        ]  # fmt: skip
+        if found.served is not None:
+            cells += [
+                number(found.served.mean_time_s * 1e3), percent(found.served.gap, sign=True),
+                f"{found.served.mean_par:.2f}",
+            ]  # fmt: skip
+        if found.step_par is not None:
+            cells.append(f"{found.step_par.mean():.2f}")
+        if found.reach is not None:
+            cells.append(f"{found.reach.nodes.mean():.2f}")
+        table.add_row(*cells, f"{found.solve_s:.1f} s", style="bold" if name == best else "")
+    table.caption = (
+        "◀ fastest where planned; ms: all layers; over bound: what no plan can beat; PAR: busiest "
+        "rank over the mean, by windows and layers, and of the worst layer"
+        + "; tested: loads it was not planned on, mean over windows" * tested
+        + "; step PAR: of sampled steps" * stepped
+        + "; nodes/token: different nodes a token goes to" * reached
     )
     return table
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from cmjax.commands.output import bar, check_target, emit
 from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RANKED, RankMesh, prepare_devices
-from cmjax.placement import Plan
+from cmjax.placement import Plan, read_plan
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import MoEConfig
@@ -157,7 +157,7 @@ class Generate:
         if self.plan is None:
             table = slot_table(config, mesh.ranks, Deployment(phase="decode"))
         else:
-            tables = plan_tables(Plan.from_json(self.plan), self.plan, config, mesh, mtp)
+            tables = plan_tables(read_plan(self.plan), self.plan, config, mesh, mtp)
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
         check_memory(config, layout, mesh, self.precision, mtp)
@@ -240,7 +240,8 @@ def plan_tables(
     """The slot table of every MoE layer from a plan; the MTP layer's is the last layer's unless the
     plan has one for it.
 
-    Raises: ValueError: the plan is for another model or mesh; names the sizes.
+    Raises: ValueError: the plan is for another model or mesh; names the sizes. Or it has empty
+      slots or shares per slot.
     """
     layers = config.moe_layers
     wrong = [
@@ -255,6 +256,11 @@ def plan_tables(
         wrong.append(f"MoE layers: plan {plan.layers}, model {layers}")
     if wrong:
         raise ValueError(f"{path}: a plan for another deployment ({'; '.join(wrong)})")
+    if plan.split is not None or (plan.filled < plan.slots_per_rank).any():
+        raise ValueError(
+            f"{path}: expected every slot filled and an even split over copies; this plan has "
+            f"empty slots or shares per slot"
+        )
     rows = [tuple(row) for row in plan.experts.tolist()]
     if mtp and len(rows) == layers:
         rows.append(rows[-1])

@@ -15,6 +15,8 @@ from cmjax.placement import (
     evaluate,
     example_loads,
     greedy,
+    optimise_split,
+    place,
 )
 
 MACHINE = load_machine("cloudmatrix384")
@@ -205,3 +207,36 @@ def test_bad_counts_are_refused_and_leave_the_history_alone(counts, message):
 def test_a_move_that_costs_less_than_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MoveCost(**arguments)
+
+
+@pytest.mark.parametrize("method", ["greedy", "contiguous"])
+def test_dead_ranks_and_empty_slots_of_the_running_plan_stay_empty(method):
+    problem = Problem(Loads(skewed()), RANKS, 16, without_ranks=(2, 5), slots_by_layer=(3, 4, 3))
+    online = rebalancer(place(problem, method, slowest))
+    online.propose(skewed(1))
+    found = online.propose(skewed(1))
+    assert found.pays
+    assert (found.plan.filled[:, [2, 5]] == 0).all()
+    assert (found.plan.filled.max(-1) <= [3, 4, 3]).all()
+    assert not {move.target for move in found.moves} & {2, 5}
+    assert not {move.source for move in found.moves} & {2, 5}
+    gained = evaluate(online.plan, Loads(skewed(1)).scaled(ASSIGNMENTS), slowest).time_s
+    gained -= evaluate(found.plan, Loads(skewed(1)).scaled(ASSIGNMENTS), slowest).time_s
+    np.testing.assert_allclose(found.saving_s, gained, rtol=1e-9)
+
+
+def test_layers_that_stay_keep_their_shares():
+    # Layers 0 and 1 keep the load that their shares were made for; layer 2 gets another.
+    problem = Problem(Loads(skewed()), RANKS, RANKS)
+    plan = optimise_split(greedy(problem), problem, slowest)
+    assert (plan.share != plan.even().share).any(-1).tolist() == [True, True, False]
+    counts = skewed()
+    counts[2] = counts[2][::-1]
+    online = rebalancer(plan)
+    online.propose(counts)
+    found = online.propose(counts)
+    assert found.pays and {move.layer for move in found.moves} == {2}
+    np.testing.assert_array_equal(found.plan.share[:2], plan.share[:2])
+    np.testing.assert_array_equal(found.plan.experts[:2], plan.experts[:2])
+    online.adopt(found)
+    assert not online.propose(counts).moves

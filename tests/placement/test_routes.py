@@ -38,6 +38,14 @@ def test_counts_and_pairs_agree_with_a_loop_over_tokens(found, windows):
     np.testing.assert_array_equal(found.transitions(), after)
 
 
+def test_a_stretch_holds_the_tokens_of_its_windows():
+    ids = np.random.default_rng(0).random((11, 2, 5)).argsort(-1)[..., :2]
+    found = Routes(ids, 5, sequence=np.arange(11))
+    part = found.stretch(4, 1, 3)
+    np.testing.assert_array_equal(part.counts()[0], found.counts(4)[1:3].sum(0))
+    assert part.sequence is not None and part.sequence.tolist() == [3, 4, 5, 6, 7, 8]
+
+
 def test_ids_are_kept_in_the_smallest_type_and_cannot_be_changed():
     found = Routes(np.array([[[0, 255]]]), 256)
     assert found.ids.dtype == np.uint8 and not found.ids.flags.writeable

@@ -7,12 +7,9 @@ from cmjax.placement.formats.plan_file import (
     read_plans,
     write_plan,
 )
-from cmjax.placement.formats.stored import EMPTY, StoredPlan
 
 __all__ = [
-    "EMPTY",
     "PLAN_FORMATS",
-    "StoredPlan",
     "plan_text",
     "read_plan",
     "read_plans",

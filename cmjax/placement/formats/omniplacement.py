@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from cmjax.placement.formats.stored import EMPTY, StoredPlan
+from cmjax.placement.plan import EMPTY, Plan
 from cmjax.placement.readers.arrays import open_npy, open_npz
 
 _LAYERS, _EXPERTS = 58, 256  # of DeepSeek-V3, whose plans are published packed
 
 
-def from_omniplacement(file: Path, *, nodes: int = 1) -> Mapping[str, StoredPlan]:
+def from_omniplacement(file: Path, *, nodes: int = 1) -> Mapping[str, Plan]:
     """All plans of a file by name; the one of a `.npy` is named "".
 
     Raises: ValueError of one line for a damaged file or an array that is no placement.
@@ -42,7 +42,7 @@ def from_omniplacement(file: Path, *, nodes: int = 1) -> Mapping[str, StoredPlan
     return plans
 
 
-def _stored(held: Int[np.ndarray, "dies layers experts"], nodes: int, source: str) -> StoredPlan:
+def _stored(held: Int[np.ndarray, "dies layers experts"], nodes: int, source: str) -> Plan:
     if held.ndim != 3 or held.dtype.kind not in "biu" or not np.isin(held, (0, 1)).all():
         raise ValueError(
             f"{source}: expected 0 and 1 as [dies, layers, experts], found {held.dtype} of shape "
@@ -53,4 +53,4 @@ def _stored(held: Int[np.ndarray, "dies layers experts"], nodes: int, source: st
     deepest = int(held.sum(-1).max(initial=0))
     order = np.argsort(~held, axis=-1, kind="stable")[..., :deepest]
     slots = np.where(np.take_along_axis(held, order, axis=-1), order, EMPTY)
-    return StoredPlan(slots.reshape(layers, -1), experts, dies, nodes, source=source)
+    return Plan(slots.reshape(layers, -1), experts, dies, nodes, source=source)

@@ -1,12 +1,11 @@
-"""cmjax's own plan format: everything a `StoredPlan` holds, as one JSON object.
+"""cmjax's own plan format: everything a `Plan` holds, as one JSON object.
 
     {"format": "cmjax-placement", "version": 1, "experts": 256, "ranks": 64, "nodes": 4,
      "slots_per_rank": 5, "layer_labels": [3, ...], "provenance": {...},
      "expert_of_slot": [[...], ...], "split_of_slot": [[...], ...]}
 
 `layer_labels`, `split_of_slot` and `provenance` are left out where nothing is known; other keys are
-ignored, so that results may be stored beside a plan. -1 is an empty slot. A file without empty
-slots is also what `Plan.from_json` reads.
+ignored, so that results may be stored beside a plan. -1 is an empty slot.
 """
 
 from collections.abc import Mapping
@@ -14,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.formats.stored import StoredPlan
+from cmjax.placement.plan import Plan
 
 PLAN_FORMAT = "cmjax-placement"
 PLAN_VERSION = 1
 
 
-def to_own(plan: StoredPlan) -> dict[str, Any]:
+def to_own(plan: Plan) -> dict[str, Any]:
     """The plan as a JSON document."""
     document: dict[str, Any] = {
         "format": PLAN_FORMAT,
@@ -40,7 +39,7 @@ def to_own(plan: StoredPlan) -> dict[str, Any]:
     return document
 
 
-def from_own(document: Mapping[str, Any], source: str) -> StoredPlan:
+def from_own(document: Mapping[str, Any], source: str) -> Plan:
     """Read a document back.
 
     Raises: ValueError, one line that starts with `source`, for anything else.
@@ -63,7 +62,7 @@ def from_own(document: Mapping[str, Any], source: str) -> StoredPlan:
     if not isinstance(labels, list | None) or not isinstance(provenance, Mapping):
         raise ValueError(f"{source}: expected layer_labels as a list and provenance as an object")
     split = document.get("split_of_slot")
-    return StoredPlan(
+    return Plan(
         table(document["expert_of_slot"], "expert_of_slot", source),
         document["experts"],
         document["ranks"],

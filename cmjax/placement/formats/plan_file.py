@@ -9,9 +9,9 @@ from typing import Any
 from cmjax.files import replace_text
 from cmjax.placement.formats import own, sglang, vllm_ascend
 from cmjax.placement.formats.omniplacement import from_omniplacement
-from cmjax.placement.formats.stored import StoredPlan
+from cmjax.placement.plan import Plan
 
-PLAN_FORMATS: Mapping[str, Callable[[StoredPlan], dict[str, Any]]] = {
+PLAN_FORMATS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
     "own": own.to_own,
     "sglang": sglang.to_sglang,
     "vllm-ascend": vllm_ascend.to_vllm_ascend,
@@ -19,7 +19,7 @@ PLAN_FORMATS: Mapping[str, Callable[[StoredPlan], dict[str, Any]]] = {
 """Formats that can be written, by name."""
 
 
-def write_plan(path: str | Path, plan: StoredPlan, format: str = "own") -> None:
+def write_plan(path: str | Path, plan: Plan, format: str = "own") -> None:
     """Write a plan; an existing file is replaced only once the new one is complete.
 
     Raises: ValueError for an unknown format, or a plan that the format cannot hold; OSError if the
@@ -28,7 +28,7 @@ def write_plan(path: str | Path, plan: StoredPlan, format: str = "own") -> None:
     replace_text(path, plan_text(plan, format))
 
 
-def plan_text(plan: StoredPlan, format: str = "own", **beside: Any) -> str:
+def plan_text(plan: Plan, format: str = "own", **beside: Any) -> str:
     """A plan as the JSON text of a format, one line per list of slots.
 
     Args:
@@ -54,7 +54,7 @@ def read_plan(
     ranks: int | None = None,
     nodes: int | None = None,
     layer_labels: Sequence[int] | None = None,
-) -> StoredPlan:
+) -> Plan:
     """Read one plan; see `read_plans`. One of several in an `.npz` is chosen by `file.npz:name`."""
     plans = read_plans(path, ranks=ranks, nodes=nodes, layer_labels=layer_labels)
     if len(plans) > 1:
@@ -72,7 +72,7 @@ def read_plans(
     ranks: int | None = None,
     nodes: int | None = None,
     layer_labels: Sequence[int] | None = None,
-) -> Mapping[str, StoredPlan]:
+) -> Mapping[str, Plan]:
     """Read the plans of a file by name, whatever their format: a `.json` of cmjax, SGLang or
     vLLM-Ascend (told apart by its keys), or an `.npy` or `.npz` of OmniPlacement. A sole plan is
     named "".

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from cmjax.placement.formats.own import table
-from cmjax.placement.formats.stored import EMPTY, StoredPlan
+from cmjax.placement.plan import EMPTY, Plan
 
 KEY = "physical_to_logical_map"
 
 
-def to_sglang(plan: StoredPlan, *, model_layers: int | None = None) -> dict[str, Any]:
+def to_sglang(plan: Plan, *, model_layers: int | None = None) -> dict[str, Any]:
     """The plan as a JSON document.
 
     Args:
@@ -62,7 +62,7 @@ def from_sglang(
     ranks: int,
     nodes: int = 1,
     layer_labels: Sequence[int] | None = None,
-) -> StoredPlan:
+) -> Plan:
     """Read a document back.
 
     Args:
@@ -86,4 +86,4 @@ def from_sglang(
     if experts.min() < 0:
         raise ValueError(f"{source}: expected expert numbers of 0 or more, found {experts.min()}")
     count = int(experts.max()) + 1
-    return StoredPlan(experts[list(labels)], count, ranks, nodes, labels, source=source)
+    return Plan(experts[list(labels)], count, ranks, nodes, labels, source=source)

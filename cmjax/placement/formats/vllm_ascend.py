@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from cmjax.placement.formats.own import table
-from cmjax.placement.formats.stored import EMPTY, StoredPlan
+from cmjax.placement.plan import EMPTY, Plan
 
 KEYS = ("moe_layer_count", "layer_list")
 
 
-def to_vllm_ascend(plan: StoredPlan) -> dict[str, Any]:
+def to_vllm_ascend(plan: Plan) -> dict[str, Any]:
     """The plan as a JSON document.
 
     Raises: ValueError if the plan says more than the format can, or a rank holds an expert twice.
@@ -57,7 +57,7 @@ def to_vllm_ascend(plan: StoredPlan) -> dict[str, Any]:
     return {"moe_layer_count": plan.layers, "layer_list": layers}
 
 
-def from_vllm_ascend(document: Mapping[str, Any], source: str, *, nodes: int = 1) -> StoredPlan:
+def from_vllm_ascend(document: Mapping[str, Any], source: str, *, nodes: int = 1) -> Plan:
     """Read a document back; `nodes` is what the file does not say.
 
     Raises: ValueError, one line that starts with `source`, for anything else.
@@ -82,7 +82,7 @@ def from_vllm_ascend(document: Mapping[str, Any], source: str, *, nodes: int = 1
         raise ValueError(f"{source}: expected whole expert numbers of 0 or more in device_expert")
     labels = [record.get("model_layer") for record in layers]
     named = None if None in labels else tuple(labels)
-    return StoredPlan(experts, int(experts.max()) + 1, ranks, nodes, named, source=source)
+    return Plan(experts, int(experts.max()) + 1, ranks, nodes, named, source=source)
 
 
 def _experts(record, where, position):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cmjax.mesh import RankMesh
-from cmjax.placement import Plan
+from cmjax.placement import Plan, write_plan
 from models.moe.config import deepseek_r1, tiny
 from models.moe.generate import check_memory, main, parse_mesh, plan_tables
 from models.moe.layout import one_rank
@@ -45,7 +45,7 @@ def test_a_plan_gives_every_layer_its_slots_and_the_draft_layer_the_last():
 )
 def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, message):
     path = tmp_path / "plan.json"
-    path.write_text(plan.to_json())
+    write_plan(path, plan)
     assert main([*RANDOM, "--mesh", "2x2", "--plan", str(path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(ValueError, match=message):

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cmjax.placement import Plan, StoredPlan, plan_text, read_plan, read_plans, write_plan
+from cmjax.placement import Plan, plan_text, read_plan, read_plans, write_plan
 
-PLAN = StoredPlan(np.array([[0, 1, 2, 0], [2, 1, 0, 1]]), 3, 2)
+PLAN = Plan(np.array([[0, 1, 2, 0], [2, 1, 0, 1]]), 3, 2)
 AGAIN = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 @st.composite
-def stored_plans(draw, *, full=False, once_per_rank=False):
+def plans(draw, *, full=False, once_per_rank=False):
     """Plans of any shape; `full`: what engines' formats can hold."""
     ranks, size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     layers, slots = draw(st.integers(1, 3)), ranks * size
@@ -32,7 +32,7 @@ def stored_plans(draw, *, full=False, once_per_rank=False):
         table = rng.permuted(table, axis=1)
     labels = tuple(sorted(rng.choice(50, layers, replace=False).tolist()))
     nodes = draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
-    plan = StoredPlan(table, experts, ranks, nodes, labels)
+    plan = Plan(table, experts, ranks, nodes, labels)
     if full or draw(st.booleans()):
         return plan
     shares = rng.random(table.shape) * (table >= 0)
@@ -44,7 +44,7 @@ def stored_plans(draw, *, full=False, once_per_rank=False):
     return replace(plan, split=split, provenance=provenance, layer_labels=labels)
 
 
-def same(one: StoredPlan, two: StoredPlan) -> None:
+def same(one: Plan, two: Plan) -> None:
     np.testing.assert_array_equal(one.experts, two.experts)
     assert (one.split is None) == (two.split is None)
     if one.split is not None:
@@ -54,14 +54,14 @@ def same(one: StoredPlan, two: StoredPlan) -> None:
 
 
 @AGAIN
-@given(plan=stored_plans())
+@given(plan=plans())
 def test_our_own_format_keeps_everything(plan, tmp_path):
     write_plan(tmp_path / "plan.json", plan)
     same(read_plan(tmp_path / "plan.json"), plan)
 
 
 @AGAIN
-@given(plan=stored_plans(full=True))
+@given(plan=plans(full=True))
 def test_sglang_keeps_slots_and_the_models_layers(plan, tmp_path):
     write_plan(tmp_path / "plan.json", plan, "sglang")
     back = read_plan(tmp_path / "plan.json", ranks=plan.ranks, nodes=plan.nodes,
@@ -73,7 +73,7 @@ def test_sglang_keeps_slots_and_the_models_layers(plan, tmp_path):
 
 
 @AGAIN
-@given(plan=stored_plans(full=True, once_per_rank=True))
+@given(plan=plans(full=True, once_per_rank=True))
 def test_vllm_ascend_keeps_slots_and_layers(plan, tmp_path):
     write_plan(tmp_path / "plan.json", plan, "vllm-ascend")
     same(read_plan(tmp_path / "plan.json", nodes=plan.nodes), plan)
@@ -99,12 +99,9 @@ def test_dense_layers_get_the_trivial_row_that_sglang_gives_them():
     assert rows == [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 0], [2, 1, 0, 1]]
 
 
-def test_a_plan_and_its_own_file_read_each_other(tmp_path):
-    plan = PLAN.plan
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    same(read_plan(tmp_path / "plan.json"), StoredPlan.of(plan))
-    back = Plan.from_json(plan_text(PLAN, evaluation={"greedy": 1.0}))
-    np.testing.assert_array_equal(back.experts, plan.experts)
+def test_results_may_stand_beside_a_plan(tmp_path):
+    (tmp_path / "plan.json").write_text(plan_text(PLAN, evaluation={"greedy": 1.0}))
+    same(read_plan(tmp_path / "plan.json"), PLAN)
 
 
 def test_lists_of_slots_are_one_line_each_and_texts_stay_as_they_are():
@@ -157,7 +154,7 @@ BAD = [
     (json.dumps(OWN | {"ranks": 2.0}), "expected a whole number ranks, found 2.0"),
     (json.dumps(OWN | {"nodes": 3}), "2 ranks do not divide over 3 nodes"),
     (json.dumps(OWN | {"experts": 4}), "expert 3 of layer 0 has no slot"),
-    (json.dumps(OWN | {"experts": 2}), "expected experts 0 to 1, found 2 in slot 2 of layer 0"),
+    (json.dumps(OWN | {"experts": 2}), r"expected experts 0 to 1 .*, found 2 in slot 2 of layer 0"),
     (json.dumps(OWN | {"expert_of_slot": [[0, 1], [0]]}), "layers disagree: .* 2 entries"),
     (json.dumps(OWN | {"expert_of_slot": []}), "expected expert_of_slot as a list of lists"),
     (json.dumps(OWN | {"expert_of_slot": [[0.5] * 4]}), "expected whole numbers"),
@@ -227,7 +224,7 @@ def test_other_files_are_no_plans(tmp_path):
         (replace(PLAN, split=PLAN.share, layer_labels=(0, 1)), "sglang", "nor shares per slot"),
         (replace(PLAN, split=PLAN.share), "vllm-ascend", "nor shares per slot"),
         (
-            StoredPlan(np.array([[0, 1, 2, 2]]), 3, 2),
+            Plan(np.array([[0, 1, 2, 2]]), 3, 2),
             "vllm-ascend",
             "rank 1 holds expert 2 of layer 0 twice",
         ),
@@ -238,11 +235,3 @@ def test_what_a_format_cannot_hold_is_not_written(plan, format, message, tmp_pat
     with pytest.raises(ValueError, match=message):
         write_plan(tmp_path / "plan.json", plan, format)
     assert (tmp_path / "plan.json").read_text() == "old"
-
-
-def test_a_plan_with_empty_slots_or_shares_is_no_even_plan():
-    with pytest.raises(ValueError, match="splits evenly"):
-        _ = replace(PLAN, split=PLAN.share).plan
-    with pytest.raises(ValueError, match="slot 1 of layer 0 is"):
-        _ = StoredPlan(np.array([[0, -1, 1, 0]]), 2, 2).plan
-    assert replace(PLAN, split=PLAN.share).even().split is None

@@ -1,0 +1,204 @@
+"""A placement: which expert each physical slot of each rank holds, and how its tokens are split.
+
+Slot s lives on rank s // slots_per_rank. Where an expert's tokens are split evenly over its copies,
+a rank receives
+
+    tokens[r] = sum over slots s of rank r of  load[expert[s]] / copies[expert[s]].
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cmjax.placement.loads import checked_labels
+
+EMPTY = -1
+"""What an empty slot holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The expert that each physical slot holds, with all that a file may say about it.
+
+    Attributes:
+      experts: int32 `[layers, slots]`; slot s lives on rank s // (slots / ranks); -1 is an empty
+        slot: of a dead rank, or of a layer with fewer slots than another. Read-only.
+      expert_count: logical experts per layer.
+      ranks: expert-parallel ranks.
+      nodes: nodes the ranks are spread over, in order.
+      layer_labels: the model's own number of each layer, where known.
+      split: float64 `[layers, slots]`, the share of its expert's tokens that a slot serves, 0 in
+        empty slots; None is an even split over copies.
+      provenance: how the plan came about, as JSON can hold it.
+      source: where it was read, for messages.
+    Raises: ValueError, one line that starts with `source`, if slots do not divide over the ranks, a
+      slot names no expert, an expert of some layer has no slot, labels are not one per layer, or
+      the shares of an expert do not sum to 1.
+    """
+
+    experts: Int[np.ndarray, "layers slots"]
+    expert_count: int
+    ranks: int
+    nodes: int = 1
+    layer_labels: tuple[int, ...] | None = None
+    split: Float[np.ndarray, "layers slots"] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "plan"
+
+    def __post_init__(self):
+        experts = np.asarray(self.experts)
+        if experts.ndim != 2 or experts.dtype.kind not in "iu" or 0 in experts.shape:
+            raise ValueError(
+                f"{self.source}: expected whole numbers of shape [layers, slots], found "
+                f"{experts.dtype} of shape {experts.shape}"
+            )
+        if self.ranks < 1 or experts.shape[1] % self.ranks:
+            raise ValueError(
+                f"{self.source}: {experts.shape[1]} slots do not divide over {self.ranks} ranks"
+            )
+        if self.nodes < 1 or self.ranks % self.nodes:
+            raise ValueError(
+                f"{self.source}: {self.ranks} ranks do not divide over {self.nodes} nodes"
+            )
+        wrong = np.argwhere((experts < EMPTY) | (experts >= self.expert_count))
+        if len(wrong):
+            layer, slot = wrong[0]
+            raise ValueError(
+                f"{self.source}: expected experts 0 to {self.expert_count - 1} (or {EMPTY} for an "
+                f"empty slot), found {experts[layer, slot]} in slot {slot} of layer {layer}"
+            )
+        experts = experts.astype(np.int32)
+        experts.flags.writeable = False
+        object.__setattr__(self, "experts", experts)
+        lost = np.argwhere(self.copies == 0)
+        if len(lost):
+            layer, expert = lost[0]
+            raise ValueError(f"{self.source}: expert {expert} of layer {layer} has no slot")
+        labels = checked_labels(self.layer_labels, len(experts), self.source)
+        object.__setattr__(self, "layer_labels", labels)
+        if self.split is not None:
+            object.__setattr__(self, "split", self._checked_split())
+
+    @property
+    def layers(self) -> int:
+        return self.experts.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.experts.shape[1]
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.slots // self.ranks
+
+    @cached_property
+    def copies(self) -> Int[np.ndarray, "layers experts"]:
+        """How many slots hold each expert."""
+        return count_copies(self.experts + 1, self.expert_count + 1)[:, 1:]
+
+    @cached_property
+    def filled(self) -> Int[np.ndarray, "layers ranks"]:
+        """How many slots of each rank hold an expert."""
+        return (self.experts != EMPTY).reshape(self.layers, self.ranks, -1).sum(-1)
+
+    @property
+    def alive(self) -> Bool[np.ndarray, "ranks"]:
+        """Ranks that hold an expert in some layer."""
+        return self.filled.any(0)
+
+    @cached_property
+    def share(self) -> Float[np.ndarray, "layers slots"]:
+        """The share of its expert's tokens that each slot serves; 0 in empty slots."""
+        if self.split is not None:
+            return self.split
+        copies = np.take_along_axis(self.copies, np.maximum(self.experts, 0), axis=1)
+        return np.where(self.experts == EMPTY, 0.0, 1 / copies)
+
+    def tokens_per_rank(
+        self, counts: Float[np.ndarray, "*batch layers experts"]
+    ) -> Float[np.ndarray, "*batch layers ranks"]:
+        """Tokens each rank receives when every expert splits its tokens as the plan says.
+
+        Args:
+          counts: tokens per layer and expert, any leading axes (windows).
+        Raises: ValueError if the last two axes are not this plan's layers and experts.
+        """
+        if np.shape(counts)[-2:] != (self.layers, self.expert_count):
+            raise ValueError(
+                f"{self.source}: expected counts of shape [..., {self.layers}, "
+                f"{self.expert_count}] (layers, experts), got {np.shape(counts)}"
+            )
+        counts = np.asarray(counts, np.float64)
+        index = np.maximum(self.experts, 0)
+        index = np.broadcast_to(index, (*counts.shape[:-1], index.shape[1]))
+        per_slot = np.take_along_axis(counts, index, axis=-1) * self.share
+        return per_slot.reshape(*per_slot.shape[:-1], self.ranks, self.slots_per_rank).sum(-1)
+
+    def even(self) -> "Plan":
+        """The same slots, every expert's tokens split evenly over its copies."""
+        return replace(self, split=None)
+
+    def select(self, layers: Sequence[int]) -> "Plan":
+        """Some layers, by position; no rank has more slots than one of them fills.
+
+        Where slots are dropped, those that hold an expert come first on their rank.
+        """
+        rows = list(layers)
+        shape = (len(rows), self.ranks, -1)
+        depth = int(self.filled[rows].max())
+        experts = self.experts[rows].reshape(shape)
+        order = np.arange(depth)
+        if depth < self.slots_per_rank:
+            order = np.argsort(experts == EMPTY, axis=-1, kind="stable")[..., :depth]
+        order = np.broadcast_to(order, (*experts.shape[:2], depth))
+
+        def kept(table):
+            table = table[rows].reshape(shape)
+            return np.take_along_axis(table, order, axis=-1).reshape(len(rows), -1)
+
+        labels = self.layer_labels
+        return replace(
+            self,
+            experts=kept(self.experts),
+            split=None if self.split is None else kept(self.split),
+            layer_labels=None if labels is None else tuple(labels[row] for row in rows),
+        )
+
+    def _checked_split(self):
+        split = np.asarray(self.split)
+        if split.shape != self.experts.shape or split.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{self.source}: expected a share for every slot, shape {self.experts.shape}, "
+                f"found {split.dtype} of shape {split.shape}"
+            )
+        split = split.astype(np.float64)
+        if not np.isfinite(split).all() or split.min() < 0 or split[self.experts == EMPTY].any():
+            raise ValueError(
+                f"{self.source}: expected finite shares of 0 or more, and 0 in empty slots"
+            )
+        index = self.experts + 1 + (self.expert_count + 1) * np.arange(self.layers)[:, None]
+        size = self.layers * (self.expert_count + 1)
+        sums = np.bincount(index.ravel(), split.ravel(), size).reshape(self.layers, -1)[:, 1:]
+        off = np.argwhere(np.abs(sums - 1) > 1e-6)
+        if len(off):
+            layer, expert = off[0]
+            raise ValueError(
+                f"{self.source}: expected shares that sum to 1, found {sums[layer, expert]:.6g} "
+                f"for expert {expert} of layer {layer}"
+            )
+        split.flags.writeable = False
+        return split
+
+
+def count_copies(
+    experts: Int[np.ndarray, "*batch slots"], expert_count: int
+) -> Int[np.ndarray, "*batch experts"]:
+    """How many of the slots hold each expert, for any leading axes."""
+    rows = experts.reshape(-1, experts.shape[-1])
+    flat = rows + expert_count * np.arange(len(rows))[:, None]
+    counts = np.bincount(flat.ravel(), minlength=len(rows) * expert_count)
+    return counts.reshape(*experts.shape[:-1], expert_count)

@@ -1,0 +1,174 @@
+"""A better plan within a budget of moves from the plan that is running.
+
+An expert that a rank did not hold before has to be sent to it: one move. The search goes from the
+running plan by small steps; every layer's steps give moves against objective, and the budget goes
+where a move saves most, along the convex hull of these points.
+"""
+
+import numpy as np
+from jaxtyping import Int
+
+from cmjax.placement.local_search import improve, start_state
+from cmjax.placement.plan import EMPTY, Plan, count_copies
+from cmjax.placement.pricing import LayerTime, price_s
+from cmjax.placement.problem import Problem
+from cmjax.placement.search import OnStep, search_inputs
+
+_STEPS = 64  # of at most one change of copies and one swap: three moves
+_THETA = 0.9  # the slowest ranks first: moves are dear
+_CANDIDATES = 128
+
+
+def repair(
+    problem: Problem,
+    current: Plan,
+    layer_time_s: LayerTime,
+    *,
+    moves: int,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Plan:
+    """Improve `current` with at most `moves` experts sent to ranks that did not hold them.
+
+    Experts that only lived on ranks which are now dead, or that an earlier plan did not have, are
+    placed first; those moves have to be made and count too.
+
+    Args:
+      problem: where to place, with all its constraints.
+      current: the running plan, same experts and ranks.
+      layer_time_s: the priced layer.
+      moves: the budget, over all layers.
+      seed: of the search.
+      on_step: as in `search`.
+    Raises: ValueError if plan and problem differ in layers, experts or ranks, or the moves that
+      have to be made exceed the budget.
+    """
+    found = (current.layers, current.expert_count, current.ranks)
+    expected = (problem.layers, problem.experts, problem.ranks)
+    if found != expected:
+        raise ValueError(
+            f"repair: the plan has {found[0]} layers of {found[1]} experts on {found[2]} ranks, "
+            f"expected {expected[0]} of {expected[1]} on {expected[2]}"
+        )
+    parts = problem.dense()
+    old = [_fit(current, rows, part, problem.alive) for rows, part in parts]
+    trails = []
+    for index, ((_, part), held) in enumerate(zip(parts, old, strict=True)):
+        plans = [_with_all(part, held)]
+        for step, plan in enumerate(_trail(part, plans[0], seed), 1):
+            plans.append(plan)
+            if on_step is not None:
+                on_step(index * _STEPS + step, len(parts) * _STEPS, 0.0)
+        trails.append(np.stack(plans))
+    chosen = _spend(parts, old, trails, layer_time_s, moves)
+    plans = [
+        part.plan(trail[pick, np.arange(part.layers)])
+        for (_, part), trail, pick in zip(parts, trails, chosen, strict=True)
+    ]
+    return problem.assemble(plans)
+
+
+def count_moves(plan: Plan, current: Plan) -> int:
+    """Experts that `plan` has on ranks where `current` does not, over all layers."""
+    shapes = ((p.layers, p.ranks, -1) for p in (plan, current))
+    new, old = (p.experts.reshape(s) for p, s in zip((plan, current), shapes, strict=True))
+    return int(_moves(new, old, plan.expert_count).sum())
+
+
+def _moves(new, old, experts) -> Int[np.ndarray, "*batch layers"]:
+    """Experts new to their ranks, [..., layers, ranks, size] each."""
+
+    def held(plan):
+        plan = np.where(plan == EMPTY, experts, plan)
+        there = np.zeros((*plan.shape[:-1], experts + 1), bool)
+        np.put_along_axis(there, plan, True, axis=-1)
+        return there[..., :experts]
+
+    return (held(new) & ~held(old)).sum((-1, -2))
+
+
+def _fit(current, rows, part, alive) -> Int[np.ndarray, "layers ranks size"]:
+    """What of the current plan the usable slots can keep, first slots first."""
+    held = current.experts.reshape(current.layers, current.ranks, -1)[np.ix_(rows, alive)]
+    order = np.argsort(held == EMPTY, axis=-1, kind="stable")
+    held = np.take_along_axis(held, order, axis=-1)[..., : part.slots_per_rank]
+    room = part.slots_per_rank - held.shape[-1]
+    return np.pad(held, ((0, 0), (0, 0), (0, room)), constant_values=EMPTY)
+
+
+def _with_all(part, held) -> Int[np.ndarray, "layers slots"]:
+    """Lost experts in empty slots of the lightest ranks, or over the copies missed least."""
+    plan = held.reshape(part.layers, -1).copy()
+    home = np.arange(plan.shape[1]) // part.slots_per_rank
+    loads = part.loads.counts.mean(0)
+    for layer, row in enumerate(plan):
+        copies = count_copies(row + 1, part.experts + 1)[1:]
+        for expert in np.flatnonzero(copies == 0):
+            share = np.append(loads[layer] / np.maximum(copies, 1), 0.0)[row]
+            empty = row == EMPTY
+            tokens = np.bincount(home, share * ~empty, part.ranks)
+            spare = np.append(copies, 2)[row] > 1
+            missed = np.append(loads[layer] / np.maximum(copies - 1, 1), 0.0)[row]
+            score = np.where(empty, tokens[home] - tokens.sum(), missed)
+            slot = np.where(spare, score, np.inf).argmin()
+            if not empty[slot]:
+                copies[row[slot]] -= 1
+            row[slot] = expert
+            copies[expert] += 1
+    return plan
+
+
+def _trail(part, plan, seed):
+    """Plans [layers, slots] after each small step."""
+    rng = np.random.default_rng([seed, 2])
+    loads, held = search_inputs(part, plan[None])
+    state = start_state(held, loads)
+    windows = len(part.loads.counts)
+    shape = (1, 2)
+    for _ in range(_STEPS):
+        state = improve(
+            state, loads, np.full(1, _THETA, np.float32),
+            rng.integers(0, part.slots, (*shape, _CANDIDATES)).astype(np.int32),
+            (rng.exponential(size=(*shape, windows, part.ranks)) + 1e-9).astype(np.float32),
+            swaps=1, tail=part.objective.tail(windows),
+            ignore_slower=part.objective.kind == "quantile",
+        )  # fmt: skip
+        found = np.asarray(state.experts).reshape(plan.shape)
+        yield np.where(found == part.experts, EMPTY, found)
+
+
+def _spend(parts, old, trails, layer_time_s, budget):
+    """Index into the trail for every layer of every part."""
+    segments, picks, spent = [], [], 0
+    for number, ((_, part), held, trail) in enumerate(zip(parts, old, trails, strict=True)):
+        cost = np.stack([
+            part.objective(price_s(
+                layer_time_s, part.plan(plan).tokens_per_rank(part.loads.counts)
+            )) for plan in trail
+        ])  # fmt: skip
+        moved = _moves(trail.reshape(len(trail), *held.shape), held[None], part.experts)
+        spent += int(moved[0].sum())
+        picks.append(np.zeros(part.layers, int))
+        for layer in range(part.layers):
+            at = 0
+            while True:
+                more, gain = moved[:, layer] - moved[at, layer], cost[at, layer] - cost[:, layer]
+                ahead = np.flatnonzero((more > 0) & (gain > 0))
+                if not len(ahead):
+                    break
+                best = ahead[(gain[ahead] / more[ahead]).argmax()]
+                segments.append((-gain[best] / more[best], number, layer, best, more[best]))
+                at = best
+    if spent > budget:
+        raise ValueError(
+            f"repair: {spent} experts have no rank that holds them and is alive; moves of at least "
+            f"{spent} are needed, got {budget}"
+        )
+    closed = set()
+    for _, number, layer, pick, more in sorted(segments):
+        if spent + more <= budget and (number, layer) not in closed:
+            picks[number][layer] = pick
+            spent += int(more)
+        else:
+            closed.add((number, layer))
+    return picks

@@ -1,0 +1,87 @@
+"""What counts, of a layer's time in many windows or workloads: their mean, their tail, the worst.
+
+    mean          the average window
+    quantile:q    the time that a share q of the windows does not exceed
+    cvar:q        the mean over the worst share 1 - q of the windows: conditional value at risk
+                  (Rockafellar and Uryasev, "Optimization of conditional value-at-risk", 2000)
+    worst         the slowest window
+
+Time is summed over layers after this, so each layer is planned for its own worst windows. For mean,
+cvar and worst the sum is an upper bound on the same measure of the summed time.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+_KINDS = ("mean", "quantile", "cvar", "worst")
+
+
+@dataclass(frozen=True)
+class Risk:
+    """A measure over windows; `risk(values)` reduces the first axis.
+
+    Attributes:
+      kind: mean, quantile, cvar or worst.
+      level: q of quantile and cvar, in [0, 1).
+    Raises: ValueError for another kind or level.
+    """
+
+    kind: str = "mean"
+    level: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in _KINDS:
+            raise ValueError(f"Risk: expected {', '.join(_KINDS)}, got {self.kind!r}")
+        if not 0 <= self.level < 1:
+            raise ValueError(f"Risk: level must lie in [0, 1), got {self.level}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Risk":
+        """`mean`, `worst`, `quantile:0.9`, `cvar:0.9`.
+
+        Raises: ValueError for anything else.
+        """
+        kind, colon, level = text.partition(":")
+        try:
+            if bool(colon) != (kind in ("quantile", "cvar")):
+                raise ValueError
+            return cls(kind, float(level) if colon else 0.0)
+        except ValueError:
+            raise ValueError(
+                f"objective {text!r}: expected mean, worst, quantile:Q or cvar:Q with Q in [0, 1), "
+                f"as in cvar:0.9"
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.level:g}" if self.kind in ("quantile", "cvar") else self.kind
+
+    def tail(self, windows: int) -> int:
+        """How many of the slowest windows, counted from the top, the measure looks at."""
+        if self.kind == "mean":
+            return windows
+        if self.kind == "worst":
+            return 1
+        if self.kind == "quantile":
+            return windows - math.ceil(self.level * windows - 1e-9) + (self.level > 0)
+        return math.ceil(round((1 - self.level) * windows, 9))
+
+    def __call__(self, values: Float[np.ndarray, "windows *rest"]) -> Float[np.ndarray, "*rest"]:
+        """The measure over the first axis."""
+        values = np.asarray(values, np.float64)
+        count = len(values)
+        if self.kind == "mean":
+            return values.mean(0)
+        slowest = -np.sort(-values, axis=0)[: min(self.tail(count), count)]
+        if self.kind in ("worst", "quantile"):
+            return slowest[-1]
+        share = max((1 - self.level) * count, 1e-12)  # the last window of the tail counts in part
+        weights = np.clip(share - np.arange(len(slowest)), 0, 1) / share
+        if share < 1:
+            weights = np.eye(len(slowest))[0]
+        return np.tensordot(weights, slowest, 1)
+
+
+MEAN = Risk()

@@ -1,0 +1,196 @@
+"""Placement by search: several starting plans, improved by exact moves under a rising penalty.
+
+The plan of every layer is the best found, by exact price and objective, among those the search
+(`local_search.py`) went through and the rules it is compared with, so in the windows it was made
+for it is never worse than any of these on any layer.
+
+Starting plans are greedy replicate-and-pack on the objective's load (each expert's share of a
+window, reduced over windows as the objective reduces time) and on the largest load of any window,
+whose copies cover all windows, and the latter's copies in random slots.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from cmjax.placement.contiguous import contiguous
+from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical, greedy_on
+from cmjax.placement.local_search import improve, start_state
+from cmjax.placement.one_spare import one_spare
+from cmjax.placement.plan import EMPTY
+from cmjax.placement.pricing import LayerTime, price_s
+from cmjax.placement.problem import Plan, Problem
+
+OnStep = Callable[[int, int, float], None]
+
+_SMALL = 600_000  # windows times layers times experts, over all starting plans
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How long the search runs.
+
+    Attributes:
+      starts: starting plans per layer: greedy on the objective's load, greedy on the largest load
+        if that is another plan, and from then on the latter's copies in random slots. None is 3,
+        and up to 12 for problems so small that more cost little.
+      chunks: looks at the clock and at the plans; the penalty's θ rises from one to the next.
+      rounds: rounds per chunk; a round is one change of copies and some swaps.
+      swaps_per_slot: swaps of a round are this times the slots of a layer over all rounds.
+      candidates: slots that each step compares with the hot rank's.
+      theta: the penalty's θ at the first and last chunk.
+    """
+
+    starts: int | None = None
+    chunks: int = 16
+    rounds: int = 10
+    swaps_per_slot: float = 6.0
+    candidates: int = 32
+    theta: tuple[float, float] = (0.0, 0.95)
+
+    def __post_init__(self):
+        for name in ("starts", "chunks", "rounds", "candidates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"SearchConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+
+
+def search(
+    problem: Problem,
+    layer_time_s: LayerTime,
+    *,
+    seed: int = 0,
+    seconds: float | None = None,
+    on_step: OnStep | None = None,
+    config: SearchConfig | None = None,
+    start: Plan | None = None,
+) -> Plan:
+    """Place experts to minimise the objective of the priced time, summed over layers.
+
+    Args:
+      problem: loads, ranks, slots and objective; every slot usable (`Problem.dense`).
+      layer_time_s: the priced layer, see `pricing`.
+      seed: of the starting plans and the moves. The same seed gives the same plan, unless `seconds`
+        cut the run short.
+      seconds: wall-clock limit, compilation included; a chunk is finished once begun.
+      on_step: called as `on_step(done, total, best)`; `best` is the objective so far, in seconds.
+      config: see `SearchConfig`.
+      start: one more plan to start from, before the others.
+    Returns: the best plan found; also on Ctrl-C, then the best so far.
+    """
+    config = config or SearchConfig()
+    deadline = np.inf if seconds is None else time.monotonic() + seconds
+    best = Incumbent(problem, layer_time_s)
+    for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
+        best.consider(rule(problem).experts[None])
+    try:
+        count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 3, 12))
+        plans = _starts(problem, start, count, np.random.default_rng(seed))
+        best.consider(plans)
+        if problem.ranks > 1:
+            for chunk, found in enumerate(_chunks(problem, plans, seed, config), 1):
+                best.consider(found)
+                if on_step is not None:
+                    on_step(chunk, config.chunks, best.objective_s)
+                if time.monotonic() >= deadline:
+                    break
+        if on_step is not None:
+            on_step(config.chunks, config.chunks, best.objective_s)
+    except KeyboardInterrupt:
+        pass
+    return problem.plan(best.experts)
+
+
+class Incumbent:
+    """The best plan so far of every layer, by exact price in double precision.
+
+    Where prices are equal, as where another resource than the slowest rank sets them, the plan with
+    the smaller largest rank wins.
+    """
+
+    def __init__(self, problem: Problem, layer_time_s: LayerTime):
+        self.experts = np.full((problem.layers, problem.slots), EMPTY, np.int32)
+        self._score = np.full((2, problem.layers), np.inf)
+        self._problem, self._layer_time_s = problem, layer_time_s
+
+    def consider(self, plans: Int[np.ndarray, "plans layers slots"]) -> None:
+        """Keep, layer by layer, what is better than the best so far."""
+        counts, objective = self._problem.loads.counts, self._problem.objective
+        for experts in plans:
+            tokens = self._problem.plan(experts).tokens_per_rank(counts)
+            score = np.stack([
+                objective(price_s(self._layer_time_s, tokens)),
+                objective(tokens.max(-1) / tokens.mean(-1)),
+            ])  # fmt: skip
+            tie = np.abs(score[0] - self._score[0]) <= 1e-12 * score[0]
+            better = np.where(tie, score[1] < self._score[1], score[0] < self._score[0])
+            self._score = np.where(better, score, self._score)
+            self.experts = np.where(better[:, None], experts, self.experts)
+
+    @property
+    def layer_objective_s(self) -> np.ndarray:
+        """Objective of every layer's best plan."""
+        return self._score[0]
+
+    @property
+    def objective_s(self) -> float:
+        """Their sum."""
+        return float(self._score[0].sum())
+
+
+def relative_loads(problem: Problem) -> np.ndarray:
+    """Tokens of every expert over the mean tokens of a rank, [windows, layers, experts]."""
+    counts = problem.loads.counts
+    return counts / counts.sum(-1, keepdims=True) * problem.ranks
+
+
+def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]:
+    loads = relative_loads(problem)
+    covering = greedy_on(problem, loads.max(0)).experts
+    own = greedy_on(problem, problem.objective(loads)).experts
+    plans = [covering] if np.array_equal(own, covering) else [own, covering]
+    if start is not None:
+        plans.insert(0, start.experts)
+    while len(plans) < count:
+        plans.append(rng.permuted(covering, axis=1))
+    return np.stack(plans[:count])
+
+
+def search_inputs(problem: Problem, plans: Int[np.ndarray, "plans layers slots"]):
+    """Loads [rows, experts + 1, windows] and experts [rows, ranks, size] for `local_search`."""
+    count, layers, _ = plans.shape
+    loads = np.zeros((layers, problem.experts + 1, len(problem.loads.counts)), np.float32)
+    loads[:, :-1] = relative_loads(problem).transpose(1, 2, 0)
+    held = np.where(plans == EMPTY, problem.experts, plans)
+    held = held.reshape(count * layers, problem.ranks, -1)
+    return jnp.asarray(np.tile(loads, (count, 1, 1))), jnp.asarray(held, jnp.int32)
+
+
+def _chunks(problem, plans, seed, config):
+    """Plans [plans, layers, slots] after each chunk of the search."""
+    rng = np.random.default_rng([seed, 1])
+    count, layers, slots = plans.shape
+    windows, ranks, experts = len(problem.loads.counts), problem.ranks, problem.experts
+    loads, held = search_inputs(problem, plans)
+    state = start_state(held, loads)
+    swaps = int(np.ceil(config.swaps_per_slot * slots / (config.chunks * config.rounds)))
+    objective = problem.objective
+    for theta in np.linspace(config.theta[0], config.theta[1], config.chunks):
+        shape = (config.rounds, swaps + 1)
+        state = improve(
+            state,
+            loads,
+            jnp.full(config.rounds, theta, jnp.float32),
+            jnp.asarray(rng.integers(0, slots, (*shape, config.candidates)), jnp.int32),
+            jnp.asarray(rng.exponential(size=(*shape, windows, ranks)) + 1e-9, jnp.float32),
+            swaps=swaps,
+            tail=objective.tail(windows),
+            ignore_slower=objective.kind == "quantile",
+        )
+        found = np.asarray(state.experts).reshape(count, layers, slots)
+        yield np.where(found == experts, EMPTY, found)

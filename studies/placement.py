@@ -1,0 +1,302 @@
+"""Placement methods on every public recording of expert loads, where they planned and elsewhere.
+
+    python -m studies.placement [--full] [--robust] [--out out]
+
+Each row plans on the first windows (or workloads) of a recording and is judged there, on its later
+windows, and on another domain, which are never planned on. Rows are kept in `placement.jsonl` in
+the output folder and not computed again; without `CMJAX_DATA` a synthetic family stands in.
+
+`--robust` plans for the worst of 12 workloads and sets the search beside greedy on the mean and on
+the largest load and beside plain random swaps.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cmjax import placement
+from cmjax.commands.output import track
+from cmjax.cost.deployment import build_layer
+from cmjax.cost.rows import row_time
+from cmjax.hardware import load_machine
+from cmjax.placement.greedy import greedy_on
+from cmjax.placement.search import relative_loads
+
+TOKENS = 96
+TOKEN_BYTES = 7_680 + 14_336
+"""INT8 dispatch message and BF16 combine of a token of DeepSeek-R1's hidden size 7,168."""
+METHODS = (*placement.BASELINES, "search")
+SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=2, swaps_per_slot=1.0)
+ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Options of this study."""
+
+    out: Path = Path("out")
+    """Folder for the rows and tables."""
+    full: bool = False
+    """All recordings, 8 to 384 ranks, two redundancies (hours); else a selection (two minutes)."""
+    robust: bool = False
+    """The worst of 12 workloads instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A recording: what is planned on, and what is judged on. Routes are those of `later`."""
+
+    name: str
+    train: placement.Loads
+    later: placement.Loads | None = None
+    other: placement.Loads | None = None
+    train_routes: placement.Routes | None = None
+    later_routes: placement.Routes | None = None
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """The recordings under `CMJAX_DATA`, or a synthetic family."""
+    data = Path(os.environ.get("CMJAX_DATA", "../shared/data"))
+    if not data.is_dir():
+        yield _of_windows("example family", placement.example_family(layers=8), 8)
+        return
+    esft = data / "moe_esft_deepseek_v2_lite"
+    domains = ("law", "intent", "summary")
+    for index, domain in enumerate(domains[: None if full else 1]):
+        other = esft / f"{domains[(index + 1) % 3]}.npz"
+        yield _of_routes(f"ESFT {domain}", esft / f"{domain}.npz", other)
+    loads = {d: placement.read_loads(esft / f"{d}.npz").scaled(1e6) for d in domains}
+    two = [loads[d].counts for d in domains[1:]]
+    yield Case(
+        "ESFT intent + summary, other law",
+        placement.Loads(np.concatenate(two), "ESFT"),
+        other=loads["law"],
+    )
+    olmoe = f"{data}/moe_olmoe_counts/olmoe_1b_7b.json"
+    texts = [
+        placement.read_loads(f"{olmoe}:{d}").scaled(1e6) for d in ("book", "c4", "arxiv", "github")
+    ]
+    train = np.concatenate([part.counts for part in texts[:3]])
+    yield Case("OLMoE 3 domains, other github", placement.Loads(train, "OLMoE"), other=texts[3])
+    subjects = placement.read_loads(f"{data}/moe_gptoss20b_tokens/mmlu_test_frequencies.npz:freq")
+    counts = subjects.scaled(1e6).counts
+    known = np.arange(len(counts)) // 2 % 4 == 0  # subjects come as pairs: thinking, answering
+    yield Case(
+        "gpt-oss 15 of 57 subjects, other the rest",
+        placement.Loads(counts[known], "gpt-oss"),
+        other=placement.Loads(counts[~known]),
+    )
+    if not full:
+        return
+    yield _of_routes("gpt-oss tokens", data / "moe_gptoss20b_tokens" / "routing.npz", None)
+    flash = data / "moe_deepseek_v41_flash" / "v41_flash_q4_profile_hits_4layers.csv"
+    yield Case("V4.1-Flash", placement.read_loads(flash))
+    folder = data / "moe_mixtral_fiddler" / "mixtral_8x7b_original"
+    mixtral = [placement.read_loads(path).scaled(1e6).counts for path in sorted(folder.iterdir())]
+    yield Case(
+        "Mixtral 6 subjects, other the 7th",
+        placement.Loads(np.concatenate(mixtral[:-1]), "Mixtral"),
+        other=placement.Loads(mixtral[-1]),
+    )
+    yield _of_windows("example family", placement.example_family(), 8)
+
+
+def _of_routes(name, path, other):
+    routes = placement.read_routes(path)
+    return dataclasses.replace(
+        _of_windows(name, routes.loads(8), 4),
+        other=None if other is None else placement.read_loads(other),
+        train_routes=routes.stretch(8, 0, 4),
+        later_routes=routes.stretch(8, 4, 8),
+    )
+
+
+def _of_windows(name, loads, first):
+    train, later = loads.counts[:first], loads.counts[first:]
+    return Case(name, placement.Loads(train, name), placement.Loads(later, name))
+
+
+def shapes(experts: int, full: bool) -> Iterator[tuple[int, int]]:
+    """Ranks and redundant slots to try for a number of experts."""
+    for ranks in (8, 16, 32, 64, 128, 256, 384) if full else (8, 32):
+        least = -(-experts // ranks)
+        for size in (least, least + 1) if full else (least + 1,):
+            yield ranks, size * ranks - experts
+
+
+@cache
+def priced(ranks: int, experts: int, redundant: int):
+    """The layer's price and its experts per token."""
+    machine = load_machine("cloudmatrix384")
+    layer = build_layer(
+        "deepseek-r1", machine, ranks=ranks, nodes=None, experts=experts, redundant=redundant
+    )
+    return row_time(layer, machine, tokens=TOKENS), layer.copies
+
+
+def judge(case: Case, ranks: int, redundant: int, objective: str) -> list[dict]:
+    """Rows of all methods for one case and shape."""
+    time_s, top_k = priced(ranks, case.train.experts, redundant)
+    total = TOKENS * ranks * top_k
+    nodes = max(1, ranks // 16)
+    problem = placement.Problem(
+        case.train.scaled(total), ranks, redundant, nodes,
+        objective=placement.Risk.parse(objective),
+    )  # fmt: skip
+    methods = METHODS if objective == "mean" else ("search",)
+    found = placement.compare(
+        problem, methods, time_s,
+        test=None if case.later is None else case.later.scaled(total),
+        routes=case.later_routes if nodes > 1 else None, group_by=case.train_routes,
+        step_assignments=64 * ranks * top_k,
+    )  # fmt: skip
+    rows = []
+    for method, judged in found.items():
+        row = {
+            "case": case.name, "ranks": ranks, "redundant": redundant,
+            "method": method if objective == "mean" else f"{method} {objective}",
+            "ms": judged.made_for.mean_time_s * 1e3, "gap": judged.made_for.gap,
+            "balance": judged.made_for.balancedness, "solve_s": judged.solve_s,
+        }  # fmt: skip
+        assert judged.step_par is not None
+        row["step_par"] = float(judged.step_par.mean())
+        if judged.served is not None:
+            row |= {"later_ms": judged.served.mean_time_s * 1e3, "later_gap": judged.served.gap}
+        if case.other is not None:
+            other = placement.evaluate(judged.plan, case.other.scaled(total), time_s)
+            row |= {"other_ms": other.mean_time_s * 1e3, "other_gap": other.gap}
+        if judged.reach is not None:
+            row["remote_kib"] = judged.reach.remote_nodes(nodes) * TOKEN_BYTES / 1024
+        rows.append(row)
+    return rows
+
+
+def run(study: Study, console: Console) -> list[dict]:
+    """All rows, computed or read back; prints a table per case."""
+    study.out.mkdir(parents=True, exist_ok=True)
+    kept = study.out / "placement.jsonl"
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    done = {}
+    for row in map(json.loads, lines):
+        done.setdefault((row["case"], row["ranks"], row["redundant"]), []).append(row)
+    rows = []
+    for case in cases(study.full):
+        todo = list(shapes(case.train.experts, study.full))
+        for ranks, redundant in track(todo, case.name):
+            key = (case.name, ranks, redundant)
+            if key not in done:
+                done[key] = [
+                    row
+                    for objective in ("mean", "worst")
+                    for row in judge(case, ranks, redundant, objective)
+                ]
+                with kept.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in done[key])
+            rows += done[key]
+        console.print(table(case.name, [row for row in rows if row["case"] == case.name]))
+    return rows
+
+
+def table(title: str, rows: list[dict]) -> Table:
+    """One case: methods by shape."""
+    found = Table(title=title, title_justify="left", box=None)
+    columns = {
+        "ms": "planned ms", "gap": "over bound", "balance": "balance", "later_ms": "later ms",
+        "later_gap": "over bound", "other_ms": "other ms", "other_gap": "over bound",
+        "step_par": "step PAR", "remote_kib": "KiB to nodes", "solve_s": "solved s",
+    }  # fmt: skip
+    columns = {key: name for key, name in columns.items() if any(key in row for row in rows)}
+    for name in ("ranks", "slots", "method", *columns.values()):
+        found.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        cells = [
+            f"{row[key]:+.1%}" if "gap" in key else f"{row[key]:.2f}" if key in row else ""
+            for key in columns
+        ]
+        found.add_row(str(row["ranks"]), f"+{row['redundant']}", row["method"], *cells)
+    return found
+
+
+def robust(console: Console) -> list[dict]:
+    """The worst of 12 workloads: mean and worst over workloads of the layers' mean max / mean."""
+    loads = placement.example_family()
+    rows = []
+    for slots, ranks in ROBUST:
+        problem = placement.Problem(
+            loads.scaled(TOKENS * 8 * ranks), ranks, slots - loads.experts,
+            objective=placement.Risk("worst"),
+        )  # fmt: skip
+        methods = {
+            "greedy on the mean": placement.greedy,
+            "greedy on the largest": lambda p: greedy_on(p, relative_loads(p).max(0)),
+            "3,000 random swaps": random_swaps,
+            "30,000 random swaps": lambda p: random_swaps(p, swaps=30_000),
+            "search, one short start": lambda p: placement.search(p, slowest, config=SHORT),
+            "search": lambda p: placement.search(p, slowest),
+        }
+        for name, method in methods.items():
+            if "search" in name:
+                method(problem)  # compiled
+            begin = time.process_time()
+            plan = method(problem)
+            cpu_s = time.process_time() - begin
+            tokens = plan.tokens_per_rank(problem.loads.counts)
+            par = (tokens.max(-1) / tokens.mean(-1)).mean(1)
+            rows.append(
+                {"slots": slots, "ranks": ranks, "method": name, "mean": float(par.mean()),
+                 "worst": float(par.max()), "cpu_s": cpu_s}
+            )  # fmt: skip
+    found = Table(title="Worst of 12 workloads, 58 layers of 256 experts", box=None)
+    for name in ("slots", "ranks", "method", "mean PAR", "worst PAR", "CPU s"):
+        found.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        cells = (f"{row['mean']:.3f}", f"{row['worst']:.3f}", f"{row['cpu_s']:.1f}")
+        found.add_row(str(row["slots"]), str(row["ranks"]), row["method"], *cells)
+    console.print(found)
+    return rows
+
+
+def slowest(tokens):
+    """A price: the tokens of the slowest rank."""
+    return tokens.max(-1)
+
+
+def random_swaps(problem: placement.Problem, *, swaps: int = 3000) -> placement.Plan:
+    """Greedy on the mean load, then random swaps kept if the worst window's slowest rank gains."""
+    rng = np.random.default_rng(0)
+    loads = relative_loads(problem)
+    experts = np.array(placement.greedy(problem).experts)
+    size = problem.slots_per_rank
+    for layer in range(problem.layers):
+        row = experts[layer]
+        copies = np.bincount(row, minlength=problem.experts)
+        per_copy = (loads[:, layer] / copies).T  # [experts, windows]
+        tokens = per_copy[row].reshape(problem.ranks, size, -1).sum(1)  # [ranks, windows]
+        for i, j in rng.integers(0, len(row), (swaps, 2)):
+            a, b = i // size, j // size
+            if a == b:
+                continue
+            shift = per_copy[row[i]] - per_copy[row[j]]
+            new_a, new_b = tokens[a] - shift, tokens[b] + shift
+            before = max(tokens[a].max(), tokens[b].max())
+            if max(new_a.max(), new_b.max()) < before:
+                tokens[a], tokens[b] = new_a, new_b
+                row[i], row[j] = row[j], row[i]
+    return problem.plan(experts)
+
+
+if __name__ == "__main__":
+    study = tyro.cli(Study, description=__doc__)
+    if study.robust:
+        robust(Console())
+    else:
+        run(study, Console())

@@ -1,0 +1,38 @@
+"""Redundant slots per layer under a limit of memory."""
+
+import numpy as np
+import pytest
+
+from cmjax.placement import (
+    Loads,
+    Problem,
+    choose_slots,
+    example_family,
+    place,
+)
+from cmjax.placement.compare import objective_s
+from cmjax.placement.plan import EMPTY
+
+
+def slowest(tokens):
+    return 1e-5 + 1e-8 * tokens.max(-1)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
+
+
+def test_slots_go_where_they_save_most(family):
+    counts = np.array(family.counts)
+    counts[:, 1] = 100.0  # a balanced layer needs no redundancy
+    problem = Problem(Loads(counts), 8, 24)
+    chosen = choose_slots(problem, slowest, 3 * 3 + 3)
+    assert sum(chosen.usable) <= 12 and chosen.usable[1] == 3
+    plan = place(chosen, "greedy", slowest)
+    filled = (plan.experts != EMPTY).reshape(3, 8, -1).sum(-1)
+    np.testing.assert_array_equal(filled.max(-1), chosen.usable)
+    other = place(Problem(Loads(counts), 8, 24, slots_by_layer=(3, 6, 3)), "greedy", slowest)
+    assert objective_s(plan, problem, slowest) < objective_s(other, problem, slowest)
+    with pytest.raises(ValueError, match="at least 9 are needed"):
+        choose_slots(problem, slowest, 8)
