@@ -29,7 +29,9 @@ from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[3]
 QUIET = Console(quiet=True)
-TINY = ConvDFSMNConfig(width=8, hidden=12, kernel=5, blocks=1, lookback=3, lookahead=1)
+TINY = ConvDFSMNConfig(
+    strides=(4,), width=8, hidden=12, kernel=3, blocks=1, lookback=2, lookahead=1
+)
 
 
 def _config(out: Path, **changed) -> Config:
@@ -39,7 +41,7 @@ def _config(out: Path, **changed) -> Config:
         "batch": 4,
         "strings": Strings(longest=1, edge_s=(0.0, 0.1)),
         "float_stage": FloatStage(steps=6),
-        "quant": QuantStage(scale_steps=2, steps=2, calibration_batches=2),
+        "quant": QuantStage(algorithm="F(2,3)", scale_steps=2, steps=2, calibration_batches=2),
         "checkpoint_every": 2,
         "compiled": None,
         "out": out,
@@ -144,7 +146,7 @@ def test_only_scales_move_in_their_stage(tmp_path):
     after = seen[1][1].params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
     assert all(jax.tree.leaves(same["weights"]))
-    assert not any(jax.tree.leaves(same["scales"]["layers"][2]["expand"]))
+    assert not any(jax.tree.leaves(same["scales"]["layers"][1]["expand"]))
     assert all((x > 0).all() for x in jax.tree.leaves(after["scales"]))
 
 
@@ -224,8 +226,9 @@ def test_evaluating_without_a_run_is_refused(tmp_path):
 
 
 _ARGUMENTS = (
-    "--voices 2 --batch 4 --dfsmn.width 8 --dfsmn.hidden 12 --dfsmn.kernel 5 --dfsmn.blocks 1 "
-    "--dfsmn.lookback 3 --dfsmn.lookahead 1 --float-stage.steps 12 --quant.scale-steps 4 "
+    "--voices 2 --batch 4 --dfsmn.width 8 --dfsmn.hidden 12 --dfsmn.kernel 3 --dfsmn.blocks 1 "
+    "--dfsmn.strides 4 --dfsmn.lookback 2 --dfsmn.lookahead 1 --strings.longest 1 "
+    "--quant.algorithm F(2,3) --float-stage.steps 12 --quant.scale-steps 4 "
     "--quant.steps 4 --quant.calibration-batches 2 --checkpoint-every 3"
 ).split()
 
