@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -107,16 +108,12 @@ def explicit_padding(
             total = total if extent >= stride else max(total, 0)  # else it is not negative
         small = total // 2
         return (small, total - small) if padding == "SAME" else (total - small, small)
-    pair = padding[0] if len(padding) == 1 else padding
-    try:
-        low, high = pair  # pyright: ignore[reportAssignmentType, reportGeneralTypeIssues]
-    except (TypeError, ValueError):
-        low = high = None
-    if not isinstance(low, int) or not isinstance(high, int):
+    pair = np.asarray(padding, dtype=object).reshape(-1)
+    if len(pair) != 2 or not all(isinstance(frames, int) for frames in pair):
         raise ValueError(
             f"{function}: padding must be a mode or (low, high) frames, got {padding!r}"
         )
-    return low, high
+    return pair[0], pair[1]
 
 
 def _padded(x: Array, padding: tuple[Any, Any]) -> Array:

@@ -9,7 +9,7 @@ their rows, and one step for all of them is what costs int8 Winograd its accurac
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ from cmjax.primitives.rsq import check_steps, rounded
 from cmjax.primitives.straight_line import as_float32
 from cmjax.primitives.toom_cook import ALGORITHMS
 
-_FRACTIONS = 27  # of the largest magnitude, from 0.35 to 1, that are tried as the range
 _HEADROOM = 2.0  # of a fine input range over the samples: what it costs is far below the operands
 
 
@@ -124,6 +123,11 @@ def calibrate(
     check_algorithm(name, algorithm, fold.taps, fold.dilation)
     if input_limit is None:
         input_limit = _default_input_limit(algorithm, domain, requantize)
+        if input_limit == 0:
+            raise ValueError(
+                f"{name}: {algorithm} enlarges inputs {ALGORITHMS[algorithm].growth} times: none "
+                f"is safe in {domain} with requantize='none'; give input_limit, or requantize"
+            )
     most = largest_input_limit(algorithm)
     if not 1 <= input_limit <= most:
         raise ValueError(
@@ -168,11 +172,11 @@ def _calibrate(
     form, largest = ALGORITHMS[algorithm], LARGEST_OPERAND[domain]
     fold = folding(w.shape[0], stride, dilation)
     x = x.astype(jnp.float32)
-    search = _FRACTIONS if method == "mse" else 1
+    tried = 27 if method == "mse" else 1
     if input_limit > largest:
         input_step = _covering(jnp.max(jnp.abs(x))) * (_HEADROOM / input_limit)
     else:
-        input_step = _step(x, (0, 1, 2), input_limit, search).reshape(())
+        input_step = least_error_step(x, (0, 1, 2), input_limit, tried=tried).reshape(())
     xi, pads = fold_input(x / input_step, padding, fold)
     xi = jnp.clip(jnp.round(xi), -input_limit, input_limit)
     columns, _ = windows(xi, form, taps=fold.taps, dilation=fold.dilation, padding=pads)
@@ -180,12 +184,12 @@ def _calibrate(
     if requantize == "none" or (algorithm == "direct" and input_limit <= largest):
         point_step = jnp.ones((form.n,), jnp.float32)
     else:
-        point_step = _step(v, (1, 2, 3), largest, search).reshape(form.n)
+        point_step = least_error_step(v, (1, 2, 3), largest, tried=tried).reshape(form.n)
         if requantize == "shift":
             point_step = _nearest_shift(v, point_step, largest)
     u = transformed_filter(fold_filter(w, fold), algorithm)
     most = filter_limit(domain, u.shape[1])
-    filter_step = _step(u, (1,), most, search)[:, 0]
+    filter_step = least_error_step(u, (1,), most, tried=tried)[:, 0]
     if pair_rule and domain == "int8":
         blocks = u.reshape(form.n, form.tap_blocks(fold.taps), -1, u.shape[-1])
         filter_step = jnp.maximum(filter_step, _largest_pair(blocks) / most)
@@ -205,6 +209,23 @@ def transformed_filter(
     """G w in float32, rounded alike in whatever program it stands."""
     form = ALGORITHMS[algorithm]
     return transform_filter(w.astype(jnp.float32), form, lambda c, v: rounded(as_float32(c) * v))
+
+
+def least_error_step(
+    values: Float[Array, "..."], axes: tuple[int, ...], limit: Any, *, tried: int = 27
+) -> Array:
+    """The step that represents values best, in squared error, by integers up to `limit`.
+
+    Args:
+      values: what is quantised.
+      axes: values along these share a step.
+      limit: largest integer.
+      tried: ranges tried, from 0.35 to 1 of the largest magnitude; 1 covers that magnitude.
+    Returns: positive steps, with the axes kept; 1 / limit where all values are zero.
+    """
+    top = _covering(jnp.max(jnp.abs(values), axis=axes, keepdims=True))
+    fractions = jnp.linspace(1.0 if tried == 1 else 0.35, 1.0, tried)
+    return _least_error(values, axes, limit, lambda factor: top * factor, fractions / limit)
 
 
 def check_scales(function: str, scales: ConvScales, cin: int, cout: int) -> None:
@@ -237,13 +258,6 @@ def _default_input_limit(algorithm: str, domain: str, requantize: str) -> int:
 def _covering(top: Array) -> Array:
     """A largest magnitude, made usable as a range where it is zero."""
     return jnp.where(top > 0, top, 1.0)
-
-
-def _step(values: Array, axes: tuple[int, ...], limit: int, tried: int) -> Array:
-    """The step that represents `values` best with integers up to `limit`; `axes` share one."""
-    top = _covering(jnp.max(jnp.abs(values), axis=axes, keepdims=True))
-    steps = jnp.linspace(1.0 if tried == 1 else 0.35, 1.0, tried)[:, None] / limit
-    return _least_error(values, axes, limit, lambda factor: top * factor, steps[:, 0])
 
 
 def _least_error(values, axes, limit, step_of, candidates) -> Array:

@@ -4,9 +4,11 @@ u = clip(round((G w) / filter_step)),    scale = input_step * point_step * filte
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from cmjax import native
@@ -14,8 +16,8 @@ from cmjax.primitives import conv_kernel
 from cmjax.primitives.conv_checks import check_algorithm, check_geometry
 from cmjax.primitives.conv_geometry import fold_filter, folding
 from cmjax.primitives.conv_scales import ConvScales, check_scales, transformed_filter
-from cmjax.primitives.quantized_conv import filter_limit
-from cmjax.primitives.rsq import round_to, rounded
+from cmjax.primitives.quantized_conv import LARGEST_OPERAND, quantized_filter
+from cmjax.primitives.rsq import rounded
 from cmjax.primitives.toom_cook import ALGORITHMS
 
 
@@ -25,17 +27,17 @@ class PackedConv:
     """What `prepack` makes of a filter and its scales; a pytree, for `winograd_conv1d` alone.
 
     Fields:
-      u: integers of the transformed filter, laid out for kernels if `packed`.
-      inverse_step, requant, scale: as in `quantized_conv`.
+      u: the transformed filter as `quantized_conv` takes it.
+      input_step, point_step, filter_step: of the scales, the first for folded channels.
       algorithm, domain, input_limit: of the scales.
       taps, cin, stride, dilation: of the filter as it was given.
       packed: u is `conv_kernel.pack_filter`'s.
     """
 
     u: Array
-    inverse_step: Float32[Array, "cin"]
-    requant: Float32[Array, "points"]
-    scale: Float32[Array, "points cout"]
+    input_step: Float32[Array, "*folded_cin"]
+    point_step: Float32[Array, "points"]
+    filter_step: Float32[Array, "points cout"]
     algorithm: str = dataclasses.field(metadata={"static": True})
     domain: str = dataclasses.field(metadata={"static": True})
     input_limit: int = dataclasses.field(metadata={"static": True})
@@ -66,18 +68,13 @@ def prepack(
     Raises: ValueError for scales that do not fit the filter or are not positive, or for more input
       channels than an int32 sum can take; TypeError if `w` is not floating point.
     """
-    operands = quantize_filter("prepack", w, scales, stride=stride, dilation=dilation)
-    dtype = jnp.int8 if scales.domain == "int8" else jnp.int16
-    u = operands.u.astype(dtype)
+    _check("prepack", w, scales, stride, dilation)
     if packed is None:
         packed = native.status().enabled and conv_kernel.serves(scales.algorithm)
-    if packed:
-        taps = folding(w.shape[0], stride, dilation).taps
-        u = conv_kernel.pack_filter(u, tap_blocks=ALGORITHMS[scales.algorithm].tap_blocks(taps))
-    return dataclasses.replace(operands, u=u, packed=packed)
+    return _prepack(w, scales, stride=stride, dilation=dilation, packed=packed)
 
 
-def quantize_filter(
+def transform_for(
     function: str,
     w: Float[Array, "taps cin cout"],
     scales: ConvScales,
@@ -85,10 +82,18 @@ def quantize_filter(
     stride: int,
     dilation: int,
 ) -> PackedConv:
-    """The operands with u still as integers in float32, differentiable in `w` and `scales`."""
-    w = jnp.asarray(w)
-    if w.ndim != 3:
-        raise ValueError(f"{function}: w must be [taps, cin, cout], got {w.shape}")
+    """The operands with u still in float32, differentiable in `w` and `scales`.
+
+    An input range finer than the operands is no quantiser to speak of: the noise of its step's
+    gradient would be all there is, so it has none.
+    """
+    _check(function, w, scales, stride, dilation)
+    return _transform(w, scales, stride=stride, dilation=dilation)
+
+
+def _check(function: str, w: Array, scales: ConvScales, stride: int, dilation: int) -> None:
+    if jnp.ndim(w) != 3:
+        raise ValueError(f"{function}: w must be [taps, cin, cout], got {jnp.shape(w)}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"{function}: w must be floating point, got {w.dtype}")
     check_geometry(function, stride, dilation)
@@ -96,20 +101,34 @@ def quantize_filter(
     fold = folding(taps, stride, dilation)
     check_algorithm(function, scales.algorithm, fold.taps, fold.dilation)
     check_scales(function, scales, cin, cout)
-    limit = _limit(scales, fold.taps, cin * fold.frames)
-    input_step, unit = scales.input_step, scales.input_step
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "dilation", "packed"))
+def _prepack(w, scales, *, stride, dilation, packed) -> PackedConv:
+    operands = _transform(w, scales, stride=stride, dilation=dilation)
+    u = quantized_filter(operands.u, scales.filter_step, LARGEST_OPERAND[scales.domain])
+    if packed:
+        taps = folding(w.shape[0], stride, dilation).taps
+        u = conv_kernel.pack_filter(u, tap_blocks=ALGORITHMS[scales.algorithm].tap_blocks(taps))
+    return dataclasses.replace(operands, u=u, packed=packed)
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "dilation"))
+def _transform(w, scales, *, stride, dilation) -> PackedConv:
+    taps, cin, _ = w.shape
+    fold = folding(taps, stride, dilation)
+    input_step = scales.input_step
+    if scales.input_limit > LARGEST_OPERAND[scales.domain]:
+        input_step = lax.stop_gradient(input_step)
     w = w.astype(jnp.float32)
     if input_step.ndim:
-        unit = jnp.max(input_step)
-        w = w * rounded(input_step / unit)[:, None]
-    u = transformed_filter(fold_filter(w, fold), scales.algorithm)
-    z = rounded(u * rounded(1 / scales.filter_step)[:, None, :])
-    inverse_step = jnp.tile(jnp.broadcast_to(rounded(1 / input_step), (cin,)), fold.frames)
+        w = w * rounded(input_step / jnp.max(input_step))[:, None]
+        input_step = jnp.tile(input_step, fold.frames)
     return PackedConv(
-        u=round_to(z, limit),
-        inverse_step=inverse_step,
-        requant=rounded(1 / scales.point_step),
-        scale=rounded(unit * scales.point_step)[:, None] * scales.filter_step,
+        u=transformed_filter(fold_filter(w, fold), scales.algorithm),
+        input_step=input_step,
+        point_step=scales.point_step,
+        filter_step=scales.filter_step,
         algorithm=scales.algorithm,
         domain=scales.domain,
         input_limit=scales.input_limit,
@@ -119,7 +138,3 @@ def quantize_filter(
         dilation=dilation,
         packed=False,
     )
-
-
-def _limit(scales: ConvScales, taps: int, cin: int) -> int:
-    return filter_limit(scales.domain, ALGORITHMS[scales.algorithm].tap_blocks(taps) * cin)

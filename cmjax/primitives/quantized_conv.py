@@ -1,14 +1,15 @@
 """Convolution of small integers in a transformed domain, as one primitive: the deployed form.
 
-    xi  = clip(round(x * inverse_step), -R, R)                       integers, exact in float32
-    v_p = clip(round((B^T xi)_p * requant_p), -V, V)                 operands, int8 or int16
+    xi  = clip(round(x * (1 / input_step)), -R, R)                   integers, exact in float32
+    v_p = clip(round((B^T xi)_p * (1 / point_step_p)), -V, V)        operands, int8 or int16
     y   = act(A^T (scale_p,o * sum_c u_p,c,o v_p,c) + bias)          int32 sums, float32 scales
+    scale_p,o = input_step * point_step_p * filter_step_p,o
 
 for one of the algorithms of `toom_cook`; direct convolution is F(1,1). Every rounding is named and
 every sum of float32 has an order, so XLA and the C++ kernels give the same bits.
 
-The derivative is that of the same formula with roundings read as the identity inside their range
-(`rsq.round_to`): a filter of integers in float32 takes part in it, an integer filter does not.
+The derivative is that of the same formula in real numbers with `rsq_quantize` for each rounding:
+straight-through inside the ranges, LSQ's rule for the steps. A filter in float32 takes part in it.
 """
 
 import functools
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import batching
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from cmjax.primitives import conv_kernel
 from cmjax.primitives.conv_tiles import (
@@ -30,7 +31,7 @@ from cmjax.primitives.conv_tiles import (
     windows,
 )
 from cmjax.primitives.define import Zero, define
-from cmjax.primitives.rsq import round_to, rounded
+from cmjax.primitives.rsq import rounded, rsq_quantize
 from cmjax.primitives.straight_line import as_float32
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.program import Work, cost_rule
@@ -47,9 +48,9 @@ def quantized_conv(
     x: Float[Array, "batch length cin"],
     u: Array,
     *,
-    inverse_step: Float32[Array, "cin"],
-    requant: Float32[Array, "points"],
-    scale: Float32[Array, "points cout"],
+    input_step: Float32[Array, "*cin"],
+    point_step: Float32[Array, "points"],
+    filter_step: Float32[Array, "points cout"],
     bias: Float32[Array, "cout"],
     algorithm: str,
     taps: int,
@@ -64,9 +65,12 @@ def quantized_conv(
 
     Args:
       x: signal, zeros beyond its ends.
-      u: transformed filter, [points, tap blocks * cin, cout]: int8, int16, or integers in float32;
-        or with `packed` what `conv_kernel.pack_filter` made of an integer one.
-      inverse_step, requant, scale, bias: as in the formula.
+      u: transformed filter, [points, tap blocks * cin, cout]: its integers as int8 or int16, or its
+        values in float32, to be rounded here; or with `packed` integers that
+        `conv_kernel.pack_filter` laid out.
+      input_step: value of an integer of x, scalar or [cin]. Steps per channel count in units of
+        their largest, and the filter is that of channels scaled by `input_step / max(input_step)`.
+      point_step, filter_step, bias: as in the formula.
       algorithm: a name in `toom_cook.ALGORITHMS`.
       taps: taps of the filter that u was made of.
       dilation: frames between taps; more than 1 with "direct" only.
@@ -75,7 +79,7 @@ def quantized_conv(
       slope: of the activation max(y, slope * y): 1 none, 0 ReLU.
     Raises: ValueError or TypeError for operands that do not fit each other.
     """
-    operands = (x.astype(jnp.float32), u, inverse_step, requant, scale, bias)
+    operands = (x.astype(jnp.float32), u, input_step, point_step, filter_step, bias)
     params = {
         "algorithm": algorithm,
         "taps": taps,
@@ -110,22 +114,32 @@ def filter_limit(domain: str, depth: int) -> int:
     return min(largest, most)
 
 
+def quantized_filter(
+    u: Array, filter_step: Float32[Array, "points cout"], operand_limit: int
+) -> Int[Array, "points depth cout"]:
+    """A transformed filter as integers of the operands' dtype; one of integers stays as it is."""
+    if jnp.issubdtype(u.dtype, jnp.floating):
+        limit = float(_filter_limit(operand_limit, u.shape[1]))
+        u = lax.clamp(-limit, _round(u * rounded(1 / filter_step)[:, None, :]), limit)
+    return u.astype(_operand_dtype(operand_limit))
+
+
 def largest_input_limit(algorithm: str) -> int:
     """Largest R at which the algorithm's input transform is exact in float32, 32767 at most."""
     return min(2**15 - 1, (_EXACT_BELOW - 1) // ALGORITHMS[algorithm].growth)
 
 
-def _reference(x, u, inverse_step, requant, scale, bias, **params):
+def _reference(x, u, input_step, point_step, filter_step, bias, **params):
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
-    limit = float(params["operand_limit"])
-    operand = jnp.int8 if limit <= 127 else jnp.int16
+    inverse_step, requant, scale = _factors(input_step, point_step, filter_step)
+    operand = _operand_dtype(params["operand_limit"])
     if params["packed"]:
-        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=scale.shape[-1])
-    bound = float(params["input_limit"])
+        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=bias.shape[-1])
+    u = quantized_filter(u, filter_step, params["operand_limit"])
+    bound, limit = float(params["input_limit"]), float(params["operand_limit"])
     xi = lax.clamp(-bound, _round(x * inverse_step), bound)
-    where = {key: params[key] for key in ("taps", "dilation", "padding")}
-    columns, tiles = windows(xi, form, **where)
+    columns, tiles = windows(xi, form, **_where(params))
     v = [
         lax.clamp(-limit, _round(point * requant[p]), limit).astype(operand)
         for p, point in enumerate(form.bt_program.apply(columns))
@@ -134,40 +148,33 @@ def _reference(x, u, inverse_step, requant, scale, bias, **params):
     sums = jnp.einsum(
         "pbtk,pko->pbto",
         jnp.stack([meet(point) for point in v]),
-        u.astype(operand),
+        u,
         preferred_element_type=jnp.int32,
     )
     products = rounded(sums.astype(jnp.float32) * scale[:, None, None, :])
     y = form.at_program.apply(list(products), lambda c, m: rounded(as_float32(c) * m))
-    y = interleave(
-        y, output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
-    )
-    y = y + bias
+    y = interleave(y, _length(x, params)) + bias
     return y if params["slope"] == 1 else jnp.maximum(y, np.float32(params["slope"]) * y)
 
 
-def _round(z):
-    return lax.round(z, lax.RoundingMethod.TO_NEAREST_EVEN)
-
-
-def _native(x, u, inverse_step, requant, scale, bias, **params):
-    form = ALGORITHMS[params["algorithm"]]
-    blocks = form.tap_blocks(params["taps"])
-    if not conv_kernel.serves(params["algorithm"]):
-        return _reference(x, u, inverse_step, requant, scale, bias, **params)
+def _native(x, u, input_step, point_step, filter_step, bias, **params):
+    algorithm = params["algorithm"]
+    if not conv_kernel.serves(algorithm):
+        return _reference(x, u, input_step, point_step, filter_step, bias, **params)
+    blocks = ALGORITHMS[algorithm].tap_blocks(params["taps"])
     if not params["packed"]:
-        operand = jnp.int8 if params["operand_limit"] <= 127 else jnp.int16
-        u = conv_kernel.pack_filter(u.astype(operand), tap_blocks=blocks)
-    length = output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
+        u = quantized_filter(u, filter_step, params["operand_limit"])
+        u = conv_kernel.pack_filter(u, tap_blocks=blocks)
+    inverse_step, requant, scale = _factors(input_step, point_step, filter_step)
     return conv_kernel.conv1d(
         x,
         u,
-        algorithm=params["algorithm"],
+        algorithm=algorithm,
         tap_blocks=blocks,
         dilation=params["dilation"],
         padding=params["padding"],
-        out_length=length,
-        inverse_step=inverse_step,
+        out_length=_length(x, params),
+        inverse_step=jnp.broadcast_to(inverse_step, x.shape[-1:]),
         requant=requant,
         scale=scale,
         bias=bias,
@@ -177,7 +184,33 @@ def _native(x, u, inverse_step, requant, scale, bias, **params):
     )
 
 
-def _check(x, u, inverse_step, requant, scale, bias, **params):
+def _factors(input_step, point_step, filter_step):
+    """What is multiplied with: of the input, of transformed inputs, of sums."""
+    scale = rounded(jnp.max(input_step) * point_step)[:, None] * filter_step
+    return rounded(1 / input_step), rounded(1 / point_step), rounded(scale)
+
+
+def _operand_dtype(operand_limit):
+    return jnp.int8 if operand_limit <= LARGEST_OPERAND["int8"] else jnp.int16
+
+
+def _filter_limit(operand_limit, depth):
+    return filter_limit("int8" if operand_limit <= LARGEST_OPERAND["int8"] else "int16", depth)
+
+
+def _round(z):
+    return lax.round(z, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _where(params):
+    return {key: params[key] for key in ("taps", "dilation", "padding")}
+
+
+def _length(x, params):
+    return output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
+
+
+def _check(x, u, input_step, point_step, filter_step, bias, **params):
     name = "winograd_conv1d"
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
@@ -185,9 +218,9 @@ def _check(x, u, inverse_step, requant, scale, bias, **params):
         raise ValueError(f"{name}: x must be [batch, length, cin], got {x.shape}")
     cin, cout = x.shape[-1], bias.shape[-1]
     expected = {
-        "inverse_step": (inverse_step, (cin,)),
-        "requant": (requant, (form.n,)),
-        "scale": (scale, (form.n, cout)),
+        "input_step": (input_step, (cin,) if input_step.ndim else ()),
+        "point_step": (point_step, (form.n,)),
+        "filter_step": (filter_step, (form.n, cout)),
         "bias": (bias, (cout,)),
     }
     if not params["packed"]:
@@ -210,27 +243,32 @@ def _check(x, u, inverse_step, requant, scale, bias, **params):
         )
     if not 0 <= params["slope"] <= 1:
         raise ValueError(f"{name}: activation slope must lie in [0, 1], got {params['slope']}")
-    depth = blocks * cin
-    filter_limit("int8" if params["operand_limit"] <= 127 else "int16", depth)
+    _filter_limit(params["operand_limit"], blocks * cin)
 
 
-def _surrogate(x, u, inverse_step, requant, scale, bias, **params):
-    """The formula before the activation, in float32, with straight-through roundings."""
+def _surrogate(x, u, input_step, point_step, filter_step, bias, **params):
+    """The formula before the activation in real numbers, each rounding a fake quantisation."""
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
     if params["packed"]:
-        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=scale.shape[-1])
-    u = u.astype(jnp.float32)
-    xi = round_to(x * inverse_step, params["input_limit"])
-    where = {key: params[key] for key in ("taps", "dilation", "padding")}
-    columns, tiles = windows(xi, form, **where)
-    y = []
+        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=bias.shape[-1])
+    if jnp.issubdtype(u.dtype, jnp.floating):
+        limit = _filter_limit(params["operand_limit"], u.shape[1])
+        u = rsq_quantize(u, filter_step[:, None, :], limit=limit)
+    else:
+        u = u.astype(jnp.float32) * filter_step[:, None, :]
+    axis = -1 if input_step.ndim else None
+    unit = jnp.max(input_step)
+    x = rsq_quantize(x, input_step, limit=params["input_limit"], axis=axis)
+    if input_step.ndim:
+        x = x * (unit / input_step)
+    columns, tiles = windows(x, form, **_where(params))
+    products = []
     for p, point in enumerate(form.bt_program.apply(columns)):
-        v = round_to(point * requant[p], params["operand_limit"])
+        v = rsq_quantize(point, unit * point_step[p], limit=params["operand_limit"])
         seen = meet_blocks(v, tiles, blocks=blocks, dilation=params["dilation"])
-        y.append(jnp.einsum("btk,ko->bto", seen, u[p]) * scale[p])
-    length = output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
-    return interleave(form.at_program.apply(y), length) + bias
+        products.append(jnp.einsum("btk,ko->bto", seen, u[p]))
+    return interleave(form.at_program.apply(products), _length(x, params)) + bias
 
 
 def _jvp(p, primals, tangents, **params):
@@ -286,7 +324,7 @@ _QUANTISE, _REQUANTISE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
 
 
 @cost_rule(quantized_conv_p)
-def _cost(x, u, inverse_step, requant, scale, bias, *, out, mesh, **params) -> Work:
+def _cost(x, u, input_step, point_step, filter_step, bias, *, out, mesh, **params) -> Work:
     """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
     form = ALGORITHMS[params["algorithm"]]
     cin, cout = x.shape[-1], bias.shape[-1]

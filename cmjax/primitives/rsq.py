@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from cmjax.primitives.define import Zero, define
@@ -77,12 +78,6 @@ def lsq_gradient_scale(size: int, limit: int) -> float:
     return 1 / math.sqrt(size * limit)
 
 
-def round_to(z: Float[Array, "..."], limit: int) -> Float[Array, "..."]:
-    """`clip(round(z), -limit, limit)` with the straight-through derivative; integers in float32."""
-    step = jnp.ones((1,) * z.ndim, jnp.float32)
-    return rsq_quantize_p.bind(z, step, low=-limit, high=limit, gradient_scale=1.0)
-
-
 def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
     """The same value, in a form that compilers keep as the float32 it is.
 
@@ -95,7 +90,7 @@ def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def check_steps(function: str, argument: str, steps: Array) -> None:
     """Refuse steps that are known (not traced) and not positive and finite."""
-    if isinstance(steps, jax.core.Tracer):
+    if isinstance(steps, Tracer):
         return
     values = np.asarray(steps)
     if not (np.isfinite(values).all() and (values > 0).all()):
@@ -106,12 +101,12 @@ def check_steps(function: str, argument: str, steps: Array) -> None:
 def _range(bits: int | None, limit: int | tuple[int, int] | None) -> tuple[int, int]:
     if bits is not None and limit is not None:
         raise ValueError(f"rsq_quantize: give bits or limit, not both ({bits} and {limit})")
+    bits = 8 if bits is None else bits
+    if not 2 <= bits <= 16:
+        raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
     if limit is None:
-        bits = 8 if bits is None else bits
-        if not 2 <= bits <= 16:
-            raise ValueError(f"rsq_quantize: bits must lie in 2..16, got {bits}")
         limit = 2 ** (bits - 1) - 1
-    low, high = limit if isinstance(limit, tuple) else (-limit, limit)
+    low, high = (-limit, limit) if isinstance(limit, int) else limit
     if not (-_LARGEST_LIMIT <= low <= 0 <= high <= _LARGEST_LIMIT and low < high):
         raise ValueError(
             "rsq_quantize: limit must be a positive integer, or (low, high) around zero, "

@@ -40,7 +40,7 @@ from cmjax.primitives.conv_tiles import (
     windows,
 )
 from cmjax.primitives.define import define
-from cmjax.primitives.packed_conv import PackedConv, quantize_filter
+from cmjax.primitives.packed_conv import PackedConv, transform_for
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, quantized_conv
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.program import Work, cost_rule
@@ -125,7 +125,7 @@ def winograd_conv1d(
             min_sqnr_db=min_sqnr_db,
         )
         scales = lax.stop_gradient(scales)
-    operands = quantize_filter(name, w, scales, stride=stride, dilation=dilation)
+    operands = transform_for(name, w, scales, stride=stride, dilation=dilation)
     return _integer(name, x, operands, pads, bias, slope)
 
 
@@ -165,14 +165,14 @@ def _integer(name, x, operands: PackedConv, padding, bias, slope):
         name, padding, x.shape[1], operands.taps, operands.stride, operands.dilation
     )
     _check_length(name, x, pads, fold.extent)
-    cout = operands.scale.shape[-1]
+    cout = operands.filter_step.shape[-1]
     folded, pads = fold_input(x.astype(jnp.float32), pads, fold)
     y = quantized_conv(
         folded,
         operands.u,
-        inverse_step=operands.inverse_step,
-        requant=operands.requant,
-        scale=operands.scale,
+        input_step=operands.input_step,
+        point_step=operands.point_step,
+        filter_step=operands.filter_step,
         bias=jnp.zeros((cout,), jnp.float32) if bias is None else _bias(name, bias, cout),
         algorithm=operands.algorithm,
         taps=fold.taps,
