@@ -152,9 +152,7 @@ def model_bytes(model: AcousticModel) -> int:
     for conv in model.convolutions():
         if conv.precision != "float32":
             packed = prepack(conv.kernel[...], conv.scales, stride=conv.stride, packed=False)
-            steps = sum(x.size for x in jax.tree.leaves(conv.scales))
-            total -= 4 * (conv.kernel.size + steps)
-            total += packed.u.size + 4 * (packed.scale.size + packed.requant.size + 1)
+            total += packed.u.size - 4 * conv.kernel.size
     return total
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 _PARTIAL = ".partial"
@@ -44,7 +45,9 @@ class Checkpoint:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_first_device()), like
         )
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((self.path / "arrays").absolute(), abstract)
+            arrays = checkpointer.restore((self.path / "arrays").absolute(), abstract)
+        # Not bound to the device they were read to: the run may spread them over several.
+        return jax.tree.map(jnp.asarray, jax.device_get(arrays))
 
     def check_config(self, config: dict[str, Any], *, ignore: tuple[str, ...] = ()) -> None:
         """Refuse another configuration.

@@ -56,7 +56,7 @@ def test_integers_take_a_byte_and_their_scales_four():
     conv.switch("int8-winograd")
     conv.input_step[...] = jnp.asarray(0.5)
     filter_floats, points = 4 * 3 * 8 * 8, 4
-    integers = points * 8 * 8 + 4 * (points * 8 + points + 1)
+    integers = points * 8 * 8 + 4 * (points * 8 + points + 1)  # and steps
     assert model_bytes(model) == floats - filter_floats + integers
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -209,7 +210,8 @@ def _train_stage(run: Run, stream: TrainingStream, log: MetricsLog, console: Con
 def _finish_stage(run: Run, stream: TrainingStream, console: Console) -> None:
     """Put what was learnt into the model, and make it ready for the next stage."""
     if run.learner is not None:
-        run.model = take_apart(run.model)[0].model(run.learner.params)
+        params = jax.tree.map(jnp.asarray, jax.device_get(run.learner.params))  # off the mesh
+        run.model = take_apart(run.model)[0].model(params)
     run.stage, run.step, run.learner = run.stage + 1, 0, None
     if STAGES[run.stage - 1] == "float":
         quant = run.config.quant
