@@ -8,7 +8,7 @@ from cmjax.primitives.exchange import Dispatched, combine, dispatch, quantize_ro
 from cmjax.primitives.msd import msd_dot
 from cmjax.primitives.msd_attention import msd_attention
 from cmjax.primitives.msd_decompose import Decomposed, msd_decompose
-from cmjax.primitives.packed_conv import PackedConv, prepack
+from cmjax.primitives.packed_conv import PackedConv, TransformedConv, prepack
 from cmjax.primitives.pasa import flash_attention, merge_by_lse, pasa_attention
 from cmjax.primitives.pasa_shift import pasa_beta
 from cmjax.primitives.quantize_kv import QuantizedKV, quantize_kv
@@ -27,6 +27,7 @@ __all__ = [
     "PackedConv",
     "QuantizedKV",
     "QuantizedWeight",
+    "TransformedConv",
     "attention",
     "attention_numerics",
     "calibrate",

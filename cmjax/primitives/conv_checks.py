@@ -6,14 +6,28 @@ from jaxtyping import Array
 from cmjax.primitives.toom_cook import ALGORITHMS
 
 
+def check_signal(function: str, x: Array, cin: int | None = None) -> None:
+    """Refuse a signal of wrong rank or dtype, or with other channels than `cin`."""
+    if jnp.ndim(x) != 3 or (cin is not None and x.shape[2] != cin):
+        channels = "cin" if cin is None else cin
+        raise ValueError(f"{function}: x must be [batch, length, {channels}], got {jnp.shape(x)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{function}: x must be floating point, got {x.dtype}")
+
+
+def check_filter(function: str, w: Array) -> None:
+    """Refuse a filter of wrong rank or dtype, or without taps."""
+    if jnp.ndim(w) != 3 or w.shape[0] < 1:
+        raise ValueError(f"{function}: w must be [taps, cin, cout], got {jnp.shape(w)}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"{function}: w must be floating point, got {w.dtype}")
+
+
 def check_signal_and_filter(function: str, x: Array, w: Array) -> None:
-    """Refuse signals and filters of wrong rank, dtype or channels."""
-    for argument, array, axes in (("x", x, "batch, length, cin"), ("w", w, "taps, cin, cout")):
-        if jnp.ndim(array) != 3:
-            raise ValueError(f"{function}: {argument} must be [{axes}], got {jnp.shape(array)}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{function}: {argument} must be floating point, got {array.dtype}")
-    if x.shape[2] != w.shape[1] or w.shape[0] < 1:
+    """Refuse signals and filters that do not fit each other."""
+    check_signal(function, x)
+    check_filter(function, w)
+    if x.shape[2] != w.shape[1]:
         raise ValueError(
             f"{function}: w must be [taps, {x.shape[2]}, cout] for x with {x.shape[2]} channels, "
             f"got {w.shape}"

@@ -5,6 +5,7 @@ u = clip(round((G w) / filter_step)),    scale = input_step * point_step * filte
 
 import dataclasses
 import functools
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from jaxtyping import Array, Float, Float32
 
 from cmjax import native
 from cmjax.primitives import conv_kernel
-from cmjax.primitives.conv_checks import check_algorithm, check_geometry
-from cmjax.primitives.conv_geometry import fold_filter, folding
+from cmjax.primitives.conv_checks import check_algorithm, check_filter, check_geometry
+from cmjax.primitives.conv_choice import choose_algorithm
+from cmjax.primitives.conv_geometry import Folding, fold_filter, folding
 from cmjax.primitives.conv_scales import ConvScales, check_scales, transformed_filter
+from cmjax.primitives.conv_tiles import transform_filter
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, quantized_filter
 from cmjax.primitives.rsq import rounded
 from cmjax.primitives.toom_cook import ALGORITHMS
@@ -48,26 +51,80 @@ class PackedConv:
     packed: bool = dataclasses.field(metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformedConv:
+    """What `prepack` makes of a filter without scales; a pytree, for `winograd_conv1d` alone.
+
+    Fields:
+      filters: G w, one array per point; for "direct" the filter itself.
+      algorithm: name in `toom_cook.ALGORITHMS`.
+      taps, cin, stride, dilation: of the filter as it was given.
+    """
+
+    filters: tuple[Float32[Array, "depth cout"], ...]
+    algorithm: str = dataclasses.field(metadata={"static": True})
+    taps: int = dataclasses.field(metadata={"static": True})
+    cin: int = dataclasses.field(metadata={"static": True})
+    stride: int = dataclasses.field(metadata={"static": True})
+    dilation: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def domain(self) -> str:
+        """Operands of its products."""
+        return "float32"
+
+
+@overload
 def prepack(
     w: Float[Array, "taps cin cout"],
     scales: ConvScales,
     *,
+    algorithm: str = "auto",
     stride: int = 1,
     dilation: int = 1,
     packed: bool | None = None,
-) -> PackedConv:
-    """Quantise a filter once, for any number of calls of `winograd_conv1d`.
+) -> PackedConv: ...
+
+
+@overload
+def prepack(
+    w: Float[Array, "taps cin cout"],
+    scales: None = None,
+    *,
+    algorithm: str = "auto",
+    stride: int = 1,
+    dilation: int = 1,
+    packed: bool | None = None,
+) -> TransformedConv: ...
+
+
+def prepack(
+    w: Float[Array, "taps cin cout"],
+    scales: ConvScales | None = None,
+    *,
+    algorithm: str = "auto",
+    stride: int = 1,
+    dilation: int = 1,
+    packed: bool | None = None,
+) -> PackedConv | TransformedConv:
+    """Transform a filter once, for any number of calls of `winograd_conv1d`.
 
     Args:
       w: the filter.
-      scales: from `calibrate`, or learned from there.
+      scales: from `calibrate`, or learned from there; without them the domain is float32.
+      algorithm: of float32, "auto" for `choose_algorithm`; scales have their own.
       stride, dilation: of the convolution; a stride is folded into input channels.
       packed: lay the filter out for the C++ kernels; by default, if they are enabled. Every
         platform computes the same from either layout; without kernels the plain one is faster.
-    Returns: operands that give bit for bit what `winograd_conv1d(x, w, scales=scales)` gives.
+    Returns: operands that give what `winograd_conv1d` gives with `w`; with `scales`, bit for bit.
     Raises: ValueError for scales that do not fit the filter or are not positive, or for more input
       channels than an int32 sum can take; TypeError if `w` is not floating point.
     """
+    if scales is None:
+        return _pretransform(w, algorithm, stride, dilation)
+    if algorithm not in ("auto", scales.algorithm):
+        raise ValueError(f"prepack: the scales are of {scales.algorithm}, got {algorithm}")
     _check("prepack", w, scales, stride, dilation)
     if packed is None:
         packed = native.status().enabled and conv_kernel.serves(scales.algorithm)
@@ -91,11 +148,34 @@ def transform_for(
     return _transform(w, scales, stride=stride, dilation=dilation)
 
 
+def _pretransform(w: Array, algorithm: str, stride: int, dilation: int) -> TransformedConv:
+    check_filter("prepack", w)
+    check_geometry("prepack", stride, dilation)
+    taps, cin, cout = w.shape
+    fold = folding(taps, stride, dilation)
+    if algorithm == "auto":
+        depth = cin * fold.frames
+        algorithm = choose_algorithm(fold.taps, depth, cout, dilation=fold.dilation)
+    check_algorithm("prepack", algorithm, fold.taps, fold.dilation)
+    w = w.astype(jnp.float32)
+    filters = [w] if algorithm == "direct" else _points(w, fold, algorithm)
+    return TransformedConv(
+        filters=tuple(filters),
+        algorithm=algorithm,
+        taps=taps,
+        cin=cin,
+        stride=stride,
+        dilation=dilation,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _points(w: Array, fold: Folding, algorithm: str) -> list[Array]:
+    return transform_filter(fold_filter(w, fold), ALGORITHMS[algorithm])
+
+
 def _check(function: str, w: Array, scales: ConvScales, stride: int, dilation: int) -> None:
-    if jnp.ndim(w) != 3:
-        raise ValueError(f"{function}: w must be [taps, cin, cout], got {jnp.shape(w)}")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"{function}: w must be floating point, got {w.dtype}")
+    check_filter(function, w)
     check_geometry(function, stride, dilation)
     taps, cin, cout = w.shape
     fold = folding(taps, stride, dilation)

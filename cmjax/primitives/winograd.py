@@ -9,6 +9,7 @@ speech recognition. Called with a float filter and scales the function is differ
 them and its value is the deployed integer pipeline's, bit for bit: that is training with RSQ.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from cmjax.primitives.conv_checks import (
     check_algorithm,
     check_domain,
     check_geometry,
+    check_signal,
     check_signal_and_filter,
 )
 from cmjax.primitives.conv_choice import choose_algorithm
@@ -40,7 +42,7 @@ from cmjax.primitives.conv_tiles import (
     windows,
 )
 from cmjax.primitives.define import define
-from cmjax.primitives.packed_conv import PackedConv, transform_for
+from cmjax.primitives.packed_conv import PackedConv, TransformedConv, transform_for
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, quantized_conv
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.program import Work, cost_rule
@@ -50,7 +52,7 @@ DOMAINS = ("float32", "int8", "int16")
 
 def winograd_conv1d(
     x: Float[Array, "batch length cin"],
-    w: Float[Array, "taps cin cout"] | PackedConv,
+    w: Float[Array, "taps cin cout"] | PackedConv | TransformedConv,
     *,
     algorithm: str = "auto",
     domain: str | None = None,
@@ -89,10 +91,12 @@ def winograd_conv1d(
     name = "winograd_conv1d"
     x = jnp.asarray(x)
     slope = _slope(name, activation)
-    if isinstance(w, PackedConv):
+    if isinstance(w, PackedConv | TransformedConv):
         _refuse_conflicts(name, w, algorithm, domain, stride, dilation, scales)
-        _check_packed(name, x, w)
-        return _integer(name, x, w, padding, bias, slope)
+        check_signal(name, x, w.cin)
+        if isinstance(w, PackedConv):
+            return _integer(name, x, w, padding, bias, slope)
+        return _finish(name, x, _float(name, x, w, padding), bias, slope)
     w = jnp.asarray(w)
     stride, dilation = stride or 1, dilation or 1
     check_signal_and_filter(name, x, w)
@@ -109,9 +113,8 @@ def winograd_conv1d(
     check_domain(name, domain, DOMAINS)
     pads = explicit_padding(name, padding, x.shape[1], w.shape[0], stride, dilation)
     if domain == "float32":
-        y = _float(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db)
-        y = y if bias is None else y + _bias(name, bias, w.shape[2])
-        return (y if slope == 1 else jnp.where(y > 0, y, slope * y)).astype(x.dtype)
+        operands = _prepared(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db)
+        return _finish(name, x, _float(name, x, operands, pads), bias, slope)
     if scales is None:
         scales = calibrate(
             x,
@@ -186,36 +189,72 @@ def _integer(name, x, operands: PackedConv, padding, bias, slope):
     return y.astype(x.dtype)
 
 
-def _float(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db):
+def _prepared(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db) -> TransformedConv:
+    """A filter that is transformed only inside the primitive."""
     fold = folding(w.shape[0], stride, dilation)
-    _check_length(name, x, pads, fold.extent)
     if algorithm == "auto":
-        outputs = (x.shape[1] + pads[0] + pads[1] - fold.extent) // stride + 1
+        outputs = x.shape[0] * ((x.shape[1] + pads[0] + pads[1] - fold.extent) // stride + 1)
         algorithm = choose_algorithm(
             fold.taps,
             w.shape[1] * fold.frames,
             w.shape[2],
-            outputs=outputs * x.shape[0] if isinstance(outputs * x.shape[0], int) else None,
+            outputs=outputs if isinstance(outputs, int) else None,
             dilation=fold.dilation,
             min_sqnr_db=min_sqnr_db,
         )
     check_algorithm(name, algorithm, fold.taps, fold.dilation)
-    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    if algorithm == "direct":
+    return TransformedConv(
+        filters=(w.astype(jnp.float32),),
+        algorithm=algorithm,
+        taps=w.shape[0],
+        cin=w.shape[1],
+        stride=stride,
+        dilation=dilation,
+    )
+
+
+def _float(name, x, operands: TransformedConv, padding):
+    taps, stride, dilation = operands.taps, operands.stride, operands.dilation
+    fold = folding(taps, stride, dilation)
+    pads = explicit_padding(name, padding, x.shape[1], taps, stride, dilation)
+    _check_length(name, x, pads, fold.extent)
+    x, filters = x.astype(jnp.float32), operands.filters
+    if operands.algorithm == "direct":
         return lax.conv_general_dilated(
-            x, w, (stride,), [pads], rhs_dilation=(dilation,), dimension_numbers=_LAYOUT
+            x,
+            operands.filters[0],
+            (stride,),
+            [pads],
+            rhs_dilation=(dilation,),
+            dimension_numbers=_LAYOUT,
         )
+    transformed = len(filters) > 1
+    if not transformed:
+        filters = (fold_filter(operands.filters[0], fold),)
     folded, pads = fold_input(x, pads, fold)
-    return winograd_p.bind(folded, fold_filter(w, fold), algorithm=algorithm, padding=tuple(pads))
+    return winograd_p.bind(
+        folded,
+        *filters,
+        algorithm=operands.algorithm,
+        taps=fold.taps,
+        padding=tuple(pads),
+        transformed=transformed,
+    )
+
+
+def _finish(name, x, y, bias, slope):
+    if bias is not None:
+        y = y + _bias(name, bias, y.shape[2])
+    return (y if slope == 1 else jnp.where(y > 0, y, slope * y)).astype(x.dtype)
 
 
 _LAYOUT = ("NWC", "WIO", "NWC")
 
 
-def _reference(x, w, *, algorithm, padding):
-    form, taps = ALGORITHMS[algorithm], w.shape[0]
+def _reference(x, *filters, algorithm, taps, padding, transformed):
+    form = ALGORITHMS[algorithm]
     columns, tiles = windows(x, form, taps=taps, dilation=1, padding=padding)
-    u = transform_filter(w, form)
+    u = filters if transformed else transform_filter(filters[0], form)
     products = []
     for point, filter_point in zip(form.bt_program.apply(columns), u, strict=True):
         seen = meet_blocks(point, tiles, blocks=form.tap_blocks(taps), dilation=1)
@@ -227,11 +266,10 @@ def _reference(x, w, *, algorithm, padding):
 
 def _batch(args, dims, **params):
     """A batch of signals joins the batch axis; filters of their own are mapped by XLA."""
-    (x, w), (x_dim, w_dim) = args, dims
-    if w_dim is not None:
-        return jax.vmap(lambda x, w: _reference(x, w, **params), in_axes=dims)(x, w), 0
-    x = jnp.moveaxis(x, x_dim, 0)
-    out = winograd_p.bind(x.reshape(-1, *x.shape[2:]), w, **params)
+    if any(d is not None for d in dims[1:]):
+        return jax.vmap(functools.partial(_reference, **params), in_axes=dims)(*args), 0
+    x = jnp.moveaxis(args[0], dims[0], 0)
+    out = winograd_p.bind(x.reshape(-1, *x.shape[2:]), *args[1:], **params)
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 
@@ -239,18 +277,17 @@ winograd_p = define("cm_winograd_conv1d", _reference, batch=_batch)
 
 
 @cost_rule(winograd_p)
-def _cost(x, w, *, out, mesh, algorithm, padding) -> Work:
+def _cost(x, *filters, out, mesh, algorithm, taps, padding, transformed) -> Work:
     """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
     form = ALGORITHMS[algorithm]
-    taps, cin, cout = w.shape
-    blocks = form.tap_blocks(int(taps.constant))
+    cin, cout = x.shape[2], filters[0].shape[-1]
+    blocks = form.tap_blocks(taps)
     tiles = out[0].size / cout / form.m
     flops = tiles * cin * cout * (2.0 * form.n * blocks)
-    instructions = (
-        tiles * cin * transform_instructions(form.bt_program)
-        + tiles * cout * transform_instructions(form.at_program)
-        + cin * cout * (transform_instructions(form.g_program) * blocks)
-    )
+    instructions = tiles * cin * transform_instructions(form.bt_program)
+    instructions = instructions + tiles * cout * transform_instructions(form.at_program)
+    if not transformed:
+        instructions += cin * cout * (transform_instructions(form.g_program) * blocks)
     return Work(
         vector_bytes=instructions * 4.0,
         flops=flops + instructions,
@@ -287,14 +324,9 @@ def _check_length(name: str, x: Array, pads: tuple[Any, Any], extent: int) -> No
         )
 
 
-def _check_packed(name: str, x: Array, packed: PackedConv) -> None:
-    if x.ndim != 3 or x.shape[2] != packed.cin:
-        raise ValueError(f"{name}: x must be [batch, length, {packed.cin}], got {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name}: x must be floating point, got {x.dtype}")
-
-
-def _refuse_conflicts(name, packed: PackedConv, algorithm, domain, stride, dilation, scales):
+def _refuse_conflicts(
+    name, packed: PackedConv | TransformedConv, algorithm, domain, stride, dilation, scales
+):
     asked = {"domain": domain, "stride": stride, "dilation": dilation}
     asked["algorithm"] = None if algorithm == "auto" else algorithm
     for field, value in asked.items():
@@ -304,4 +336,4 @@ def _refuse_conflicts(name, packed: PackedConv, algorithm, domain, stride, dilat
                 f"{value!r} was asked for; prepack it anew"
             )
     if scales is not None:
-        raise ValueError(f"{name}: a packed filter has its scales; give one or the other")
+        raise ValueError(f"{name}: scales belong into prepack, with the filter")

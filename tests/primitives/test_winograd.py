@@ -172,6 +172,18 @@ def test_an_input_step_per_channel_serves_channels_of_very_different_size():
     np.testing.assert_array_equal(winograd_conv1d(x, prepack(w, scales)), own)
 
 
+def test_a_filter_transformed_beforehand_gives_the_same_in_float32():
+    for taps, stride, algorithm in ((5, 1, "auto"), (6, 2, "F(2,3)"), (3, 1, "direct")):
+        x, w = _data(taps, cin=32, cout=32, length=31)
+        packed = prepack(w, algorithm=algorithm, stride=stride)
+        got = jax.jit(winograd_conv1d)(x, packed)
+        assert _sqnr_db(_conv(x, w, stride), got) > 110
+    with pytest.raises(ValueError, match="packed with domain='float32', and 'int8' was asked for"):
+        winograd_conv1d(x, packed, domain="int8")
+    with pytest.raises(ValueError, match=r"scales are of F\(2,3\), got F\(4,3\)"):
+        prepack(W, SCALES, algorithm="F(4,3)")
+
+
 def test_float32_derivatives_agree_with_differences():
     x, w = _data(5, cin=2, cout=3, batch=1, length=9)
     fn = jax.jit(lambda x, w: winograd_conv1d(x, w, algorithm="F(2,5)", padding=(1, 3), stride=1))
@@ -438,7 +450,7 @@ PACKED = prepack(W, SCALES)
         (
             lambda: winograd_conv1d(X, PACKED, scales=SCALES),
             ValueError,
-            "packed filter has its scales",
+            "scales belong into prepack",
         ),
         (
             lambda: winograd_conv1d(X[..., 1:], PACKED),
