@@ -374,7 +374,7 @@ def _score(found: placement.Evaluation) -> dict[str, float]:
 def _judged_score(found: placement.Judged) -> dict[str, float]:
     score = _score(found.made_for) | {
         "objective_ms": found.objective_s * 1e3,
-        "gap_to_bound": found.gap,
+        "objective_gap_to_bound": found.gap,
         "solve_s": found.solve_s,
     }
     if found.served is not None:
