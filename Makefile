@@ -16,7 +16,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m studies.main_job --out out
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
