@@ -99,7 +99,7 @@ def prefix_beam_decode(
                 else:
                     _add(grown[(*prefix, label)], 1, total + row[label])
         possible = [item for item in grown.items() if max(item[1]) > -math.inf]
-        ranked = sorted(possible, key=lambda item: -np.logaddexp(*item[1]))[:beam]
+        ranked = sorted(possible, key=lambda item: -np.logaddexp(item[1][0], item[1][1]))[:beam]
         beams = {prefix: (blank, last) for prefix, (blank, last) in ranked}
     scored = [
         (list(prefix), float(np.logaddexp(ends[0], ends[1]))) for prefix, ends in beams.items()

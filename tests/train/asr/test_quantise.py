@@ -31,7 +31,7 @@ def _batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def noise():
-    """SQNR of every layer by way of quantising, dB; F(2,5) and F(2,7) enlarge inputs most."""
+    """SQNR of every layer by way of quantising, dB; F(4,4) enlarges inputs 40 times."""
     found = {}
     for precision, ranges in (
         ("int8", "per-tap"),
@@ -39,7 +39,7 @@ def noise():
         ("int8-winograd", "naive"),
     ):
         model = _model()
-        calibrate(model, [_batch()], FRAMING, precision, algorithm="auto", ranges=ranges)
+        calibrate(model, [_batch()], FRAMING, precision, algorithm="F(4,4)", ranges=ranges)
         found[precision, ranges] = layer_sqnr_db(model, [_batch()], FRAMING)
     return found
 
@@ -49,16 +49,22 @@ def test_direct_int8_is_most_exact_and_naive_winograd_loses_most(noise):
     tapped, naive = noise["int8-winograd", "per-tap"], noise["int8-winograd", "naive"]
     for layer in (1, 2):  # those with a short algorithm
         assert direct[layer] > tapped[layer] > naive[layer] + 3
-    for layer in (0, 3, 4):  # the same direct layers
-        assert tapped[layer] == pytest.approx(naive[layer], abs=2)
+    assert direct[0] == tapped[0] == naive[0]  # the same direct layer on the same input
 
 
 def test_only_layers_with_taps_and_no_stride_take_a_short_algorithm():
     model = _model()
-    forms = layer_algorithms(model, "int8-winograd")
-    assert [form == "direct" for form in forms] == [True, False, False, True, True]
-    assert set(layer_algorithms(model, "int8")) == {"direct"}
-    assert layer_algorithms(model, "int8-winograd", "F(3,3)")[1:3] == ["F(3,3)", "F(3,3)"]
+    forms = layer_algorithms(model, "int8-winograd", "F(3,3)")
+    assert forms == ["direct", "F(3,3)", "F(3,3)", "direct", "direct"]
+    assert set(layer_algorithms(model, "int8", "F(3,3)")) == {"direct"}
+
+
+def test_auto_takes_a_short_algorithm_where_there_are_channels_enough():
+    wide = nnx.eval_shape(
+        lambda: Wav2letter(Wav2letterConfig(), inputs=39, outputs=29, rngs=nnx.Rngs(0))
+    )
+    forms = layer_algorithms(wide, "int8-winograd")
+    assert [form == "direct" for form in forms] == [True] + 8 * [False] + [True, True]
 
 
 def test_scaled_ranges_are_no_worse_than_safe_ones():
@@ -74,7 +80,7 @@ def test_scaled_ranges_are_no_worse_than_safe_ones():
 
 def test_plans_make_a_new_model_like_the_old_one():
     model = _model()
-    calibrate(model, [_batch()], FRAMING, "int8-winograd")
+    calibrate(model, [_batch()], FRAMING, "int8-winograd", algorithm="F(3,3)")
     again = _model()
     restore_plans(again, saved_plans(model))
     for old, new in zip(model.convolutions(), again.convolutions(), strict=True):
@@ -87,8 +93,9 @@ def test_plans_make_a_new_model_like_the_old_one():
 
 
 def test_an_algorithm_without_a_safe_integer_is_refused():
+    form = "F(3,4)+F(3,3)"
     with pytest.raises(ValueError, match="no integer is safe"):
-        calibrate(_model(), [_batch()], FRAMING, "int8-winograd", algorithm="N88", ranges="safe")
+        calibrate(_model(), [_batch()], FRAMING, "int8-winograd", algorithm=form, ranges="safe")
 
 
 @pytest.mark.parametrize(
