@@ -40,7 +40,7 @@ def relative_time(
       outputs: frames computed; whole tiles are paid for. Not known: many.
     """
     form = ALGORITHMS[algorithm]
-    frames = form.m if outputs is None else form.m * outputs / (form.m * -(-outputs // form.m))
+    frames = form.m if outputs is None else outputs / -(-outputs // form.m)  # used of each tile
     products = form.n * form.tap_blocks(taps) * cin * cout
     return (products + _INSTRUCTION_IN_MACS * _transforms(form, cin, cout)) / (
         frames * taps * cin * cout
@@ -65,11 +65,17 @@ def choose_algorithm(
       outputs: output frames, if known.
       dilation: more than 1 leaves direct convolution alone.
       min_sqnr_db: the floor; default `FLOOR_DB`.
-    Raises: ValueError for another domain, or a floor that direct convolution too stays below.
+    Raises: ValueError for another domain, sizes below 1, or a floor that direct convolution too
+      stays below.
     """
     if domain not in BASE_SQNR_DB:
         raise ValueError(
             f"choose_algorithm: domain must be one of {', '.join(BASE_SQNR_DB)}, got {domain!r}"
+        )
+    if min(taps, cin, cout, 1 if outputs is None else outputs) < 1:
+        raise ValueError(
+            "choose_algorithm: taps, cin, cout and outputs must be at least 1, got "
+            f"{taps}, {cin}, {cout} and {outputs}"
         )
     floor = FLOOR_DB[domain] if min_sqnr_db is None else min_sqnr_db
     if floor > BASE_SQNR_DB[domain]:

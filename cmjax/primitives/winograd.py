@@ -192,6 +192,7 @@ def _integer(name, x, operands: PackedConv, padding, bias, slope):
 def _prepared(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db) -> TransformedConv:
     """A filter that is transformed only inside the primitive."""
     fold = folding(w.shape[0], stride, dilation)
+    _check_length(name, x, pads, fold.extent)
     if algorithm == "auto":
         outputs = x.shape[0] * ((x.shape[1] + pads[0] + pads[1] - fold.extent) // stride + 1)
         algorithm = choose_algorithm(

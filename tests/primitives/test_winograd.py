@@ -341,16 +341,6 @@ def test_winograd_moves_work_from_the_cube_to_the_vector_cores():
         assert fast["vector_bytes"] > 2 * direct["vector_bytes"]
 
 
-def test_the_choice_is_direct_where_transforms_do_not_pay():
-    assert choose_algorithm(1, 256, 256, domain="int8") == "direct"
-    assert choose_algorithm(3, 256, 256, domain="int8", dilation=2) == "direct"
-    assert choose_algorithm(3, 2, 256, domain="int8") == "direct"
-    assert choose_algorithm(7, 256, 256, domain="int8", outputs=1) == "direct"
-    assert choose_algorithm(7, 256, 256, domain="int8", min_sqnr_db=37) == "direct"
-    fast = choose_algorithm(7, 256, 256, domain="int16")
-    assert ALGORITHMS[fast].saving(7) > 2.6
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_in_gives_half_precision_out(dtype):
     x, w = _data(3)
