@@ -1,6 +1,6 @@
 # make run   the main job: predictions for DeepSeek-R1 on CloudMatrix384 and an expert placement,
 #            as tables, plots and a page in out/
-# make test  the test suite
+# make test  the test suite but for its slow tests; make test-all has them too
 # Both make their own .venv first. A Python of at least 3.12 is looked for; name one with PYTHON=...
 
 VENV ?= .venv
@@ -9,13 +9,16 @@ FIND_PYTHON := for p in $(PYTHON) python3.12 python3.13 python3.14 python3 pytho
 	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done
 
-.PHONY: run test lint bench clean
+.PHONY: run test test-all lint bench clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed
 	$(BIN)/python -m studies.main_job --out out
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-test
