@@ -26,6 +26,8 @@ from train.data.batches import TrainingStream
 from train.data.strings import Strings
 from train.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # every test compiles a training step
+
 ROOT = Path(__file__).parents[3]
 QUIET = Console(quiet=True)
 TINY = ConvDFSMNConfig(
@@ -258,7 +260,6 @@ _ARGUMENTS = (
 ).split()
 
 
-@pytest.mark.slow
 def test_killed_a_run_goes_on_to_the_same_losses_bit_for_bit(tmp_path):
     def begin(out: str) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
