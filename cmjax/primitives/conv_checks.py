@@ -1,5 +1,7 @@
 """What a caller of a convolution can get wrong, said in the caller's words."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -31,6 +33,16 @@ def check_signal_and_filter(function: str, x: Array, w: Array) -> None:
         raise ValueError(
             f"{function}: w must be [taps, {x.shape[2]}, cout] for x with {x.shape[2]} channels, "
             f"got {w.shape}"
+        )
+
+
+def check_length(function: str, x: Array, pads: tuple[Any, Any], extent: int) -> None:
+    """Refuse a signal shorter, with its padding, than the filter reaches; symbolic ones pass."""
+    frames = x.shape[1] + pads[0] + pads[1]
+    if isinstance(frames, int) and frames < extent:
+        raise ValueError(
+            f"{function}: the filter reaches over {extent} frames, and x with its padding has "
+            f"{frames}"
         )
 
 

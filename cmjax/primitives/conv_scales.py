@@ -20,6 +20,7 @@ from cmjax.primitives.conv_checks import (
     check_algorithm,
     check_domain,
     check_geometry,
+    check_length,
     check_signal_and_filter,
 )
 from cmjax.primitives.conv_choice import choose_algorithm
@@ -31,6 +32,7 @@ from cmjax.primitives.conv_geometry import (
     folding,
 )
 from cmjax.primitives.conv_tiles import transform_filter, windows
+from cmjax.primitives.define import count_where
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, filter_limit, largest_input_limit
 from cmjax.primitives.rsq import check_steps, rounded
 from cmjax.primitives.straight_line import as_float32
@@ -134,6 +136,10 @@ def calibrate(
             f"{name}: input_limit must lie in 1..{most} for {algorithm}, got {input_limit}"
         )
     pads = explicit_padding(name, padding, x.shape[1], w.shape[0], stride, dilation)
+    check_length(name, x, pads, fold.extent)
+    for argument, values in (("x", x), ("w", w)):
+        if bad := count_where(lambda a: ~jnp.isfinite(a), values):
+            raise ValueError(f"{name}: {argument} must be finite, {bad} of {values.size} are not")
     return _calibrate(
         x,
         w,
@@ -229,8 +235,16 @@ def least_error_step(
     return _least_error(values, axes, limit, lambda factor: top * factor, fractions / limit)
 
 
-def check_scales(function: str, scales: ConvScales, cin: int, cout: int) -> None:
-    """Refuse scales whose shapes do not fit, or that are known to be no positive numbers."""
+def check_scales(function: str, scales: ConvScales) -> None:
+    """Refuse what is no scales, and scales that are known to be no positive numbers."""
+    if not isinstance(scales, ConvScales):
+        raise TypeError(f"{function}: scales must be ConvScales, as of calibrate, got {scales!r}")
+    for field in ("input_step", "point_step", "filter_step"):
+        check_steps(function, f"scales.{field}", getattr(scales, field))
+
+
+def check_scales_fit(function: str, scales: ConvScales, cin: int, cout: int) -> None:
+    """Refuse scales whose shapes are not those of a filter."""
     points = ALGORITHMS[scales.algorithm].n
     shapes = {
         "input_step": ((), (cin,)),
@@ -238,14 +252,12 @@ def check_scales(function: str, scales: ConvScales, cin: int, cout: int) -> None
         "filter_step": ((points, cout),),
     }
     for field, allowed in shapes.items():
-        steps = getattr(scales, field)
-        if jnp.shape(steps) not in allowed:
+        shape = jnp.shape(getattr(scales, field))
+        if shape not in allowed:
             raise ValueError(
                 f"{function}: scales.{field} must have shape {' or '.join(map(str, allowed))} for "
-                f"{scales.algorithm} with {cin} input and {cout} output channels, got "
-                f"{jnp.shape(steps)}"
+                f"{scales.algorithm} with {cin} input and {cout} output channels, got {shape}"
             )
-        check_steps(function, f"scales.{field}", steps)
 
 
 def _default_input_limit(algorithm: str, domain: str, requantize: str) -> int:

@@ -17,7 +17,12 @@ from cmjax.primitives import conv_kernel
 from cmjax.primitives.conv_checks import check_algorithm, check_filter, check_geometry
 from cmjax.primitives.conv_choice import choose_algorithm
 from cmjax.primitives.conv_geometry import Folding, fold_filter, folding
-from cmjax.primitives.conv_scales import ConvScales, check_scales, transformed_filter
+from cmjax.primitives.conv_scales import (
+    ConvScales,
+    check_scales,
+    check_scales_fit,
+    transformed_filter,
+)
 from cmjax.primitives.conv_tiles import transform_filter
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, quantized_filter
 from cmjax.primitives.rsq import rounded
@@ -123,6 +128,7 @@ def prepack(
     """
     if scales is None:
         return _pretransform(w, algorithm, stride, dilation)
+    check_scales("prepack", scales)
     if algorithm not in ("auto", scales.algorithm):
         raise ValueError(f"prepack: the scales are of {scales.algorithm}, got {algorithm}")
     _check("prepack", w, scales, stride, dilation)
@@ -180,7 +186,7 @@ def _check(function: str, w: Array, scales: ConvScales, stride: int, dilation: i
     taps, cin, cout = w.shape
     fold = folding(taps, stride, dilation)
     check_algorithm(function, scales.algorithm, fold.taps, fold.dilation)
-    check_scales(function, scales, cin, cout)
+    check_scales_fit(function, scales, cin, cout)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "dilation", "packed"))

@@ -10,7 +10,6 @@ them and its value is the deployed integer pipeline's, bit for bit: that is trai
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from cmjax.primitives.conv_checks import (
     check_algorithm,
     check_domain,
     check_geometry,
+    check_length,
     check_signal,
     check_signal_and_filter,
 )
@@ -32,7 +32,7 @@ from cmjax.primitives.conv_geometry import (
     fold_input,
     folding,
 )
-from cmjax.primitives.conv_scales import ConvScales, calibrate
+from cmjax.primitives.conv_scales import ConvScales, calibrate, check_scales
 from cmjax.primitives.conv_tiles import (
     interleave,
     meet_blocks,
@@ -98,10 +98,12 @@ def winograd_conv1d(
             return _integer(name, x, w, padding, bias, slope)
         return _finish(name, x, _float(name, x, w, padding), bias, slope)
     w = jnp.asarray(w)
-    stride, dilation = stride or 1, dilation or 1
+    stride = 1 if stride is None else stride
+    dilation = 1 if dilation is None else dilation
     check_signal_and_filter(name, x, w)
     check_geometry(name, stride, dilation)
     if scales is not None:
+        check_scales(name, scales)
         domain = domain or scales.domain
         algorithm = scales.algorithm if algorithm == "auto" else algorithm
         if (domain, algorithm) != (scales.domain, scales.algorithm):
@@ -167,7 +169,7 @@ def _integer(name, x, operands: PackedConv, padding, bias, slope):
     pads = explicit_padding(
         name, padding, x.shape[1], operands.taps, operands.stride, operands.dilation
     )
-    _check_length(name, x, pads, fold.extent)
+    check_length(name, x, pads, fold.extent)
     cout = operands.filter_step.shape[-1]
     folded, pads = fold_input(x.astype(jnp.float32), pads, fold)
     y = quantized_conv(
@@ -192,14 +194,14 @@ def _integer(name, x, operands: PackedConv, padding, bias, slope):
 def _prepared(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db) -> TransformedConv:
     """A filter that is transformed only inside the primitive."""
     fold = folding(w.shape[0], stride, dilation)
-    _check_length(name, x, pads, fold.extent)
+    check_length(name, x, pads, fold.extent)
     if algorithm == "auto":
         outputs = x.shape[0] * ((x.shape[1] + pads[0] + pads[1] - fold.extent) // stride + 1)
         algorithm = choose_algorithm(
             fold.taps,
             w.shape[1] * fold.frames,
             w.shape[2],
-            outputs=outputs if isinstance(outputs, int) else None,
+            outputs=outputs if isinstance(outputs, int) and outputs else None,
             dilation=fold.dilation,
             min_sqnr_db=min_sqnr_db,
         )
@@ -218,7 +220,7 @@ def _float(name, x, operands: TransformedConv, padding):
     taps, stride, dilation = operands.taps, operands.stride, operands.dilation
     fold = folding(taps, stride, dilation)
     pads = explicit_padding(name, padding, x.shape[1], taps, stride, dilation)
-    _check_length(name, x, pads, fold.extent)
+    check_length(name, x, pads, fold.extent)
     x, filters = x.astype(jnp.float32), operands.filters
     if operands.algorithm == "direct":
         return lax.conv_general_dilated(
@@ -315,14 +317,6 @@ def _bias(name: str, bias: Array, cout: int) -> Array:
             f"{name}: bias must be floating point [{cout}], got {bias.dtype}{list(bias.shape)}"
         )
     return bias.astype(jnp.float32)
-
-
-def _check_length(name: str, x: Array, pads: tuple[Any, Any], extent: int) -> None:
-    frames = x.shape[1] + pads[0] + pads[1]
-    if isinstance(frames, int) and frames < extent:
-        raise ValueError(
-            f"{name}: the filter reaches over {extent} frames, and x with its padding has {frames}"
-        )
 
 
 def _refuse_conflicts(

@@ -447,6 +447,11 @@ PACKED = prepack(W, SCALES)
             ValueError,
             r"x must be \[batch, length, 6\]",
         ),
+        (lambda: winograd_conv1d(X, W, stride=0), ValueError, "stride must be an integer of at"),
+        (lambda: winograd_conv1d(X, W, scales=3), TypeError, "scales must be ConvScales, .* got 3"),
+        (lambda: prepack(W, 0.1), TypeError, "prepack: scales must be ConvScales"),
+        (lambda: calibrate(X * jnp.nan, W), ValueError, "x must be finite, 240 of 240 are not"),
+        (lambda: calibrate(X[:, :2], W, padding="VALID"), ValueError, "reaches over 3 frames"),
         (lambda: calibrate(X, W, domain="float32"), ValueError, "domain must be one of"),
         (lambda: calibrate(X, W, method="l1"), ValueError, "method must be one of"),
         (
