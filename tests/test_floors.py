@@ -120,3 +120,9 @@ def test_every_part_of_the_library_has_a_floor():
 )
 def test_the_rule_itself_tells_allowed_from_forbidden(importer, imported, allowed):
     assert _may_import(tuple(importer.split(".")), tuple(imported.split("."))) is allowed
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file under its bare name, so a second one of that name is an error."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, next_ in zip(names, names[1:], strict=False) if name == next_]

@@ -63,6 +63,13 @@ def status() -> Status:
             "install cmjax again".format(*built, *running),
             needed=switch == "on",
         )
+    missing = [name for name in TARGETS if not hasattr(library, name)]
+    if missing:
+        return _without(
+            f"the library was built from older sources and lacks {', '.join(missing)}; "
+            "install cmjax again",
+            needed=switch == "on",
+        )
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     library.cmjax_isa.restype = ctypes.c_char_p

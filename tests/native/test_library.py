@@ -65,11 +65,17 @@ def _other_api(monkeypatch, tmp_path):
     return f"built for XLA FFI {major + 1}.0"
 
 
+def _older_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "TARGETS", (*library.TARGETS, "cmjax_new_kernel"))
+    return "built from older sources and lacks cmjax_new_kernel"
+
+
 UNFIT = [
     _absent,
     _unloadable,
     pytest.param(_newer_api, marks=needs_kernels),
     pytest.param(_other_api, marks=needs_kernels),
+    pytest.param(_older_sources, marks=needs_kernels),
 ]
 
 
