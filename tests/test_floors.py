@@ -1,6 +1,7 @@
 """The floors of the house: who may import whom, read from the source of every file."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -125,4 +126,4 @@ def test_the_rule_itself_tells_allowed_from_forbidden(importer, imported, allowe
 def test_no_two_test_files_share_a_name():
     """pytest imports a test file under its bare name, so a second one of that name is an error."""
     names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
-    assert not [name for name, next_ in zip(names, names[1:], strict=False) if name == next_]
+    assert not [name for name, next_ in itertools.pairwise(names) if name == next_]
