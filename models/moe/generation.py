@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
+from models.moe.arithmetic import Arithmetic, KVCache
 from models.moe.batch import Batch, Completion, Sampler, Tally, check_prompts
-from models.moe.cache import KVCache, extend_cache
+from models.moe.cache import extend_cache
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params, decode_fn, prefill_fn
 from models.moe.layout import Layout, param_specs
-from models.moe.linear import Precision
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
 OnStep = Callable[[int, int], None]
@@ -74,7 +74,7 @@ class Generator:
     params: dict[str, Any]
     layout: Layout
     mesh: RankMesh
-    precision: Precision = "float32"
+    precision: Arithmetic | str = "float32"
     kv_cache: KVCache = "float32"
     drafts: int = 0
 
@@ -188,7 +188,7 @@ def _compiled(
     config: MoEConfig,
     layout: Layout,
     mesh: RankMesh,
-    precision: Precision,
+    precision: Arithmetic | str,
     kv_cache: KVCache,
     drafts: int,
     each: int,
