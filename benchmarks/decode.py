@@ -77,9 +77,8 @@ def _models():
         groups_per_token=1,
     )
     plain = MoEModel(config, one_rank(config), precision="bfloat16", rngs=nnx.Rngs(params=0))
-    both = {"kv_cache": "bfloat16"}  # only the weights differ
-    form = "msd_w8a16"
-    few = Arithmetic(projections=form, dense=form, experts=form, **both)
+    form = "msd_w8a16"  # only the weights differ: head, attention and cache are bfloat16 in both
+    few = Arithmetic(projections=form, dense=form, experts=form)
     return {"bfloat16": plain, "msd_w8a16": plain.with_arithmetic(few)}
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against time: a language model trained here, in every arithmetic a step can be priced in.
+"""Accuracy against time: a language model trained here, in every arithmetic that is priced.
 
     python -m studies.arithmetic                            trains the model first (a few minutes)
     python -m studies.arithmetic --checkpoint out/moe_lm    a finished run of train.moe_lm
@@ -17,7 +17,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,13 @@ from cmjax.cost.deployment import Deployment
 from cmjax.cost.predict import Predictor, Requests, fastest
 from cmjax.hardware import load_machine
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
-from models.moe import ARITHMETICS, MoEModel, extend_cache
+from models.moe import MoEModel, extend_cache
 from train import checkpoint
 from train.metrics import LossNotFinite
 from train.moe.config import Config
 from train.moe.run import start, train, trained_model
 
-PRICED = {
+PRICED: dict[str, dict[str, Any]] = {
     "bfloat16": {"quant": "bf16", "kv_cache": "bf16"},
     "int8": {"quant": "int8", "kv_cache": "int8"},
     "msd_w8a16": {"quant": "msd_w8a16", "kv_cache": "int8"},
@@ -136,7 +136,11 @@ def priced(name: str) -> dict[str, float]:
         return {}
     machine = load_machine("cloudmatrix384")
     found = {}
-    for phase, npus, batch in (("decode", 160, 96), ("prefill", 16, 4)):
+    phases: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (
+        ("decode", 160, 96),
+        ("prefill", 16, 4),
+    )
+    for phase, npus, batch in phases:
         predictors = [
             Predictor.of(
                 Deployment(phase=phase, npus=npus, microbatches=count, **PRICED[name]), machine

@@ -47,7 +47,7 @@ class InputStatistics:
 
 
 def input_statistics(
-    graph: Any, params: dict[str, Any], tokens: Int[Array, "sequences length"]
+    graph: Any, params: dict[str, Any], tokens: Int[Array | np.ndarray, "sequences length"]
 ) -> dict[str, InputStatistics]:
     """Run the model on sample text and note what goes into each matrix.
 

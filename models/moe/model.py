@@ -6,6 +6,7 @@ logits = model(tokens)                     # [sequences, length, vocab], float32
 
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -49,7 +50,7 @@ class MoEModel(nnx.Module):
         self,
         arithmetic: Arithmetic | str,
         *,
-        calibration: Int[Array, "sequences length"] | None = None,
+        calibration: Int[Array | np.ndarray, "sequences length"] | None = None,
     ) -> "MoEModel":
         """This model computing in `arithmetic`; itself it stays as it is.
 
@@ -81,7 +82,7 @@ def convert_params(
     layout: Layout,
     held: Arithmetic | str,
     wanted: Arithmetic | str,
-    calibration: Int[Array, "sequences length"] | None = None,
+    calibration: Int[Array | np.ndarray, "sequences length"] | None = None,
     *,
     mtp: bool = False,
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ def _model(config):
 
 
 def _of(form="float32", **others):
-    fields = {"projections": form, "dense": form, "experts": form, "head": form}
-    plain = {"activations": "float32", "kv_cache": "float32"}
+    fields: dict[str, Any] = {"projections": form, "dense": form, "experts": form, "head": form}
+    plain: dict[str, Any] = {"activations": "float32", "kv_cache": "float32"}
     return Arithmetic(**(fields | plain | others))
 
 
@@ -173,9 +174,12 @@ def test_smoothing_changes_no_function_and_calibration_less_than_it_saves(config
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: Arithmetic(experts="int4"), "experts must be one of float32, .* got 'int4'"),
-        (lambda: Arithmetic(kv_cache="fp8"), "kv_cache must be one of"),
-        (lambda: Arithmetic(attention="flash"), "attention must be one of exact, pasa_fp16"),
+        (
+            lambda: _of(experts="int4"),
+            "experts must be one of float32, .* got 'int4'",
+        ),
+        (lambda: _of(kv_cache="fp8"), "kv_cache must be one of"),
+        (lambda: _of(attention="flash"), "attention must be one of exact, pasa_fp16"),
         (lambda: _model(LATENT).with_arithmetic("w4a4"), "one of float32, .* got 'w4a4'"),
         (
             lambda: _model(LATENT).with_arithmetic("int8").with_arithmetic("bfloat16"),
