@@ -4,7 +4,8 @@
     python -m benchmarks.conv1d --threads 2 --json conv1d.json
 
 All candidates of a row take turns in one process. One thread: pinned to a core, the least CPU time
-of the process; more: the least wall time. Ours and the float32 peers take and give float32, int8
+of the process; more: the least wall time, and a turn is a rest and then several calls, because the
+threads of some libraries spin for a while after a call, on the cores of the next. Ours and the float32 peers take and give float32, int8
 peers (see `conv_peers`) 8-bit activations. CMJAX_NATIVE_ISA=avx2 restricts our kernels; for peers
 there are ONEDNN_MAX_CPU_ISA=AVX2 and XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 """
@@ -81,17 +82,18 @@ def main(config: Config) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-config.threads :])
     builders = ours() | peers(config.threads)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)
     console.print(
         f"{native.status().reason}; {config.threads} thread(s), "
         f"{'CPU' if config.threads == 1 else 'wall'} time"
     )
     network = [shape for _, shape in WAV2LETTER] if config.what != "layers" else []
     layers = list(SHAPES) if config.what != "wav2letter" else []
-    clock = time.process_time if config.threads == 1 else time.perf_counter
     times: dict[Shape, dict[str, float]] = {}
     for shape in track(dict.fromkeys(layers + network), "measuring", console=Console(stderr=True)):
         runs = {name: build(shape) for name, build in builders.items()}
-        times[shape] = least_times(runs, clock, config.seconds)
+        times[shape] = least_times(runs, config)
     if layers:
         console.print(layer_table({shape: times[shape] for shape in layers}))
         for line in shares({shape: times[shape] for shape in layers}):
@@ -115,20 +117,22 @@ def ours() -> dict[str, Callable[[Shape], Run]]:
     }
 
 
-def least_times(
-    runs: dict[str, Run], clock: Callable[[], float], seconds: float
-) -> dict[str, float]:
-    """Least time of each run, all in turn for at least `seconds` and ten rounds."""
+def least_times(runs: dict[str, Run], config: Config) -> dict[str, float]:
+    """Least time of each run, all in turn for at least `config.seconds` and ten rounds."""
+    one = config.threads == 1
+    clock, rest, calls = (time.process_time, 0.0, 1) if one else (time.perf_counter, 0.02, 5)
     for run in runs.values():
         run()
     least = dict.fromkeys(runs, float("inf"))
-    rounds, end = 0, time.perf_counter() + seconds
+    rounds, end = 0, time.perf_counter() + config.seconds
     while rounds < 10 or time.perf_counter() < end:
         rounds += 1
         for name, run in runs.items():
-            start = clock()
-            run()
-            least[name] = min(least[name], clock() - start)
+            time.sleep(rest)
+            for _ in range(calls):
+                start = clock()
+                run()
+                least[name] = min(least[name], clock() - start)
     return least
 
 

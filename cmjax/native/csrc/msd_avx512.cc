@@ -24,7 +24,8 @@ int64_t plane_bytes(int64_t inner) { return (inner + 63) / 64 * 64 + 64; }
 // Int8: `R` rows with `C` features. A row is the plane of a1, then that of a2.
 //
 // While one group of features is multiplied, the next but one is fetched into the second cache, by
-// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed.
+// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed. One
+// row it does follow, and a fetch only disturbs it.
 template <int R, int C>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, const int8_t* w,
                       int64_t inner, float* totals, int64_t stride) {
@@ -40,7 +41,9 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, 
     __m512i q[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k) + 64 * c), _MM_HINT_T1);
+      if constexpr (C > 1) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k) + 64 * c), _MM_HINT_T1);
+      }
       q[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w + c * inner + k), flip);
     }
 #pragma GCC unroll 4
@@ -199,8 +202,8 @@ void int8_totals(const uint8_t* parts, const Row* rows, int64_t count, const int
       r += step;
     };
     while (count - r >= 3) run(int8_features<3, 4>, 3);
-    if (count - r == 2) run(int8_features<2, 2>, 2);
-    if (count - r == 1) run(int8_features<1, 2>, 1);
+    if (count - r == 2) run(int8_features<2, 4>, 2);
+    if (count - r == 1) run(int8_features<1, 1>, 1);
   }
 }
 
