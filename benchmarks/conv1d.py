@@ -3,9 +3,9 @@
     python -m benchmarks.conv1d                      # one thread, all shapes, and Wav2letter
     python -m benchmarks.conv1d --threads 2 --json conv1d.json
 
-All candidates of a row take turns in one process. One thread: pinned to a core, the least CPU time
-of the process; more: the least wall time, and a turn is a rest and then several calls, because the
-threads of some libraries spin for a while after a call, on the cores of the next. Ours and the float32 peers take and give float32, int8
+All candidates of a row take turns of several calls in one process. One thread: pinned to a core,
+the least CPU time of the process; more: the least wall time, and a rest before each turn, because
+the threads of some libraries spin for a while after a call, on the cores of the next. Ours and the float32 peers take and give float32, int8
 peers (see `conv_peers`) 8-bit activations. CMJAX_NATIVE_ISA=avx2 restricts our kernels; for peers
 there are ONEDNN_MAX_CPU_ISA=AVX2 and XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 """
@@ -120,7 +120,7 @@ def ours() -> dict[str, Callable[[Shape], Run]]:
 def least_times(runs: dict[str, Run], config: Config) -> dict[str, float]:
     """Least time of each run, all in turn for at least `config.seconds` and ten rounds."""
     one = config.threads == 1
-    clock, rest, calls = (time.process_time, 0.0, 1) if one else (time.perf_counter, 0.02, 5)
+    clock, rest = (time.process_time, 0.0) if one else (time.perf_counter, 0.02)
     for run in runs.values():
         run()
     least = dict.fromkeys(runs, float("inf"))
@@ -129,7 +129,7 @@ def least_times(runs: dict[str, Run], config: Config) -> dict[str, float]:
         rounds += 1
         for name, run in runs.items():
             time.sleep(rest)
-            for _ in range(calls):
+            for _ in range(5):
                 start = clock()
                 run()
                 least[name] = min(least[name], clock() - start)
