@@ -34,7 +34,7 @@ int64_t plane_bytes(int64_t inner) { return (inner + 63) / 64 * 64 + 64; }
 //
 // `Few` rows fit into the first cache, but what is touched once there leaves it with the weights that
 // stream through: so they are operands in memory, touched for every feature (up to 1.7 times faster
-// at two to four rows). More rows come from the second cache anyway, once each.
+// at three and four rows; fewer are left to AVX2). More rows come from the second cache anyway, once each.
 template <int R, int C, bool Few>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, const int8_t* w,
                       int64_t inner, float* totals, int64_t stride) {
@@ -217,7 +217,7 @@ void int8_totals(const uint8_t* parts, const Row* rows, int64_t count, const int
     };
     const bool few = count <= 4;
     while (count - r >= 3) run(few ? int8_features<3, 4, true> : int8_features<3, 4, false>, 3);
-    if (count - r == 2) run(few ? int8_features<2, 4, true> : int8_features<2, 4, false>, 2);
+    if (count - r == 2) run(int8_features<2, 4, false>, 2);
     if (count - r == 1) run(int8_features<1, 1, false>, 1);
   }
 }
