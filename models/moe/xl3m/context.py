@@ -171,9 +171,31 @@ def key_context(
     for number, (_, entropies[number]) in enumerate(scores):
         if on_segment is not None:
             on_segment(number + 1, starts.size)
+    return chosen_context(content, question, entropies, config)
+
+
+def chosen_context(
+    content: Int[np.ndarray, "tokens"],
+    question: Int[np.ndarray, "tokens"],
+    entropies: Float[np.ndarray, "segments"],
+    config: XL3MConfig,
+) -> KeyContext:
+    """The key context, from the entropies of all segments (`score_segments`).
+
+    Raises: ValueError: another number of entropies than `content` has segments.
+    """
+    content, question = _token_row("content", content), _token_row("question", question)
+    starts = segment_starts(content.size, config.segment, config.stride)
+    if len(entropies) != starts.size:
+        raise ValueError(
+            f"XL3M: {len(entropies)} entropies for a text of {starts.size} segments of "
+            f"{config.segment} tokens, one every {config.stride}"
+        )
+    room = config.room(question.size)
     kept, intervals = select(entropies, starts, config.segment, room=room, keep=config.keep)
     pieces = [content[begin:end] for begin, end in intervals]
-    return KeyContext(_joined(config.prefix, pieces, question), intervals, kept, entropies)
+    tokens = _joined(config.prefix, pieces, question)
+    return KeyContext(tokens, intervals, kept, np.asarray(entropies, np.float32))
 
 
 def score_segments(
@@ -270,6 +292,7 @@ __all__ = [
     "NextLogits",
     "XL3MConfig",
     "best_segments",
+    "chosen_context",
     "entropy",
     "key_context",
     "score_segments",
