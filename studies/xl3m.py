@@ -134,6 +134,7 @@ def measure(
     certainty: Certainty = {}
     vocabulary = Recall().vocabulary
     lengths = QUICK_LENGTHS if study.quick else (*LENGTHS, *LONGER)
+    scorers = [tuple(map(scorer_of, pair)) for pair in trained]
     work = [(seed, length) for length in lengths for seed in range(len(trained))]
     for seed, length in track(work, "answering"):
         rng = np.random.default_rng((seed, length))
@@ -141,7 +142,8 @@ def measure(
         wanted = 16 if length in LONGER else study.questions
         while sum(len(h.answers) for h in haystacks) < wanted:
             haystacks.append(draw_haystack(rng, vocabulary, length))
-        calibrated, overconfident = trained[seed]
+        unsure, never_unsure = scorers[seed]
+        config, params = unsure.config, parameters(trained[seed][0])
 
         def count(method: str, answers: np.ndarray, haystack: Haystack, length=length) -> None:
             accuracy.setdefault(method, {}).setdefault(length, Tally()).add(answers, haystack)
@@ -149,18 +151,17 @@ def measure(
         for haystack in haystacks:
             starts = segment_starts(haystack.content.size, SEGMENT, STRIDE)
             holds = haystack.holds(starts)
-            for name, model in (("", calibrated), (f"{OVERCONFIDENT}: ", overconfident)):
-                found, entropies = by_xl3m(scorer_of(model), haystack, list(XL3M.values()))
+            for name, scorer in (("", unsure), (f"{OVERCONFIDENT}: ", never_unsure)):
+                found, entropies = by_xl3m(scorer, haystack, list(XL3M.values()))
                 for method, answers in zip(XL3M, found, strict=True):
                     count(name + method, answers, haystack)
                 by_length = certainty.setdefault(OVERCONFIDENT if name else "unsure", {})
                 by_length.setdefault(length, Entropies()).add(entropies, holds)
             if length in LONGER:
                 continue
-            count("newest 64 tokens", truncated(scorer_of(calibrated), haystack), haystack)
-            params = parameters(calibrated)
-            for method, config in stretched(calibrated.config, length).items():
-                count(method, read_whole(config, params, haystack), haystack)
+            count("newest 64 tokens", truncated(unsure, haystack), haystack)
+            for method, way in stretched(config, length).items():
+                count(method, read_whole(way, params, haystack), haystack)
     return accuracy, certainty
 
 
@@ -202,7 +203,7 @@ def certainty_table(certainty: Certainty) -> Table:
     return _table(f"Entropy of segments, nats (all values alike: {uniform:.3f})", columns, rows)
 
 
-def as_json(accuracy: Accuracy) -> dict[str, dict[str, dict[str, float]]]:
+def as_json(accuracy: Accuracy) -> dict[str, dict[str, dict]]:
     """The accuracies for a file."""
     return {
         method: {

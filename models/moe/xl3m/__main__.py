@@ -105,17 +105,17 @@ class Read:
         self._show(out, key, content, tokenizer, answer)
 
     def _sizes(self, config: MoEConfig, prefix: tuple[int, ...]) -> XL3MConfig:
-        window = self.window or config.max_position
+        window = config.max_position if self.window is None else self.window
         if window > config.max_position:
             raise ValueError(
                 f"--window {window} is more than the {config.max_position} tokens the model is "
                 "meant for (max_position)"
             )
-        segment = self.segment or max(window // 4, 1)
+        segment = max(window // 4, 1) if self.segment is None else self.segment
         return XL3MConfig(
             window=window,
             segment=segment,
-            stride=self.stride or max(segment // 2, 1),
+            stride=max(segment // 2, 1) if self.stride is None else self.stride,
             keep=self.keep,
             answer=self.new_tokens,
             batch=self.batch,
@@ -148,6 +148,9 @@ class Read:
                 on_segment=lambda done, total: progress.update(task, completed=done, total=total),
             )
         taken = time.perf_counter() - started
+        if content.size <= sizes.room(question.size):
+            log.print(f"{content.size:,} tokens: the text fits into the window", highlight=False)
+            return key
         log.print(
             f"{content.size:,} tokens in {key.entropy.size:,} segments of {sizes.segment}, read in "
             f"{taken:.1f} s; kept {len(key.kept)}, key context of {key.tokens.size} tokens",
