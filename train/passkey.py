@@ -25,9 +25,11 @@ from rich.console import Console
 
 from cmjax.commands.output import bar
 from models.moe.config import GroupedAttention, MoEConfig
+from models.moe.gqa import GQA
 from models.moe.layout import one_rank
 from models.moe.model import MoEModel
 from models.moe.rope import angles, frequencies, rotate
+from models.moe.transformer import DenseLayer
 from train import checkpoint
 from train.metrics import MetricsLog
 
@@ -250,8 +252,9 @@ def initial_model(recall: Recall) -> MoEModel:
     model = MoEModel(config, one_rank(config), precision="float32", rngs=rngs)
     embed = model.main.embed[...]
     model.main.embed[...] = embed.at[:, 0].set(2.0) * 0.5  # width 0 is the same for all tokens
-    assert model.main.dense is not None, "the first layer is dense"
-    weight = model.main.dense.layers.attention.qkv.weight
+    layers = model.main.dense and model.main.dense.layers
+    assert isinstance(layers, DenseLayer) and isinstance(layers.attention, GQA), "the config"
+    weight = layers.attention.qkv.weight
     weight[...] = weight[...].at[0].set(look_back(weight[0], config))
     return model
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.moe.config import GroupedAttention
 from models.moe.model import parameters
 from models.moe.rope import angles, rotate
+from train import checkpoint
 from train.metrics import read_metrics
-from train.passkey import Recall, Stage, Vocabulary, draw_texts, initial_model, train
+from train.passkey import Recall, Stage, Vocabulary, draw_texts, look_back, train
 
 VOCABULARY = Vocabulary()
 STAGE = Stage(steps=1, length=40, questions=8, batch=200)
@@ -55,22 +55,20 @@ def test_answers_that_are_not_in_the_text_are_any_value_alike():
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
 
 
-def test_a_head_of_the_first_layer_looks_at_the_token_before():
-    model = initial_model(Recall())
-    config = model.config
-    assert isinstance(config.attention, GroupedAttention)
-    dim, first = config.attention.head_dim, config.heads * config.attention.head_dim
-    attention = model.main.dense.layers.attention  # type: ignore
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 64)
-    x = model.main.embedding(jnp.asarray(tokens))
-    x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
-    qkv = x @ attention.qkv.weight[...][0]
+def test_the_head_looks_at_the_token_before_whatever_the_other_widths_hold():
+    config = Recall().model_config()
+    dim, rng = config.attention.rope_dim, np.random.default_rng(0)
+    random = rng.normal(size=(64, 6 * 32)).astype(np.float32)
+    x = rng.normal(size=(64, 64)).astype(np.float32)
+    x[:, 0] = 2.0
+    qkv = x @ look_back(jnp.asarray(random), config)
     cos, sin = angles(jnp.arange(64), config)
-    q, k = (rotate(qkv[:, at : at + dim], cos, sin, interleave=True) for at in (0, first))
+    q, k = (rotate(qkv[:, at : at + dim], cos, sin, interleave=True) for at in (0, 2 * dim))
     scores = np.asarray(q @ k.T) * dim**-0.5
     for query in range(1, 64):
         weights = np.exp(scores[query, : query + 1] - scores[query, : query + 1].max())
         assert weights[query - 1] / weights.sum() > 0.95
+    np.testing.assert_array_equal(qkv[:, 4 * dim :], x @ random[:, 4 * dim :])  # values: as before
 
 
 def test_a_run_goes_on_to_the_same_parameters_where_it_was_stopped(tmp_path, monkeypatch):
@@ -82,8 +80,6 @@ def test_a_run_goes_on_to_the_same_parameters_where_it_was_stopped(tmp_path, mon
         saves.append(save(*args, **kwargs))
         if kwargs["progress"]["step"] == 4:
             raise KeyboardInterrupt
-
-    from train import checkpoint
 
     save = checkpoint.save
     with monkeypatch.context() as patched:
