@@ -26,23 +26,23 @@ def draw(curves: Mapping[str, Curve], trained: int, path: Path) -> None:
     figure = fig.new_figure(4.4)
     longest = max(n for n, *_ in curves["XL3M, window filled"])
     held = min(accuracy for _, accuracy, *_ in curves["XL3M, window filled"])
+    least = "" if held == 1 else "at least "
     fig.set_title(
         figure,
-        f"XL3M answers {held:.0%} or more up to {longest // trained:,} times the trained "
-        "length".replace("%", " %"),
-        "A key and its value in filler; shaded: 95 % interval. Dashed: trained length.",
+        f"XL3M answers {least}{held:.0%} up to {longest // trained:,} times the trained "
+        "length; the others fall".replace("%", " %"),
+        "One pair of key and value is asked for, among others and filler. Bars: 95 % interval. "
+        "Dashed: trained length.",
     )
     axes = fig.add_axes(figure, left=0.75, right=1.45, top=0.8)
-    ends = []
     for name, (label, colour, marker) in STYLES.items():
         n, accuracy, low, high = zip(*curves[name], strict=True)
         axes.plot(n, accuracy, color=colour, marker=marker, ms=5, lw=1.8, label=label)
-        axes.fill_between(n, low, high, color=colour, alpha=0.15, lw=0)
-        ends.append((accuracy[-1], label, colour, n[-1]))
+        axes.vlines(n, low, high, color=colour, alpha=0.45, lw=1.5)
     axes.axvline(trained, color=fig.GREY, ls="--", lw=1, zorder=0)
     axes.set_xscale("log", base=2)
     ticks = sorted({n for curve in curves.values() for n, *_ in curve})
-    ticks = [n for n in ticks if n == trained or (n // trained).bit_length() % 2]
+    ticks = [n for n in ticks if n == longest or (n < longest // 2 and _is_power_of_4(n, trained))]
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
     axes.set(ylim=(-0.03, 1.03), xlabel="context, tokens", ylabel="questions answered rightly")
@@ -53,3 +53,8 @@ def draw(curves: Mapping[str, Curve], trained: int, path: Path) -> None:
         bbox_to_anchor=(0.995, 0.5), labelspacing=0.9,
     )  # fmt: skip
     fig.save(figure, path)
+
+
+def _is_power_of_4(n: int, trained: int) -> bool:
+    """Whether `n` is the trained length times 1, 4, 16 and so on: labels that do not crowd."""
+    return (n // trained).bit_length() % 2 == 1
