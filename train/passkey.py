@@ -204,6 +204,8 @@ def train(recall: Recall) -> MoEModel:
     params = nnx.to_pure_dict(params)
     optimiser = _optimiser(recall)
     state = (params, optimiser.init(params))
+    # folders do not matter to the compiled step: runs of one process share it
+    anywhere = dataclasses.replace(recall, out=Path(), save_every=1)
     step, found = 0, checkpoint.latest(recall.out / "checkpoints")
     if found is not None:
         found.check_config(recall.record())
@@ -220,7 +222,7 @@ def train(recall: Recall) -> MoEModel:
                 graph=graph,
                 fixed=fixed,
                 stage=stage,
-                recall=recall,
+                recall=anywhere,
             )
             step += 1
             if step % 50 == 0 or step == recall.steps:
@@ -253,7 +255,7 @@ def initial_model(recall: Recall) -> MoEModel:
     embed = model.main.embed[...]
     model.main.embed[...] = embed.at[:, 0].set(2.0) * 0.5  # width 0 is the same for all tokens
     layers = model.main.dense and model.main.dense.layers
-    assert isinstance(layers, DenseLayer) and isinstance(layers.attention, GQA), "the config"
+    assert isinstance(layers, DenseLayer) and isinstance(layers.attention, GQA)  # see the config
     weight = layers.attention.qkv.weight
     weight[...] = weight[...].at[0].set(look_back(weight[0], config))
     return model
