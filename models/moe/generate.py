@@ -84,7 +84,7 @@ class Generate:
         check_target(self.json)
         sampler = Sampler(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
         mesh = parse_mesh(self.mesh)
-        model = self._model()
+        model = self.open_model()
         config = model.config if isinstance(model, Checkpoint) else model
         tokenizer = open_tokenizer(self.weights, config.vocab_size) if self._texts() else None
         if isinstance(tokenizer, ByteTokenizer):
@@ -93,7 +93,7 @@ class Generate:
         check_prompts(config, prompts, self.new_tokens, self.context)
         prepare_devices(mesh.nodes)
         started = time.perf_counter()
-        generator = self._generator(model, config, mesh)
+        generator = self.build(model, config, mesh)
         log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
         with bar(quiet=False) as progress:
             task = progress.add_task("compiling", total=None)
@@ -134,7 +134,8 @@ class Generate:
             raise ValueError("no prompt: give --prompt, --prompt-file or --prompt-tokens")
         return prompts
 
-    def _model(self) -> Checkpoint | MoEConfig:
+    def open_model(self) -> Checkpoint | MoEConfig:
+        """What `weights` or `random` names, its parameters not read yet."""
         if (self.weights is None) == (self.random is None):
             raise ValueError("give either --weights FOLDER or --random PRESET")
         if self.weights is not None:
@@ -142,9 +143,8 @@ class Generate:
         assert self.random is not None
         return load_config(self.random)
 
-    def _generator(
-        self, model: Checkpoint | MoEConfig, config: MoEConfig, mesh: RankMesh
-    ) -> Generator:
+    def build(self, model: Checkpoint | MoEConfig, config: MoEConfig, mesh: RankMesh) -> Generator:
+        """The model on its mesh, parameters read or made."""
         possible = model.has_mtp if isinstance(model, Checkpoint) else config.mtp_layers > 0
         drafts = int(possible) if self.drafts is None else self.drafts
         if drafts and not possible:
