@@ -11,6 +11,7 @@ from cmjax.placement.contiguous import contiguous
 from cmjax.placement.evaluate import Evaluation, evaluate
 from cmjax.placement.example import example_family, example_loads
 from cmjax.placement.formats import PLAN_FORMATS, plan_text, read_plan, read_plans, write_plan
+from cmjax.placement.gradient import GradientConfig, gradient, relax_and_round
 from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
 from cmjax.placement.judge import align, judge
 from cmjax.placement.loads import Loads
@@ -39,6 +40,7 @@ __all__ = [
     "METHODS",
     "PLAN_FORMATS",
     "Evaluation",
+    "GradientConfig",
     "Judged",
     "LayerTime",
     "Loads",
@@ -62,6 +64,7 @@ __all__ = [
     "evaluate",
     "example_family",
     "example_loads",
+    "gradient",
     "greedy",
     "greedy_global",
     "greedy_hierarchical",
@@ -87,6 +90,7 @@ __all__ = [
     "read_plans",
     "read_routes",
     "register_method",
+    "relax_and_round",
     "repair",
     "search",
     "shuffled",
