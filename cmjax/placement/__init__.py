@@ -16,7 +16,7 @@ from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
 from cmjax.placement.judge import align, judge
 from cmjax.placement.loads import Loads
 from cmjax.placement.migration import Move, match, moves, wire_s
-from cmjax.placement.multicast import Reach, group_ranks, reach
+from cmjax.placement.multicast import Reach, expected_reach, group_ranks, reach
 from cmjax.placement.once_per_rank import once_per_rank
 from cmjax.placement.one_spare import one_spare
 from cmjax.placement.place import METHODS, check_method, place, register_method
@@ -64,6 +64,7 @@ __all__ = [
     "evaluate",
     "example_family",
     "example_loads",
+    "expected_reach",
     "gradient",
     "greedy",
     "greedy_global",

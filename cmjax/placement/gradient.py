@@ -66,8 +66,8 @@ class GradientConfig:
       search: the exact search that follows.
     """
 
-    restarts: int = 2
-    steps: int = 80
+    restarts: int = 1
+    steps: int = 40
     chunk: int = 10
     learning_rate: float = 0.2
     copies_rate: float = 0.1
@@ -227,9 +227,12 @@ def soft_places(
         # Where all is decided the curvature vanishes; a floor keeps the step sane.
         return jnp.clip((wanted - total) / ((x * (1 - x)).sum(axis) + 1e-3 * total), -1, 1)
 
-    for _ in range(sweeps):
+    def sweep(_, fitted):
+        alpha, beta = fitted
         alpha = alpha + step(chance(alpha, beta), copies, 1)
-        beta = beta + step(chance(alpha, beta), size, 0)
+        return alpha, beta + step(chance(alpha, beta), size, 0)
+
+    alpha, beta = jax.lax.fori_loop(0, sweeps, sweep, (alpha, beta))
     return chance(alpha, beta), alpha, beta
 
 
@@ -238,10 +241,12 @@ def project(
 ) -> Float[Array, "experts ranks"]:
     """∂cost/∂θ at fixed copies from ∂cost/∂X: α and β undo what changes a row's or column's sum."""
     weight = places * (1 - places) + 1e-9
-    for _ in range(sweeps):
+
+    def sweep(_, slope):
         slope = slope - (weight * slope).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
-        slope = slope - (weight * slope).sum(0) / weight.sum(0)
-    return weight * slope
+        return slope - (weight * slope).sum(0) / weight.sum(0)
+
+    return weight * jax.lax.fori_loop(0, sweeps, sweep, slope)
 
 
 @jax.tree_util.register_dataclass
