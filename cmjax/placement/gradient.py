@@ -20,7 +20,12 @@ and the slowest rank, taken as Gaussian, has no more than (Jensen's inequality, 
 The layer's price at `top`, sorted softly over the windows (Prillo and Eisenschlos, "SoftSort",
 2020) and weighted as the objective weighs them, is what Adam lowers in θ and φ for all layers and
 restarts at once while s rises. Its gradient sees all workloads and all copies together. Rounded
-plans (`rounding`) and then the rules' go through the same exact search as the method `search`.
+plans (`rounding`) go through the same exact search as the method `search`, beside the covering
+copies that it starts from too.
+
+For the worst of 12 workloads, 58 layers of 256 experts (`python -m studies.placement --robust`), it
+ends 0.5 % below `search` from as many plans at 320 slots on 160 ranks and within 0.15 % of it at 288
+on 32, 288 on 72 and 320 on 64, in about the same CPU time; `search` is therefore the default.
 """
 
 import time
