@@ -273,6 +273,10 @@ class Place:
             raise ValueError("--ranks is needed to place experts")
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise ValueError(f"seconds must be 0 or more, got {self.seconds}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(f"memory_gib must be positive, got {self.memory_gib}")
         if self.step_tokens < 0:
             raise ValueError(f"step_tokens must be 0 or more, got {self.step_tokens}")
         if not 0 <= self.shared <= self.redundant:

@@ -1,34 +1,22 @@
-"""Placement by gradient: relax, descend the priced objective while it anneals, round, search.
+"""Placement by gradient: relax, descend the priced objective while it sharpens, round, search.
 
-Every layer has two relaxed choices, X[e, r] being the chance that expert e has a copy on rank r:
+Copies and places of every layer are relaxed (`relaxation`); Adam lowers the price of a random
+rounding for all layers and restarts at once, in one compiled program,
 
-    copies   c[e]    = 1 + redundant · softmax(φ)[e]                      (sums to the slots)
-    places   X[e, r] = 1 / (1 + exp(-θ[e, r] - α[e] - β[r]))              (between 0 and 1)
+    θ, φ  <-  Adam( ∂cost(X(θ, c), c; s) ),    c = 1 + redundant · softmax(φ),
 
-with α and β such that rows sum to c and columns to the slots of a rank: entropic assignment with
-capacities, each rank holding an expert at most once. An even split sends X[e, r] / c[e] of expert
-e's tokens to rank r. A uniform X is balanced and places nothing, so what is descended is the price
-of a random rounding of X: with loads a relative to a rank's mean, tokens have mean and variance
-
-    μ[w, r] = sum over e of a[w, e] / c[e] · X[e, r]
-    v[w, r] = sum over e of (a[w, e] / c[e])² · X[e, r] · (1 - X[e, r])
-
-and the slowest rank, taken as Gaussian, has no more than (Jensen's inequality, any s > 0)
-
-    top[w] = log( sum over r of exp(s μ[w, r] + s² v[w, r] / 2) ) / s.
-
-The layer's price at `top`, sorted softly over the windows (Prillo and Eisenschlos, "SoftSort",
-2020) and weighted as the objective weighs them, is what Adam lowers in θ and φ for all layers and
-restarts at once while s rises. Its gradient sees all workloads and all copies together. Rounded
-plans (`rounding`) go through the same exact search as the method `search`, beside the covering
-copies that it starts from too.
+while s rises, so that the slowest rank and window come to count alone and X comes to be decided.
+Its gradient sees all workloads and all copies together, where a move of the exact search sees two
+ranks. Rounded plans (`rounding`) go through that search too, beside the covering copies that the
+method `search` starts from.
 
 For the worst of 12 workloads, 58 layers of 256 experts (`python -m studies.placement --robust`), it
-ends 0.5 % below `search` from as many plans at 320 slots on 160 ranks and within 0.15 % of it at 288
-on 32, 288 on 72 and 320 on 64, in about the same CPU time; `search` is therefore the default.
+ends 0.5 % below `search` from as many plans at 320 slots on 160 ranks and within 0.15 % of it at
+288 on 32, 288 on 72 and 320 on 64, in about the same CPU time; `search` is therefore the default.
 """
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int
 
 from cmjax.placement.plan import Plan, count_copies
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
+from cmjax.placement.relaxation import project, relaxed_cost, soft_places
 from cmjax.placement.rounding import round_copies, round_places
 from cmjax.placement.search import (
     Incumbent,
@@ -53,7 +42,6 @@ from cmjax.placement.search import (
 )
 
 _BREADTH = 0.3  # standard deviation of the first θ: restarts differ, and ranks within one
-_TIE = 1e-3  # weight of the slowest rank's tokens where the price itself is flat
 
 
 @dataclass(frozen=True)
@@ -137,8 +125,8 @@ def relax_and_round(
     seed: int = 0,
     deadline: float = np.inf,
     config: GradientConfig | None = None,
-) -> np.ndarray:
-    """Rounded plans [restarts, layers, slots] of the relaxation alone, without any search.
+) -> Int[np.ndarray, "restarts layers slots"]:
+    """Rounded plans of the relaxation alone, without any search.
 
     Args: as in `gradient`; `deadline` is a time of `time.monotonic`, looked at between chunks.
     """
@@ -159,8 +147,10 @@ def relax_and_round(
     schedule = first * (last / first) ** np.linspace(0, 1, config.steps)
     a = jnp.asarray(loads, jnp.float32)
     units = jnp.asarray(np.tile(unit, (config.restarts, 1)), jnp.float32)
+    # jit keys its programs by hashable callables.
+    price = layer_time_s if isinstance(layer_time_s, Hashable) else partial(_call, layer_time_s)
     static = {
-        "slots": problem.slots, "price": layer_time_s, "risk": problem.objective,
+        "slots": problem.slots, "price": price, "risk": problem.objective,
         "rates": (config.learning_rate, config.learning_rate * config.copies_rate),
     }  # fmt: skip
     for at in range(0, config.steps, config.chunk):
@@ -172,86 +162,6 @@ def relax_and_round(
     wishes = _settle(state, jnp.asarray(copies, jnp.float32), slots=problem.slots)
     placed = round_places(copies, loads, ranks, wishes, wish=config.wish)
     return placed.reshape(config.restarts, layers, -1)
-
-
-def relaxed_cost(
-    places: Float[Array, "experts ranks"],
-    copies: Float[Array, "experts"],
-    loads: Float[Array, "windows experts"],
-    unit: Float[Array, "windows"],
-    sharpness: float | Array,
-    *,
-    price: LayerTime,
-    risk,
-) -> Float[Array, ""]:
-    """The objective of one layer's relaxed plan, smooth in places and copies.
-
-    Args:
-      places: X, the chance of a copy of each expert on each rank.
-      copies: c, the sum of its rows.
-      loads: tokens of each expert over the mean tokens of a rank.
-      unit: that mean, in tokens.
-      sharpness: s; the larger, the nearer to the slowest rank and the sharpest order of windows.
-      price: the priced layer.
-      risk: the objective over windows.
-    Returns: price over what a rank's mean tokens more would cost; 0 at perfect balance.
-    """
-    share = loads / copies
-    spread = jnp.square(share) @ (places * (1 - places))
-    exponent = sharpness * (share @ places) + 0.5 * sharpness**2 * spread
-    top = jax.nn.logsumexp(exponent, axis=-1) / sharpness
-    ranks = places.shape[1]
-
-    def priced(tokens):
-        return price(jnp.broadcast_to((tokens * unit)[:, None], (len(unit), ranks)))
-
-    base = priced(jnp.ones_like(top))
-    scale = jnp.maximum((priced(2 * jnp.ones_like(top)) - base).mean(), _TIE * base.mean())
-    cost = (priced(top) - base) / scale + _TIE * top
-    ordered = -jnp.sort(-cost)
-    nearness = jax.nn.softmax(-sharpness * jnp.abs(ordered[:, None] - cost), axis=-1)
-    return jnp.asarray(risk.weights(len(unit)), cost.dtype) @ (nearness @ cost)
-
-
-def soft_places(
-    theta: Float[Array, "experts ranks"],
-    copies: Float[Array, "experts"],
-    size: float | Array,
-    alpha: Float[Array, "experts"],
-    beta: Float[Array, "ranks"],
-    *,
-    sweeps: int,
-) -> tuple[Float[Array, "experts ranks"], Float[Array, "experts"], Float[Array, "ranks"]]:
-    """X with row sums `copies` and column sums `size`, and its α and β: Newton steps from given."""
-
-    def chance(alpha, beta):
-        return jax.nn.sigmoid(theta + alpha[:, None] + beta)
-
-    def step(x, wanted, axis):
-        total = x.sum(axis)
-        # Where all is decided the curvature vanishes; a floor keeps the step sane.
-        return jnp.clip((wanted - total) / ((x * (1 - x)).sum(axis) + 1e-3 * total), -1, 1)
-
-    def sweep(_, fitted):
-        alpha, beta = fitted
-        alpha = alpha + step(chance(alpha, beta), copies, 1)
-        return alpha, beta + step(chance(alpha, beta), size, 0)
-
-    alpha, beta = jax.lax.fori_loop(0, sweeps, sweep, (alpha, beta))
-    return chance(alpha, beta), alpha, beta
-
-
-def project(
-    slope: Float[Array, "experts ranks"], places: Float[Array, "experts ranks"], *, sweeps: int = 2
-) -> Float[Array, "experts ranks"]:
-    """∂cost/∂θ at fixed copies from ∂cost/∂X: α and β undo what changes a row's or column's sum."""
-    weight = places * (1 - places) + 1e-9
-
-    def sweep(_, slope):
-        slope = slope - (weight * slope).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
-        return slope - (weight * slope).sum(0) / weight.sum(0)
-
-    return weight * jax.lax.fori_loop(0, sweeps, sweep, slope)
 
 
 @jax.tree_util.register_dataclass
@@ -273,6 +183,10 @@ def _start(phi, theta, copies):
     alpha = jnp.log(copies / theta.shape[-1])
     beta = jnp.zeros((len(theta), theta.shape[-1]))
     return _State(theta, phi, alpha, beta, jax.vmap(_ADAM.init)((theta, phi)))
+
+
+def _call(function, argument):
+    return function(argument)
 
 
 def _copies(phi, slots):
@@ -301,11 +215,9 @@ def _descend(state, loads, unit, schedule, *, slots, price, risk, rates):
         slope, by_phi = jax.grad(cost, (0, 1))(share, state.phi)
         by_theta = project(slope / copies[:, None], x)
         updates, adam = _ADAM.update((by_theta, by_phi), state.adam)
-        theta, phi = (
-            value - rate * update
-            for value, rate, update in zip(
-                (state.theta, state.phi), rates, updates, strict=True
-            )
+        theta, phi = jax.tree.map(
+            lambda value, rate, update: value - rate * update,
+            (state.theta, state.phi), rates, updates,
         )  # fmt: skip
         return _State(theta, phi, alpha, beta, adam)
 

@@ -1,5 +1,6 @@
 """Rounding: whole copies, whole ranks, packed for all windows at once."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,5 +45,5 @@ def test_every_copy_has_a_slot_and_no_rank_two_of_an_expert(experts, ranks, slot
 def test_wishes_settle_ties():
     wishes = np.zeros((1, 4, 4), np.float32)
     wishes[0, np.arange(4), [2, 0, 3, 1]] = 1
-    placed = round_places(np.ones((1, 4), int), np.ones((1, 1, 4)), 4, wishes)
+    placed = round_places(np.ones((1, 4), int), np.ones((1, 1, 4)), 4, jnp.asarray(wishes))
     np.testing.assert_array_equal(placed, [[1, 3, 0, 2]])
