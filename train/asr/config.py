@@ -89,6 +89,8 @@ class Config:
     """A second folder of the same layout; everything in it is a further test set."""
     unseen: tuple[str, ...] = ()
     """Speakers to keep out of training and to test on."""
+    development: bool = False
+    """Leave the test sets alone and test on a fifth of the training data: to choose options."""
     rate: int | None = None
     """Samples per second; by default the data set's own."""
     units: Units | None = None
@@ -117,6 +119,8 @@ class Config:
     """Perturbation of waveforms."""
     strings: Strings = dataclasses.field(default_factory=Strings)
     """How words are joined to strings, for data of single words."""
+    cut_words: bool = True
+    """Learn also from single words, cut out of utterances at their pauses (labels: words)."""
     batch: int = 16
     """Utterances a step."""
     float_stage: FloatStage = dataclasses.field(default_factory=FloatStage)
