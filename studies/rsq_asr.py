@@ -9,6 +9,7 @@ the output folder: an interrupted study goes on where it stopped.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +27,10 @@ from rich.table import Table
 from cmjax.mesh import prepare_devices
 from cmjax.primitives.packed_conv import prepack
 from models.asr.acoustic import AcousticModel
-from models.asr.frames import Frames
+from models.asr.deployed import backbone, backbone_call, whole_call
 from studies.rsq_asr_figure import plot_tradeoff
 from train.asr.config import Config, FloatStage, Loss, QuantStage
-from train.asr.learner import features_of, take_apart
+from train.asr.learner import take_apart
 from train.asr.quantise import layer_inputs, layer_sqnr_db
 from train.asr.run import Run, measure, start, train
 from train.asr.task import prepare
@@ -165,11 +166,12 @@ def time_variants(
     """
     calls: dict[str, tuple[Callable, Callable]] = {}
     for name, run in runs.items():
-        network, params = take_apart(run.model)
-        model = network.model(params)
-        inputs = layer_inputs(model, [batch], run.task.framing)
-        model.pack()
-        calls[name] = (_end_to_end(model, batch, run), _backbone(model, inputs))
+        given = layer_inputs(run.model, [batch], run.task.framing)
+        inputs = [given[i] for i in backbone(run.model)]
+        speech = jnp.asarray(batch.samples), jnp.asarray(batch.lengths)
+        whole = functools.partial(whole_call(run.model, run.task.framing.front), *speech)
+        calls[name] = whole, functools.partial(backbone_call(run.model), inputs)
+        jax.block_until_ready([call() for call in calls[name]])
     least = {name: [np.inf, np.inf] for name in calls}
     for _ in range(repetitions):
         for name, pair in calls.items():
@@ -278,33 +280,6 @@ def _one_seed(options: Study, network: Network, seed: int, console: Console) -> 
 def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -> float:
     pairs = zip(direct, outcomes, strict=True)
     return float(np.median([getattr(a, field) / getattr(b, field) for a, b in pairs]))
-
-
-def _end_to_end(model: AcousticModel, batch: Batch, run: Run) -> Callable:
-    framing = run.task.framing
-    graph, state = nnx.split(model)
-    call = jax.jit(lambda state, batch: nnx.merge(graph, state)(*features_of(batch, framing)))
-    jax.block_until_ready(call(state, batch))
-    return lambda: call(state, batch)
-
-
-def _backbone(model: AcousticModel, inputs: Sequence[jax.Array]) -> Callable:
-    chosen = [i for i, c in enumerate(model.convolutions()) if c.stride == 1 and c.taps > 1]
-    given = [inputs[i] for i in chosen]
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def call(state, given):
-        convolutions = nnx.merge(graph, state).convolutions()
-        zero = jnp.zeros((), jnp.int32)
-        out = []
-        for i, x in zip(chosen, given, strict=True):
-            frames = Frames(x, jnp.full(x.shape[:1], x.shape[1]), zero)
-            out.append(convolutions[i](frames).x)
-        return out
-
-    jax.block_until_ready(call(state, given))
-    return lambda: call(state, given)
 
 
 if __name__ == "__main__":
