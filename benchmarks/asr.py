@@ -55,8 +55,8 @@ class Options:
     """Feature frames of the utterance; 296 is the window of Arm's Wav2letter."""
     seconds: float = 5.0
     """Time for each network."""
-    algorithm: str = "auto"
-    """Short algorithm of the layers that have one; "auto" chooses per layer."""
+    algorithm: str = "fast"
+    """Short algorithm of the layers that have one; "auto" or "fast" choose per layer."""
     json: Path | None = None
     """Also write the seconds of every candidate there."""
 

@@ -1,6 +1,6 @@
 """Int8 Winograd for speech recognition: what each way of quantising costs, and what it gains.
 
-    python -m studies.rsq_asr [--full] [--base.data fsdd --base.data-dir FOLDER] [--out out/study]
+    python -m studies.rsq_asr [--base.data fsdd --base.data-dir FOLDER] [--base.out out/study]
 
 Yao et al. (arXiv 2010.14841; ICASSP 2022, abstract) report for Wav2letter on ARMv7 phones 1.48x end
 to end and 1.92x on the backbone, at about 0.07 % absolute word error rate. Here, for each network
@@ -23,13 +23,15 @@ import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from cmjax.mesh import prepare_devices
 from cmjax.primitives.packed_conv import prepack
 from models.asr.acoustic import AcousticModel
 from models.asr.deployed import backbone, backbone_call, whole_call
 from studies.rsq_asr_figure import plot_tradeoff
-from train.asr.config import Config, FloatStage, Loss, QuantStage
+from train import checkpoint
+from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage
 from train.asr.learner import take_apart
 from train.asr.quantise import layer_inputs, layer_sqnr_db
 from train.asr.run import Run, measure, start, train
@@ -81,8 +83,8 @@ class Study:
     """Seeds; each trains a float32 network of its own."""
     full: bool = False
     """Four times the steps and twice the voices: hours instead of minutes."""
-    algorithm: str = "auto"
-    """Short algorithm of the layers that have one; "auto" chooses per layer."""
+    algorithm: str = "fast"
+    """Short algorithm of the layers that have one; "auto" or "fast" choose per layer."""
 
     def config(self, network: Network, seed: int, name: str) -> Config:
         """Of one part of the study."""
@@ -184,34 +186,39 @@ def time_variants(
 
 def study(options: Study, console: Console) -> dict[str, dict[str, list[Outcome]]]:
     """All outcomes: by network, variant, and in the order of the seeds."""
-    found: dict[str, dict[str, list[Outcome]]] = {}
-    for network in options.networks:
-        found[network] = {name: [] for name in VARIANTS}
-        for seed in options.seeds:
+    found: dict[str, dict[str, list[Outcome]]] = {
+        network: {name: [] for name in VARIANTS} for network in options.networks
+    }
+    for seed in options.seeds:
+        for network in options.networks:
             path = options.base.out / network / str(seed) / "outcomes.json"
             if path.exists():
-                outcomes = {n: Outcome(**o) for n, o in json.loads(path.read_text()).items()}
+                _check_same(options, network, seed)
             else:
-                outcomes = _one_seed(options, network, seed, console)
-                path.write_text(
-                    json.dumps({n: dataclasses.asdict(o) for n, o in outcomes.items()}, indent=1)
-                )
+                write_json(path, _one_seed(options, network, seed, console))
+            outcomes = json.loads(path.read_text())
             for name in VARIANTS:
-                found[network][name].append(outcomes[name])
+                found[network][name].append(Outcome(**outcomes[name]))
+        report(options, found, console)
     return found
 
 
 def rows(found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     """One row per variant of a network, averages and spreads over seeds."""
-    direct = found["int8 direct, PTQ"]
+    direct, floating = found["int8 direct, PTQ"], found["float32"]
     out = []
     for name, outcomes in found.items():
         names = outcomes[0].wer
+        losses = {
+            k: [o.wer[k] - f.wer[k] for o, f in zip(outcomes, floating, strict=True)] for k in names
+        }
         out.append(
             {
                 "variant": name,
                 "wer": {k: float(np.mean([o.wer[k] for o in outcomes])) for k in names},
                 "wer_spread": {k: float(np.ptp([o.wer[k] for o in outcomes])) for k in names},
+                "wer_loss": {k: float(np.mean(losses[k])) for k in names},
+                "wer_loss_interval": {k: half_width(losses[k]) for k in names},
                 "least_sqnr_db": min((min(o.sqnr_db) for o in outcomes if o.sqnr_db), default=None),
                 "model_bytes": outcomes[0].model_bytes,
                 "end_to_end": _ratio(direct, outcomes, "end_to_end_s"),
@@ -221,18 +228,30 @@ def rows(found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     return out
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % confidence interval of their mean (Student's t); infinite for one value."""
+    if len(values) < 2:
+        return float("inf")
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5
+
+
 def results_table(network: str, found: list[dict[str, Any]]) -> Table:
     """What people read."""
-    table = Table(title=f"{network}: mean over seeds (largest - smallest); speed over int8 direct")
+    table = Table(
+        title=f"{network}: mean over seeds (largest - smallest); speed over int8 direct",
+        caption="loss: from the float32 network of the same seed, with its 95 % interval",
+    )
     table.add_column("variant")
     for name in found[0]["wer"]:
         table.add_column(f"WER {name}, %", justify="right")
-    for column in ("worst SQNR, dB", "KiB", "end to end", "backbone"):
+    for column in ("loss, points", "worst SQNR, dB", "KiB", "end to end", "backbone"):
         table.add_column(column, justify="right")
     for row in found:
         table.add_row(
             row["variant"],
             *(f"{100 * w:.2f} ({100 * row['wer_spread'][k]:.2f})" for k, w in row["wer"].items()),
+            _loss(row),
             "" if row["least_sqnr_db"] is None else f"{row['least_sqnr_db']:.1f}",
             f"{row['model_bytes'] / 1024:.0f}",
             f"{row['end_to_end']:.2f}x",
@@ -245,16 +264,29 @@ def main(options: Study, console: Console) -> None:
     prepare_devices(1)
     if options.base.compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.base.compiled.absolute()))
-    found = {network: rows(by_name) for network, by_name in study(options, console).items()}
+    study(options, console)
+
+
+def report(options: Study, outcomes: dict[str, dict[str, list[Outcome]]], console: Console) -> None:
+    """Print and write what is known after a seed."""
+    found = {network: rows(by_name) for network, by_name in outcomes.items()}
     for network, table in found.items():
         console.print(results_table(network, table))
     console.print(
         f"published (Wav2letter, ARMv7): {PAPER['end to end']}x end to end, "
         f"{PAPER['backbone']}x backbone, about {PAPER['WER loss, %']} % WER"
     )
-    (options.base.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(options.base.out / "study.json", found)
     plot_tradeoff(found, options.base.out / "tradeoff.png")
     console.print(f"wrote {options.base.out}/study.json and tradeoff.png")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file of plain values and outcomes, replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps(value, indent=1, default=dataclasses.asdict) + "\n")
+    whole.replace(path)
 
 
 def _one_seed(options: Study, network: Network, seed: int, console: Console) -> dict[str, Outcome]:
@@ -267,7 +299,10 @@ def _one_seed(options: Study, network: Network, seed: int, console: Console) -> 
         console.rule(f"{network}, seed {seed}: {name}")
         teacher = runs["float32"].model if name != "float32" else None
         runs[name] = run_variant(options.config(network, seed, name), teacher, console)
-        outcomes[name] = outcome(runs[name], sample)
+        kept = runs[name].config.out / "outcome.json"
+        if not kept.exists():
+            write_json(kept, outcome(runs[name], sample))
+        outcomes[name] = Outcome(**json.loads(kept.read_text()))
     longest = max(speech, key=lambda u: len(u.samples))
     ((_, one),) = test_batches([longest], task.framing, 1, task.corpus.rate)
     timed = time_variants(runs, one, repetitions=100 if options.full else 30)
@@ -275,6 +310,21 @@ def _one_seed(options: Study, network: Network, seed: int, console: Console) -> 
         name: dataclasses.replace(o, end_to_end_s=timed[name][0], backbone_s=timed[name][1])
         for name, o in outcomes.items()
     }
+
+
+def _check_same(options: Study, network: Network, seed: int) -> None:
+    """Refuse outcomes of other options. Raises ValueError that names what differs."""
+    for name in VARIANTS:
+        config = options.config(network, seed, name)
+        found = checkpoint.latest(config.out / "checkpoints")
+        if found is not None:
+            found.check_config(config.record(), ignore=FREE)
+
+
+def _loss(row: dict[str, Any]) -> str:
+    """Of the last test set, in points."""
+    name = list(row["wer"])[-1]
+    return f"{100 * row['wer_loss'][name]:+.2f} ± {100 * row['wer_loss_interval'][name]:.2f}"
 
 
 def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -> float:

@@ -37,7 +37,8 @@ class QuantStage:
     precision: Literal["int8-winograd", "int8", "float32"] = "int8-winograd"
     """Arithmetic to train for; float32 ends the run after the float stage."""
     algorithm: str = "auto"
-    """Short algorithm of the layers that have one, such as F(2,3); "auto" chooses per layer."""
+    """Short algorithm of the layers that have one, such as F(2,3). Or chosen per layer: "auto" for
+    what is accurate without training too, "fast" for what training makes accurate enough."""
     ranges: Ranges = "per-tap"
     """How integer ranges are chosen; see train.asr.quantise."""
     calibration_batches: int = 8
