@@ -148,7 +148,7 @@ def choose(layers: Sequence[Candidates], sqnr_db: float) -> list[int]:
     theta = jnp.zeros(time_s.shape)
     temperatures = jnp.geomspace(1.0, 0.02, _STEPS)
     (theta, _), _ = jax.lax.scan(step, (theta, optimiser.init(theta)), temperatures)
-    chosen = np.asarray(jnp.argmax(jnp.where(allowed, theta, -jnp.inf), axis=-1)).copy()
+    chosen = np.argmax(np.where(allowed, np.asarray(theta), -np.inf), axis=-1)
     return _repaired(chosen, time_s, noise, budget).tolist()
 
 

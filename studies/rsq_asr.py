@@ -220,6 +220,7 @@ def rows(found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
                 "wer_loss": {k: float(np.mean(losses[k])) for k in names},
                 "wer_loss_interval": {k: half_width(losses[k]) for k in names},
                 "least_sqnr_db": min((min(o.sqnr_db) for o in outcomes if o.sqnr_db), default=None),
+                "sqnr_db": np.mean([o.sqnr_db for o in outcomes], axis=0).tolist(),
                 "model_bytes": outcomes[0].model_bytes,
                 "end_to_end": _ratio(direct, outcomes, "end_to_end_s"),
                 "backbone": _ratio(direct, outcomes, "backbone_s"),
@@ -260,6 +261,18 @@ def results_table(network: str, found: list[dict[str, Any]]) -> Table:
     return table
 
 
+def noise_table(network: str, found: list[dict[str, Any]]) -> Table:
+    """Signal to noise of every layer, mean over seeds."""
+    table = Table(title=f"{network}: SQNR of every convolution against float32, dB")
+    table.add_column("layer", justify="right")
+    quantised = [row for row in found if row["sqnr_db"]]
+    for row in quantised:
+        table.add_column(row["variant"], justify="right")
+    for layer, noise in enumerate(zip(*(row["sqnr_db"] for row in quantised), strict=True)):
+        table.add_row(str(layer), *(f"{value:.1f}" for value in noise))
+    return table
+
+
 def main(options: Study, console: Console) -> None:
     prepare_devices(1)
     if options.base.compiled is not None:
@@ -271,7 +284,7 @@ def report(options: Study, outcomes: dict[str, dict[str, list[Outcome]]], consol
     """Print and write what is known after a seed."""
     found = {network: rows(by_name) for network, by_name in outcomes.items()}
     for network, table in found.items():
-        console.print(results_table(network, table))
+        console.print(results_table(network, table), noise_table(network, table))
     console.print(
         f"published (Wav2letter, ARMv7): {PAPER['end to end']}x end to end, "
         f"{PAPER['backbone']}x backbone, about {PAPER['WER loss, %']} % WER"

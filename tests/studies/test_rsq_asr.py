@@ -12,6 +12,7 @@ from studies.rsq_asr import (
     Study,
     half_width,
     model_bytes,
+    noise_table,
     results_table,
     rows,
 )
@@ -60,6 +61,8 @@ def test_the_picture_states_speed_and_loss(tmp_path):
     plot_tradeoff(found, tmp_path / "tradeoff.png")
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert results_table("dfsmn", found["dfsmn"]).row_count == len(VARIANTS)
+    noise = noise_table("dfsmn", found["dfsmn"])
+    assert noise.row_count == 2 and list(noise.columns[-1].cells) == ["30.0", "26.0"]
 
 
 def test_integers_take_a_byte_and_their_scales_four():
