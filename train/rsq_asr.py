@@ -37,11 +37,12 @@ def results_table(results: dict[str, dict[str, Result]]) -> Table:
     """Error rates by arithmetic and test set."""
     table = Table(
         title="Error rates",
-        caption="exact: utterances without an error; x real time: seconds of speech per second",
+        caption="S/D/I: words substituted, deleted, inserted; exact: utterances without an error; "
+        "speed: seconds of speech per second",
     )
     for column in ("arithmetic", "test set"):
         table.add_column(column, no_wrap=True)
-    for column in ("words", "WER, %", "sub/del/ins", "exact, %", "x real time"):
+    for column in ("words", "WER, %", "S/D/I", "exact, %", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
     for precision, by_set in results.items():
         for name, result in by_set.items():
