@@ -24,16 +24,17 @@ from rich.console import Console
 from cmjax.commands.output import bar, check_target, emit
 from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RANKED, RankMesh, prepare_devices
-from cmjax.placement import Plan, read_plan
+from cmjax.placement import read_plan
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params, init_params
 from models.moe.deployment import slot_table
-from models.moe.generation import Generated, Generator, place_params
+from models.moe.generation import Generated, Generator
 from models.moe.hf_config import load_config
 from models.moe.layout import Layout, param_specs, shard_params
-from models.moe.placement import SlotTable
+from models.moe.placement import plan_tables
+from models.moe.programs import place_params
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 
 
@@ -69,6 +70,12 @@ class Generate:
     """Draw from the fewest likeliest tokens whose probabilities reach this."""
     seed: int = 0
     """Of the drawn tokens, and of random parameters."""
+    prefill: Literal["auto", "data-parallel", "sequence-parallel"] = "auto"
+    """How prompts are run: each by its rank, or all by all ranks, a share of the heads each (auto:
+    where latent attention's heads divide over the ranks)."""
+    prefill_chunk: int | None = None
+    """Run prompts this many tokens at a time (default: whole, or in chunks where dispatching whole
+    prompts would not fit this machine's memory)."""
     drafts: int | None = None
     """Tokens drafted per step by multi-token prediction (default: 1 if the model can)."""
     ignore_end: bool = False
@@ -91,9 +98,12 @@ class Generate:
             log.print("no tokenizer.json: every byte is a token")
         prompts = self._prompts(tokenizer)
         check_prompts(config, prompts, self.new_tokens, self.context)
-        prepare_devices(mesh.nodes)
+        try:
+            prepare_devices(mesh.nodes)
+        except RuntimeError as error:  # called from a process that has started JAX
+            raise ValueError(f"--mesh {self.mesh}: {error}") from None
         started = time.perf_counter()
-        generator = self._generator(model, config, mesh)
+        generator = self._generator(model, config, mesh, prompts)
         log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
         with bar(quiet=False) as progress:
             task = progress.add_task("compiling", total=None)
@@ -143,7 +153,11 @@ class Generate:
         return load_config(self.random)
 
     def _generator(
-        self, model: Checkpoint | MoEConfig, config: MoEConfig, mesh: RankMesh
+        self,
+        model: Checkpoint | MoEConfig,
+        config: MoEConfig,
+        mesh: RankMesh,
+        prompts: list[list[int]],
     ) -> Generator:
         possible = model.has_mtp if isinstance(model, Checkpoint) else config.mtp_layers > 0
         drafts = int(possible) if self.drafts is None else self.drafts
@@ -157,7 +171,7 @@ class Generate:
         if self.plan is None:
             table = slot_table(config, mesh.ranks, Deployment(phase="decode"))
         else:
-            tables = plan_tables(read_plan(self.plan), self.plan, config, mesh, mtp)
+            tables = plan_tables(read_plan(self.plan), config, mesh.ranks, mtp=mtp)
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
         check_memory(config, layout, mesh, self.precision, mtp)
@@ -232,40 +246,6 @@ def parse_mesh(text: str) -> RankMesh:
         raise ValueError(f"--mesh must be NODESxNPUS or NODESxNPUSxDIES, got {text!r}")
     sizes = [int(part) for part in text.split("x")]
     return RankMesh(*(sizes if len(sizes) > 1 else [1, *sizes]))
-
-
-def plan_tables(
-    plan: Plan, path: Path, config: MoEConfig, mesh: RankMesh, mtp: bool
-) -> list[SlotTable]:
-    """The slot table of every MoE layer from a plan; the MTP layer's is the last layer's unless the
-    plan has one for it.
-
-    Raises: ValueError: the plan is for another model or mesh; names the sizes. Or it has empty
-      slots or shares per slot.
-    """
-    layers = config.moe_layers
-    wrong = [
-        f"{name}: plan {planned}, {what} {wanted}"
-        for name, planned, what, wanted in (
-            ("experts per layer", plan.expert_count, "model", config.experts),
-            ("ranks", plan.ranks, "mesh", mesh.ranks),
-        )
-        if planned != wanted
-    ]
-    if plan.layers not in (layers, layers + (config.mtp_layers > 0)):
-        wrong.append(f"MoE layers: plan {plan.layers}, model {layers}")
-    if wrong:
-        raise ValueError(f"{path}: a plan for another deployment ({'; '.join(wrong)})")
-    if plan.split is not None or (plan.filled < plan.slots_per_rank).any():
-        raise ValueError(
-            f"{path}: expected every slot filled and an even split over copies; this plan has "
-            f"empty slots or shares per slot"
-        )
-    rows = [tuple(row) for row in plan.experts.tolist()]
-    if mtp and len(rows) == layers:
-        rows.append(rows[-1])
-    rows = rows[: layers + mtp]
-    return [SlotTable(row, plan.ranks, plan.expert_count) for row in rows]
 
 
 def check_memory(

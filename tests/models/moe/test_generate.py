@@ -1,16 +1,14 @@
 """The command: what it prints, and one line for what it cannot do."""
 
 import json
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cmjax.mesh import RankMesh
 from cmjax.placement import Plan, write_plan
-from models.moe.config import deepseek_r1, tiny
-from models.moe.generate import check_memory, main, parse_mesh, plan_tables
+from models.moe.config import deepseek_r1
+from models.moe.generate import check_memory, main, parse_mesh
 from models.moe.layout import one_rank
 
 RANDOM = ["--random", "tiny", "--prompt", "a"]
@@ -27,22 +25,6 @@ def test_meshes_are_nodes_by_npus_by_dies():
 def _plan(experts=16, layers=2, ranks=4, extra=0):
     rows = [[*range(experts), *range(extra)]] * layers
     return Plan(np.array(rows), experts, ranks)
-
-
-def test_a_plan_gives_every_layer_its_slots_and_the_draft_layer_the_last():
-    plan = _plan(extra=4)
-    tables = plan_tables(plan, None, tiny(), RankMesh(2, 2), mtp=True)  # type: ignore
-    assert [table.experts_of_slot for table in tables] == [(*range(16), 0, 1, 2, 3)] * 3
-    assert len(plan_tables(_plan(layers=3), None, tiny(), RankMesh(2, 2), mtp=False)) == 2  # type: ignore
-
-
-@pytest.mark.parametrize("kind", ["empty slots", "shares"])
-def test_a_plan_that_slot_tables_cannot_hold_is_refused(kind):
-    plan = _plan(extra=4)
-    experts = np.where(np.arange(20) == 19, -1, plan.experts) if kind == "empty slots" else None
-    wrong = replace(plan, split=plan.share) if experts is None else replace(plan, experts=experts)
-    with pytest.raises(ValueError, match="has empty slots or shares per slot"):
-        plan_tables(wrong, Path("plan.json"), tiny(), RankMesh(2, 2), mtp=False)
 
 
 @pytest.mark.parametrize(
