@@ -9,30 +9,28 @@ Completions go to standard output, progress and speed to standard error. Exit co
 """
 
 import dataclasses
-import math
-import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import tyro
 from rich.console import Console
 
 from cmjax.commands.output import bar, check_target, emit
 from cmjax.cost.deployment import Deployment
-from cmjax.mesh import RANKED, RankMesh, prepare_devices
+from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.placement import read_plan
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
-from models.moe.config import MoEConfig
-from models.moe.deepseek import abstract_params, init_params
+from models.moe.config import LatentAttention, MoEConfig
+from models.moe.deepseek import init_params
 from models.moe.deployment import slot_table
-from models.moe.generation import Generated, Generator
+from models.moe.generation import Generated, Generator, padded_length
 from models.moe.hf_config import load_config
-from models.moe.layout import Layout, param_specs, shard_params
+from models.moe.layout import Layout, shard_params
+from models.moe.memory import check_memory, chunk_that_fits
 from models.moe.placement import plan_tables
 from models.moe.programs import place_params
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -175,6 +173,9 @@ class Generate:
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
         check_memory(config, layout, mesh, self.precision, mtp)
+        chunk = self.prefill_chunk or chunk_that_fits(
+            config, layout, -(-len(prompts) // mesh.ranks), padded_length(config, prompts)
+        )
         if isinstance(model, Checkpoint):
             with bar(quiet=False) as progress:
                 task = progress.add_task("loading")
@@ -198,7 +199,15 @@ class Generate:
             precision=self.precision,
             kv_cache=self.kv_cache or self.precision,
             drafts=drafts,
+            prefill_chunk=chunk,
+            sequence_parallel=self._sequence_parallel(config, mesh, chunk),
         )
+
+    def _sequence_parallel(self, config: MoEConfig, mesh: RankMesh, chunk: int | None) -> bool:
+        if self.prefill != "auto":
+            return self.prefill == "sequence-parallel"
+        splits = isinstance(config.attention, LatentAttention) and config.heads % mesh.ranks == 0
+        return mesh.ranks > 1 and splits and chunk is None
 
     def _show(
         self,
@@ -246,33 +255,6 @@ def parse_mesh(text: str) -> RankMesh:
         raise ValueError(f"--mesh must be NODESxNPUS or NODESxNPUSxDIES, got {text!r}")
     sizes = [int(part) for part in text.split("x")]
     return RankMesh(*(sizes if len(sizes) > 1 else [1, *sizes]))
-
-
-def check_memory(
-    config: MoEConfig,
-    layout: Layout,
-    mesh: RankMesh,
-    precision: Literal["float32", "bfloat16", "int8"],
-    mtp: bool,
-) -> None:
-    """Refuse parameters that cannot fit this machine before making any.
-
-    Raises: ValueError: names the bytes needed and there.
-    """
-    if jax.default_backend() != "cpu":
-        return
-    shapes = abstract_params(config, layout, precision, mtp=mtp)
-    specs = param_specs(shapes, layout)
-    needed = 0
-    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True):
-        copies = layout.ranks if spec is RANKED else mesh.nodes
-        needed += copies * math.prod(leaf.shape) * leaf.dtype.itemsize
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise ValueError(
-            f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
-            f"this machine has {there / 1e9:,.1f} GB; choose a smaller model, mesh or precision"
-        )
 
 
 def _summary(found: Generated) -> str:

@@ -114,8 +114,7 @@ class Generator:
         """
         sampler = sampler or Sampler()
         context = check_prompts(self.config, prompts, new_tokens, context)
-        width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
-        width = min(width, self.config.max_position)
+        width = padded_length(self.config, prompts)
         batch = Batch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
         compiling = time.perf_counter()
         chunk = self.prefill_chunk and min(self.prefill_chunk, width)
@@ -182,6 +181,12 @@ class Generator:
     def _used(self) -> dict[str, Any]:
         """The parameters, without the draft module's where nothing is drafted."""
         return self.params if self.drafts else {"main": self.params["main"]}
+
+
+def padded_length(config: MoEConfig, prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that whole prompts are padded to."""
+    width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
+    return min(width, config.max_position)
 
 
 def _flat(x) -> np.ndarray:
