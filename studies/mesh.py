@@ -174,9 +174,7 @@ def time_table(found: list[dict[str, Any]]) -> Table:
         cells = [f"{s['cpu_s']:.3g} ({s['wall_s']:.3g})" for s in seconds]
         memory = f"{result['peak_bytes'] / _GIB:.2f}"
         table.add_row(str(result["ranks"]), result["mesh"], *cells, memory)
-    table.caption = (
-        "all: start, compile, a prefill and all decode steps; decode step: the fastest"
-    )
+    table.caption = "all: start, compile, a prefill and all decode steps; decode step: the fastest"
     return table
 
 
@@ -205,9 +203,7 @@ def byte_table(found: list[dict[str, Any]]) -> Table:
                     f"{part['logits_difference']:.1e}" if first else "",
                 )
             table.add_section()
-    table.caption = (
-        "moved, priced: blocks of full capacity; rows: real tokens; even: at load 1"
-    )
+    table.caption = "moved, priced: blocks of full capacity; rows: real tokens; even: at load 1"
     return table
 
 
