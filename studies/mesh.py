@@ -181,9 +181,8 @@ def time_table(found: list[dict[str, Any]]) -> Table:
 def byte_table(found: list[dict[str, Any]]) -> Table:
     """Bytes by tier: moved and priced with full blocks, real rows and priced at an even load."""
     table = _table("Bytes of all ranks in one step")
-    for name in ("ranks", "phase", "link", "moved", "priced", "", "rows", "even rows", "skew"):
+    for name in ("ranks", "phase", "link", "moved", "priced", "", "rows", "skew", "logits ±"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("logits off by", justify="right", no_wrap=True)
     for result in found:
         for phase, part in result.get("phases", {}).items():
             for link in LINKS:
@@ -198,12 +197,13 @@ def byte_table(found: list[dict[str, Any]]) -> Table:
                     f"{priced:,}",
                     "=" if moved == priced else "≠",
                     f"{rows:,}",
-                    f"{even:,}",
                     f"{rows / even - 1:+.1%}" if even else "",
                     f"{part['logits_difference']:.1e}" if first else "",
                 )
             table.add_section()
-    table.caption = "moved, priced: blocks of full capacity; rows: real tokens; even: at load 1"
+    table.caption = (
+        "moved, priced: whole blocks; rows: the real tokens in them; skew: over an even spread"
+    )
     return table
 
 

@@ -89,10 +89,13 @@ def _seconds(axes, found: Sequence[dict[str, Any]]) -> None:
         "prefill": (BLUE, [result["prefill"]["cpu_s"] for result in found]),
         "decode step": (VERMILION, [min(result["steps"]["cpu_s"]) for result in found]),
     }
-    for name, (colour, seconds) in lines.items():
+    above = float("inf")
+    for name, (colour, seconds) in sorted(lines.items(), key=lambda line: -line[1][1][-1]):
         axes.plot(ranks, seconds, "o-", color=colour, markersize=5)
-        axes.annotate(name, (ranks[-1], seconds[-1]), xytext=(6, 0), textcoords="offset points",
-                      color=colour, size=9, va="center")  # fmt: skip
+        close = seconds[-1] > above / 1.6  # names would touch
+        axes.annotate(name, (ranks[-1], seconds[-1]), xytext=(6, -9 if close else 0),
+                      textcoords="offset points", color=colour, size=9, va="center")  # fmt: skip
+        above = seconds[-1]
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(ranks, [str(r) for r in ranks])
