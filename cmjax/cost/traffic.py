@@ -80,8 +80,8 @@ def pair_bytes(
     received: Int[Array, "ranks *loops sources"],
 ) -> Int[np.ndarray, "sources destinations"]:
     """A field of `Received`, as all ranks returned it (`RANKED`), summed over loops."""
-    received = np.asarray(received, np.int64)
-    return received.reshape(len(received), -1, received.shape[-1]).sum(1).T
+    counts = np.asarray(received, np.int64)
+    return counts.reshape(len(counts), -1, counts.shape[-1]).sum(1).T
 
 
 def tier_bytes(pairs: Int[np.ndarray, "sources destinations"], mesh: RankMesh) -> dict[str, int]:
@@ -166,7 +166,7 @@ class _Counter:
             *exchanges, flags = exchanges
             result[self._name("flags")] = flags
         if exchanges:
-            moved = sum((each.moved for each in exchanges[1:]), exchanges[0].moved)
+            moved = jnp.sum(jnp.stack([each.moved for each in exchanges]), axis=0)
             result[self._name(kind)] = Received(moved, real.astype(jnp.int32))
         return outs, result
 

@@ -137,14 +137,10 @@ class Batch:
         whole = self.prefill_inputs()
         short = max(0, start + chunk + 1 - self.prompts.shape[-1])
         padded = np.pad(self.prompts, [(0, 0), (0, 0), (0, short)])
-        return ChunkInputs(
-            padded[..., start : start + chunk],
-            padded[..., start + 1 : start + chunk + 1],
-            np.full_like(self.lengths, start),
-            self.lengths,
-            found,
-            whole.sampling,
-        )  # type: ignore
+        tokens, following = (padded[..., at : at + chunk] for at in (start, start + 1))
+        starts = np.full_like(self.lengths, start)
+        arrays: tuple = (tokens, following, starts, self.lengths, found)
+        return ChunkInputs(*arrays, whole.sampling)
 
     def decode_inputs(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeInputs:
         """With the numbers that draw each request's next tokens; the caches are the caller's."""
