@@ -32,7 +32,7 @@ from models.moe.hf_config import load_config
 from models.moe.layout import Layout, shard_params
 from models.moe.memory import check_memory, chunk_that_fits
 from models.moe.placement import plan_tables
-from models.moe.programs import place_params
+from models.moe.programs import check_prefill, place_params
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 
 
@@ -173,9 +173,12 @@ class Generate:
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
         check_memory(config, layout, mesh, self.precision, mtp)
-        chunk = self.prefill_chunk or chunk_that_fits(
-            config, layout, -(-len(prompts) // mesh.ranks), padded_length(config, prompts)
-        )
+        chunk = self.prefill_chunk
+        if chunk is None:
+            each = -(-len(prompts) // mesh.ranks)
+            chunk = chunk_that_fits(config, layout, each, padded_length(config, prompts))
+        sequence_parallel = self._sequence_parallel(config, mesh, chunk)
+        check_prefill(config, layout, chunk, sequence_parallel)
         if isinstance(model, Checkpoint):
             with bar(quiet=False) as progress:
                 task = progress.add_task("loading")
@@ -200,7 +203,7 @@ class Generate:
             kv_cache=self.kv_cache or self.precision,
             drafts=drafts,
             prefill_chunk=chunk,
-            sequence_parallel=self._sequence_parallel(config, mesh, chunk),
+            sequence_parallel=sequence_parallel,
         )
 
     def _sequence_parallel(self, config: MoEConfig, mesh: RankMesh, chunk: int | None) -> bool:

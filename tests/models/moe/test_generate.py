@@ -60,6 +60,16 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
         (["--random", "tiny", "--prompt-tokens", "1,400"], "holds token 400"),
         ([*RANDOM, "--prompt-file", "no/such.txt"], "no/such.txt: cannot be read"),
         ([*RANDOM, "--plan", "no/such.json"], "no/such.json"),
+        ([*RANDOM, "--mesh", "16x1"], "--mesh 16x1: .* runs with 8 device.s., 16 are needed"),
+        ([*RANDOM, "--prefill-chunk", "0"], "prefill_chunk must be at least 1 token, got 0"),
+        (
+            [*RANDOM, "--mesh", "2x3", "--prefill", "sequence-parallel"],
+            "heads to divide over the ranks, got 8 heads and 6 ranks",
+        ),
+        (
+            [*RANDOM, "--prefill", "sequence-parallel", "--prefill-chunk", "4"],
+            "chunks of 4 tokens .* choose either",
+        ),
         ([*RANDOM, "--json", "no/such/out.json"], "no folder no/such"),
     ],
 )
