@@ -140,7 +140,7 @@ class Batch:
         tokens, following = (padded[..., at : at + chunk] for at in (start, start + 1))
         starts = np.full_like(self.lengths, start)
         arrays: tuple = (tokens, following, starts, self.lengths, found)
-        return ChunkInputs(*arrays, whole.sampling)
+        return ChunkInputs(*arrays, whole.sampling)  # type: ignore
 
     def decode_inputs(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeInputs:
         """With the numbers that draw each request's next tokens; the caches are the caller's."""
