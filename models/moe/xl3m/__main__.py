@@ -93,7 +93,8 @@ class Read:
         sizes.room(question.size)  # before weights are read
         content = np.array(tokenizer.encode(text, special=False), np.int32)
         prepare_devices(mesh.nodes)
-        generator = options.build(model, config, mesh)
+        longest = [0] * (sizes.window - self.new_tokens)
+        generator = options.build(model, config, mesh, [longest])
         key = self._key_context(generator, sizes, content, question, log)
         found = generator.generate(
             [key.tokens.tolist()],
