@@ -3,10 +3,12 @@
     python -m benchmarks.conv1d                      # one thread, all shapes, and Wav2letter
     python -m benchmarks.conv1d --threads 2 --json conv1d.json
 
-All candidates of a row take turns in one process. One thread: pinned to a core, the least CPU time
-of the process; more: the least wall time. Ours and the float32 peers take and give float32, int8
-peers (see `conv_peers`) 8-bit activations. CMJAX_NATIVE_ISA=avx2 restricts our kernels; for peers
-there are ONEDNN_MAX_CPU_ISA=AVX2 and XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
+All candidates of a row take turns of several calls in one process. One thread: pinned to a core,
+the least CPU time of the process; more: the least wall time, and a rest before each turn, because
+the threads of some libraries spin for a while after a call, on the cores of the next. Ours and the
+float32 peers take and give float32, int8 peers (see `conv_peers`) 8-bit activations.
+CMJAX_NATIVE_ISA=avx2 restricts our kernels; for peers there are ONEDNN_MAX_CPU_ISA=AVX2 and
+XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 """
 
 import json
@@ -31,6 +33,7 @@ from cmjax import native
 from cmjax.primitives.conv_scales import calibrate
 from cmjax.primitives.packed_conv import prepack
 from cmjax.primitives.winograd import winograd_conv1d
+from cmjax.report import terminal
 
 LAYERS = ((256, 256, 7), (256, 256, 5), (250, 250, 7), (512, 512, 3), (512, 512, 5), (512, 512, 7))
 LENGTHS = ((1, 148), (1, 400), (1, 1600), (8, 200))  # batch, frames
@@ -80,18 +83,17 @@ def algorithm(taps: int) -> str:
 def main(config: Config) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-config.threads :])
     builders = ours() | peers(config.threads)
-    console = Console()
+    console = terminal()
     console.print(
         f"{native.status().reason}; {config.threads} thread(s), "
         f"{'CPU' if config.threads == 1 else 'wall'} time"
     )
     network = [shape for _, shape in WAV2LETTER] if config.what != "layers" else []
     layers = list(SHAPES) if config.what != "wav2letter" else []
-    clock = time.process_time if config.threads == 1 else time.perf_counter
     times: dict[Shape, dict[str, float]] = {}
     for shape in track(dict.fromkeys(layers + network), "measuring", console=Console(stderr=True)):
         runs = {name: build(shape) for name, build in builders.items()}
-        times[shape] = least_times(runs, clock, config.seconds)
+        times[shape] = least_times(runs, config.seconds, config.threads)
     if layers:
         console.print(layer_table({shape: times[shape] for shape in layers}))
         for line in shares({shape: times[shape] for shape in layers}):
@@ -115,10 +117,9 @@ def ours() -> dict[str, Callable[[Shape], Run]]:
     }
 
 
-def least_times(
-    runs: dict[str, Run], clock: Callable[[], float], seconds: float
-) -> dict[str, float]:
+def least_times(runs: dict[str, Run], seconds: float, threads: int = 1) -> dict[str, float]:
     """Least time of each run, all in turn for at least `seconds` and ten rounds."""
+    clock, rest = (time.process_time, 0.0) if threads == 1 else (time.perf_counter, 0.02)
     for run in runs.values():
         run()
     least = dict.fromkeys(runs, float("inf"))
@@ -126,9 +127,11 @@ def least_times(
     while rounds < 10 or time.perf_counter() < end:
         rounds += 1
         for name, run in runs.items():
-            start = clock()
-            run()
-            least[name] = min(least[name], clock() - start)
+            time.sleep(rest)
+            for _ in range(5):
+                start = clock()
+                run()
+                least[name] = min(least[name], clock() - start)
     return least
 
 

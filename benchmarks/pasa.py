@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from cmjax.primitives import flash_attention, pasa_attention
+from cmjax.report import terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def main(repeats: int = 15) -> None:
         table.add_row(
             shape.name, f"{base * 1e3:.1f}", *(f"{best[name] / base:.2f}" for name in names[1:])
         )
-    Console(width=110).print(table)
+    terminal().print(table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ counts.
 """
 
 import os
-import time
 from dataclasses import dataclass
 
 import jax
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.conv1d import least_times
 from cmjax.primitives.packed_conv import prepack
 from cmjax.primitives.winograd import winograd_conv1d
+from cmjax.report import terminal
 
 SHAPES = (  # batch, frames, channels, taps
     (1, 400, 256, 3),
@@ -79,7 +78,7 @@ def main(config: Config) -> None:
             "gradients": (_gradients(winograd_conv1d), w),
         }
         calls = {name: _call(jax.jit(fn), x, filters) for name, (fn, filters) in candidates.items()}
-        least = least_times(calls, time.process_time, config.seconds)
+        least = least_times(calls, config.seconds)
         gains = (
             least["xla"] / least["prepacked"],
             least["xla"] / least["forward"],
@@ -87,7 +86,7 @@ def main(config: Config) -> None:
         )
         cells = [f"{1e3 * least['xla']:.2f}", *(f"{gain:.2f}" for gain in gains)]
         table.add_row(f"{batch} x {frames}, {channels}, {taps}", *cells)
-    Console().print(table)
+    terminal().print(table)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import sys
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from cmjax.commands import Fit, Machines, Micro, Place, Predict, Price, Validate
+from cmjax.report import terminal
 
 _Command = (
     Annotated[Price, tyro.conf.subcommand("price")]
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `cmjax` command; returns the exit code."""
     command = tyro.cli(_Command, args=arguments, prog="cmjax", description=__doc__)
     try:
-        command.run(Console())
+        command.run(terminal())
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

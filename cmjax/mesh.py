@@ -24,6 +24,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 XLA_CPU_DEVICE_LIMIT = 256
 
+# XLA aborts the process if a collective has waited 40 s for a device, and warns after 20 s. Many
+# devices take turns on a few cores, so a healthy step on a loaded machine can be that slow.
 _TIMEOUT_FLAGS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,

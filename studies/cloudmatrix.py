@@ -17,7 +17,7 @@ from cmjax.commands.calibrate import compare
 from cmjax.commands.output import track
 from cmjax.commands.predict import Predict
 from cmjax.cost.measured import measured_machines, read_measurements
-from cmjax.report import Section, ValidationRow
+from cmjax.report import Section, ValidationRow, terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,6 @@ if __name__ == "__main__":
     report.write_page(
         study.out / "cloudmatrix.html",
         "CloudMatrix384: predicted and published",
-        run(study.out, Console()),
+        run(study.out, terminal()),
     )
     print(f"wrote {study.out}/cloudmatrix.html")

@@ -17,7 +17,7 @@ from cmjax import placement, report
 from cmjax.commands.place import Place
 from cmjax.commands.predict import Predict
 from cmjax.cost.predict import fastest
-from cmjax.report import Section
+from cmjax.report import Section, terminal
 from studies import cloudmatrix
 
 SLO_TPOT_MS = (15.0, 30.0, 50.0)
@@ -97,7 +97,7 @@ def place(job: MainJob, console: Console) -> Section:
 
 
 def main(job: MainJob) -> None:
-    console = Console()
+    console = terminal()
     start = time.perf_counter()
     job.out.mkdir(parents=True, exist_ok=True)
     sections = cloudmatrix.run(job.out, console)

@@ -30,7 +30,7 @@ from cmjax.primitives import (
     quantize_weight,
 )
 from cmjax.primitives.msd_decompose import STEP
-from cmjax.report import Section, write_page
+from cmjax.report import Section, terminal, write_page
 from cmjax.report.plots.figure import (
     BLUE,
     GREEN,
@@ -348,7 +348,7 @@ def _attention_errors(q, k, v, per):
 
 def main(study: Study) -> None:
     jax.config.update("jax_platforms", "cpu")
-    sections = run(study.out, Console(), study.seed)
+    sections = run(study.out, terminal(), study.seed)
     write_page(study.out / "msd.html", "Multi-scale dequantisation", sections)
     print(f"wrote {study.out}/msd.html")
 

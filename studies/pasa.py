@@ -25,7 +25,7 @@ from cmjax import report
 from cmjax.commands.output import track
 from cmjax.primitives import AttentionNumerics, attention_numerics
 from cmjax.primitives.attention_numerics import FP16_OVERFLOW, VARIANTS
-from cmjax.report import Section
+from cmjax.report import Section, terminal
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent
 
@@ -387,14 +387,13 @@ def verdict(found: AttentionNumerics) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; 0 if it ran, 2 for bad input."""
     study = tyro.cli(Study, description=__doc__, args=arguments)
-    console = Console()
+    console = terminal()
     try:
         operands = read_operands(study)
         if operands is not None:
             show(operands, study, console)
             return 0
-        wide = Console(width=max(console.width, 150))
-        sections = benchmark(study, wide)
+        sections = benchmark(study, console)
     except (ValueError, TypeError) as error:
         print(f"studies.pasa: {error}", file=sys.stderr)
         return 2

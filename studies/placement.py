@@ -1,15 +1,20 @@
 """Placement methods on every public recording of expert loads, where they planned and elsewhere.
 
-    python -m studies.placement [--full] [--robust] [--out out]
+    python -m studies.placement [--full [--seconds 2400]] [--robust] [--out out]
 
 Each row plans on the first windows (or workloads) of a recording and is judged there, on its later
 windows, and on another domain, which are never planned on. Rows are kept in `placement.jsonl` in
-the output folder and not computed again; without `CMJAX_DATA` a synthetic family stands in.
+the output folder and not computed again, so a run that was cut off, or reached its time limit, goes
+on where it stopped; all of them go to `placement.csv` too. Without `CMJAX_DATA` a synthetic family
+stands in. "Over bound" compares, where planned, with the linear-programming bound of the objective,
+and elsewhere with what no plan made for just these loads could beat, each window served by a plan
+of its own. CPU seconds are those of a first run, compilation included.
 
-`--robust` plans for the worst of 12 workloads and sets the search beside greedy on the mean and on
-the largest load and beside plain random swaps.
+`--robust` plans for the worst of 12 workloads and sets the two searching methods beside greedy on
+the mean and on the largest load and beside plain random swaps.
 """
 
+import csv
 import dataclasses
 import json
 import os
@@ -34,8 +39,9 @@ from cmjax.placement.search import relative_loads
 TOKENS = 96
 TOKEN_BYTES = 7_680 + 14_336
 """INT8 dispatch message and BF16 combine of a token of DeepSeek-R1's hidden size 7,168."""
-METHODS = (*placement.BASELINES, "search")
+METHODS = (*placement.BASELINES, "search", "gradient")
 SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=2, swaps_per_slot=1.0)
+TWO = placement.SearchConfig(starts=2)  # as many plans as `gradient` searches from
 ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
 
 
@@ -46,7 +52,9 @@ class Study:
     out: Path = Path("out")
     """Folder for the rows and tables."""
     full: bool = False
-    """All recordings, 8 to 384 ranks, two redundancies (hours); else a selection (two minutes)."""
+    """All recordings, 8 to 384 ranks, two redundancies (an hour); else a selection."""
+    seconds: float | None = None
+    """Begin no further case after so long."""
     robust: bool = False
     """The worst of 12 workloads instead."""
 
@@ -127,10 +135,9 @@ def _of_windows(name, loads, first):
 
 def shapes(experts: int, full: bool) -> Iterator[tuple[int, int]]:
     """Ranks and redundant slots to try for a number of experts."""
-    for ranks in (8, 16, 32, 64, 128, 256, 384) if full else (8, 32):
-        least = -(-experts // ranks)
-        for size in (least, least + 1) if full else (least + 1,):
-            yield ranks, size * ranks - experts
+    for more in (1, 0) if full else (1,):  # in this order: a time limit cuts off the end
+        for ranks in (32, 8, 128, 384, 64, 16, 256) if full else (8, 32):
+            yield ranks, (-(-experts // ranks) + more) * ranks - experts
 
 
 @cache
@@ -152,12 +159,12 @@ def judge(case: Case, ranks: int, redundant: int, objective: str) -> list[dict]:
         case.train.scaled(total), ranks, redundant, nodes,
         objective=placement.Risk.parse(objective),
     )  # fmt: skip
-    methods = METHODS if objective == "mean" else ("search",)
+    methods = METHODS if objective == "mean" else ("search", "gradient")
     found = placement.compare(
         problem, methods, time_s,
         test=None if case.later is None else case.later.scaled(total),
         routes=case.later_routes if nodes > 1 else None, group_by=case.train_routes,
-        step_assignments=64 * ranks * top_k,
+        step_assignments=64 * ranks * top_k, clock=time.process_time,
     )  # fmt: skip
     rows = []
     for method, judged in found.items():
@@ -165,6 +172,7 @@ def judge(case: Case, ranks: int, redundant: int, objective: str) -> list[dict]:
             "case": case.name, "ranks": ranks, "redundant": redundant,
             "method": method if objective == "mean" else f"{method} {objective}",
             "ms": judged.made_for.mean_time_s * 1e3, "gap": judged.made_for.gap,
+            "objective_gap": judged.gap,
             "balance": judged.made_for.balancedness, "solve_s": judged.solve_s,
         }  # fmt: skip
         assert judged.step_par is not None
@@ -174,8 +182,9 @@ def judge(case: Case, ranks: int, redundant: int, objective: str) -> list[dict]:
         if case.other is not None:
             other = placement.evaluate(judged.plan, case.other.scaled(total), time_s)
             row |= {"other_ms": other.mean_time_s * 1e3, "other_gap": other.gap}
-        if judged.reach is not None:
-            row["remote_kib"] = judged.reach.remote_nodes(nodes) * TOKEN_BYTES / 1024
+        reach = judged.reach or placement.expected_reach(judged.plan, problem.loads, top_k)
+        row["remote_kib"] = reach.remote_nodes(nodes) * TOKEN_BYTES / 1024
+        row["routes"] = judged.reach is not None  # else independent experts
         rows.append(row)
     return rows
 
@@ -184,25 +193,45 @@ def run(study: Study, console: Console) -> list[dict]:
     """All rows, computed or read back; prints a table per case."""
     study.out.mkdir(parents=True, exist_ok=True)
     kept = study.out / "placement.jsonl"
+    begin = time.monotonic()
     lines = kept.read_text().splitlines() if kept.exists() else []
-    done = {}
+    done: dict[tuple, list[dict]] = {}
     for row in map(json.loads, lines):
         done.setdefault((row["case"], row["ranks"], row["redundant"]), []).append(row)
-    rows = []
-    for case in cases(study.full):
-        todo = list(shapes(case.train.experts, study.full))
-        for ranks, redundant in track(todo, case.name):
-            key = (case.name, ranks, redundant)
-            if key not in done:
-                done[key] = [
-                    row
-                    for objective in ("mean", "worst")
-                    for row in judge(case, ranks, redundant, objective)
-                ]
-                with kept.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in done[key])
-            rows += done[key]
-        console.print(table(case.name, [row for row in rows if row["case"] == case.name]))
+    every = {case.name: case for case in cases(study.full)}
+    sizes = {name: list(shapes(case.train.experts, study.full)) for name, case in every.items()}
+    # Shape by shape through all recordings, so that a time limit leaves none out.
+    todo = [
+        (name, *sizes[name][at]) for at in range(len(next(iter(sizes.values())))) for name in every
+    ]
+    for key in track(todo, "placing"):
+        late = study.seconds is not None and time.monotonic() - begin > study.seconds
+        if key in done or late:
+            continue
+        name, ranks, redundant = key
+        both = ranks == 32 and len(every[name].train.counts) > 1
+        objectives = ("mean", "worst") if both else ("mean",)
+        done[key] = [
+            row
+            for objective in objectives
+            for row in judge(every[name], ranks, redundant, objective)
+        ]
+        with kept.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in done[key])
+    rows = [row for key in todo for row in done.get(key, [])]
+    for name in every:
+        console.print(table(name, [row for row in rows if row["case"] == name]))
+    if left := sum(key not in done for key in todo):
+        console.print(f"{left} of {len(todo)} cases are left: the same command goes on with them")
+    if rows:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        with (study.out / "placement.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(
+                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                for row in rows
+            )
     return rows
 
 
@@ -210,9 +239,10 @@ def table(title: str, rows: list[dict]) -> Table:
     """One case: methods by shape."""
     found = Table(title=title, title_justify="left", box=None)
     columns = {
-        "ms": "planned ms", "gap": "over bound", "balance": "balance", "later_ms": "later ms",
-        "later_gap": "over bound", "other_ms": "other ms", "other_gap": "over bound",
-        "step_par": "step PAR", "remote_kib": "KiB to nodes", "solve_s": "solved s",
+        "ms": "planned ms", "objective_gap": "over bound", "balance": "balance",
+        "later_ms": "later ms", "later_gap": "over bound",
+        "other_ms": "other ms", "other_gap": "over bound",
+        "step_par": "step PAR", "remote_kib": "KiB to nodes", "solve_s": "CPU s",
     }  # fmt: skip
     columns = {key: name for key, name in columns.items() if any(key in row for row in rows)}
     for name in ("ranks", "slots", "method", *columns.values()):
@@ -241,10 +271,13 @@ def robust(console: Console) -> list[dict]:
             "3,000 random swaps": random_swaps,
             "30,000 random swaps": lambda p: random_swaps(p, swaps=30_000),
             "search, one short start": lambda p: placement.search(p, slowest, config=SHORT),
+            "search, two starts": lambda p: placement.search(p, slowest, config=TWO),
             "search": lambda p: placement.search(p, slowest),
+            "gradient, without search": lambda p: p.plan(placement.relax_and_round(p, slowest)[0]),
+            "gradient": lambda p: placement.gradient(p, slowest),
         }
         for name, method in methods.items():
-            if "search" in name:
+            if "search" in name or "gradient" in name:
                 method(problem)  # compiled
             begin = time.process_time()
             plan = method(problem)

@@ -1,6 +1,6 @@
 """Int8 Winograd for speech recognition: what each way of quantising costs, and what it gains.
 
-    python -m studies.rsq_asr [--full] [--base.data fsdd --base.data-dir FOLDER] [--out out/study]
+    python -m studies.rsq_asr [--base.data fsdd --base.data-dir FOLDER] [--base.out out/study]
 
 Yao et al. (arXiv 2010.14841; ICASSP 2022, abstract) report for Wav2letter on ARMv7 phones 1.48x end
 to end and 1.92x on the backbone, at about 0.07 % absolute word error rate. Here, for each network
@@ -9,6 +9,7 @@ the output folder: an interrupted study goes on where it stopped.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -22,14 +23,16 @@ import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from cmjax.mesh import prepare_devices
 from cmjax.primitives.packed_conv import prepack
 from models.asr.acoustic import AcousticModel
-from models.asr.frames import Frames
+from models.asr.deployed import backbone, backbone_call, whole_call
 from studies.rsq_asr_figure import plot_tradeoff
-from train.asr.config import Config, FloatStage, Loss, QuantStage
-from train.asr.learner import features_of, take_apart
+from train import checkpoint
+from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage
+from train.asr.learner import take_apart
 from train.asr.quantise import layer_inputs, layer_sqnr_db
 from train.asr.run import Run, measure, start, train
 from train.asr.task import prepare
@@ -80,8 +83,8 @@ class Study:
     """Seeds; each trains a float32 network of its own."""
     full: bool = False
     """Four times the steps and twice the voices: hours instead of minutes."""
-    algorithm: str = "auto"
-    """Short algorithm of the layers that have one; "auto" chooses per layer."""
+    algorithm: str = "fast"
+    """Short algorithm of the layers that have one; "auto" or "fast" choose per layer."""
 
     def config(self, network: Network, seed: int, name: str) -> Config:
         """Of one part of the study."""
@@ -165,11 +168,12 @@ def time_variants(
     """
     calls: dict[str, tuple[Callable, Callable]] = {}
     for name, run in runs.items():
-        network, params = take_apart(run.model)
-        model = network.model(params)
-        inputs = layer_inputs(model, [batch], run.task.framing)
-        model.pack()
-        calls[name] = (_end_to_end(model, batch, run), _backbone(model, inputs))
+        given = layer_inputs(run.model, [batch], run.task.framing)
+        inputs = [given[i] for i in backbone(run.model)]
+        speech = jnp.asarray(batch.samples), jnp.asarray(batch.lengths)
+        whole = functools.partial(whole_call(run.model, run.task.framing.front), *speech)
+        calls[name] = whole, functools.partial(backbone_call(run.model), inputs)
+        jax.block_until_ready([call() for call in calls[name]])
     least = {name: [np.inf, np.inf] for name in calls}
     for _ in range(repetitions):
         for name, pair in calls.items():
@@ -182,35 +186,41 @@ def time_variants(
 
 def study(options: Study, console: Console) -> dict[str, dict[str, list[Outcome]]]:
     """All outcomes: by network, variant, and in the order of the seeds."""
-    found: dict[str, dict[str, list[Outcome]]] = {}
-    for network in options.networks:
-        found[network] = {name: [] for name in VARIANTS}
-        for seed in options.seeds:
+    found: dict[str, dict[str, list[Outcome]]] = {
+        network: {name: [] for name in VARIANTS} for network in options.networks
+    }
+    for seed in options.seeds:
+        for network in options.networks:
             path = options.base.out / network / str(seed) / "outcomes.json"
             if path.exists():
-                outcomes = {n: Outcome(**o) for n, o in json.loads(path.read_text()).items()}
+                _check_same(options, network, seed)
             else:
-                outcomes = _one_seed(options, network, seed, console)
-                path.write_text(
-                    json.dumps({n: dataclasses.asdict(o) for n, o in outcomes.items()}, indent=1)
-                )
+                write_json(path, _one_seed(options, network, seed, console))
+            outcomes = json.loads(path.read_text())
             for name in VARIANTS:
-                found[network][name].append(outcomes[name])
+                found[network][name].append(Outcome(**outcomes[name]))
+        report(options, found, console)
     return found
 
 
 def rows(found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     """One row per variant of a network, averages and spreads over seeds."""
-    direct = found["int8 direct, PTQ"]
+    direct, floating = found["int8 direct, PTQ"], found["float32"]
     out = []
     for name, outcomes in found.items():
         names = outcomes[0].wer
+        losses = {
+            k: [o.wer[k] - f.wer[k] for o, f in zip(outcomes, floating, strict=True)] for k in names
+        }
         out.append(
             {
                 "variant": name,
                 "wer": {k: float(np.mean([o.wer[k] for o in outcomes])) for k in names},
                 "wer_spread": {k: float(np.ptp([o.wer[k] for o in outcomes])) for k in names},
+                "wer_loss": {k: float(np.mean(losses[k])) for k in names},
+                "wer_loss_interval": {k: half_width(losses[k]) for k in names},
                 "least_sqnr_db": min((min(o.sqnr_db) for o in outcomes if o.sqnr_db), default=None),
+                "sqnr_db": np.mean([o.sqnr_db for o in outcomes], axis=0).tolist(),
                 "model_bytes": outcomes[0].model_bytes,
                 "end_to_end": _ratio(direct, outcomes, "end_to_end_s"),
                 "backbone": _ratio(direct, outcomes, "backbone_s"),
@@ -219,18 +229,30 @@ def rows(found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     return out
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % confidence interval of their mean (Student's t); infinite for one value."""
+    if len(values) < 2:
+        return float("inf")
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5
+
+
 def results_table(network: str, found: list[dict[str, Any]]) -> Table:
     """What people read."""
-    table = Table(title=f"{network}: mean over seeds (largest - smallest); speed over int8 direct")
+    table = Table(
+        title=f"{network}: mean over seeds (largest - smallest); speed over int8 direct",
+        caption="loss: from the float32 network of the same seed, with its 95 % interval",
+    )
     table.add_column("variant")
     for name in found[0]["wer"]:
         table.add_column(f"WER {name}, %", justify="right")
-    for column in ("worst SQNR, dB", "KiB", "end to end", "backbone"):
+    for column in ("loss, points", "worst SQNR, dB", "KiB", "end to end", "backbone"):
         table.add_column(column, justify="right")
     for row in found:
         table.add_row(
             row["variant"],
             *(f"{100 * w:.2f} ({100 * row['wer_spread'][k]:.2f})" for k, w in row["wer"].items()),
+            _loss(row),
             "" if row["least_sqnr_db"] is None else f"{row['least_sqnr_db']:.1f}",
             f"{row['model_bytes'] / 1024:.0f}",
             f"{row['end_to_end']:.2f}x",
@@ -239,20 +261,45 @@ def results_table(network: str, found: list[dict[str, Any]]) -> Table:
     return table
 
 
+def noise_table(network: str, found: list[dict[str, Any]]) -> Table:
+    """Signal to noise of every layer, mean over seeds."""
+    table = Table(title=f"{network}: SQNR of every convolution against float32, dB")
+    table.add_column("layer", justify="right")
+    quantised = [row for row in found if row["sqnr_db"]]
+    for row in quantised:
+        table.add_column(row["variant"], justify="right")
+    for layer, noise in enumerate(zip(*(row["sqnr_db"] for row in quantised), strict=True)):
+        table.add_row(str(layer), *(f"{value:.1f}" for value in noise))
+    return table
+
+
 def main(options: Study, console: Console) -> None:
     prepare_devices(1)
     if options.base.compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.base.compiled.absolute()))
-    found = {network: rows(by_name) for network, by_name in study(options, console).items()}
+    study(options, console)
+
+
+def report(options: Study, outcomes: dict[str, dict[str, list[Outcome]]], console: Console) -> None:
+    """Print and write what is known after a seed."""
+    found = {network: rows(by_name) for network, by_name in outcomes.items()}
     for network, table in found.items():
-        console.print(results_table(network, table))
+        console.print(results_table(network, table), noise_table(network, table))
     console.print(
         f"published (Wav2letter, ARMv7): {PAPER['end to end']}x end to end, "
         f"{PAPER['backbone']}x backbone, about {PAPER['WER loss, %']} % WER"
     )
-    (options.base.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(options.base.out / "study.json", found)
     plot_tradeoff(found, options.base.out / "tradeoff.png")
     console.print(f"wrote {options.base.out}/study.json and tradeoff.png")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file of plain values and outcomes, replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps(value, indent=1, default=dataclasses.asdict) + "\n")
+    whole.replace(path)
 
 
 def _one_seed(options: Study, network: Network, seed: int, console: Console) -> dict[str, Outcome]:
@@ -265,7 +312,10 @@ def _one_seed(options: Study, network: Network, seed: int, console: Console) -> 
         console.rule(f"{network}, seed {seed}: {name}")
         teacher = runs["float32"].model if name != "float32" else None
         runs[name] = run_variant(options.config(network, seed, name), teacher, console)
-        outcomes[name] = outcome(runs[name], sample)
+        kept = runs[name].config.out / "outcome.json"
+        if not kept.exists():
+            write_json(kept, outcome(runs[name], sample))
+        outcomes[name] = Outcome(**json.loads(kept.read_text()))
     longest = max(speech, key=lambda u: len(u.samples))
     ((_, one),) = test_batches([longest], task.framing, 1, task.corpus.rate)
     timed = time_variants(runs, one, repetitions=100 if options.full else 30)
@@ -275,36 +325,24 @@ def _one_seed(options: Study, network: Network, seed: int, console: Console) -> 
     }
 
 
+def _check_same(options: Study, network: Network, seed: int) -> None:
+    """Refuse outcomes of other options. Raises ValueError that names what differs."""
+    for name in VARIANTS:
+        config = options.config(network, seed, name)
+        found = checkpoint.latest(config.out / "checkpoints")
+        if found is not None:
+            found.check_config(config.record(), ignore=FREE)
+
+
+def _loss(row: dict[str, Any]) -> str:
+    """Of the last test set, in points."""
+    name = list(row["wer"])[-1]
+    return f"{100 * row['wer_loss'][name]:+.2f} ± {100 * row['wer_loss_interval'][name]:.2f}"
+
+
 def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -> float:
     pairs = zip(direct, outcomes, strict=True)
     return float(np.median([getattr(a, field) / getattr(b, field) for a, b in pairs]))
-
-
-def _end_to_end(model: AcousticModel, batch: Batch, run: Run) -> Callable:
-    framing = run.task.framing
-    graph, state = nnx.split(model)
-    call = jax.jit(lambda state, batch: nnx.merge(graph, state)(*features_of(batch, framing)))
-    jax.block_until_ready(call(state, batch))
-    return lambda: call(state, batch)
-
-
-def _backbone(model: AcousticModel, inputs: Sequence[jax.Array]) -> Callable:
-    chosen = [i for i, c in enumerate(model.convolutions()) if c.stride == 1 and c.taps > 1]
-    given = [inputs[i] for i in chosen]
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def call(state, given):
-        convolutions = nnx.merge(graph, state).convolutions()
-        zero = jnp.zeros((), jnp.int32)
-        out = []
-        for i, x in zip(chosen, given, strict=True):
-            frames = Frames(x, jnp.full(x.shape[:1], x.shape[1]), zero)
-            out.append(convolutions[i](frames).x)
-        return out
-
-    jax.block_until_ready(call(state, given))
-    return lambda: call(state, given)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from cmjax.primitives.conv_scales import ConvScales, calibrate, least_error_step
 from cmjax.primitives.packed_conv import prepack
 from cmjax.primitives.toom_cook import ALGORITHMS, supported
 from cmjax.primitives.winograd import winograd_conv1d
+from cmjax.report import terminal
 from cmjax.report.plots.figure import (
     BLUE,
     FAINT,
@@ -286,4 +287,4 @@ def run(study: Study, console: Console) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Study, description=__doc__), Console())
+    run(tyro.cli(Study, description=__doc__), terminal())

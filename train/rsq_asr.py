@@ -36,24 +36,26 @@ def main(config: Config, console: Console) -> None:
 
 def results_table(results: dict[str, dict[str, Result]]) -> Table:
     """Error rates by arithmetic and test set."""
-    table = Table(title="Error rates")
-    for column in ("arithmetic", "test set", "utterances"):
-        table.add_column(column)
-    for column in ("WER, %", "sub", "del", "ins", "exact, %", "real time factor"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title="Error rates",
+        caption="S/D/I: words substituted, deleted, inserted; exact: utterances without an error; "
+        "speed: seconds of speech per second",
+    )
+    for column in ("arithmetic", "test set"):
+        table.add_column(column, no_wrap=True)
+    for column in ("words", "WER, %", "S/D/I", "exact, %", "speed"):
+        table.add_column(column, justify="right", no_wrap=True)
     for precision, by_set in results.items():
         for name, result in by_set.items():
             words = result.words
             table.add_row(
                 precision,
                 name,
-                f"{words.utterances} ({words.length} words)",
+                str(words.length),
                 f"{100 * words.rate:.2f}",
-                str(words.substitutions),
-                str(words.deletions),
-                str(words.insertions),
+                f"{words.substitutions}/{words.deletions}/{words.insertions}",
                 f"{100 * words.exact:.2f}",
-                f"{result.compute_s / result.seconds:.4f}",
+                f"{result.seconds / result.compute_s:.0f}",
             )
     return table
 

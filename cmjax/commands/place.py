@@ -1,6 +1,7 @@
 """`cmjax place`: where experts live."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from cmjax.commands.evaluate_plan import evaluate_plans
 from cmjax.commands.output import bar, check_target, emit
 from cmjax.commands.place_problem import (
     join_loads,
+    parse_bytes,
     parse_ranks,
     parse_windows,
     same_model,
@@ -22,10 +24,12 @@ from cmjax.commands.place_problem import (
 )
 from cmjax.commands.plan_output import (
     check_outputs,
+    judged_score,
     nodes_for,
     numbered,
     plan_document,
     reach_of,
+    score_of,
     write_page,
 )
 from cmjax.cost.deployment import build_layer
@@ -33,6 +37,12 @@ from cmjax.cost.rows import row_time
 from cmjax.hardware import Supernode, load_machine
 from cmjax.placement.search import OnStep
 from cmjax.program.step import Step
+
+_EVALUATED = (
+    "loads", "ranks", "nodes", "on", "model", "tokens", "windows", "json", "plot", "html",
+    "evaluate", "domain", "first_layer",
+)  # fmt: skip
+"""Options that `--evaluate` heeds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,7 @@ class Place:
     nodes: int | None = None
     """Nodes the ranks are spread over (default: as few as hold them)."""
     method: str = "search"
-    """search, greedy, hierarchical, one-spare, contiguous or random."""
+    """search, gradient, greedy, hierarchical, one-spare, contiguous or random."""
     on: str = "cloudmatrix384"
     """Machine: a name of the catalog, or a .toml file."""
     model: str = "deepseek-r1"
@@ -59,7 +69,7 @@ class Place:
     windows: int = 1
     """Time windows to count token-level routes in."""
     seconds: float | None = None
-    """Time limit of the search; Ctrl-C ends it too, with the best so far."""
+    """Time limit of the search, besides compiling it; Ctrl-C ends it too, with the best so far."""
     seed: int = 0
     """Of the search."""
     json: str | None = None
@@ -93,9 +103,14 @@ class Place:
     memory_gib: float | None = None
     """Memory of a rank for all experts of these layers; redundant slots go where they save most."""
     start_from: Path | None = None
-    """The plan that is running (JSON), to be improved with at most `--moves`."""
+    """The plan that is running (JSON), to be improved within `--moves` or `--migration-budget`."""
     moves: int | None = None
     """Experts that may be sent to a rank that did not hold them, over all layers."""
+    migration_budget: str | None = None
+    """The same in bytes of the model's expert weights: 2GB, 512MiB."""
+    multicast: bool = False
+    """Price a dispatch kernel that sends a token to a rank once, whatever experts of its are there
+    (a token's experts taken as independent)."""
     weighted: bool = False
     """Let the copies of an expert take uneven shares of its tokens where that is faster."""
 
@@ -113,6 +128,7 @@ class Place:
     def run(self, console: Console) -> None:
         check_target(self.json, self.plot, self.html)
         if self.evaluate is not None:
+            self._refuse_planning()
             self._evaluate(console)
             return
         placed = self.solve(quiet=self.json == "-")
@@ -128,7 +144,7 @@ class Place:
             method=self.method,
             objective=self.objective,
             machine=machine.name,
-            evaluation={name: _judged_score(found) for name, found in placed.judged.items()},
+            evaluation={name: judged_score(found) for name, found in placed.judged.items()},
         )  # fmt: skip
         if self.html:
             nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
@@ -139,6 +155,19 @@ class Place:
                 reach=None if self.shared else reach_of(self.loads, self.domain, shown, nodes),
             )  # fmt: skip
         emit(console, self.json, document, report.comparison_table(placed.judged, self.objective))
+
+    def _refuse_planning(self) -> None:
+        """`--evaluate` makes no plan: options that say how to would be ignored."""
+        given = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in _EVALUATED and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise ValueError(
+                f"--evaluate judges an existing plan and would ignore "
+                f"--{given[0].replace('_', '-')}"
+            )
 
     def _evaluate(self, console: Console) -> None:
         """Judge the plans of a file; each on every workload chosen."""
@@ -171,7 +200,7 @@ class Place:
             )  # fmt: skip
         result = {
             "machine": machine.name,
-            "evaluation": {name: _score(score) for name, score in scores.items()},
+            "evaluation": {name: score_of(score) for name, score in scores.items()},
         }
         emit(console, self.json, result, report.placement_table(scores))
 
@@ -206,9 +235,12 @@ class Place:
         )  # fmt: skip
         assert train is not None
         seen = self._seen(routes)
-        time_s = row_time(layer, machine, tokens=self.tokens)
+        time_s = row_time(layer, machine, tokens=self.tokens, once_per_rank=self.multicast)
         problem = self._problem(train, time_s, machine, ranks)
-        methods = tuple(dict.fromkeys((*placement.BASELINES, self.method)))
+        running = None if self.start_from is None else self._running(problem)
+        moves = self._moves_allowed(machine, loads.experts, ranks)
+        others = (self.method,) if running is None else ()
+        methods = tuple(dict.fromkeys((*placement.BASELINES, *others)))
         judging = {
             "test": test, "routes": seen[1], "seed": self.seed,
             "step_assignments": self.step_tokens * len(problem.alive) * layer.copies,
@@ -219,10 +251,20 @@ class Place:
                 weighted=self.weighted, group_by=seen[0],
                 seconds=self.seconds, on_step=on_step, **judging,
             )  # fmt: skip
-            if self.start_from is not None:
-                bound_s = judged[self.method].bound_s
-                for name, plan in self._repaired(problem, time_s, on_step).items():
-                    judged[name] = placement.judge_plan(plan, problem, time_s, bound_s, **judging)
+            if running is not None:
+                begin = time.perf_counter()
+                plan = placement.repair(
+                    problem, running, time_s,
+                    moves=moves, seed=self.seed, seconds=self.seconds, on_step=on_step,
+                )  # fmt: skip
+                solve_s = time.perf_counter() - begin
+                bound_s = next(iter(judged.values())).bound_s
+                for name, found, spent in (
+                    ("running", running, 0.0), (self.method, plan, solve_s)
+                ):  # fmt: skip
+                    judged[name] = placement.judge_plan(
+                        found, problem, time_s, bound_s, solve_s=spent, **judging
+                    )
         return Placed(train, judged, self.method)
 
     def _check(self) -> int:
@@ -231,6 +273,10 @@ class Place:
             raise ValueError("--ranks is needed to place experts")
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise ValueError(f"seconds must be 0 or more, got {self.seconds}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(f"memory_gib must be positive, got {self.memory_gib}")
         if self.step_tokens < 0:
             raise ValueError(f"step_tokens must be 0 or more, got {self.step_tokens}")
         if not 0 <= self.shared <= self.redundant:
@@ -238,14 +284,21 @@ class Place:
                 f"shared experts live in redundant slots: shared must lie in 0 to "
                 f"{self.redundant}, got {self.shared}"
             )
-        if (self.start_from is None) != (self.moves is None):
-            raise ValueError("--start-from PLAN and --moves N go together")
+        budgets = [self.moves, self.migration_budget]
+        if self.start_from is None and budgets != [None, None]:
+            raise ValueError("--moves and --migration-budget need --start-from PLAN")
+        if self.start_from is not None and budgets.count(None) != 1:
+            raise ValueError(
+                "--start-from PLAN goes with one of --moves N and --migration-budget BYTES"
+            )
         if self.moves is not None and self.moves < 0:
             raise ValueError(f"moves must be 0 or more, got {self.moves}")
         if self.test is not None and self.test_windows is not None:
             raise ValueError("--test and --test-windows: give one of them")
-        if self.start_from is not None and self.method != "search":
-            raise ValueError("--start-from is improved by the method search only")
+        if self.start_from is not None and (self.method != "search" or self.weighted):
+            raise ValueError(
+                "--start-from is improved by the method search only, and not --weighted"
+            )
         return self.ranks
 
     def _split(self, loads) -> tuple[placement.Loads, placement.Loads | None]:
@@ -299,21 +352,31 @@ class Place:
         )  # fmt: skip
         if self.memory_gib is None:
             return problem
-        small, large = (
-            weight_bytes(self._layer(machine, loads.experts - self.shared, ranks, redundant))
-            for redundant in (self.redundant, self.redundant + ranks)
-        )
-        slots = int(self.memory_gib * 2**30 / (large - small))
+        slots = int(
+            self.memory_gib * 2**30
+            / self._expert_bytes(machine, loads.experts - self.shared, ranks)
+        )  # fmt: skip
         return placement.choose_slots(problem, time_s, slots)
 
-    def _repaired(self, problem, time_s, on_step) -> dict[str, placement.Plan]:
-        """The running plan, and the better one within the moves in place of a free one."""
+    def _running(self, problem) -> placement.Plan:
+        """The plan that is running, with the layers of the loads."""
         read = placement.read_plan(str(self.start_from), ranks=self.ranks, nodes=self.nodes)
-        current, _ = placement.align(read, problem.loads)
-        plan = placement.repair(
-            problem, current, time_s, moves=int(self.moves or 0), seed=self.seed, on_step=on_step
+        return placement.align(read, problem.loads)[0]
+
+    def _moves_allowed(self, machine, experts, ranks) -> int:
+        """`--moves`, or as many experts as `--migration-budget` holds."""
+        if self.migration_budget is None:
+            return self.moves or 0
+        return int(parse_bytes(self.migration_budget, "--migration-budget")
+                   // self._expert_bytes(machine, experts, ranks))  # fmt: skip
+
+    def _expert_bytes(self, machine, experts, ranks) -> float:
+        """Weights of one expert of one layer: what a slot more adds to a rank."""
+        small, large = (
+            weight_bytes(self._layer(machine, experts, ranks, redundant))
+            for redundant in (self.redundant, self.redundant + ranks)
         )
-        return {"running": current, self.method: plan}
+        return large - small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,34 +422,3 @@ def _progress(quiet: bool) -> Iterator[OnStep]:
             progress.update(task, total=total, completed=done, description=f"{best_s * 1e3:.3f} ms")
 
         yield on_step
-
-
-def _score(found: placement.Evaluation) -> dict[str, float]:
-    return {
-        "mean_par": found.mean_par,
-        "worst_par": found.worst_par,
-        "balancedness": found.balancedness,
-        "time_ms": found.mean_time_s * 1e3,
-        "gap_to_bound": found.gap,
-    }
-
-
-def _judged_score(found: placement.Judged) -> dict[str, float]:
-    score = _score(found.made_for) | {
-        "objective_ms": found.objective_s * 1e3,
-        "objective_gap_to_bound": found.gap,
-        "solve_s": found.solve_s,
-    }
-    if found.served is not None:
-        score |= {
-            "test_time_ms": found.served.mean_time_s * 1e3,
-            "test_mean_par": found.served.mean_par,
-        }
-    if found.step_par is not None:
-        score["step_par"] = float(found.step_par.mean())
-    if found.reach is not None:
-        score |= {
-            "ranks_per_token": float(found.reach.ranks.mean()),
-            "nodes_per_token": float(found.reach.nodes.mean()),
-        }
-    return score

@@ -33,6 +33,18 @@ def parse_ranks(text: str, option: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def parse_bytes(text: str, option: str) -> float:
+    """Bytes such as `2GB` (10**9), `512MiB` (2**20), `1.5e9`.
+
+    Raises: ValueError of one line that starts with `option`.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?|\.\d+)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
+    if found is None:
+        raise ValueError(f"{option}: expected bytes such as 2GB or 512MiB, got {text!r}")
+    number, prefix, binary = found.groups()
+    return float(number) * (1024.0 if binary else 1000.0) ** (" kmgt".index(prefix or " "))
+
+
 def same_model(loads: placement.Loads, other: placement.Loads) -> None:
     """Raise ValueError unless both count the same layers and experts."""
     if other.counts.shape[1:] != loads.counts.shape[1:]:

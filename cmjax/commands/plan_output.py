@@ -136,6 +136,39 @@ def reach_of(
     }
 
 
+def score_of(found: placement.Evaluation) -> dict[str, float]:
+    """An evaluation as numbers of a JSON file."""
+    return {
+        "mean_par": found.mean_par,
+        "worst_par": found.worst_par,
+        "balancedness": found.balancedness,
+        "time_ms": found.mean_time_s * 1e3,
+        "gap_to_bound": found.gap,
+    }
+
+
+def judged_score(found: placement.Judged) -> dict[str, float]:
+    """A judged plan as numbers of a JSON file."""
+    score = score_of(found.made_for) | {
+        "objective_ms": found.objective_s * 1e3,
+        "objective_gap_to_bound": found.gap,
+        "solve_s": found.solve_s,
+    }
+    if found.served is not None:
+        score |= {
+            "test_time_ms": found.served.mean_time_s * 1e3,
+            "test_mean_par": found.served.mean_par,
+        }
+    if found.step_par is not None:
+        score["step_par"] = float(found.step_par.mean())
+    if found.reach is not None:
+        score |= {
+            "ranks_per_token": float(found.reach.ranks.mean()),
+            "nodes_per_token": float(found.reach.nodes.mean()),
+        }
+    return score
+
+
 def _once_per_rank(plan, loads, console):
     """The plan with no expert twice on a rank; says what that costs."""
     found = placement.once_per_rank(plan, loads)

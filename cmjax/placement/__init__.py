@@ -11,11 +11,12 @@ from cmjax.placement.contiguous import contiguous
 from cmjax.placement.evaluate import Evaluation, evaluate
 from cmjax.placement.example import example_family, example_loads
 from cmjax.placement.formats import PLAN_FORMATS, plan_text, read_plan, read_plans, write_plan
+from cmjax.placement.gradient import GradientConfig, gradient, relax_and_round
 from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
 from cmjax.placement.judge import align, judge
 from cmjax.placement.loads import Loads
 from cmjax.placement.migration import Move, match, moves, wire_s
-from cmjax.placement.multicast import Reach, group_ranks, reach
+from cmjax.placement.multicast import Reach, expected_reach, group_ranks, reach
 from cmjax.placement.once_per_rank import once_per_rank
 from cmjax.placement.one_spare import one_spare
 from cmjax.placement.place import METHODS, check_method, place, register_method
@@ -39,6 +40,7 @@ __all__ = [
     "METHODS",
     "PLAN_FORMATS",
     "Evaluation",
+    "GradientConfig",
     "Judged",
     "LayerTime",
     "Loads",
@@ -62,6 +64,8 @@ __all__ = [
     "evaluate",
     "example_family",
     "example_loads",
+    "expected_reach",
+    "gradient",
     "greedy",
     "greedy_global",
     "greedy_hierarchical",
@@ -87,6 +91,7 @@ __all__ = [
     "read_plans",
     "read_routes",
     "register_method",
+    "relax_and_round",
     "repair",
     "search",
     "shuffled",

@@ -1,7 +1,8 @@
 """Which layers get redundant slots, when memory does not allow the same for all.
 
-A slot per rank more in layer l lowers its predicted time (greedy on the load that covers all
-windows, priced) from f[l, s] to f[l, s + 1]. Slots go where they save most:
+A slot per rank more in layer l lowers its predicted time (copies that cover all windows, packed for
+all windows at once, priced) from f[l, s] to f[l, s + 1]. Slots are whole, so the gradient is the
+difference; slots go down the steepest:
 
     min sum over layers of f[l, s[l]]      sum over layers of s[l] <= total
 
@@ -14,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from cmjax.placement.greedy import greedy_on
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
+from cmjax.placement.search import covering
 
 
 def choose_slots(problem: Problem, layer_time_s: LayerTime, total: int) -> Problem:
@@ -59,9 +60,7 @@ def _predicted_s(problem, layer_time_s, size) -> Float[np.ndarray, "layers"]:
     part = Problem(
         problem.loads, alive, size * alive - problem.experts, objective=problem.objective
     )
-    counts = problem.loads.counts
-    covering = (counts / counts.sum(-1, keepdims=True)).max(0)
-    tokens = greedy_on(part, covering).tokens_per_rank(counts)
+    tokens = part.plan(covering(part)[0]).tokens_per_rank(problem.loads.counts)
     return problem.objective(price_s(layer_time_s, tokens))
 
 

@@ -4,7 +4,8 @@ A token that chose the experts E, each served by one copy drawn by its share, re
 
     P[n] = 1 - product over e in E of (1 - share[e, n]),
 
-so it reaches sum over n of P[n] nodes, mean over tokens; likewise for ranks. Which ranks form a
+so it reaches sum over n of P[n] nodes, mean over tokens; likewise for ranks. Where only counts are
+known, `expected_reach` takes the experts of a token as chosen independently. Which ranks form a
 node is free where all ranks cost the same: `group_ranks` exchanges whole ranks between nodes, which
 leaves the balance as it is.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
+from cmjax.placement.loads import Loads
 from cmjax.placement.plan import EMPTY, Plan
 from cmjax.placement.routes import Routes
 
@@ -60,6 +62,26 @@ def reach(plan: Plan, routes: Routes) -> Reach:
                     never *= missed[layer, choice]
                 total[layer] += (1 - never).sum()
     return Reach(ranks / len(ids), nodes / len(ids))
+
+
+def expected_reach(plan: Plan, loads: Loads, top_k: int) -> Reach:
+    """Ranks and nodes that tokens go to if their `top_k` experts are independent draws.
+
+    Each draw falls on a place with its share p of the layer's tokens, so a token reaches the sum
+    over places of 1 - (1 - p)**top_k; mean over windows. Real tokens choose some experts together
+    and reach fewer places where these meet.
+
+    Raises: ValueError if plan and loads differ in layers or experts, or for top_k below 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"expected_reach: top_k must be at least 1, got {top_k}")
+    tokens = plan.tokens_per_rank(loads.counts)
+    by_node = tokens.reshape(*tokens.shape[:-1], plan.nodes, -1).sum(-1)
+    ranks, nodes = (
+        (1 - (1 - part / part.sum(-1, keepdims=True)) ** top_k).sum(-1).mean(0)
+        for part in (tokens, by_node)
+    )
+    return Reach(ranks, nodes)
 
 
 def group_ranks(plan: Plan, routes: Routes) -> Plan:

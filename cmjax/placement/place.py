@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cmjax.placement.contiguous import contiguous
+from cmjax.placement.gradient import gradient
 from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
 from cmjax.placement.one_spare import one_spare
 from cmjax.placement.pricing import LayerTime
@@ -61,8 +62,8 @@ def place(
     Args:
       problem: loads, ranks, slots and objective. Dead ranks and layers with fewer slots are taken
         out of it first, so that no method has to know of them.
-      method: a name in `METHODS`: search, greedy, hierarchical, one-spare, contiguous, random, or
-        one registered by the caller.
+      method: a name in `METHODS`: search, gradient, greedy, hierarchical, one-spare, contiguous,
+        random, or one registered by the caller.
       layer_time_s: priced time of the layer, `[..., ranks]` tokens to `[...]` seconds.
       seed: for methods that draw at random.
       seconds: wall-clock limit for methods that search.
@@ -100,6 +101,7 @@ def check_method(method: str) -> None:
 
 
 register_method("search")(search)
+register_method("gradient")(gradient)
 
 
 @register_method("random")

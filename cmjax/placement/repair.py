@@ -2,8 +2,11 @@
 
 An expert that a rank did not hold before has to be sent to it: one move. The search goes from the
 running plan by small steps; every layer's steps give moves against objective, and the budget goes
-where a move saves most, along the convex hull of these points.
+where a move saves most, along the convex hull of these points. Layers that do not move keep the
+running plan's shares per copy; what is returned is never worse than the running plan.
 """
+
+import time
 
 import numpy as np
 from jaxtyping import Int
@@ -26,12 +29,14 @@ def repair(
     *,
     moves: int,
     seed: int = 0,
+    seconds: float | None = None,
     on_step: OnStep | None = None,
 ) -> Plan:
     """Improve `current` with at most `moves` experts sent to ranks that did not hold them.
 
     Experts that only lived on ranks which are now dead, or that an earlier plan did not have, are
-    placed first; those moves have to be made and count too.
+    placed first; those moves have to be made and count too. A layer without moves keeps its shares
+    per copy; one that moves has even shares, and is compared with the running plan as it is split.
 
     Args:
       problem: where to place, with all its constraints.
@@ -39,7 +44,10 @@ def repair(
       layer_time_s: the priced layer.
       moves: the budget, over all layers.
       seed: of the search.
+      seconds: wall-clock limit: no step is begun that would end later, but for the first, which
+        compiles.
       on_step: as in `search`.
+    Returns: the plan; on Ctrl-C what the steps so far allow.
     Raises: ValueError if plan and problem differ in layers, experts or ranks, or the moves that
       have to be made exceed the budget.
     """
@@ -50,21 +58,35 @@ def repair(
             f"repair: the plan has {found[0]} layers of {found[1]} experts on {found[2]} ranks, "
             f"expected {expected[0]} of {expected[1]} on {expected[2]}"
         )
+    deadline = np.inf if seconds is None else time.monotonic() + seconds
     parts = problem.dense()
     old = [_fit(current, rows, part, problem.alive) for rows, part in parts]
-    trails = []
-    for index, ((_, part), held) in enumerate(zip(parts, old, strict=True)):
-        plans = [_with_all(part, held)]
-        for step, plan in enumerate(_trail(part, plans[0], seed), 1):
-            plans.append(plan)
-            if on_step is not None:
-                on_step(index * _STEPS + step, len(parts) * _STEPS, 0.0)
-        trails.append(np.stack(plans))
-    chosen = _spend(parts, old, trails, layer_time_s, moves)
-    plans = [
-        part.plan(trail[pick, np.arange(part.layers)])
-        for (_, part), trail, pick in zip(parts, trails, chosen, strict=True)
-    ]
+    first = [_with_all(part, held) for (_, part), held in zip(parts, old, strict=True)]
+    trails = [[plan] for plan in first]
+    try:
+        for index, ((_, part), trail) in enumerate(zip(parts, trails, strict=True)):
+            step, slowest, begin = 0, 0.0, time.monotonic()
+            for step, plan in enumerate(_trail(part, first[index], seed), 1):
+                trail.append(plan)
+                now = time.monotonic()
+                slowest = max(slowest, now - begin) if step > 1 else 0.0  # the first compiles
+                begin = now
+                if on_step is not None:
+                    on_step(index * _STEPS + step, len(parts) * _STEPS, 0.0)
+                if now + slowest > deadline:
+                    break
+    except KeyboardInterrupt:
+        pass
+    shares = [_kept_shares(current, rows, problem.alive, plan) for (rows, _), plan in zip(
+        parts, first, strict=True)]  # fmt: skip
+    trails = [np.stack(trail) for trail in trails]
+    chosen = _spend(parts, old, trails, shares, layer_time_s, moves)
+    plans = []
+    for (_, part), trail, share, pick in zip(parts, trails, shares, chosen, strict=True):
+        plan = part.plan(trail[pick, np.arange(part.layers)])
+        if share is not None:
+            plan = part.plan(plan.experts, np.where((pick == 0)[:, None], share, plan.share))
+        plans.append(plan)
     return problem.assemble(plans)
 
 
@@ -94,6 +116,30 @@ def _fit(current, rows, part, alive) -> Int[np.ndarray, "layers ranks size"]:
     held = np.take_along_axis(held, order, axis=-1)[..., : part.slots_per_rank]
     room = part.slots_per_rank - held.shape[-1]
     return np.pad(held, ((0, 0), (0, 0), (0, room)), constant_values=EMPTY)
+
+
+def _kept_shares(current, rows, alive, plan):
+    """Shares per slot of `plan`, [layers, slots]: the running plan's in layers that it fills alike,
+    even ones elsewhere; None where the running plan has none."""
+    if current.split is None:
+        return None
+    shape = (current.layers, current.ranks, -1)
+    held, split = (
+        table.reshape(shape)[np.ix_(rows, alive)] for table in (current.experts, current.split)
+    )
+    order = np.argsort(held == EMPTY, axis=-1, kind="stable")  # as `_fit` orders them
+    held, split = (np.take_along_axis(table, order, axis=-1) for table in (held, split))
+    size = plan.shape[1] // len(alive)
+    room = ((0, 0), (0, 0), (0, max(0, size - held.shape[-1])))
+    held = np.pad(held[..., :size], room, constant_values=EMPTY).reshape(plan.shape)
+    split = np.pad(split[..., :size], room).reshape(plan.shape)
+    even = Plan(plan, current.expert_count, len(alive)).share
+    sums = np.stack([
+        np.bincount(row + 1, share, current.expert_count + 1)[1:]
+        for row, share in zip(plan, split, strict=True)
+    ])  # fmt: skip
+    whole = (held == plan).all(-1) & (np.abs(sums - 1) < 1e-6).all(-1)
+    return np.where(whole[:, None], split, even)
 
 
 def _with_all(part, held) -> Int[np.ndarray, "layers slots"]:
@@ -137,14 +183,14 @@ def _trail(part, plan, seed):
         yield np.where(found == part.experts, EMPTY, found)
 
 
-def _spend(parts, old, trails, layer_time_s, budget):
+def _spend(parts, old, trails, shares, layer_time_s, budget):
     """Index into the trail for every layer of every part."""
     segments, picks, spent = [], [], 0
     for number, ((_, part), held, trail) in enumerate(zip(parts, old, trails, strict=True)):
+        plans = [part.plan(trail[0], shares[number]), *map(part.plan, trail[1:])]
         cost = np.stack([
-            part.objective(price_s(
-                layer_time_s, part.plan(plan).tokens_per_rank(part.loads.counts)
-            )) for plan in trail
+            part.objective(price_s(layer_time_s, plan.tokens_per_rank(part.loads.counts)))
+            for plan in plans
         ])  # fmt: skip
         moved = _moves(trail.reshape(len(trail), *held.shape), held[None], part.experts)
         spent += int(moved[0].sum())
@@ -153,7 +199,7 @@ def _spend(parts, old, trails, layer_time_s, budget):
             at = 0
             while True:
                 more, gain = moved[:, layer] - moved[at, layer], cost[at, layer] - cost[:, layer]
-                ahead = np.flatnonzero((more > 0) & (gain > 0))
+                ahead = np.flatnonzero((more > 0) & (gain > 1e-12 * cost[at, layer]))
                 if not len(ahead):
                     break
                 best = ahead[(gain[ahead] / more[ahead]).argmax()]

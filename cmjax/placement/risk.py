@@ -68,20 +68,20 @@ class Risk:
             return windows - math.ceil(self.level * windows - 1e-9) + (self.level > 0)
         return math.ceil(round((1 - self.level) * windows, 9))
 
+    def weights(self, windows: int) -> Float[np.ndarray, "windows"]:
+        """Weight of the slowest window, of the second slowest, and so on; they sum to 1."""
+        place = np.arange(windows)
+        if self.kind == "mean":
+            return np.full(windows, 1 / windows)
+        if self.kind in ("worst", "quantile"):
+            return (place == min(self.tail(windows), windows) - 1).astype(float)
+        share = max((1 - self.level) * windows, 1.0)
+        return np.clip(share - place, 0, 1) / share  # the last window of the tail counts in part
+
     def __call__(self, values: Float[np.ndarray, "windows *rest"]) -> Float[np.ndarray, "*rest"]:
         """The measure over the first axis."""
-        values = np.asarray(values, np.float64)
-        count = len(values)
-        if self.kind == "mean":
-            return values.mean(0)
-        slowest = -np.sort(-values, axis=0)[: min(self.tail(count), count)]
-        if self.kind in ("worst", "quantile"):
-            return slowest[-1]
-        share = max((1 - self.level) * count, 1e-12)  # the last window of the tail counts in part
-        weights = np.clip(share - np.arange(len(slowest)), 0, 1) / share
-        if share < 1:
-            weights = np.eye(len(slowest))[0]
-        return np.tensordot(weights, slowest, 1)
+        slowest_first = -np.sort(-np.asarray(values, np.float64), axis=0)
+        return np.tensordot(self.weights(len(slowest_first)), slowest_first, 1)
 
 
 MEAN = Risk()

@@ -4,26 +4,34 @@ The plan of every layer is the best found, by exact price and objective, among t
 (`local_search.py`) went through and the rules it is compared with, so in the windows it was made
 for it is never worse than any of these on any layer.
 
-Starting plans are greedy replicate-and-pack on the objective's load (each expert's share of a
-window, reduced over windows as the objective reduces time) and on the largest load of any window,
-whose copies cover all windows, and the latter's copies in random slots.
+Starting plans are copies that cover the largest load of any window, packed for all windows at once
+(`rounding`), greedy replicate-and-pack on the objective's load (each expert's share of a window,
+reduced over windows as the objective reduces time), and the covering copies in random slots.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from cmjax.placement.contiguous import contiguous
-from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical, greedy_on
+from cmjax.placement.greedy import (
+    greedy,
+    greedy_global,
+    greedy_hierarchical,
+    greedy_on,
+    replicate,
+)
 from cmjax.placement.local_search import improve, start_state
 from cmjax.placement.one_spare import one_spare
-from cmjax.placement.plan import EMPTY
+from cmjax.placement.plan import EMPTY, count_copies
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Plan, Problem
+from cmjax.placement.rounding import round_places
 
 OnStep = Callable[[int, int, float], None]
 
@@ -35,10 +43,10 @@ class SearchConfig:
     """How long the search runs.
 
     Attributes:
-      starts: starting plans per layer: greedy on the objective's load, greedy on the largest load
-        if that is another plan, and from then on the latter's copies in random slots. None is 3,
-        and up to 12 for problems so small that more cost little.
-      chunks: looks at the clock and at the plans; the penalty's θ rises from one to the next.
+      starts: starting plans per layer: covering copies, with several windows greedy on the
+        objective's load, and from then on covering copies in random slots. None is 3, and up to 12
+        for problems so small that more cost little.
+      chunks: looks at the plans; the penalty's θ rises from one to the next.
       rounds: rounds per chunk; a round is one change of copies and some swaps.
       swaps_per_slot: swaps of a round are this times the slots of a layer over all rounds.
       candidates: slots that each step compares with the hot rank's.
@@ -77,7 +85,8 @@ def search(
       layer_time_s: the priced layer, see `pricing`.
       seed: of the starting plans and the moves. The same seed gives the same plan, unless `seconds`
         cut the run short.
-      seconds: wall-clock limit, compilation included; a chunk is finished once begun.
+      seconds: wall-clock limit. The first round, of the order of 1 / (chunks · rounds) of the whole
+        and its compilation, is always made; no other is begun that would end too late.
       on_step: called as `on_step(done, total, best)`; `best` is the objective so far, in seconds.
       config: see `SearchConfig`.
       start: one more plan to start from, before the others.
@@ -86,24 +95,52 @@ def search(
     config = config or SearchConfig()
     deadline = np.inf if seconds is None else time.monotonic() + seconds
     best = Incumbent(problem, layer_time_s)
-    for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
-        best.consider(rule(problem).experts[None])
+    consider_rules(best)
+    if start is not None:
+        best.consider(start.experts[None])
     try:
         count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 3, 12))
         plans = _starts(problem, start, count, np.random.default_rng(seed))
         best.consider(plans)
-        if problem.ranks > 1:
-            for chunk, found in enumerate(_chunks(problem, plans, seed, config), 1):
-                best.consider(found)
-                if on_step is not None:
-                    on_step(chunk, config.chunks, best.objective_s)
-                if time.monotonic() >= deadline:
-                    break
-        if on_step is not None:
-            on_step(config.chunks, config.chunks, best.objective_s)
+        improve_plans(best, plans, seed=seed, deadline=deadline, on_step=on_step, config=config)
     except KeyboardInterrupt:
         pass
     return problem.plan(best.experts)
+
+
+def improve_plans(
+    best: "Incumbent",
+    plans: Int[np.ndarray, "plans layers slots"],
+    *,
+    seed: int = 0,
+    deadline: float = np.inf,
+    on_step: OnStep | None = None,
+    config: SearchConfig,
+) -> None:
+    """Exact local search from given plans; what is better than `best` goes there.
+
+    Args:
+      best: holds the problem and its price.
+      plans: where to start from.
+      seed: of the moves.
+      deadline: a time of `time.monotonic`. A round is begun only if it would end before, going by
+        the slowest one so far; the first, which compiles, in any case.
+      on_step: called as `on_step(done, total, best)` after each chunk.
+      config: its `starts` does not count here.
+    """
+    if best.problem.ranks > 1:
+        for chunk, found in enumerate(_chunks(best.problem, plans, seed, deadline, config), 1):
+            best.consider(found)
+            if on_step is not None:
+                on_step(chunk, config.chunks, best.objective_s)
+    if on_step is not None:
+        on_step(config.chunks, config.chunks, best.objective_s)
+
+
+def consider_rules(best: "Incumbent") -> None:
+    """Put the rules that a search is compared with into the contest."""
+    for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
+        best.consider(rule(best.problem).experts[None])
 
 
 class Incumbent:
@@ -116,13 +153,13 @@ class Incumbent:
     def __init__(self, problem: Problem, layer_time_s: LayerTime):
         self.experts = np.full((problem.layers, problem.slots), EMPTY, np.int32)
         self._score = np.full((2, problem.layers), np.inf)
-        self._problem, self._layer_time_s = problem, layer_time_s
+        self.problem, self._layer_time_s = problem, layer_time_s
 
     def consider(self, plans: Int[np.ndarray, "plans layers slots"]) -> None:
         """Keep, layer by layer, what is better than the best so far."""
-        counts, objective = self._problem.loads.counts, self._problem.objective
+        counts, objective = self.problem.loads.counts, self.problem.objective
         for experts in plans:
-            tokens = self._problem.plan(experts).tokens_per_rank(counts)
+            tokens = self.problem.plan(experts).tokens_per_rank(counts)
             score = np.stack([
                 objective(price_s(self._layer_time_s, tokens)),
                 objective(tokens.max(-1) / tokens.mean(-1)),
@@ -149,15 +186,23 @@ def relative_loads(problem: Problem) -> np.ndarray:
     return counts / counts.sum(-1, keepdims=True) * problem.ranks
 
 
+def covering(problem: Problem) -> Int[np.ndarray, "plans layers slots"]:
+    """One plan: copies that cover the largest load of any window, packed for all windows."""
+    loads = relative_loads(problem)
+    copied = replicate(loads.max(0), problem.slots, problem.ranks)
+    copies = count_copies(copied, problem.experts)
+    return round_places(copies, loads.transpose(1, 0, 2), problem.ranks)[None]
+
+
 def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]:
     loads = relative_loads(problem)
-    covering = greedy_on(problem, loads.max(0)).experts
+    packed = covering(problem)[0]
     own = greedy_on(problem, problem.objective(loads)).experts
-    plans = [covering] if np.array_equal(own, covering) else [own, covering]
+    plans = [packed] if len(loads) == 1 else [packed, own]
     if start is not None:
         plans.insert(0, start.experts)
     while len(plans) < count:
-        plans.append(rng.permuted(covering, axis=1))
+        plans.append(rng.permuted(packed, axis=1))
     return np.stack(plans[:count])
 
 
@@ -171,8 +216,8 @@ def search_inputs(problem: Problem, plans: Int[np.ndarray, "plans layers slots"]
     return jnp.asarray(np.tile(loads, (count, 1, 1))), jnp.asarray(held, jnp.int32)
 
 
-def _chunks(problem, plans, seed, config):
-    """Plans [plans, layers, slots] after each chunk of the search."""
+def _chunks(problem, plans, seed, deadline, config):
+    """Plans [plans, layers, slots] after each chunk of the search, until the deadline."""
     rng = np.random.default_rng([seed, 1])
     count, layers, slots = plans.shape
     windows, ranks, experts = len(problem.loads.counts), problem.ranks, problem.experts
@@ -180,17 +225,28 @@ def _chunks(problem, plans, seed, config):
     state = start_state(held, loads)
     swaps = int(np.ceil(config.swaps_per_slot * slots / (config.chunks * config.rounds)))
     objective = problem.objective
+    begin, slowest = time.monotonic(), -np.inf  # of a round; the first compiles and does not count
     for theta in np.linspace(config.theta[0], config.theta[1], config.chunks):
-        shape = (config.rounds, swaps + 1)
-        state = improve(
-            state,
-            loads,
-            jnp.full(config.rounds, theta, jnp.float32),
-            jnp.asarray(rng.integers(0, slots, (*shape, config.candidates)), jnp.int32),
-            jnp.asarray(rng.exponential(size=(*shape, windows, ranks)) + 1e-9, jnp.float32),
-            swaps=swaps,
-            tail=objective.tail(windows),
-            ignore_slower=objective.kind == "quantile",
-        )
+        shape = (config.rounds, 1, swaps + 1)
+        tried = rng.integers(0, slots, (*shape, config.candidates))
+        chance = rng.exponential(size=(*shape, windows, ranks)) + 1e-9
+        for round_tried, round_chance in zip(tried, chance, strict=True):
+            state = jax.block_until_ready(improve(
+                state,
+                loads,
+                jnp.full(1, theta, jnp.float32),
+                jnp.asarray(round_tried, jnp.int32),
+                jnp.asarray(round_chance, jnp.float32),
+                swaps=swaps,
+                tail=objective.tail(windows),
+                ignore_slower=objective.kind == "quantile",
+            ))  # fmt: skip
+            now = time.monotonic()
+            slowest = max(slowest, now - begin) if np.isfinite(slowest) else 0.0
+            begin = now
+            if now + slowest > deadline:
+                break
         found = np.asarray(state.experts).reshape(count, layers, slots)
         yield np.where(found == experts, EMPTY, found)
+        if time.monotonic() + slowest > deadline:
+            return

@@ -31,7 +31,7 @@ from cmjax.primitives.conv_geometry import (
     fold_input,
     folding,
 )
-from cmjax.primitives.conv_tiles import transform_filter, windows
+from cmjax.primitives.conv_tiles import mix_points, transform_filter, windows
 from cmjax.primitives.define import count_where
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, filter_limit, largest_input_limit
 from cmjax.primitives.rsq import check_steps, rounded
@@ -213,9 +213,24 @@ def transformed_filter(
     w: Float[Array, "taps cin cout"], algorithm: str
 ) -> Float32[Array, "points depth cout"]:
     """G w in float32, rounded alike in whatever program it stands."""
+    return _transformed_filter(w.astype(jnp.float32), algorithm)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _transformed_filter(w, algorithm):
     form = ALGORITHMS[algorithm]
-    points = transform_filter(w.astype(jnp.float32), form, lambda c, v: rounded(as_float32(c) * v))
-    return jnp.stack(points)
+    return jnp.stack(transform_filter(w, form, lambda c, v: rounded(as_float32(c) * v)))
+
+
+@_transformed_filter.defjvp
+def _transformed_filter_jvp(algorithm, primals, tangents):
+    """The transform is linear, so its derivative is itself, here in one product."""
+    (w,), (dw,), form = primals, tangents, ALGORITHMS[algorithm]
+    blocks = form.tap_blocks(w.shape[0])
+    padded = jnp.pad(dw, ((0, blocks * form.r - w.shape[0]), (0, 0), (0, 0)))
+    taps = jnp.moveaxis(padded.reshape(blocks, form.r, *w.shape[1:]), 1, 0)
+    tangent = mix_points(form.g, taps).reshape(form.n, -1, w.shape[2])
+    return _transformed_filter(w, algorithm), tangent
 
 
 def least_error_step(

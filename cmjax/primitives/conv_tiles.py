@@ -8,10 +8,11 @@ block `j` of the taps meets the transformed window of tile `t + j` (dilation d, 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from cmjax.primitives.straight_line import Multiply, StraightLine
+from cmjax.primitives.straight_line import Matrix, Multiply, StraightLine, as_float32
 from cmjax.primitives.toom_cook import Algorithm
 
 
@@ -79,6 +80,15 @@ def transform_filter(
     w = w.reshape(blocks, algorithm.r, cin, cout)
     points = algorithm.g_program.apply([w[:, j] for j in range(algorithm.r)], multiply)
     return [point.reshape(blocks * cin, cout) for point in points]
+
+
+def mix_points(matrix: Matrix, values: Float[Array, "columns *rest"]) -> Float[Array, "rows *rest"]:
+    """A transform as one product with its matrix: for derivatives, which keep no order of sums.
+
+    Straight-line code and its derivative are hundreds of small operations; this is one.
+    """
+    coefficients = np.array([[as_float32(c) for c in row] for row in matrix])
+    return jnp.einsum("rc,c...->r...", coefficients, values, precision=lax.Precision.HIGHEST)
 
 
 def transform_instructions(program: StraightLine) -> float:

@@ -18,9 +18,10 @@ from jax.interpreters import ad, batching, mlir
 
 from cmjax.native import status
 
-__all__ = ["Primitive", "Zero", "count_where", "define", "straight_through"]
+__all__ = ["Primitive", "Zero", "count_where", "define", "reference_of", "straight_through"]
 
 Zero = ad.Zero  # a tangent known to be zero; derivative rules test `type(t) is Zero`
+_REFERENCES: dict[Primitive, Callable] = {}
 
 
 def count_where(bad: Callable[[Any], Any], x: Any) -> int:
@@ -32,6 +33,11 @@ def count_where(bad: Callable[[Any], Any], x: Any) -> int:
         return 0
     with jax.ensure_compile_time_eval():
         return int(jnp.sum(bad(jnp.asarray(x)), dtype=jnp.int32))
+
+
+def reference_of(p: Primitive) -> Callable | None:
+    """The reference that `p` was defined with; `None` for a primitive of JAX's own."""
+    return _REFERENCES.get(p)
 
 
 def define(
@@ -65,6 +71,7 @@ def define(
     """
     p = Primitive(name)
     p.multiple_results = multiple_results
+    _REFERENCES[p] = reference
 
     def abstract(*avals, **params):
         if check is not None:

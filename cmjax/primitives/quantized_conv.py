@@ -26,6 +26,7 @@ from cmjax.primitives import conv_kernel
 from cmjax.primitives.conv_tiles import (
     interleave,
     meet_blocks,
+    mix_points,
     output_length,
     transform_instructions,
     windows,
@@ -263,12 +264,12 @@ def _surrogate(x, u, input_step, point_step, filter_step, bias, **params):
     if input_step.ndim:
         x = x * (unit / input_step)
     columns, tiles = windows(x, form, **_where(params))
-    products = []
-    for p, point in enumerate(form.bt_program.apply(columns)):
-        v = rsq_quantize(point, unit * point_step[p], limit=params["operand_limit"])
-        seen = meet_blocks(v, tiles, blocks=blocks, dilation=params["dilation"])
-        products.append(jnp.einsum("btk,ko->bto", seen, u[p]))
-    return interleave(form.at_program.apply(products), _length(x, params)) + bias
+    points = mix_points(form.bt, jnp.stack(columns))
+    step = (unit * point_step)[:, None, None, None]
+    v = rsq_quantize(points, step, limit=params["operand_limit"])
+    meet = functools.partial(meet_blocks, tiles=tiles, blocks=blocks, dilation=params["dilation"])
+    products = jnp.einsum("pbtk,pko->pbto", jax.vmap(meet)(v), u)
+    return interleave(list(mix_points(form.at, products)), _length(x, params)) + bias
 
 
 def _jvp(p, primals, tangents, **params):

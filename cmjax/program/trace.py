@@ -27,7 +27,7 @@ from cmjax.program.rules import (
 from cmjax.program.size import Size
 from cmjax.program.work import Operand, Work
 
-_INLINED = {
+INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -41,6 +41,8 @@ _INLINED = {
     "shard_map": "jaxpr",
     "custom_lin": "jaxpr",
 }
+"""Primitives that call a jaxpr, and the parameter that holds it."""
+
 _INDEXED = {"gather", "dynamic_slice"}
 _TRANSFORMED = re.compile(r"\w+\((.*)\)")  # transpose(jvp(name)): `name`, differentiated
 _VIEWS = FREE - {"iota", "axis_index", "dim_as_value", "platform_index"}
@@ -129,7 +131,7 @@ class _Walker:
 
     def equation(self, equation, inputs: list[Value | None], here: _Place) -> list[Value]:
         name = equation.primitive.name
-        if name in _INLINED and name not in RULES:
+        if name in INLINED and name not in RULES:
             return self._call(equation, inputs, here)
         if name == "scan":
             return self._scan(equation, inputs, here)
@@ -175,7 +177,7 @@ class _Walker:
         return node
 
     def _call(self, equation, inputs, here: _Place) -> list[Value]:
-        jaxpr = equation.params[_INLINED[equation.primitive.name]]
+        jaxpr = equation.params[INLINED[equation.primitive.name]]
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         if equation.primitive.name == "shard_map":
             self.mesh |= dict(equation.params["mesh"].shape)
@@ -193,7 +195,7 @@ class _Walker:
 
     def _scan(self, equation, inputs, here: _Place) -> list[Value]:
         jaxpr = equation.params["jaxpr"]
-        consts, carried = _scan_counts(equation)
+        consts, carried = scan_counts(equation)
         return self._loop(
             equation, inputs, here, jaxpr, consts, carried, int(equation.params["length"])
         )
@@ -251,7 +253,7 @@ class _Walker:
         return [self.external(v.aval, ("const", 0)) if r is None else r for r, v in pairs]
 
 
-def _scan_counts(equation) -> tuple[int, int]:
+def scan_counts(equation) -> tuple[int, int]:
     """(constants, carries) of a scan, in the parameter layout of old and new JAX versions."""
     params = equation.params
     if "num_consts" in params:

@@ -24,6 +24,7 @@ from cmjax.report.tables import (
     sensitivity_table,
     validation_table,
 )
+from cmjax.report.terminal import terminal
 from cmjax.report.validation import RoleSummary, ValidationRow, summary
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "roll_up",
     "sensitivity_table",
     "summary",
+    "terminal",
     "validation_table",
     "write_page",
 ]

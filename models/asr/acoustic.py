@@ -20,6 +20,8 @@ from cmjax.primitives.toom_cook import ALGORITHMS
 from models.asr.conv import Conv, Precision, Watch
 from models.asr.frames import UNKNOWN, Frames
 
+_FLOORS_DB = {"auto": None, "fast": 23.0}  # None: that of `choose_algorithm`
+
 
 class Statistics(nnx.Variable):
     """Constants measured on the training data; not trained."""
@@ -174,7 +176,8 @@ def layer_algorithms(
     """Which algorithm every convolution takes in integers.
 
     Layers with a stride or one tap and the last layer are direct, as all are in "int8"; others
-    take `algorithm`, or with "auto" the fastest that is accurate enough (`choose_algorithm`).
+    take `algorithm`: "auto" is the fastest that is accurate enough (`choose_algorithm`), "fast" the
+    fastest down to an expected signal-to-noise ratio that training makes up for.
 
     Raises: ValueError for an unknown algorithm, or one that does not serve a layer's taps.
     """
@@ -183,13 +186,16 @@ def layer_algorithms(
     def of(conv: Conv) -> str:
         if precision == "int8" or conv is convolutions[-1] or conv.stride > 1 or conv.taps == 1:
             return "direct"
-        if algorithm != "auto":
+        if algorithm not in _FLOORS_DB:
             return algorithm
-        return choose_algorithm(conv.taps, conv.cin, conv.cout, domain="int8")
+        floor = _FLOORS_DB[algorithm]
+        return choose_algorithm(conv.taps, conv.cin, conv.cout, domain="int8", min_sqnr_db=floor)
 
     forms = [of(conv) for conv in convolutions]
     for conv, form in zip(convolutions, forms, strict=True):
         if form not in ALGORITHMS:
-            raise ValueError(f"algorithm {form!r} is not one of auto, {', '.join(ALGORITHMS)}")
+            raise ValueError(
+                f"algorithm {form!r} is not one of auto, fast, {', '.join(ALGORITHMS)}"
+            )
         ALGORITHMS[form].tap_blocks(conv.taps)  # raises if it does not serve so many taps
     return forms

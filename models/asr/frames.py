@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 UNKNOWN = 1 << 30  # length of an utterance that has not ended yet
@@ -32,14 +33,15 @@ class Frames:
     start: Int[Array, ""]
 
     def masked(self) -> "Frames":
-        """With zeros outside the utterances."""
+        """With zeros outside the utterances.
+
+        What comes after a layer is compiled apart from it: XLA would copy a layer's last sums into
+        every window that the next one reads, which takes longer to compile and to run.
+        """
         at = self.start + jnp.arange(self.x.shape[1])
         inside = (at >= 0) & (at < self.lengths[:, None])
-        return dataclasses.replace(self, x=jnp.where(inside[..., None], self.x, 0.0))
-
-    def mask(self) -> Float[Array, "batch frames 1"]:
-        """1 inside the utterances, 0 outside."""
-        return dataclasses.replace(self, x=jnp.ones_like(self.x[..., :1])).masked().x
+        x = jnp.where(inside[..., None], self.x, 0.0)
+        return dataclasses.replace(self, x=lax.optimization_barrier(x))
 
     def strided(self, x: Float[Array, "batch frames channels"], stride: int, late: int = 0):
         """`x` as the frames that a layer of this stride makes of these, `late` frames behind."""

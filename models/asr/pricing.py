@@ -22,32 +22,32 @@ from models.asr.wav2letter import Wav2letter, Wav2letterConfig
 
 def wav2letter_float32(machine: Supernode) -> Step:
     """Wav2letter in float32."""
-    return network_step(_wav2letter, "float32")
+    return network_step(wav2letter, "float32")
 
 
 def wav2letter_int8(machine: Supernode) -> Step:
     """Wav2letter with direct int8 convolutions."""
-    return network_step(_wav2letter, "int8")
+    return network_step(wav2letter, "int8")
 
 
 def wav2letter_int8_winograd(machine: Supernode) -> Step:
     """Wav2letter with int8-Winograd convolutions where the kernel has taps."""
-    return network_step(_wav2letter, "int8-winograd")
+    return network_step(wav2letter, "int8-winograd")
 
 
 def dfsmn_float32(machine: Supernode) -> Step:
     """ConvDFSMN in float32."""
-    return network_step(_dfsmn, "float32")
+    return network_step(dfsmn, "float32")
 
 
 def dfsmn_int8(machine: Supernode) -> Step:
     """ConvDFSMN with direct int8 convolutions."""
-    return network_step(_dfsmn, "int8")
+    return network_step(dfsmn, "int8")
 
 
 def dfsmn_int8_winograd(machine: Supernode) -> Step:
     """ConvDFSMN with int8-Winograd convolutions where the kernel has taps."""
-    return network_step(_dfsmn, "int8-winograd")
+    return network_step(dfsmn, "int8-winograd")
 
 
 def network_step(
@@ -99,9 +99,11 @@ def network_step(
     )
 
 
-def _wav2letter() -> AcousticModel:
+def wav2letter() -> AcousticModel:
+    """Wav2letter at its published sizes."""
     return Wav2letter(Wav2letterConfig(), inputs=39, outputs=29, rngs=nnx.Rngs(0))
 
 
-def _dfsmn() -> AcousticModel:
+def dfsmn() -> AcousticModel:
+    """ConvDFSMN at its default sizes, for the 29 labels of Wav2letter."""
     return ConvDFSMN(ConvDFSMNConfig(), inputs=80, outputs=29, rngs=nnx.Rngs(0))

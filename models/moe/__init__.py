@@ -29,12 +29,13 @@ from models.moe.deepseek import (
     prefill_fn,
 )
 from models.moe.export import save
-from models.moe.generation import Generator, place_params
+from models.moe.generation import Generator
 from models.moe.hf_config import load_config, read_config
 from models.moe.layout import Layout, one_rank, param_specs, shard_params
 from models.moe.linear import quantize_params
 from models.moe.model import MoEModel, convert_params
 from models.moe.placement import SlotTable, ep_table
+from models.moe.programs import place_params
 from models.moe.schedule import Schedule, two_stream_decode
 
 __all__ = [

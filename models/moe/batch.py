@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from models.moe.chunked import ChunkInputs
 from models.moe.config import MoEConfig
 from models.moe.deepseek import DecodeInputs, PrefillInputs, Sampling
 
@@ -129,6 +130,17 @@ class Batch:
         """With the number that draws each request's first token."""
         uniform = self.uniform[:, 0].reshape(self.lengths.shape)
         return PrefillInputs(self.prompts, self.lengths, self._sampling(uniform))  # type: ignore
+
+    def chunk_inputs(self, start: int, chunk: int, found: np.ndarray) -> ChunkInputs:
+        """Tokens `start` to before `start + chunk` of the prompts, and what earlier chunks found
+        (`[ranks, requests, 1 or 2]`)."""
+        whole = self.prefill_inputs()
+        short = max(0, start + chunk + 1 - self.prompts.shape[-1])
+        padded = np.pad(self.prompts, [(0, 0), (0, 0), (0, short)])
+        tokens, following = (padded[..., at : at + chunk] for at in (start, start + 1))
+        starts = np.full_like(self.lengths, start)
+        arrays: tuple = (tokens, following, starts, self.lengths, found)
+        return ChunkInputs(*arrays, whole.sampling)  # type: ignore
 
     def decode_inputs(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeInputs:
         """With the numbers that draw each request's next tokens; the caches are the caller's."""

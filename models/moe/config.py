@@ -145,7 +145,8 @@ class MoEConfig:
     layers: int
     """Transformer layers, dense ones included, the MTP layer not."""
     dense_layers: tuple[int, ...]
-    """Numbers of the layers with a dense feed-forward block instead of experts, ascending."""
+    """Numbers of the layers with a dense feed-forward block instead of experts, ascending. With all
+    of them the model is dense, and what is said of experts below plays no part."""
     heads: int
     """Attention (query) heads."""
     attention: LatentAttention | GroupedAttention
@@ -213,10 +214,6 @@ class MoEConfig:
             raise ValueError(
                 f"MoEConfig: dense_layers must be ascending layer numbers in 0..{self.layers - 1}, "
                 f"got {self.dense_layers}"
-            )
-        if len(self.dense_layers) == self.layers:
-            raise ValueError(
-                f"MoEConfig: all {self.layers} layers are dense; at least one must have experts"
             )
         if self.attention.rope_dim % 2:
             raise ValueError(

@@ -50,6 +50,8 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
     Raises: ValueError: unknown model, an EP degree that the ranks or experts do not allow.
     """
     config = load_config(deployment.model)
+    if not config.moe_layers:
+        raise ValueError(f"{deployment.model}: all layers are dense; there are no experts to place")
     ranks = deployment.npus * machine.dies_per_npu
     if deployment.npus > machine.npus:
         raise ValueError(f"npus {deployment.npus}: {machine.name} has {machine.npus}")

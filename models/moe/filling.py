@@ -81,7 +81,7 @@ class Filling:
         """Write which slots hold which expert, per layer."""
         width = self.layout.table.max_copies
         count = self.config.moe_layers
-        groups = [(("main", "moe", "layers", "moe"), tables[:count])]
+        groups = [(("main", "moe", "layers", "moe"), tables[:count])] if count else []
         if self.mtp:
             groups.append((("mtp", "stack", "layers", "moe"), tables[count:]))
         for path, own in groups:

@@ -9,33 +9,32 @@ Completions go to standard output, progress and speed to standard error. Exit co
 """
 
 import dataclasses
-import math
-import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-import jax
 import tyro
 from rich.console import Console
 
 from cmjax.commands.output import bar, check_target, emit
 from cmjax.cost.deployment import Deployment
-from cmjax.mesh import RANKED, RankMesh, prepare_devices
-from cmjax.placement import Plan, read_plan
+from cmjax.mesh import RankMesh, prepare_devices
+from cmjax.placement import read_plan
 from models.moe.arithmetic import Arithmetic, KVCache, Precision
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
-from models.moe.config import MoEConfig
-from models.moe.deepseek import abstract_params, init_params
+from models.moe.config import LatentAttention, MoEConfig
+from models.moe.deepseek import init_params
 from models.moe.deployment import slot_table
-from models.moe.generation import Generated, Generator, place_params
+from models.moe.generation import Generated, Generator, padded_length
 from models.moe.hf_config import load_config
-from models.moe.layout import Layout, param_specs, shard_params
+from models.moe.layout import Layout, shard_params
+from models.moe.memory import check_memory, chunk_that_fits
 from models.moe.model import convert_params
-from models.moe.placement import SlotTable
+from models.moe.placement import plan_tables
+from models.moe.programs import check_prefill, place_params
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 
 
@@ -72,6 +71,12 @@ class Generate:
     """Draw from the fewest likeliest tokens whose probabilities reach this."""
     seed: int = 0
     """Of the drawn tokens, and of random parameters."""
+    prefill: Literal["auto", "data-parallel", "sequence-parallel"] = "auto"
+    """How prompts are run: each by its rank, or all by all ranks, a share of the heads each (auto:
+    where latent attention's heads divide over the ranks)."""
+    prefill_chunk: int | None = None
+    """Run prompts this many tokens at a time (default: whole, or in chunks where dispatching whole
+    prompts would not fit this machine's memory)."""
     drafts: int | None = None
     """Tokens drafted per step by multi-token prediction (default: 1 if the model can)."""
     ignore_end: bool = False
@@ -88,16 +93,19 @@ class Generate:
         sampler = Sampler(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
         Arithmetic.of(self.arithmetic)
         mesh = parse_mesh(self.mesh)
-        model = self._model()
+        model = self.open_model()
         config = model.config if isinstance(model, Checkpoint) else model
         tokenizer = open_tokenizer(self.weights, config.vocab_size) if self._texts() else None
         if isinstance(tokenizer, ByteTokenizer):
             log.print("no tokenizer.json: every byte is a token")
         prompts = self._prompts(tokenizer)
         check_prompts(config, prompts, self.new_tokens, self.context)
-        prepare_devices(mesh.nodes)
+        try:
+            prepare_devices(mesh.nodes)
+        except RuntimeError as error:  # called from a process that has started JAX
+            raise ValueError(f"--mesh {self.mesh}: {error}") from None
         started = time.perf_counter()
-        generator = self._generator(model, config, mesh)
+        generator = self.build(model, config, mesh, prompts)
         log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
         with bar(quiet=False) as progress:
             task = progress.add_task("compiling", total=None)
@@ -138,7 +146,8 @@ class Generate:
             raise ValueError("no prompt: give --prompt, --prompt-file or --prompt-tokens")
         return prompts
 
-    def _model(self) -> Checkpoint | MoEConfig:
+    def open_model(self) -> Checkpoint | MoEConfig:
+        """What `weights` or `random` names, its parameters not read yet."""
         if (self.weights is None) == (self.random is None):
             raise ValueError("give either --weights FOLDER or --random PRESET")
         if self.weights is not None:
@@ -146,9 +155,14 @@ class Generate:
         assert self.random is not None
         return load_config(self.random)
 
-    def _generator(
-        self, model: Checkpoint | MoEConfig, config: MoEConfig, mesh: RankMesh
+    def build(
+        self,
+        model: Checkpoint | MoEConfig,
+        config: MoEConfig,
+        mesh: RankMesh,
+        prompts: list[list[int]],
     ) -> Generator:
+        """The model on its mesh, parameters read or made, for prompts as many and as long."""
         possible = model.has_mtp if isinstance(model, Checkpoint) else config.mtp_layers > 0
         drafts = int(possible) if self.drafts is None else self.drafts
         if drafts and not possible:
@@ -161,7 +175,7 @@ class Generate:
         if self.plan is None:
             table = slot_table(config, mesh.ranks, Deployment(phase="decode"))
         else:
-            tables = plan_tables(read_plan(self.plan), self.plan, config, mesh, mtp)
+            tables = plan_tables(read_plan(self.plan), config, mesh.ranks, mtp=mtp)
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
         arithmetic = Arithmetic.of(self.arithmetic)
@@ -171,6 +185,12 @@ class Generate:
         if direct := self.arithmetic in get_args(Precision):
             held = cast(Precision, self.arithmetic)
         check_memory(config, layout, mesh, held, mtp)
+        chunk = self.prefill_chunk
+        if chunk is None:
+            each = -(-len(prompts) // mesh.ranks)
+            chunk = chunk_that_fits(config, layout, each, padded_length(config, prompts))
+        sequence_parallel = self._sequence_parallel(config, mesh, chunk)
+        check_prefill(config, layout, chunk, sequence_parallel)
         if isinstance(model, Checkpoint):
             with bar(quiet=False) as progress:
                 task = progress.add_task("loading")
@@ -196,7 +216,15 @@ class Generate:
             precision=arithmetic,
             kv_cache=self.kv_cache or arithmetic.kv_cache,
             drafts=drafts,
+            prefill_chunk=chunk,
+            sequence_parallel=sequence_parallel,
         )
+
+    def _sequence_parallel(self, config: MoEConfig, mesh: RankMesh, chunk: int | None) -> bool:
+        if self.prefill != "auto":
+            return self.prefill == "sequence-parallel"
+        splits = isinstance(config.attention, LatentAttention) and config.heads % mesh.ranks == 0
+        return mesh.ranks > 1 and splits and chunk is None
 
     def _show(
         self,
@@ -244,67 +272,6 @@ def parse_mesh(text: str) -> RankMesh:
         raise ValueError(f"--mesh must be NODESxNPUS or NODESxNPUSxDIES, got {text!r}")
     sizes = [int(part) for part in text.split("x")]
     return RankMesh(*(sizes if len(sizes) > 1 else [1, *sizes]))
-
-
-def plan_tables(
-    plan: Plan, path: Path, config: MoEConfig, mesh: RankMesh, mtp: bool
-) -> list[SlotTable]:
-    """The slot table of every MoE layer from a plan; the MTP layer's is the last layer's unless the
-    plan has one for it.
-
-    Raises: ValueError: the plan is for another model or mesh; names the sizes. Or it has empty
-      slots or shares per slot.
-    """
-    layers = config.moe_layers
-    wrong = [
-        f"{name}: plan {planned}, {what} {wanted}"
-        for name, planned, what, wanted in (
-            ("experts per layer", plan.expert_count, "model", config.experts),
-            ("ranks", plan.ranks, "mesh", mesh.ranks),
-        )
-        if planned != wanted
-    ]
-    if plan.layers not in (layers, layers + (config.mtp_layers > 0)):
-        wrong.append(f"MoE layers: plan {plan.layers}, model {layers}")
-    if wrong:
-        raise ValueError(f"{path}: a plan for another deployment ({'; '.join(wrong)})")
-    if plan.split is not None or (plan.filled < plan.slots_per_rank).any():
-        raise ValueError(
-            f"{path}: expected every slot filled and an even split over copies; this plan has "
-            f"empty slots or shares per slot"
-        )
-    rows = [tuple(row) for row in plan.experts.tolist()]
-    if mtp and len(rows) == layers:
-        rows.append(rows[-1])
-    rows = rows[: layers + mtp]
-    return [SlotTable(row, plan.ranks, plan.expert_count) for row in rows]
-
-
-def check_memory(
-    config: MoEConfig,
-    layout: Layout,
-    mesh: RankMesh,
-    precision: str,
-    mtp: bool,
-) -> None:
-    """Refuse parameters that cannot fit this machine before making any.
-
-    Raises: ValueError: names the bytes needed and there.
-    """
-    if jax.default_backend() != "cpu":
-        return
-    shapes = abstract_params(config, layout, precision, mtp=mtp)
-    specs = param_specs(shapes, layout)
-    needed = 0
-    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True):
-        copies = layout.ranks if spec is RANKED else mesh.nodes
-        needed += copies * math.prod(leaf.shape) * leaf.dtype.itemsize
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise ValueError(
-            f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
-            f"this machine has {there / 1e9:,.1f} GB; choose a smaller model, mesh or precision"
-        )
 
 
 def _summary(found: Generated) -> str:

@@ -9,22 +9,18 @@ deterministic drafts can better (Leviathan et al. 2023, section 3.3).
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
+from cmjax.mesh import RankMesh
 from models.moe.arithmetic import Arithmetic, KVCache
 from models.moe.batch import Batch, Completion, Sampler, Tally, check_prompts
-from models.moe.cache import extend_cache
 from models.moe.config import MoEConfig
-from models.moe.deepseek import abstract_params, decode_fn, prefill_fn
-from models.moe.layout import Layout, param_specs
+from models.moe.layout import Layout
+from models.moe.programs import Programs, Sizes, check_prefill, compile_programs
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
 OnStep = Callable[[int, int], None]
@@ -68,6 +64,9 @@ class Generator:
       precision: of the parameters.
       kv_cache: format of the cache.
       drafts: tokens the MTP module drafts per step; 0 for plain decoding.
+      prefill_chunk: tokens of each prompt per prefill step; `None` for whole prompts.
+      sequence_parallel: in prefill, each rank attends a share of the heads of all ranks' prompts.
+    Raises: ValueError: drafts without an MTP module, or a prefill that cannot be.
     """
 
     config: MoEConfig
@@ -77,8 +76,11 @@ class Generator:
     precision: Arithmetic | str = "float32"
     kv_cache: KVCache = "float32"
     drafts: int = 0
+    prefill_chunk: int | None = None
+    sequence_parallel: bool = False
 
     def __post_init__(self):
+        check_prefill(self.config, self.layout, self.prefill_chunk, self.sequence_parallel)
         if self.drafts < 0:
             raise ValueError(f"Generator: drafts must be at least 0, got {self.drafts}")
         if self.drafts and "mtp" not in self.params:
@@ -111,29 +113,27 @@ class Generator:
         """
         sampler = sampler or Sampler()
         context = check_prompts(self.config, prompts, new_tokens, context)
-        width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
-        width = min(width, self.config.max_position)
+        width = padded_length(self.config, prompts)
         batch = Batch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
         compiling = time.perf_counter()
-        # a padded prompt may be longer than the context; drafts are written beyond it and dropped
-        room = max(context, width)
-        prefill, decode = _compiled(
-            self.config,
-            self.layout,
-            self.mesh,
-            self.precision,
-            self.kv_cache,
-            self.drafts,
-            batch.lengths.shape[1],
-            width,
-            room,
+        chunk = self.prefill_chunk and min(self.prefill_chunk, width)
+        sizes = Sizes(
+            requests=batch.lengths.shape[1],
+            prompt=chunk or width,
+            # a padded prompt may be longer than the context; what is written beyond it is dropped
+            room=context if chunk else max(context, width),
+            drafts=self.drafts,
+            chunk=chunk,
+            sequence_parallel=self.sequence_parallel,
+        )
+        programs = compile_programs(
+            self.config, self.layout, self.mesh, self.precision, self.kv_cache, sizes
         )
         started = time.perf_counter()
-        out = jax.block_until_ready(prefill(self._used, batch.prefill_inputs()))
+        tokens, caches = self._prefill(programs, batch, chunk, max(map(len, prompts)))
         prefill_s = time.perf_counter() - started
         tally = Tally(len(prompts), new_tokens, end_tokens)
-        tally.add(_flat(out.tokens)[:, :1], np.ones(batch.requests, int))
-        tokens, caches = np.asarray(out.tokens), out.caches
+        tally.add(_flat(tokens)[:, :1], np.ones(batch.requests, int))
         tokens = np.concatenate([tokens, *[tokens[..., -1:]] * self.drafts], -1)
         tokens, lengths = tokens[..., : 1 + self.drafts], batch.lengths
         steps, step_started = 0, time.perf_counter()
@@ -141,7 +141,7 @@ class Generator:
             if on_step is not None:
                 on_step(tally.count, tally.wanted)
             inputs = batch.decode_inputs(tokens, lengths)
-            step = jax.block_until_ready(decode(self._used, caches, inputs))
+            step = programs.decode(self._used, caches, inputs)
             tokens, lengths = np.asarray(step.tokens), np.asarray(step.lengths)
             caches = step.caches
             emitted = _flat(step.emitted)
@@ -161,76 +161,31 @@ class Generator:
             tally.accepted,
         )
 
+    def _prefill(
+        self, programs: Programs, batch: Batch, chunk: int | None, longest: int
+    ) -> tuple[np.ndarray, tuple[Any, ...]]:
+        """The first token of each request (and a draft), `[ranks, requests, new]`; the caches."""
+        if chunk is None:
+            out = programs.prefill(self._used, batch.prefill_inputs())
+            return np.asarray(out.tokens), out.caches
+        cache = programs.empty_cache()
+        found = np.zeros((*batch.lengths.shape, 1 + (self.drafts > 0)), np.int32)
+        for start in range(0, longest, chunk):
+            inputs = batch.chunk_inputs(start, chunk, found)
+            found, cache = programs.prefill(self._used, cache, inputs)
+            found = np.asarray(found)
+        return found, (cache,)
+
     @property
     def _used(self) -> dict[str, Any]:
         """The parameters, without the draft module's where nothing is drafted."""
         return self.params if self.drafts else {"main": self.params["main"]}
 
 
-def place_params(params: dict[str, Any], layout: Layout, mesh: RankMesh) -> dict[str, Any]:
-    """Parameters that `shard_params` gave, on the mesh's devices."""
-    where = _shardings(mesh)
-    specs = param_specs(params, layout)
-    # from NumPy: JAX moves an array of one device to many slowly
-    return jax.tree.map(lambda spec, x: jax.device_put(np.asarray(x), where[spec]), specs, params)
-
-
-def _shardings(mesh: RankMesh) -> dict[Spec, NamedSharding]:
-    devices = mesh.concrete()
-    return {
-        RANKED: NamedSharding(devices, PartitionSpec("node")),
-        REPLICATED: NamedSharding(devices, PartitionSpec()),
-    }
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(
-    config: MoEConfig,
-    layout: Layout,
-    mesh: RankMesh,
-    precision: Arithmetic | str,
-    kv_cache: KVCache,
-    drafts: int,
-    each: int,
-    width: int,
-    room: int,
-) -> tuple[Callable, Callable]:
-    """Prefill of `each` prompts of `width` per rank, and the decode step with `room` in the cache;
-    kept for further batches of these sizes."""
-    mtp = drafts > 0
-    prefill = prefill_fn(config, layout, precision, kv_cache, mtp=mtp)
-    decode = decode_fn(config, layout, precision, mtp=mtp)
-
-    def first(params, inputs):
-        out = prefill(params, inputs)
-        return dataclasses.replace(out, caches=extend_cache(out.caches, room))
-
-    def step(params, caches, inputs):
-        return decode(params, dataclasses.replace(inputs, caches=caches))
-
-    where = _shardings(mesh)
-    shapes = abstract_params(config, layout, precision, mtp=mtp)
-    specs = param_specs(shapes, layout)
-
-    def on_mesh(spec, leaf):
-        shape = (layout.ranks, *leaf.shape) if spec is RANKED else leaf.shape
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
-
-    params = jax.tree.map(on_mesh, specs, shapes)
-    like = Batch.of([[0]] * (mesh.ranks * each), width, mesh.ranks, 1, drafts, Sampler())
-    inputs = like.prefill_inputs()
-    lifted = jax.jit(on_every_rank(first, mesh, (specs, RANKED), RANKED))
-    caches = jax.eval_shape(lifted, params, inputs).caches
-    starting = lifted.lower(params, inputs).compile()
-    caches = jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        caches,
-        starting.output_shardings.caches,
-    )
-    inputs = like.decode_inputs(np.zeros((mesh.ranks, each, 1 + drafts), np.int32), like.lengths)
-    lifted = on_every_rank(step, mesh, (specs, RANKED, RANKED), RANKED)
-    # the caches are donated: a step writes into them instead of copying them
-    return starting, jax.jit(lifted, donate_argnums=1).lower(params, caches, inputs).compile()
+def padded_length(config: MoEConfig, prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that whole prompts are padded to."""
+    width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
+    return min(width, config.max_position)
 
 
 def _flat(x) -> np.ndarray:

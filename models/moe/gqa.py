@@ -35,11 +35,7 @@ class GQA(nnx.Module):
     def __init__(
         self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        if layout.sequence_parallel:
-            raise ValueError(
-                "GQA: sequence_parallel splits the heads of latent attention only; this model has "
-                "grouped-query attention, use sequence_parallel=False"
-            )
+        layout.heads(config)  # refuses to split them
         assert isinstance(config.attention, GroupedAttention), "the caller chooses by this type"
         self.config, self.sizes = config, config.attention
         self.arithmetic = arithmetic

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.mesh import RANKED, REPLICATED
-from models.moe.config import MoEConfig
+from models.moe.config import LatentAttention, MoEConfig
 from models.moe.placement import SlotTable, one_rank_table, stack_tables
 from models.moe.schedule import Schedule
+
+_HEADS = ("q_b", "up_key", "up_value")  # parameters of latent attention that are per head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,11 @@ class Layout:
         """Attention heads whose up-projections this rank holds."""
         if not self.sequence_parallel:
             return config.heads
+        if not isinstance(config.attention, LatentAttention):
+            raise ValueError(
+                "Layout: sequence_parallel splits the heads of latent attention only; this model "
+                "has grouped-query attention, use sequence_parallel=False"
+            )
         if config.heads % self.ranks:
             raise ValueError(
                 f"Layout: sequence_parallel needs heads to divide over the ranks, got "
@@ -71,7 +78,7 @@ def param_specs(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
     def spec(path, _):
         keys = [str(entry.key) for entry in path]
         ranked = "experts" in keys or (
-            layout.sequence_parallel and not {"q_b", "up_key", "up_value"}.isdisjoint(keys)
+            layout.sequence_parallel and not set(_HEADS).isdisjoint(keys)
         )
         return RANKED if ranked else REPLICATED
 
@@ -116,6 +123,33 @@ def shard_params(
         return result
 
     return spread(params)
+
+
+def own_heads(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """A rank's parameters under a sequence-parallel `layout`, out of those with all heads.
+
+    For inside the mesh. It lets one set of parameters serve sequence-parallel prefill and
+    data-parallel decode.
+    """
+
+    def own(x):
+        return lax.dynamic_index_in_dim(x, layout.rank, 0, keepdims=False)
+
+    def share(attention: dict[str, Any]) -> dict[str, Any]:
+        split = _split_heads(attention, layout)
+        return attention | {name: jax.tree.map(own, split[name]) for name in _HEADS}
+
+    def each(group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: part
+            if not isinstance(part, dict)
+            else part | {"attention": share(part["attention"])}
+            if name == "layers"
+            else each(part)
+            for name, part in group.items()
+        }
+
+    return each(params)
 
 
 def layer_tables(

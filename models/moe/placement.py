@@ -1,7 +1,8 @@
 """Which expert sits in which physical slot, and which replica a token goes to.
 
 An expert may occupy several slots (redundant experts); the shared expert may be given slots of its
-own and is then dispatched to like a routed one. Source: CloudMatrix384 paper, section 4.2.
+own and is then dispatched to like a routed one. Source: CloudMatrix384 paper, section 4.2. Tables
+come from `ep_table`, or from a plan that `cmjax place --json` wrote.
 """
 
 import dataclasses
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
+
+from cmjax.placement import Plan
+from models.moe.config import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +147,47 @@ def ep_table(n_experts: int, ranks: int, redundant: int = 0, shared_replicas: in
 def one_rank_table(n_experts: int) -> SlotTable:
     """All experts on one rank, in order: the layout of a checkpoint."""
     return SlotTable(tuple(range(n_experts)), 1, n_experts)
+
+
+def plan_tables(plan: Plan, config: MoEConfig, ranks: int, *, mtp: bool = False) -> list[SlotTable]:
+    """The slot table of every MoE layer from a plan; the MTP layer's is the last layer's unless the
+    plan has one for it.
+
+    A plan with one expert more than the model has routed ones (`cmjax place --shared 1`) gives the
+    shared expert slots.
+
+    Args:
+      plan: of `cmjax.placement.read_plan`.
+      config: the model.
+      ranks: of the mesh.
+      mtp: whether the MTP layer needs a table.
+    Raises:
+      ValueError: the plan is for another model or mesh; names the sizes. Or it has empty slots or
+        shares per slot.
+    """
+    layers = config.moe_layers
+    in_slots = plan.expert_count - config.experts == 1 == config.shared_experts
+    wrong = [
+        f"{name}: plan {planned}, {what} {wanted}"
+        for name, planned, what, wanted in (
+            ("experts per layer", plan.expert_count - in_slots, "model", config.experts),
+            ("ranks", plan.ranks, "mesh", ranks),
+        )
+        if planned != wanted
+    ]
+    if plan.layers not in (layers, layers + (config.mtp_layers > 0)):
+        wrong.append(f"MoE layers: plan {plan.layers}, model {layers}")
+    if wrong:
+        raise ValueError(f"{plan.source}: a plan for another deployment ({'; '.join(wrong)})")
+    if plan.split is not None or (plan.filled < plan.slots_per_rank).any():
+        raise ValueError(
+            f"{plan.source}: expected every slot filled and an even split over copies; this plan "
+            "has empty slots or shares per slot"
+        )
+    rows = [tuple(row) for row in plan.experts.tolist()]
+    if mtp and len(rows) == layers:
+        rows.append(rows[-1])
+    return [SlotTable(row, ranks, config.experts) for row in rows[: layers + mtp]]
 
 
 def stack_tables(

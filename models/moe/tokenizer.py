@@ -13,8 +13,8 @@ BYTES = 256
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, special ones that begin a text included."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of a prompt; `special`: those that begin a text included."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -28,9 +28,9 @@ class FileTokenizer:
 
     inner: tokenizers.Tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, special ones that begin a text included."""
-        return self.inner.encode(text).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of a prompt; `special`: those that begin a text included."""
+        return self.inner.encode(text, add_special_tokens=special).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special ones left out."""
@@ -41,8 +41,8 @@ class FileTokenizer:
 class ByteTokenizer:
     """Each byte of the UTF-8 text is a token; tokens beyond 255 are shown as `<number>`."""
 
-    def encode(self, text: str) -> list[int]:
-        """The bytes of the text."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The bytes of the text; there are no special ones."""
         return list(text.encode("utf-8"))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -116,7 +116,7 @@ class Stack(nnx.Module):
 class Transformer(nnx.Module):
     """The decoder, as one rank holds it.
 
-    Attributes: `dense` (None without dense layers) and `moe` stacks, `embed [vocab, hidden]`,
+    Attributes: `dense` and `moe` stacks (None without such layers), `embed [vocab, hidden]`,
     `norm`, `head` (None if it is the embedding). The embedding is in the dtype of the activations.
     """
 
@@ -136,7 +136,8 @@ class Transformer(nnx.Module):
 
         count = len(config.dense_layers)
         self.dense = Stack(dense, count, rngs=rngs) if count else None
-        self.moe = Stack(moe, config.moe_layers, rngs=rngs)
+        count = config.moe_layers
+        self.moe = Stack(moe, count, rngs=rngs) if count else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
         self.head = (
             None
@@ -179,7 +180,7 @@ class Transformer(nnx.Module):
         written = {"dense": [], "moe": []}
         for kind, layers in self.config.runs:
             stack = self.dense if kind == "dense" else self.moe
-            assert stack is not None, "the config that has dense layers made the stack"
+            assert stack is not None, "the config that has such layers made the stack"
             part = slice(layers.start, layers.stop)
             old = tuple(_layers(getattr(cache, kind), part) for cache in caches)
             xs, new = stack(xs, old, attend, part)

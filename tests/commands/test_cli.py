@@ -1,12 +1,16 @@
 """The command line as a user meets it: results on stdout, one line and exit code 2 on bad input."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from cmjax.cli import main
 from cmjax.hardware import load_machine
+from cmjax.placement import METHODS
 
 DECODE = ["predict", "decode", "--batch", "96", "--microbatches", "1"]
 
@@ -127,6 +131,97 @@ def test_place_improves_a_running_plan_by_no_more_moves_than_given(capsys, loads
     assert scores["search"]["objective_ms"] <= scores["running"]["objective_ms"]
 
 
+def test_a_migration_budget_in_bytes_is_as_many_experts_as_it_holds(capsys, loads, tmp_path):
+    running = tmp_path / "running.json"
+    base = ("place", str(loads), "--ranks", "8", "--redundant", "8", "--seconds", "0")
+    assert main([*base, "--method", "contiguous", "--json", str(running)]) == 0
+    capsys.readouterr()
+    expert = 3 * 7168 * 2048  # DeepSeek-R1 in INT8, its scales aside
+    found = [
+        run_json(capsys, *base, "--start-from", str(running), *budget)["expert_of_slot"]
+        for budget in (("--moves", "5"), ("--migration-budget", f"{5.5 * expert / 1e6:.1f}MB"))
+    ]
+    assert found[0] == found[1]
+    assert main([*base, "--start-from", str(running), "--migration-budget", "2 parsecs"]) == 2
+    assert "expected bytes such as 2GB or 512MiB" in capsys.readouterr().err
+
+
+def test_a_running_plan_is_improved_without_a_free_search_beside_it(capsys, loads, tmp_path):
+    running = tmp_path / "running.json"
+    base = ("place", str(loads), "--ranks", "8", "--redundant", "8", "--seconds", "0")
+    assert main([*base, "--method", "greedy", "--json", str(running)]) == 0
+    capsys.readouterr()
+    calls = []
+
+    def spy(*arguments, **options):
+        calls.append(arguments)
+
+    METHODS["search"], kept = spy, METHODS["search"]
+    try:
+        run_json(capsys, *base, "--start-from", str(running), "--moves", "2")
+    finally:
+        METHODS["search"] = kept
+    assert calls == []
+
+
+def test_a_kernel_that_sends_a_token_once_per_rank_makes_the_layer_faster(capsys, loads):
+    base = ("place", str(loads), "--ranks", "8", "--method", "greedy")
+    each, once = (
+        run_json(capsys, *base, *flag)["evaluation"]["greedy"]["time_ms"]
+        for flag in ((), ("--multicast",))
+    )
+    assert once < each
+
+
+@pytest.mark.parametrize("option", [["--seconds", "3"], ["--redundant", "8"], ["--weighted"]])
+def test_evaluating_a_plan_refuses_options_of_planning(capsys, loads, tmp_path, option):
+    plan = tmp_path / "plan.json"
+    base = ("place", str(loads), "--ranks", "8", "--method", "greedy")
+    assert main([*base, "--json", str(plan)]) == 0
+    capsys.readouterr()
+    assert main(["place", str(loads), "--evaluate", str(plan), *option]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"would ignore {option[0]}" in error and "\n" not in error
+
+
+INTERRUPTED = """
+import sys
+from cmjax.cli import main
+from cmjax.placement.search import Incumbent
+consider = Incumbent.consider
+def spoken(self, plans):
+    consider(self, plans)
+    print("considered", file=sys.stderr, flush=True)
+Incumbent.consider = spoken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("method", ["search", "gradient"])
+def test_ctrl_c_gives_the_best_plan_so_far(tmp_path, method):
+    counts = np.random.default_rng(0).integers(1, 1000, size=(12, 40, 128))
+    np.save(tmp_path / "loads.npy", counts)
+    plan = tmp_path / "plan.json"
+    command = ["place", str(tmp_path / "loads.npy"), "--ranks", "64", "--redundant", "64",
+               "--method", method, "--step-tokens", "0", "--json", str(plan)]  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert run.stderr is not None
+    said = 0
+    while said < 7:  # the rules, the starting plans, then each chunk
+        said += run.stderr.readline().startswith("considered")
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    output, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error
+    assert error.count("considered") < 16  # chunks that a whole run has
+    found = json.loads(plan.read_text())["evaluation"]
+    assert found[method]["objective_ms"] <= found["greedy"]["objective_ms"] * (1 + 1e-12)
+    assert "Placement" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,7 +230,12 @@ def test_place_improves_a_running_plan_by_no_more_moves_than_given(capsys, loads
         (["--without-ranks", "8"], "ranks 0 to 7, got 8"),
         (["--without-ranks", "a"], "expected ranks such as 3,17"),
         (["--memory-gib", "0.01"], "slots per rank do not hold 16 experts"),
-        (["--moves", "3"], "--start-from PLAN and --moves N go together"),
+        (["--moves", "3"], "--moves and --migration-budget need --start-from PLAN"),
+        (["--migration-budget", "2GB"], "--moves and --migration-budget need --start-from PLAN"),
+        (["--start-from", "plan.json"], "goes with one of --moves N and --migration-budget BYTES"),
+        (["--seconds", "-1"], "seconds must be 0 or more, got -1.0"),
+        (["--seconds", "nan"], "seconds must be 0 or more, got nan"),
+        (["--memory-gib", "-1"], "memory_gib must be positive, got -1.0"),
         (["--shared", "9"], "shared must lie in 0 to 8, got 9"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 from cmjax.placement import (
     Loads,
     Problem,
+    Risk,
     choose_slots,
     example_family,
     place,
@@ -36,3 +37,16 @@ def test_slots_go_where_they_save_most(family):
     assert objective_s(plan, problem, slowest) < objective_s(other, problem, slowest)
     with pytest.raises(ValueError, match="at least 9 are needed"):
         choose_slots(problem, slowest, 8)
+
+
+def test_chosen_budgets_beat_equal_ones_of_the_same_memory(family):
+    counts = np.array(family.counts)
+    counts[:, 1] = 100.0
+    problem = Problem(Loads(counts), 8, 24, objective=Risk("worst"))
+    chosen = choose_slots(problem, slowest, 3 * 4)
+    equal = Problem(Loads(counts), 8, 24, objective=Risk("worst"), slots_by_layer=(4, 4, 4))
+    assert sum(chosen.usable) <= sum(equal.usable)
+    found, other = (
+        objective_s(place(part, "search", slowest), part, slowest) for part in (chosen, equal)
+    )
+    assert found < 0.99 * other

@@ -1,5 +1,7 @@
 """Tables: numbers with units, blocks rolled up, warnings that cannot be overlooked."""
 
+import io
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -7,10 +9,11 @@ from rich.console import Console
 from cmjax.cost.fit import Fit, Residual
 from cmjax.cost.measured import Measurement
 from cmjax.hardware import load_machine
-from cmjax.placement import Evaluation
+from cmjax.placement import BASELINES, Evaluation, Problem, Risk, Routes, compare
 from cmjax.report import (
     ValidationRow,
     block_of,
+    comparison_table,
     placement_table,
     prediction_table,
     residual_table,
@@ -136,6 +139,23 @@ def test_placements_are_compared_and_the_fastest_is_marked():
     )
     assert "greedy ◀ fastest" in text and "contiguous ◀" not in text
     assert "2.500" in text and "+100.0 %" in text and "+5.0 %" in text
+
+
+def test_a_comparison_with_all_there_is_to_say_fits_in_80_columns():
+    routes = Routes(np.random.default_rng(0).random((200, 2, 16)).argsort(-1)[..., :4], 16)
+    problem = Problem(routes.loads(2).scaled(8e5), 8, 8, nodes=2, objective=Risk("quantile", 0.75))
+    judged = compare(
+        problem, BASELINES, lambda tokens: 1e-5 * tokens.max(-1),
+        test=routes.loads(), routes=routes, step_assignments=100,
+    )  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison_table(judged, "quantile:0.75"))
+    text = console.export_text()
+    assert "…" not in text and all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    for name in BASELINES:
+        assert text.count(f" {name} ") == 2  # where it planned, and where not
+    for word in ("quantile:0.75", "nodes/", "step", "solved", "not planned for"):
+        assert word in " ".join(text.split())
 
 
 def test_sensitivities_come_strongest_first():

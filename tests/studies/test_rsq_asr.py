@@ -6,7 +6,16 @@ import pytest
 from flax import nnx
 
 from models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from studies.rsq_asr import VARIANTS, Outcome, Study, model_bytes, results_table, rows
+from studies.rsq_asr import (
+    VARIANTS,
+    Outcome,
+    Study,
+    half_width,
+    model_bytes,
+    noise_table,
+    results_table,
+    rows,
+)
 from studies.rsq_asr_figure import plot_tradeoff, tradeoff_title
 
 
@@ -34,7 +43,15 @@ def test_rows_average_over_seeds_and_compare_with_int8_direct():
     assert (ours["end_to_end"], ours["backbone"]) == (2.0, 4.0)
     assert ours["wer"]["test strings"] == pytest.approx(0.08)
     assert ours["wer_spread"]["test strings"] == pytest.approx(0.02)
+    assert ours["wer_loss"]["test strings"] == pytest.approx(0.06)  # the same for both seeds
+    assert ours["wer_loss_interval"]["test strings"] == pytest.approx(0.0, abs=1e-12)
     assert ours["least_sqnr_db"] == 26.0 and found["float32"]["least_sqnr_db"] is None
+
+
+def test_the_interval_of_a_mean_is_that_of_student():
+    # t_0.975 with two degrees of freedom is 4.3027, the deviation of 1, 2, 3 is 1
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert half_width([1.0]) == float("inf")
 
 
 def test_the_picture_states_speed_and_loss(tmp_path):
@@ -44,6 +61,8 @@ def test_the_picture_states_speed_and_loss(tmp_path):
     plot_tradeoff(found, tmp_path / "tradeoff.png")
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert results_table("dfsmn", found["dfsmn"]).row_count == len(VARIANTS)
+    noise = noise_table("dfsmn", found["dfsmn"])
+    assert noise.row_count == 2 and list(noise.columns[-1].cells) == ["30.0", "26.0"]
 
 
 def test_integers_take_a_byte_and_their_scales_four():

@@ -37,7 +37,8 @@ class QuantStage:
     precision: Literal["int8-winograd", "int8", "float32"] = "int8-winograd"
     """Arithmetic to train for; float32 ends the run after the float stage."""
     algorithm: str = "auto"
-    """Short algorithm of the layers that have one, such as F(2,3); "auto" chooses per layer."""
+    """Short algorithm of the layers that have one, such as F(2,3). Or chosen per layer: "auto" for
+    what is accurate without training too, "fast" for what training makes accurate enough."""
     ranges: Ranges = "per-tap"
     """How integer ranges are chosen; see train.asr.quantise."""
     calibration_batches: int = 8
@@ -89,6 +90,8 @@ class Config:
     """A second folder of the same layout; everything in it is a further test set."""
     unseen: tuple[str, ...] = ()
     """Speakers to keep out of training and to test on."""
+    development: bool = False
+    """Leave the test sets alone and test on a fifth of the training data: to choose options."""
     rate: int | None = None
     """Samples per second; by default the data set's own."""
     units: Units | None = None
@@ -117,6 +120,8 @@ class Config:
     """Perturbation of waveforms."""
     strings: Strings = dataclasses.field(default_factory=Strings)
     """How words are joined to strings, for data of single words."""
+    cut_words: bool = True
+    """Learn also from single words, cut out of utterances at their pauses (labels: words)."""
     batch: int = 16
     """Utterances a step."""
     float_stage: FloatStage = dataclasses.field(default_factory=FloatStage)

@@ -11,7 +11,6 @@ import numpy as np
 from models.asr.ctc import greedy_decode, prefix_beam_decode
 from models.asr.score import ErrorRate, character_error_rate, word_error_rate
 from models.asr.text import Alphabet
-from train.asr.learner import Network, Params, features_of
 from train.data.audio import Utterance
 from train.data.batches import Framing, test_batches
 
@@ -49,19 +48,8 @@ class Result:
         }
 
 
-def make_apply(network: Network, framing: Framing) -> Callable:
-    """A compiled (params, batch) -> (logits, frames of each)."""
-
-    @jax.jit
-    def apply(params, batch):
-        return network.model(params)(*features_of(batch, framing))
-
-    return apply
-
-
 def evaluate(
-    apply: Callable,
-    params: Params,
+    call: Callable,
     utterances: Sequence[Utterance],
     framing: Framing,
     *,
@@ -69,16 +57,16 @@ def evaluate(
     rate: int,
     beam: int = 0,
 ) -> Result:
-    """Recognise utterances and count the errors. `apply` is of `make_apply`."""
+    """Recognise utterances and count the errors; `call` is a network's `whole_call`."""
     heard = [""] * len(utterances)
     compiled: set[tuple[int, ...]] = set()
     compute_s = 0.0
     for indices, rows in test_batches(utterances, framing, batch, rate):
         if rows.samples.shape not in compiled:
             compiled.add(rows.samples.shape)
-            jax.block_until_ready(apply(params, rows))
+            jax.block_until_ready(call(rows.samples, rows.lengths))
         start = time.perf_counter()
-        logits, frames = jax.block_until_ready(apply(params, rows))
+        logits, frames = jax.block_until_ready(call(rows.samples, rows.lengths))
         compute_s += time.perf_counter() - start
         decoded = decode(logits, frames, framing.alphabet, beam)
         for index, text in zip(indices, decoded, strict=False):

@@ -145,17 +145,27 @@ def make_step(
     def split(x):
         return x.reshape(config.devices, -1, *x.shape[1:])
 
+    # Two programs: the second is compiled once for all lengths of batches, and the first is the
+    # same in every stage that has its loss, so that one is compiled for all of them.
     @jax.jit
-    def step(learner, batch, key, teacher_params):
+    def slopes(params, teacher_params, batch, key):
         keys = jax.random.split(key, batch.lengths.shape[0])
-        batch = jax.tree.map(split, batch)
-        grads, parts = lifted(learner.params, teacher_params, batch, split(keys))
+        return lifted(params, teacher_params, jax.tree.map(split, batch), split(keys))
+
+    @jax.jit
+    def move(learner, grads):
         updates, state = transform.update(grads, learner.optimiser, learner.params)
         params: Any = optax.apply_updates(learner.params, updates)
-        return Learner(params, state), parts, optax.tree.norm(grads)
+        return Learner(params, state), optax.tree.norm(grads)
 
     teacher_params = None if teacher is None else teacher[1]
-    return lambda learner, batch, key: step(learner, batch, key, teacher_params)
+
+    def step(learner, batch, key):
+        grads, parts = slopes(learner.params, teacher_params, batch, key)
+        learner, norm = move(learner, grads)
+        return learner, parts, norm
+
+    return step
 
 
 def features_of(batch: Batch, framing: Framing):

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.asr.acoustic import AcousticModel, layer_algorithms
+from models.asr.deployed import whole_call
 from models.asr.text import Alphabet
 from train import checkpoint
 from train.asr.config import FREE, Config, Loss
-from train.asr.evaluate import Result, evaluate, make_apply
+from train.asr.evaluate import Result, evaluate
 from train.asr.learner import Learner, Network, Params, make_step, optimiser, take_apart
 from train.asr.quantise import calibrate, restore_plans, saved_plans
 from train.asr.task import Task, measure_statistics, prepare
@@ -133,12 +134,11 @@ def measure(run: Run, *, only: str | None = None) -> dict[str, dict[str, Result]
     for precision, (network, params) in _networks(run).items():
         if only not in (None, precision):
             continue
-        apply = make_apply(network, run.task.framing)
+        call = whole_call(network.model(params), run.task.framing.front)
         results[precision] = {}
         for name, utterances in run.task.corpus.tests.items():
             result = evaluate(
-                apply,
-                params,
+                call,
                 utterances,
                 run.task.framing,
                 batch=run.config.batch,

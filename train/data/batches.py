@@ -22,7 +22,7 @@ from train.data.corpus import Corpus, Skipped
 from train.data.perturb import Perturb, perturb
 from train.data.strings import Strings, join
 
-SIZES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 35.0)
+SIZES_S = (2.0, 4.0, 8.0, 16.0, 35.0)
 _POOL = 16  # batches among which utterances of like length are looked for
 
 
@@ -130,8 +130,9 @@ class TrainingStream:
         self._strings, self._augment, self._seed = strings, augment, seed
         self._ends: list[int] = []
         self._plans: dict[int, list[list[tuple[int, ...]]]] = {}
-        most = max(len(framing.alphabet.encode(item.text)) for item in corpus.train)
-        self._most = most * (strings.longest if corpus.joinable else 1)
+        labels = [len(framing.alphabet.encode(item.text)) for item in corpus.train]
+        single = [n for n, item in zip(labels, corpus.train, strict=True) if _joins(corpus, item)]
+        self._most = max(*labels, max(single, default=0) * strings.longest)
 
     def at(self, step: int) -> tuple[tuple[str, ...], Batch]:
         """(names, batch) number `step`."""
@@ -186,11 +187,11 @@ class TrainingStream:
 
     def _items(self, random: np.random.Generator) -> list[tuple[int, ...]]:
         train = self._corpus.train
-        if not self._corpus.joinable:
-            return [(i,) for i in range(len(train))]
-        items = []
-        for speaker in sorted({take.speaker for take in train}):
-            own = [i for i, take in enumerate(train) if take.speaker == speaker]
+        joined = [i for i, take in enumerate(train) if _joins(self._corpus, take)]
+        single = set(joined)
+        items = [(i,) for i in range(len(train)) if i not in single]
+        for speaker in sorted({train[i].speaker for i in joined}):
+            own = [i for i in joined if train[i].speaker == speaker]
             left = [own[i] for i in random.permutation(len(own))]
             while left:
                 count = random.integers(self._strings.shortest, self._strings.longest + 1)
@@ -201,7 +202,7 @@ class TrainingStream:
     def _row(self, epoch: int, item: tuple[int, ...]) -> tuple[str, str, np.ndarray]:
         random = np.random.default_rng([self._seed, epoch, 1 + item[0]])
         takes = [self._corpus.train[i] for i in item]
-        if self._corpus.joinable:
+        if _joins(self._corpus, takes[0]):
             string = join(takes, self._corpus.rate, self._strings, random)
             name, text, wave = string.name, string.text, string.wave
         else:
@@ -209,6 +210,11 @@ class TrainingStream:
         if self._augment is not None:
             wave = perturb(wave, self._augment, random)
         return name, text, wave
+
+
+def _joins(corpus: Corpus, take: Utterance) -> bool:
+    """Whether strings are joined of this take."""
+    return corpus.joinable and len(take.text.split()) == 1
 
 
 def test_batches(

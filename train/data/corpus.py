@@ -49,7 +49,7 @@ class Corpus:
       tests: named test sets.
       units: labels that suit it: words for a closed vocabulary.
       rate: samples per second.
-      joinable: utterances are single words, from which strings are joined.
+      joinable: of the utterances that are single words, strings are joined.
       skipped: what was left out.
     """
 
@@ -125,6 +125,24 @@ def assemble(
         rate=rate,
         joinable=joinable,
         skipped=tuple(skipped),
+    )
+
+
+def development(corpus: Corpus) -> Corpus:
+    """A corpus to choose options on: its tests are gone, every fifth training utterance is one.
+
+    So what is chosen has not seen the test sets. Speakers and words are all in both parts.
+
+    Raises: ValueError with fewer than five training utterances.
+    """
+    order = sorted(corpus.train, key=lambda u: (u.text, u.speaker, u.name))
+    if len(order) < 5:
+        raise ValueError(f"--development needs 5 training utterances, there are {len(order)}")
+    held = {utterance.name for utterance in order[4::5]}
+    return dataclasses.replace(
+        corpus,
+        train=tuple(utterance for utterance in corpus.train if utterance.name not in held),
+        tests={"development": tuple(order[4::5])},
     )
 
 

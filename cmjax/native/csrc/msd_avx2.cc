@@ -40,7 +40,8 @@ inline __m128i load_some(const int8_t* w, int64_t count) {
 // Int8: `R` rows with `C` features.
 //
 // While one group of features is multiplied, the next but one is fetched into the second cache, by
-// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed.
+// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed. One
+// row it does follow, and a fetch only disturbs it.
 template <int R, int C>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const int8_t* w, int64_t inner,
                       float* totals, int64_t stride) {
@@ -55,7 +56,9 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const int8_t* w, 
     }
     auto step = [&](int64_t k, bool whole) __attribute__((always_inline)) {
       __m256i q[C];
-      _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k)), _MM_HINT_T1);
+      if constexpr (C > 1) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k)), _MM_HINT_T1);
+      }
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const int8_t* from = w + c * inner + k;
@@ -208,7 +211,7 @@ void int8_totals(const uint8_t* parts, const Row*, int64_t count, const int8_t* 
     };
     while (count - r >= 4) run(int8_features<4, 2>, 4);
     if (count - r >= 2) run(int8_features<2, 4>, 2);
-    if (count - r == 1) run(int8_features<1, 2>, 1);
+    if (count - r == 1) run(int8_features<1, 1>, 1);
   }
 }
 

@@ -19,13 +19,23 @@ namespace {
 // g++ would otherwise move loads of a whole iteration up and spill accumulators.
 #define CMJAX_KEEP(v) asm volatile("" : "+v"(v))
 
+// sum += q * [from, from + 64), the latter as an operand in memory.
+inline void add_products(__m512i& sum, __m512i q, const uint8_t* from) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(q), "m"(*reinterpret_cast<const __m512i*>(from)));
+}
+
 int64_t plane_bytes(int64_t inner) { return (inner + 63) / 64 * 64 + 64; }
 
 // Int8: `R` rows with `C` features. A row is the plane of a1, then that of a2.
 //
 // While one group of features is multiplied, the next but one is fetched into the second cache, by
-// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed.
-template <int R, int C>
+// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed. One
+// row it does follow, and a fetch only disturbs it.
+//
+// `Few` rows fit into the first cache, but what is touched once there leaves it with the weights that
+// stream through: so they are operands in memory, touched for every feature (up to 1.7 times faster
+// at three and four rows; fewer are left to AVX2). More rows come from the second cache anyway, once each.
+template <int R, int C, bool Few>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, const int8_t* w,
                       int64_t inner, float* totals, int64_t stride) {
   const __m512i flip = _mm512_set1_epi8(-128);
@@ -40,7 +50,9 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, 
     __m512i q[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k) + 64 * c), _MM_HINT_T1);
+      if constexpr (C > 1) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k) + 64 * c), _MM_HINT_T1);
+      }
       q[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w + c * inner + k), flip);
     }
 #pragma GCC unroll 4
@@ -48,10 +60,15 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, 
       const uint8_t* a = parts + r * row_bytes + k;
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        c1[r][c] = _mm512_dpbusd_epi32(c1[r][c], q[c], _mm512_load_si512(a));
-        c2[r][c] = _mm512_dpbusd_epi32(c2[r][c], q[c], _mm512_load_si512(a + plane));
-        CMJAX_KEEP(c1[r][c]);
-        CMJAX_KEEP(c2[r][c]);
+        if constexpr (Few) {
+          add_products(c1[r][c], q[c], a);
+          add_products(c2[r][c], q[c], a + plane);
+        } else {
+          c1[r][c] = _mm512_dpbusd_epi32(c1[r][c], q[c], _mm512_load_si512(a));
+          c2[r][c] = _mm512_dpbusd_epi32(c2[r][c], q[c], _mm512_load_si512(a + plane));
+          CMJAX_KEEP(c1[r][c]);
+          CMJAX_KEEP(c2[r][c]);
+        }
       }
     }
   };
@@ -142,16 +159,16 @@ inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w
   }
 }
 
-template <int R, int C>
+template <int R, int C, bool Few>
 inline void int8_features(const uint8_t* parts, const Row* rows, const int8_t* w, int64_t features,
                           int64_t inner, float* totals, int64_t stride) {
   const int64_t bytes = int8_bytes(inner);
   int64_t f = 0;
   for (; f + C <= features; f += C) {
-    int8_tile<R, C>(parts, bytes, rows, w + f * inner, inner, totals + f, stride);
+    int8_tile<R, C, Few>(parts, bytes, rows, w + f * inner, inner, totals + f, stride);
   }
   for (; f < features; ++f) {
-    int8_tile<R, 1>(parts, bytes, rows, w + f * inner, inner, totals + f, stride);
+    int8_tile<R, 1, Few>(parts, bytes, rows, w + f * inner, inner, totals + f, stride);
   }
 }
 
@@ -198,9 +215,10 @@ void int8_totals(const uint8_t* parts, const Row* rows, int64_t count, const int
       tile(parts + r * bytes, rows + r, w + f * inner, some, inner, totals + r * stride + f, stride);
       r += step;
     };
-    while (count - r >= 3) run(int8_features<3, 4>, 3);
-    if (count - r == 2) run(int8_features<2, 2>, 2);
-    if (count - r == 1) run(int8_features<1, 2>, 1);
+    const bool few = count <= 4;
+    while (count - r >= 3) run(few ? int8_features<3, 4, true> : int8_features<3, 4, false>, 3);
+    if (count - r == 2) run(int8_features<2, 4, false>, 2);
+    if (count - r == 1) run(int8_features<1, 1, false>, 1);
   }
 }
 

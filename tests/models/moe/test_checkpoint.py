@@ -124,6 +124,17 @@ def test_what_is_saved_loads_as_the_same_model(tmp_path, family):
     _same(parameters(again), parameters(model))
 
 
+def test_a_model_of_dense_layers_only_is_saved_and_loaded(tmp_path):
+    config = dataclasses.replace(FAMILIES["qwen3_moe"], dense_layers=(0, 1, 2))
+    model = _random(config)
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert again.main.moe is None
+    _same(parameters(again), parameters(model))
+    tokens = np.arange(6, dtype=np.int32)[None]
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+
+
 def test_shards_with_an_index_hold_the_same_model(tmp_path):
     model = _random(SMALL, "bfloat16")
     save(model, tmp_path, most_bytes=2000)

@@ -1,17 +1,13 @@
 """The command: what it prints, and one line for what it cannot do."""
 
 import json
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cmjax.mesh import RankMesh
 from cmjax.placement import Plan, write_plan
-from models.moe.config import deepseek_r1, tiny
-from models.moe.generate import check_memory, main, parse_mesh, plan_tables
-from models.moe.layout import one_rank
+from models.moe.generate import main, parse_mesh
 
 RANDOM = ["--random", "tiny", "--prompt", "a"]
 
@@ -27,22 +23,6 @@ def test_meshes_are_nodes_by_npus_by_dies():
 def _plan(experts=16, layers=2, ranks=4, extra=0):
     rows = [[*range(experts), *range(extra)]] * layers
     return Plan(np.array(rows), experts, ranks)
-
-
-def test_a_plan_gives_every_layer_its_slots_and_the_draft_layer_the_last():
-    plan = _plan(extra=4)
-    tables = plan_tables(plan, None, tiny(), RankMesh(2, 2), mtp=True)  # type: ignore
-    assert [table.experts_of_slot for table in tables] == [(*range(16), 0, 1, 2, 3)] * 3
-    assert len(plan_tables(_plan(layers=3), None, tiny(), RankMesh(2, 2), mtp=False)) == 2  # type: ignore
-
-
-@pytest.mark.parametrize("kind", ["empty slots", "shares"])
-def test_a_plan_that_slot_tables_cannot_hold_is_refused(kind):
-    plan = _plan(extra=4)
-    experts = np.where(np.arange(20) == 19, -1, plan.experts) if kind == "empty slots" else None
-    wrong = replace(plan, split=plan.share) if experts is None else replace(plan, experts=experts)
-    with pytest.raises(ValueError, match="has empty slots or shares per slot"):
-        plan_tables(wrong, Path("plan.json"), tiny(), RankMesh(2, 2), mtp=False)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +60,16 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
         (["--random", "tiny", "--prompt-tokens", "1,400"], "holds token 400"),
         ([*RANDOM, "--prompt-file", "no/such.txt"], "no/such.txt: cannot be read"),
         ([*RANDOM, "--plan", "no/such.json"], "no/such.json"),
+        ([*RANDOM, "--mesh", "16x1"], "--mesh 16x1: .* runs with 8 device.s., 16 are needed"),
+        ([*RANDOM, "--prefill-chunk", "0"], "prefill_chunk must be at least 1 token, got 0"),
+        (
+            [*RANDOM, "--mesh", "2x3", "--prefill", "sequence-parallel"],
+            "heads to divide over the ranks, got 8 heads and 6 ranks",
+        ),
+        (
+            [*RANDOM, "--prefill", "sequence-parallel", "--prefill-chunk", "4"],
+            "chunks of 4 tokens .* choose either",
+        ),
         ([*RANDOM, "--json", "no/such/out.json"], "no folder no/such"),
     ],
 )
@@ -91,12 +81,6 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert line.startswith("error: ")
     with pytest.raises(ValueError, match=message):
         raise ValueError(line)
-
-
-def test_a_model_that_cannot_fit_is_refused_before_it_is_made():
-    config = deepseek_r1()
-    with pytest.raises(ValueError, match=r"take 2,\d{3}\.\d GB on 1 ranks in float32, this"):
-        check_memory(config, one_rank(config), RankMesh(1, 1), "float32", False)
 
 
 def test_greedy_tokens_of_a_checkpoint_on_a_mesh_equal_hugging_face(data, capsys):

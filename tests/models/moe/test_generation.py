@@ -11,9 +11,10 @@ from cmjax.mesh import RankMesh
 from models.moe.batch import Sampler
 from models.moe.config import LatentAttention, MoEConfig
 from models.moe.deepseek import abstract_params
-from models.moe.generation import Generator, place_params
+from models.moe.generation import Generator
 from models.moe.layout import Layout, one_rank, shard_params
 from models.moe.placement import ep_table
+from models.moe.programs import place_params
 
 CONFIG = MoEConfig(
     vocab_size=11,
@@ -82,6 +83,29 @@ def test_a_batch_of_different_lengths_on_a_mesh_gives_what_each_prompt_gives_alo
     alone = [_tokens(_run(_generator(), [prompt], 9))[0] for prompt in PROMPTS]
     assert alone == _tokens(plain)
     assert [len(tokens) for tokens in alone] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("mesh", [ALONE, RankMesh(2, 1)], ids=str)
+def test_sequence_parallel_prefill_changes_no_token(plain, mesh):
+    found = _run(_generator(mesh, sequence_parallel=True, drafts=1), PROMPTS, 9)
+    assert _tokens(found) == _tokens(plain)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 16, 40])
+def test_prefill_in_chunks_changes_no_token(plain, chunk):
+    found = _run(_generator(prefill_chunk=chunk), PROMPTS, 9)
+    assert _tokens(found) == _tokens(plain)
+
+
+def test_prefill_in_chunks_drafts_and_caches_what_whole_prefill_does():
+    sampler = Sampler(temperature=1.5, top_p=0.9, seed=3)
+    whole = _run(_generator(drafts=2), PROMPTS, 12, sampler=sampler)
+    chunked = _run(
+        _generator(RankMesh(2, 1), drafts=2, prefill_chunk=2), PROMPTS, 12, sampler=sampler
+    )
+    assert _tokens(chunked) == _tokens(whole)
+    # a wrong draft, or a wrong entry of the drafting layer's cache, is accepted less often
+    assert (chunked.steps, chunked.accepted) == (whole.steps, whole.accepted)
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=1.5, top_p=0.9, seed=3)])
@@ -180,6 +204,15 @@ def test_requests_that_do_not_fit_are_refused_with_their_sizes(arguments, messag
                 drafts=2,
             ),
             r"2 draft\(s\) per step need the weights of a multi-token",
+        ),
+        (lambda: _generator(prefill_chunk=0), "prefill_chunk must be at least 1 token, got 0"),
+        (
+            lambda: _generator(prefill_chunk=2, sequence_parallel=True),
+            "chunks of 2 tokens .* choose either prefill_chunk or sequence_parallel",
+        ),
+        (
+            lambda: _generator(RankMesh(2, 2), sequence_parallel=True),
+            "heads to divide over the ranks, got 2 heads and 4 ranks",
         ),
     ],
 )

@@ -129,7 +129,6 @@ def test_an_unknown_preset_suggests_a_close_one():
         ({"groups_per_token": 5}, r"must lie in 1..4 \(expert_groups\), got 5"),
         ({"experts_per_token": 9}, "must lie in 1..8"),
         ({"dense_layers": (3,)}, r"ascending layer numbers in 0..2, got \(3,\)"),
-        ({"dense_layers": (0, 1, 2)}, "all 3 layers are dense"),
         (
             {"attention": dataclasses.replace(tiny().attention, qk_rope_dim=7)},
             "must be even, got 7",

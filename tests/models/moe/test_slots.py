@@ -1,12 +1,22 @@
 """Slot tables, replica choice, and schedules."""
 
 from collections import Counter
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.moe.placement import SlotTable, choose_slots, ep_table, one_rank_table, stack_tables
+from cmjax.placement import Plan
+from models.moe.config import tiny
+from models.moe.placement import (
+    SlotTable,
+    choose_slots,
+    ep_table,
+    one_rank_table,
+    plan_tables,
+    stack_tables,
+)
 from models.moe.schedule import Schedule, two_stream_decode
 
 
@@ -76,3 +86,36 @@ def test_schedules_of_equal_content_are_equal_and_hash_alike():
     assert two_stream_decode() == two_stream_decode()
     assert hash(two_stream_decode()) == hash(two_stream_decode())
     assert two_stream_decode() != Schedule(microbatches=2)
+
+
+def _plan(experts=16, layers=2, ranks=4, extra=4):
+    rows = [[*range(experts), *range(extra)]] * layers
+    return Plan(np.array(rows), experts, ranks, source="plan.json")
+
+
+def test_a_plan_gives_every_layer_its_slots_and_the_draft_layer_the_last():
+    tables = plan_tables(_plan(), tiny(), 4, mtp=True)
+    assert [table.experts_of_slot for table in tables] == [(*range(16), 0, 1, 2, 3)] * 3
+    assert len(plan_tables(_plan(layers=3), tiny(), 4)) == 2
+
+
+def test_a_plan_with_one_expert_more_gives_the_shared_expert_its_slots():
+    rows = np.array([[*range(17), 16, 16, 0]] * 2)
+    tables = plan_tables(Plan(rows, 17, 4), tiny(), 4)
+    assert all(table.has_shared and table.n_experts == 16 for table in tables)
+    assert tables[0].slots_of_expert[16] == (16, 17, 18)
+
+
+def test_a_model_without_one_shared_expert_has_no_slots_for_it():
+    plan = Plan(np.array([[*range(17), 16, 16, 0]] * 2), 17, 4)
+    with pytest.raises(ValueError, match="experts per layer: plan 17, model 16"):
+        plan_tables(plan, replace(tiny(), shared_experts=2), 4)
+
+
+@pytest.mark.parametrize("kind", ["empty slots", "shares"])
+def test_a_plan_that_slot_tables_cannot_hold_is_refused(kind):
+    plan = _plan()
+    experts = np.where(np.arange(20) == 19, -1, plan.experts) if kind == "empty slots" else None
+    wrong = replace(plan, split=plan.share) if experts is None else replace(plan, experts=experts)
+    with pytest.raises(ValueError, match=r"plan\.json: .* has empty slots or shares per slot"):
+        plan_tables(wrong, tiny(), 4)

@@ -207,3 +207,19 @@ def test_a_synthetic_vowel_has_its_formants():
 def test_bad_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_utterances_of_many_words_stand_alone_among_joined_strings():
+    corpus = _corpus()
+    long = tuple(_take(f"long{i}", "ann", "one two three two", 9000) for i in range(3))
+    mixed = Corpus((*corpus.train, *long), {}, "words", RATE, joinable=True)
+    stream, step, alone = _stream(mixed, strings=Strings(longest=3)), 0, []
+    while stream.epoch(step) < 1:
+        names, batch = stream.at(step)
+        for name, count in zip(names, batch.counts, strict=False):
+            if "long" in name:
+                alone.append(name)
+                assert count == 4
+        assert batch.labels.shape[1] == 4
+        step += 1
+    assert sorted(alone) == ["long0", "long1", "long2"]

@@ -8,8 +8,8 @@ with the question; the entropy of the model's next-token distribution says how m
 
 and the segments of the lowest entropy, back in the order of the text, followed by the question,
 are the *key context* from which the answer is generated. Segments are independent: they are scored
-in batches of one static shape, over a mesh if the scorer is (`models.moe.scorer`), and a text can
-be fed piece by piece in constant memory. Segment and question lengths are not the paper's, whose
+in batches of one static shape, over a mesh (`models.moe.xl3m.scorer`), and a text can be fed piece
+by piece in constant memory. Segment and question lengths are not the paper's, whose
 settings could not be had; defaults follow the constraints in `XL3MConfig`.
 """
 
@@ -140,6 +140,8 @@ def key_context(
     question: Int[np.ndarray, "tokens"],
     next_logits: NextLogits,
     config: XL3MConfig,
+    *,
+    on_segment: Callable[[int, int], None] | None = None,
 ) -> KeyContext:
     """Read `content` segment by segment, and keep what makes the model certain of its answer.
 
@@ -148,7 +150,9 @@ def key_context(
       question: the tokens that every segment is read with, at its end.
       next_logits: the model; called with batches `[config.batch, prefix + segment + question]`.
       config: lengths.
-    Returns: the key context; if everything fits into the window it is the whole input.
+      on_segment: called with the number of segments read and of all, as they are read.
+    Returns: the key context; if everything fits into the window it is the whole input, and nothing
+      is scored.
     Raises: ValueError if the question is empty or leaves no room for a segment.
     """
     content, question = _token_row("content", content), _token_row("question", question)
@@ -161,12 +165,37 @@ def key_context(
             tuple(range(starts.size)),
             np.zeros(starts.size, np.float32),
         )
-    scores = list(score_segments([content], question, next_logits, config))
-    starts = [start for start, _ in scores]
-    entropies = np.array([h for _, h in scores], np.float32)
+    starts = segment_starts(content.size, config.segment, config.stride)
+    entropies = np.zeros(starts.size, np.float32)
+    scores = score_segments([content], question, next_logits, config)
+    for number, (_, entropies[number]) in enumerate(scores):
+        if on_segment is not None:
+            on_segment(number + 1, starts.size)
+    return chosen_context(content, question, entropies, config)
+
+
+def chosen_context(
+    content: Int[np.ndarray, "tokens"],
+    question: Int[np.ndarray, "tokens"],
+    entropies: Float[np.ndarray, "segments"],
+    config: XL3MConfig,
+) -> KeyContext:
+    """The key context, from the entropies of all segments (`score_segments`).
+
+    Raises: ValueError: another number of entropies than `content` has segments.
+    """
+    content, question = _token_row("content", content), _token_row("question", question)
+    starts = segment_starts(content.size, config.segment, config.stride)
+    if len(entropies) != starts.size:
+        raise ValueError(
+            f"XL3M: {len(entropies)} entropies for a text of {starts.size} segments of "
+            f"{config.segment} tokens, one every {config.stride}"
+        )
+    room = config.room(question.size)
     kept, intervals = select(entropies, starts, config.segment, room=room, keep=config.keep)
     pieces = [content[begin:end] for begin, end in intervals]
-    return KeyContext(_joined(config.prefix, pieces, question), intervals, kept, entropies)
+    tokens = _joined(config.prefix, pieces, question)
+    return KeyContext(tokens, intervals, kept, np.asarray(entropies, np.float32))
 
 
 def score_segments(
@@ -263,6 +292,7 @@ __all__ = [
     "NextLogits",
     "XL3MConfig",
     "best_segments",
+    "chosen_context",
     "entropy",
     "key_context",
     "score_segments",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.moe.xl3m import (
+from models.moe.xl3m.context import (
     XL3MConfig,
     best_segments,
     entropy,

@@ -1,0 +1,75 @@
+"""A network made ready to run: filters packed once, one compiled call with nothing else around it.
+
+speech -> log-mel -> network        whole
+features -> network                 network
+every layer with a short algorithm  backbone: more than one tap and no stride
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.asr.acoustic import AcousticModel
+from models.asr.conv import Conv
+from models.asr.features import LogMel, log_mel
+from models.asr.frames import Frames
+
+
+def network_call(model: AcousticModel) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """(features, lengths) -> (logits, frames of each), of a packed copy of `model`."""
+    return _compiled(model, lambda model, features, lengths: model(features, lengths))
+
+
+def whole_call(
+    model: AcousticModel, front: LogMel
+) -> Callable[
+    [Float[Array, "batch time"], Int[Array, "batch"]],
+    tuple[Float[Array, "batch frames labels"], Int[Array, "batch"]],
+]:
+    """(samples, samples of each) -> (logits, frames of each), of a packed copy of `model`."""
+
+    def whole(model, samples, lengths):
+        return model(log_mel(samples, front), front.frames(lengths))
+
+    return _compiled(model, whole)
+
+
+def backbone_call(model: AcousticModel) -> Callable[[Sequence[Array]], list[Array]]:
+    """Inputs of the layers of `backbone` -> their outputs, each by itself, of a packed copy."""
+
+    def outputs(model, inputs):
+        out = []
+        for i, x in zip(backbone(model), inputs, strict=True):
+            lengths = jnp.full(x.shape[:1], x.shape[1])
+            out.append(model.convolutions()[i](Frames(x, lengths, jnp.zeros((), jnp.int32))).x)
+        return out
+
+    return _compiled(model, outputs)
+
+
+def backbone(model: AcousticModel) -> list[int]:
+    """Which convolutions a short algorithm can serve, but for the output layer."""
+    convolutions = model.convolutions()
+    return [i for i, conv in enumerate(convolutions[:-1]) if _has_short_algorithm(conv)]
+
+
+def _has_short_algorithm(conv: Conv) -> bool:
+    return conv.stride == 1 and conv.taps > 1
+
+
+def _compiled(model: AcousticModel, function: Callable) -> Callable:
+    """`function(model, ...)` as a jitted call; leaves in a list cost least to pass."""
+    deployed = nnx.clone(model)
+    deployed.pack()
+    graph, state = nnx.split(deployed)
+    leaves, structure = jax.tree.flatten(state)
+
+    @jax.jit
+    def call(leaves, *args: Any):
+        return function(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *args)
+
+    return lambda *args: call(leaves, *args)
