@@ -126,7 +126,7 @@ def smooth(
         if arithmetic.projections == "w8a8":
             moving.attention(f"{where}/attention")
         if kind == "dense" and arithmetic.dense == "w8a8":
-            moving.move(f"{where}/norm/weight", [f"{where}/ffn/gate_up"])
+            moving.move(f"{where}/norm/gain", [f"{where}/ffn/gate_up"])
             moving.swiglu(f"{where}/ffn")
         if kind == "moe":
             moving.moe(f"{where}/moe", arithmetic)
@@ -149,7 +149,7 @@ class _Moving:
         qkv."""
         held = self.at(where)
         if "qkv" in held:
-            self.move(f"{where}/norm/weight", [f"{where}/qkv"])
+            self.move(f"{where}/norm/gain", [f"{where}/qkv"])
             return
         if "q_a" in held:
             self.move(f"{where}/norm", [f"{where}/q_a", f"{where}/kv_a"])
@@ -169,7 +169,7 @@ class _Moving:
             readers = [f"{where}/experts/gate_up"]
             if "shared" in held:
                 readers.append(f"{where}/shared/gate_up")
-            factor = self.move(f"{where}/norm/weight", readers)
+            factor = self.move(f"{where}/norm/gain", readers)
             router = held["router"]
             router["weight"] = router["weight"] * factor[..., None]
             self.swiglu(f"{where}/experts")
