@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.asr_onnx import quantised, session_call, to_onnx
 from cmjax import native
 from cmjax.primitives.conv_scales import calibrate
+from cmjax.report import terminal
 from models.asr.acoustic import AcousticModel, layer_algorithms
 from models.asr.conv import PRECISIONS
 from models.asr.deployed import backbone, backbone_call, network_call, whole_call
@@ -71,7 +71,7 @@ class Options:
 def main(options: Options) -> None:
     """Time and print."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
-    console = Console()
+    console = terminal()
     clock = "CPU" if options.threads == 1 else "wall"
     console.print(f"{native.status().reason}; {options.threads} thread(s), {clock} time")
     found = {}

@@ -22,6 +22,7 @@ from cmjax.commands.output import bar, check_target, emit
 from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.placement import read_plan
+from cmjax.report import terminal
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import LatentAttention, MoEConfig
@@ -284,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     command = tyro.cli(Generate, args=arguments, prog="models.moe.generate", description=__doc__)
     try:
-        command.run(Console(), Console(stderr=True))
+        command.run(terminal(), Console(stderr=True))
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
