@@ -3,8 +3,8 @@
     python -m benchmarks.asr                    # Wav2letter and ConvDFSMN as published, one thread
     python -m benchmarks.asr --threads 2
 
-Random weights, calibrated on random features. All candidates take turns in one process; one thread:
-pinned to a core, the least CPU time of the process; more: the least wall time. "whole" is speech to
+Random weights, calibrated on random features. All candidates take turns in one process (see
+`timing`); one thread: pinned to a core, CPU time; more: wall time. "whole" is speech to
 logits, "network" features to logits, "backbone" the layers that a short algorithm can serve, each
 by itself. ONNX Runtime has the exported network, in float32 and in its own int8.
 """
@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.asr_onnx import quantised, session_call, to_onnx
+from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.primitives.conv_scales import calibrate
+from cmjax.report import terminal
 from models.asr.acoustic import AcousticModel, layer_algorithms
 from models.asr.conv import PRECISIONS
 from models.asr.deployed import backbone, backbone_call, network_call, whole_call
@@ -71,13 +71,15 @@ class Options:
 def main(options: Options) -> None:
     """Time and print."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
-    console = Console()
+    console = terminal()
     clock = "CPU" if options.threads == 1 else "wall"
     console.print(f"{native.status().reason}; {options.threads} thread(s), {clock} time")
     found = {}
     for name in options.networks:
         runs, largest_error = candidates(name, options)
-        found[name] = least_times(runs, options)
+        flat = {(part, by): run for part, some in runs.items() for by, run in some.items()}
+        least = least_times(flat, options.seconds, options.threads)
+        found[name] = {part: {by: least[part, by] for by in some} for part, some in runs.items()}
         console.print(table(name, found[name], options.length))
         if largest_error is None:
             console.print("ONNX Runtime is not installed: no peer")
@@ -138,21 +140,6 @@ def build(name: str) -> tuple[AcousticModel, LogMel]:
     if name == "wav2letter":
         return Wav2letter(Wav2letterConfig(), **sizes), front
     return ConvDFSMN(ConvDFSMNConfig(), **sizes), front
-
-
-def least_times(runs: dict[str, dict[str, Run]], options: Options) -> dict[str, dict[str, float]]:
-    """Least seconds of each, all in turn for at least the time asked for and ten rounds."""
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    least = {part: dict.fromkeys(by_name, np.inf) for part, by_name in runs.items()}
-    rounds, end = 0, time.perf_counter() + options.seconds
-    while rounds < 10 or time.perf_counter() < end:
-        rounds += 1
-        for part, by_name in runs.items():
-            for name, run in by_name.items():
-                start = clock()
-                run()
-                least[part][name] = min(least[part][name], clock() - start)
-    return least
 
 
 def table(network: str, seconds: dict[str, dict[str, float]], length: int) -> Table:

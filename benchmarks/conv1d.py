@@ -13,7 +13,6 @@ XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.conv_peers import Run, Shape, peers
+from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.primitives.conv_scales import calibrate
 from cmjax.primitives.packed_conv import prepack
@@ -115,24 +115,6 @@ def ours() -> dict[str, Callable[[Shape], Run]]:
         INT8: lambda shape: _quantised(shape, algorithm(shape.taps), "int8"),
         INT16: lambda shape: _quantised(shape, algorithm(shape.taps), "int16"),
     }
-
-
-def least_times(runs: dict[str, Run], seconds: float, threads: int = 1) -> dict[str, float]:
-    """Least time of each run, all in turn for at least `seconds` and ten rounds."""
-    clock, rest = (time.process_time, 0.0) if threads == 1 else (time.perf_counter, 0.02)
-    for run in runs.values():
-        run()
-    least = dict.fromkeys(runs, float("inf"))
-    rounds, end = 0, time.perf_counter() + seconds
-    while rounds < 10 or time.perf_counter() < end:
-        rounds += 1
-        for name, run in runs.items():
-            time.sleep(rest)
-            for _ in range(5):
-                start = clock()
-                run()
-                least[name] = min(least[name], clock() - start)
-    return least
 
 
 def layer_table(times: dict[Shape, dict[str, float]]) -> Table:

@@ -13,12 +13,13 @@ PyTorch's and `XLA_FLAGS=--xla_cpu_max_isa=AVX2` XLA's. PyTorch is left out wher
 """
 
 import argparse
+import itertools
 import os
-import time
+
+from benchmarks.timing import least_times
 
 K, N = 7168, 2048
 ROTATED_BYTES = 220e6
-CALLS = 5  # of a turn
 
 
 def main() -> None:
@@ -52,23 +53,14 @@ def main() -> None:
 
 
 def _measure(candidates, rows: int, options) -> dict[str, float]:
-    """Best seconds of every candidate, a few calls of each in turn."""
-    one = options.threads == 1
-    clock, rest = (time.process_time, 0.0) if one else (time.perf_counter, 0.02)
-    calls = {name: make(rows) for name, make in candidates.items()}
-    for call in calls.values():
-        call(0)
-    best = dict.fromkeys(calls, float("inf"))
-    end, turn = time.perf_counter() + options.seconds, 0
-    while time.perf_counter() < end or turn < 3:
-        for name, call in calls.items():
-            time.sleep(rest)  # threads of some libraries spin for a while, on the cores of the next
-            for i in range(CALLS):
-                start = clock()
-                call(CALLS * turn + i)
-                best[name] = min(best[name], clock() - start)
-        turn += 1
-    return best
+    """Best seconds of every candidate, each call on its next weights."""
+
+    def rotating(call):
+        turns = itertools.count()
+        return lambda: call(next(turns))
+
+    runs = {name: rotating(make(rows)) for name, make in candidates.items()}
+    return least_times(runs, options.seconds, options.threads)
 
 
 def _copies(array, nbytes: int) -> list:

@@ -17,7 +17,7 @@ import tyro
 from jax import lax
 from rich.table import Table
 
-from benchmarks.conv1d import least_times
+from benchmarks.timing import least_times
 from cmjax.primitives.packed_conv import prepack
 from cmjax.primitives.winograd import winograd_conv1d
 from cmjax.report import terminal

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from cmjax.commands import Fit, Machines, Micro, Place, Predict, Price, Validate
+from cmjax.commands.output import exit_code
 from cmjax.report import terminal
 
 _Command = (
@@ -26,18 +27,7 @@ _Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `cmjax` command; returns the exit code."""
     command = tyro.cli(_Command, args=arguments, prog="cmjax", description=__doc__)
-    try:
-        command.run(terminal())
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: command.run(terminal()))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from cmjax.hardware import Supernode, load_machine
 from cmjax.primitives.conv_choice import BASE_SQNR_DB
 from cmjax.primitives.toom_cook import ALGORITHMS, supported
 from cmjax.program.step import Step
+from cmjax.report import terminal
 from models.asr import pricing
 from models.asr.acoustic import AcousticModel
 from models.asr.conv import Conv
@@ -288,4 +289,4 @@ def _case(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__), Console())
+    main(tyro.cli(Options, description=__doc__), terminal())

@@ -41,6 +41,7 @@ from rich.table import Table
 from cmjax import placement
 from cmjax.commands.output import check_target, emit, track
 from cmjax.commands.place import Place
+from cmjax.report import terminal
 from models.moe.generate import parse_mesh
 from studies.mesh_figure import plot_meshes
 from studies.mesh_worker import small_model
@@ -215,7 +216,7 @@ def _table(title: str) -> Table:
 def main(study: Study) -> int:
     check_target(study.json, study.plot)
     found = run(study)
-    console = Console(width=100)
+    console = terminal()
     counted = [result for result in found if "phases" in result]
     tables = [time_table(found)] + ([byte_table(counted)] if counted else [])
     emit(console, study.json, found, *tables)

@@ -35,6 +35,7 @@ from cmjax.cost.rows import row_time
 from cmjax.hardware import load_machine
 from cmjax.placement.greedy import greedy_on
 from cmjax.placement.search import relative_loads
+from cmjax.report import terminal
 
 TOKENS = 96
 TOKEN_BYTES = 7_680 + 14_336
@@ -330,6 +331,6 @@ def random_swaps(problem: placement.Problem, *, swaps: int = 3000) -> placement.
 if __name__ == "__main__":
     study = tyro.cli(Study, description=__doc__)
     if study.robust:
-        robust(Console())
+        robust(terminal())
     else:
-        run(study, Console())
+        run(study, terminal())

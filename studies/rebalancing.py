@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
@@ -24,6 +23,7 @@ from cmjax.cost.deployment import build_layer
 from cmjax.cost.rows import row_time
 from cmjax.hardware import Supernode, load_machine
 from cmjax.placement import Loads, MoveCost, Plan, Problem, Rebalancer
+from cmjax.report import terminal
 
 EXPERT_BYTES = 3 * 7168 * 2048  # DeepSeek-R1 in INT8
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -149,7 +149,7 @@ def main(study: Study) -> None:
         best = min(found, key=lambda name: found[name].total_s)
         table.add_row(f"{steps:,}", *cells, best)
     table.caption = "service time over that of never moving (migrations)"
-    Console().print(table)
+    terminal().print(table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from scipy import stats
 
 from cmjax.mesh import prepare_devices
 from cmjax.primitives.packed_conv import prepack
+from cmjax.report import terminal
 from models.asr.acoustic import AcousticModel
 from models.asr.deployed import backbone, backbone_call, whole_call
 from studies.rsq_asr_figure import plot_tradeoff
@@ -346,4 +347,4 @@ def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__), Console())
+    main(tyro.cli(Study, description=__doc__), terminal())

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from cmjax.commands.output import track
+from cmjax.report import terminal
 from models.moe.model import MoEModel, parameters
 from models.moe.xl3m import segment_starts
 from studies import xl3m_cost, xl3m_figure
@@ -244,8 +244,7 @@ def _curves(accuracy: Accuracy) -> Mapping[str, list[tuple[int, float, float, fl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; 0 if it ran, 2 for bad input."""
     study = tyro.cli(Study, description=__doc__, args=arguments)
-    console = Console()
-    wide = Console(width=max(console.width, 150))
+    console = terminal()
     try:
         if study.seeds < 1 or study.questions < 1:
             raise ValueError("--seeds and --questions must be at least 1")
@@ -254,11 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"studies.xl3m: {error}", file=sys.stderr)
         return 2
-    wide.print(accuracy_table(accuracy))
-    wide.print(certainty_table(certainty))
+    console.print(accuracy_table(accuracy))
+    console.print(certainty_table(certainty))
     (study.out / "xl3m.json").write_text(json.dumps(as_json(accuracy), indent=1))
     xl3m_figure.draw(_curves(accuracy), Recall().trained_length, study.out / "xl3m.png")
-    xl3m_cost.show(wide)
+    xl3m_cost.show(console)
     console.print(f"wrote {study.out}/xl3m.json and {study.out}/xl3m.png")
     return 0
 

@@ -28,6 +28,7 @@ from cmjax.hardware import Supernode, load_machine
 from cmjax.mesh import RANKED, REPLICATED, on_every_rank
 from cmjax.program import Program
 from cmjax.program.step import Step
+from cmjax.report import terminal
 from models.moe.config import GroupedAttention, MoEConfig, Rope
 from models.moe.layout import one_rank
 from models.moe.model import abstract_model, assemble
@@ -223,5 +224,5 @@ def memory_text(machine: Supernode, weights: float) -> str:
 
 
 if __name__ == "__main__":
-    show(Console(width=130))
+    show(terminal())
     sys.exit(0)

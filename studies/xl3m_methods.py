@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from cmjax.mesh import RankMesh
 from models.moe.cache import extend_cache
 from models.moe.config import GroupedAttention, LinearScaling, MoEConfig, YarnConfig
-from models.moe.generation import place_params
 from models.moe.layout import Layout, one_rank, shard_params
 from models.moe.model import MoEModel, abstract_model, assemble, parameters
+from models.moe.programs import place_params
 from models.moe.xl3m import Scorer, XL3MConfig, chosen_context, score_segments
 from train.passkey import Vocabulary
 

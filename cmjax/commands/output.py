@@ -1,7 +1,8 @@
 """How commands speak: a table for people, the same as JSON for machines, progress on stderr."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cmjax.files import replace_text
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """Run a program and say how it went, with one line on stderr if it failed.
+
+    Returns: 0 for success, 1 for a failure of the machine (a full disk, say), 2 for bad input, 130
+      after Ctrl-C.
+    """
+    try:
+        run()
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def emit(console: Console, target: str | None, result: Any, *tables: Any) -> None:

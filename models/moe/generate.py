@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, cast, get_args
 import tyro
 from rich.console import Console
 
-from cmjax.commands.output import bar, check_target, emit
+from cmjax.commands.output import bar, check_target, emit, exit_code
 from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.placement import read_plan
 from models.moe.arithmetic import Arithmetic, KVCache, Precision
+from cmjax.report import terminal
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import LatentAttention, MoEConfig
@@ -295,18 +296,7 @@ def _summary(found: Generated) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     command = tyro.cli(Generate, args=arguments, prog="models.moe.generate", description=__doc__)
-    try:
-        command.run(Console(), Console(stderr=True))
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: command.run(terminal(), Console(stderr=True)))
 
 
 if __name__ == "__main__":

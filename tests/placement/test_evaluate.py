@@ -71,7 +71,7 @@ def test_an_unknown_method_is_answered_with_the_closest_names():
     problem = Problem(Loads(np.ones((1, 4))), 2)
     with pytest.raises(ValueError, match="unknown method 'gredy'; did you mean greedy"):
         place(problem, "gredy", slowest)
-    with pytest.raises(ValueError, match="known methods: contiguous, greedy, greedy-global"):
+    with pytest.raises(ValueError, match="known methods: contiguous, gradient, greedy"):
         place(problem, "xyz", slowest)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from cmjax.commands.output import bar, check_target, emit
+from cmjax.commands.output import bar, check_target, emit, exit_code
 from cmjax.mesh import prepare_devices
 from models.moe.batch import Sampler
 from models.moe.checkpoint import Checkpoint
@@ -192,18 +192,7 @@ def _read_text(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     command = tyro.cli(Read, args=arguments, prog="models.moe.xl3m", description=__doc__)
-    try:
-        command.run(Console(), Console(stderr=True))
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: command.run(Console(), Console(stderr=True)))
 
 
 if __name__ == "__main__":

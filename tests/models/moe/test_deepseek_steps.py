@@ -219,6 +219,7 @@ def test_speculative_decoding_emits_what_plain_greedy_decoding_does():
     assert outputs[3] == outputs[0]
 
 
+@pytest.mark.slow
 def test_drafting_after_prefill_and_after_decode_is_the_same_computation():
     # prefill a prompt and decode one token, or prefill the prompt with that token appended
     inputs, first, state, second = _unsharded()

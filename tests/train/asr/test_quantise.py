@@ -67,6 +67,7 @@ def test_auto_takes_a_short_algorithm_where_there_are_channels_enough():
     assert [form == "direct" for form in forms] == [True] + 8 * [False] + [True, True]
 
 
+@pytest.mark.slow
 def test_scaled_ranges_are_no_worse_than_safe_ones():
     found = {}
     for ranges in ("safe", "scaled"):

@@ -9,10 +9,10 @@ import pytest
 from cmjax.mesh import RankMesh
 from models.moe.config import MoEConfig, tiny
 from models.moe.deepseek import init_params
-from models.moe.generation import place_params
 from models.moe.layout import Layout, one_rank, shard_params
 from models.moe.model import abstract_model, assemble
 from models.moe.placement import ep_table
+from models.moe.programs import place_params
 from models.moe.xl3m.context import XL3MConfig, score_segments
 from models.moe.xl3m.scorer import Scorer, next_logits
 

@@ -1,0 +1,37 @@
+"""How candidates are timed side by side. Imports nothing that starts threads."""
+
+import time
+from collections.abc import Callable, Mapping
+
+CALLS = 5  # of a turn
+REST_S = 0.02  # before a turn, where there are several threads
+ROUNDS = 10  # at least
+
+
+def least_times[Name](
+    runs: Mapping[Name, Callable[[], object]], seconds: float, threads: int = 1
+) -> dict[Name, float]:
+    """Least seconds of each run, all taking turns of several calls in one process.
+
+    One thread: CPU time of the process; more: wall time, with a rest before each turn, because the
+    threads of some libraries spin for a while after a call, on the cores of the next.
+
+    Args:
+      runs: what to call, warmed up here by one call each.
+      seconds: all turns together take at least this long, and there are at least ten rounds.
+      threads: that the runs use.
+    """
+    clock, rest = (time.process_time, 0.0) if threads == 1 else (time.perf_counter, REST_S)
+    for run in runs.values():
+        run()
+    least = dict.fromkeys(runs, float("inf"))
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < ROUNDS or time.perf_counter() < end:
+        rounds += 1
+        for name, run in runs.items():
+            time.sleep(rest)
+            for _ in range(CALLS):
+                start = clock()
+                run()
+                least[name] = min(least[name], clock() - start)
+    return least
