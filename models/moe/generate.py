@@ -22,8 +22,8 @@ from cmjax.commands.output import bar, check_target, emit, exit_code
 from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.placement import read_plan
-from models.moe.arithmetic import Arithmetic, KVCache, Precision
 from cmjax.report import terminal
+from models.moe.arithmetic import Arithmetic, KVCache, Precision
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import LatentAttention, MoEConfig

@@ -26,10 +26,10 @@ from jaxtyping import Array, Float32, Int
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 from models.moe.deepseek import init_params
-from models.moe.generation import place_params
 from models.moe.layout import Layout, param_specs, shard_params
 from models.moe.model import abstract_model
 from models.moe.placement import ep_table
+from models.moe.programs import place_params
 from train.moe.config import Config
 
 Params = dict[str, Any]

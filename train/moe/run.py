@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cmjax.mesh import RankMesh
 from models.moe.deepseek import abstract_params
 from models.moe.generate import parse_mesh
-from models.moe.generation import place_params
 from models.moe.layout import one_rank
 from models.moe.model import MoEModel, abstract_model, assemble
+from models.moe.programs import place_params
 from train import checkpoint
 from train.data.text import Windows, grammar_text, read_text
 from train.metrics import LossNotFinite, MetricsLog
