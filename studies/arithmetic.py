@@ -28,13 +28,14 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
+from cmjax.commands.output import exit_code
 from cmjax.cost.deployment import Deployment
 from cmjax.cost.predict import Predictor, Requests, fastest
 from cmjax.hardware import load_machine
+from cmjax.report import terminal
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
 from models.moe import MoEModel, extend_cache
 from train import checkpoint
-from train.metrics import LossNotFinite
 from train.moe.config import Config
 from train.moe.run import start, train, trained_model
 
@@ -229,12 +230,4 @@ def _config(study: Study) -> Config:
 
 
 if __name__ == "__main__":
-    terminal = Console()
-    try:
-        main(tyro.cli(Study, description=__doc__), terminal)
-    except ValueError as error:
-        terminal.print(f"[red]studies.arithmetic:[/] {error}", highlight=False)
-        sys.exit(2)
-    except LossNotFinite as error:
-        terminal.print(f"[red]studies.arithmetic:[/] {error}", highlight=False)
-        sys.exit(1)
+    sys.exit(exit_code(lambda: main(tyro.cli(Study, description=__doc__), terminal())))

@@ -19,11 +19,12 @@ import tyro
 from jaxtyping import Int
 from rich.console import Console
 
+from cmjax.commands.output import exit_code
 from cmjax.mesh import prepare_devices
+from cmjax.report import terminal
 from models.moe.generate import parse_mesh
 from models.moe.model import MoEModel
-from train.checkpoint import SaveFailed
-from train.metrics import LossNotFinite, read_metrics
+from train.metrics import read_metrics
 from train.moe.config import Config
 from train.moe.run import start, train, trained_model
 
@@ -54,12 +55,4 @@ def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) ->
 
 
 if __name__ == "__main__":
-    terminal = Console()
-    try:
-        main(tyro.cli(Config, description=__doc__), terminal)
-    except ValueError as error:
-        terminal.print(f"[red]moe_lm:[/] {error}", highlight=False)
-        sys.exit(2)
-    except (LossNotFinite, SaveFailed) as error:
-        terminal.print(f"[red]moe_lm:[/] {error}", highlight=False)
-        sys.exit(1)
+    sys.exit(exit_code(lambda: main(tyro.cli(Config, description=__doc__), terminal())))

@@ -20,9 +20,9 @@ class Config:
     """Ranks, as nodes x npus: each holds a share of the experts and of the batch."""
     attention: Literal["latent", "grouped"] = "latent"
     """DeepSeek's multi-head latent attention, or grouped queries."""
-    hidden: int = 128
+    hidden: int = 256
     """Width of the residual stream."""
-    layers: int = 4
+    layers: int = 3
     """Layers; the first has a dense feed-forward block."""
     heads: int = 4
     """Query heads, 32 wide."""
@@ -30,18 +30,18 @@ class Config:
     """Routed experts per layer; there is a shared one besides."""
     experts_per_token: int = 2
     """How many of them a token visits."""
-    expert_ffn: int = 128
+    expert_ffn: int = 512
     """Inner width of an expert."""
-    capacity_factor: float = 2.0
+    capacity_factor: float = 1.5
     """Rows reserved per expert over their mean number; copies beyond are dropped. 0 drops none,
     and makes losses equal on every mesh."""
     length: int = 128
     """Bytes in a window."""
-    batch: int = 16
+    batch: int = 8
     """Windows per step."""
     steps: int = 300
     """Optimiser steps."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Highest; it warms up over a tenth of the steps and falls as a cosine to a tenth."""
     weight_decay: float = 0.01
     """Decoupled weight decay (AdamW)."""

@@ -2,7 +2,7 @@
 
 Data and experts are spread over the same ranks. A rank's gradient of its own mean loss holds, for
 its experts, what the tokens of *all* ranks say (the exchanges' transposes bring it); for shared
-parameters it is summed over the ranks. Both are divided by the number of ranks.
+parameters it is summed over the ranks. Both are divided by the number of ranks, but for the load.
 
 The load-balancing bias follows DeepSeek-V3 (report, section 2.1.2), without an auxiliary loss:
 
@@ -139,7 +139,7 @@ def make_step(config: Config, mesh: RankMesh) -> Callable:
         params = _whole(optax.apply_updates(trained, updates), learner.params)
         labels = jax.tree.leaves(_labels(grads))
         leaves = list(zip(labels, jax.tree.leaves(grads), strict=True))
-        norm = optax.global_norm([g for label, g in leaves if label == "adam"])
+        norm = optax.tree.norm([g for label, g in leaves if label == "adam"])
         loads = [jnp.max(g / jnp.mean(g, axis=-1, keepdims=True)) for b, g in leaves if b != "adam"]
         return Learner(params, state), StepResult(loss, norm, jnp.max(jnp.stack(loads)))
 
@@ -147,7 +147,8 @@ def make_step(config: Config, mesh: RankMesh) -> Callable:
 
 
 def make_gradient(config: Config, mesh: RankMesh) -> Callable:
-    """`gradient(params, tokens) -> (mean loss, gradient)` over the mesh."""
+    """`gradient(params, tokens) -> (mean loss, gradient)` over the mesh; of a balancing bias, the
+    rows of every expert."""
     layout = layout_of(config, mesh)
     graph, shapes = abstract_model(config.model, layout, "float32")
     specs = param_specs(shapes, layout)
@@ -165,7 +166,10 @@ def make_gradient(config: Config, mesh: RankMesh) -> Callable:
                 trained_specs,
                 grads,
             )
-        return loss, jax.tree.map(lambda g: g / layout.ranks, grads)
+        mean = jax.tree.map(
+            lambda label, g: g / layout.ranks if label == "adam" else g, _labels(grads), grads
+        )
+        return loss, mean
 
     lifted = on_every_rank(of_rank, mesh, (specs, RANKED), (REPLICATED, trained_specs))
 

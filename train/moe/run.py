@@ -49,10 +49,12 @@ def start(config: Config, console: Console) -> Run:
     """
     mesh = parse_mesh(config.mesh)
     text = read_text(config.text) if config.text else grammar_text(seed=config.seed)
-    run = Run(config, mesh, Windows(text, config.length, config.seed), initial(config, mesh))
+    windows = Windows(text, config.length, config.seed)
     found = checkpoint.latest(config.out / "checkpoints")
     if found is not None:
         found.check_config(config.record(), ignore=FREE)
+    run = Run(config, mesh, windows, initial(config, mesh))
+    if found is not None:
         arrays = found.arrays(run.learner)
         layout = layout_of(config, mesh)
         run.learner = Learner(place_params(arrays.params, layout, mesh), arrays.optimiser)
