@@ -60,7 +60,7 @@ class Study:
     """Folder of the table (results.json), the picture and the run."""
     windows: int = 64
     """Held-out windows to test on."""
-    steps: int = 300
+    steps: int = 250
     """Steps to train for, without a checkpoint."""
 
     def __post_init__(self):

@@ -39,7 +39,7 @@ class Config:
     """Bytes in a window."""
     batch: int = 8
     """Windows per step."""
-    steps: int = 300
+    steps: int = 250
     """Optimiser steps."""
     learning_rate: float = 2e-3
     """Highest; it warms up over a tenth of the steps and falls as a cosine to a tenth."""
