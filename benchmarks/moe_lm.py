@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,8 @@ class Product:
     @staticmethod
     def of(equation: JaxprEqn) -> "Product":
         """The product that a `dot_general` equation computes."""
-        left, right = (var.aval for var in equation.invars)
-        dtypes = (left.dtype.name, right.dtype.name, equation.outvars[0].aval.dtype.name)
+        left, right, out = (cast(Any, var.aval) for var in (*equation.invars, equation.outvars[0]))
+        dtypes = (left.dtype.name, right.dtype.name, out.dtype.name)
         return Product(left.shape, right.shape, dtypes, equation.params["dimension_numbers"])
 
     @property
@@ -98,9 +98,8 @@ def main(config: Config, threads: int, seconds: float) -> None:
     least = least_times({STEP: train_step} | {p: p.run() for p in counts}, seconds, threads)
     console = terminal()
     clock = "CPU" if threads == 1 else "wall"
-    console.print(
-        f"{threads} thread(s), {clock} time; {config.batch * config.length} tokens a step"
-    )
+    size = config.batch * config.length
+    console.print(f"{threads} thread(s), {clock} time; {size} tokens a step")
     console.print(_table(counts, least))
     alone = sum(count * least[p] for p, count in counts.items())
     flops = sum(count * p.flops for p, count in counts.items())

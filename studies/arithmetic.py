@@ -173,17 +173,21 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Divergence against predicted time, a panel per phase."""
-    figure = new_figure(4.6)
+    figure = new_figure(4.4)
     rows = [row for row in rows if "decode_ms" in row]
     panels = (("decode", BLUE, 0.75, 4.15), ("prefill", ORANGE, 4.6, 0.3))
     for phase, colour, left, right in panels:
-        axes = add_axes(figure, left=left, right=right, bottom=1.55)
-        for number, row in enumerate(rows, 1):
-            x, y = row[f"{phase}_ms"], max(row["divergence"], 1e-9)
-            axes.plot(x, y, "o", color=colour)
-            axes.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points")
+        axes = add_axes(figure, left=left, right=right, bottom=1.3)
+        points = [(row[f"{phase}_ms"], max(row["divergence"], 1e-9)) for row in rows]
         axes.set_yscale("log")
+        axes.plot(*zip(*points, strict=True), "o", color=colour)
         axes.margins(0.15)
+        axes.autoscale_view()  # now, for labels are placed in pixels
+        for where, numbers in _together(points, axes):
+            text = ", ".join(str(number + 1) for number in numbers)
+            axes.annotate(
+                text, where, xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+            )
         axes.set_xlabel(f"predicted {phase} step of DeepSeek-R1, ms")
         if phase == "decode":
             axes.set_ylabel("KL from float32, nats per byte")
@@ -201,6 +205,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "left and low is better; divergence of a small model trained here",
     )
     save(figure, path)
+
+
+def _together(points, axes, reach: float = 22.0):
+    """Points nearer than `reach` pixels to one another: the rightmost, and their numbers."""
+    pixels = axes.transData.transform(points)
+    groups: list[list[int]] = []
+    for number, pixel in enumerate(pixels):
+        near = [g for g in groups if min(np.hypot(*(pixels[g] - pixel).T)) < reach]
+        if near:
+            near[0].append(number)
+        else:
+            groups.append([number])
+    for group in groups:
+        last = max(group, key=lambda number: pixels[number][0])
+        height = np.mean([pixels[number][1] for number in group])
+        x, y = axes.transData.inverted().transform([pixels[last][0], height])
+        yield (x, y), group
 
 
 def _config(study: Study) -> Config:
