@@ -74,7 +74,7 @@ class Arithmetic:
         if isinstance(given, Arithmetic):
             return given
         if given not in ARITHMETICS:
-            raise ValueError(f"precision must be one of {', '.join(ARITHMETICS)}, got {given!r}")
+            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {given!r}")
         return ARITHMETICS[given]
 
     @property
