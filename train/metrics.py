@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 
+class LossNotFinite(FloatingPointError):
+    """Training went out of hand; the message says where the batch is saved."""
+
+
 class MetricsLog:
     """Appends to a JSON-lines file; a line is on disk when `write` returns."""
 

@@ -257,6 +257,7 @@ def initial_model(recall: Recall) -> MoEModel:
     layers = model.main.dense and model.main.dense.layers
     assert isinstance(layers, DenseLayer) and isinstance(layers.attention, GQA)  # see the config
     weight = layers.attention.qkv.weight
+    assert weight is not None  # float32 has one
     weight[...] = weight[...].at[0].set(look_back(weight[0], config))
     return model
 

@@ -18,8 +18,9 @@ from rich.table import Table
 from cmjax.mesh import prepare_devices
 from train.asr.config import Config
 from train.asr.evaluate import Result
-from train.asr.run import LossNotFinite, measure, start, train
+from train.asr.run import measure, start, train
 from train.checkpoint import SaveFailed
+from train.metrics import LossNotFinite
 
 
 def main(config: Config, console: Console) -> None:

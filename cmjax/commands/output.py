@@ -15,15 +15,15 @@ from cmjax.files import replace_text
 def exit_code(run: Callable[[], None]) -> int:
     """Run a program and say how it went, with one line on stderr if it failed.
 
-    Returns: 0 for success, 1 for a failure of the machine (a full disk, say), 2 for bad input, 130
-      after Ctrl-C.
+    Returns: 0 for success, 1 for a failure of the machine (a full disk, say) or of a training that
+      diverged, 2 for bad input, 130 after Ctrl-C.
     """
     try:
         run()
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -40,9 +40,11 @@ class Predict:
     """Probability that a draft is accepted."""
     microbatches: Literal["auto", "1", "2"] = "auto"
     """Overlapping microbatches; auto takes the faster."""
-    quant: Literal["int8", "bf16"] = "int8"
+    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16"] = "int8"
     """Matrices and dispatched tokens (8-bit is FP8 on a chip that has it)."""
-    kv_cache: Literal["bf16", "int8"] = "bf16"
+    attention: Literal["exact", "pasa_fp16"] = "exact"
+    """Softmax attention as it is, or in float16 with the shifted scores of PASA."""
+    kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
     """Format of the latent cache."""
     ep: int = 0
     """Ranks (dies) per expert-parallel group; 0 means all of the instance."""
@@ -96,6 +98,7 @@ class Predict:
                 ep=self.ep,
                 microbatches=count,
                 quant=self.quant,
+                attention=self.attention,
                 kv_cache=self.kv_cache,
                 mtp=self.mtp,
             )

@@ -23,6 +23,8 @@ class Deployment:
       npus: NPUs of the instance. ep: ranks (dies) per expert-parallel group; 0 means all.
       microbatches: 1, or 2 to overlap.
       quant: width of matrices and dispatched tokens (8-bit runs as FP8 where the chip has it).
+        `msd_w8a16` and `msd_w4a16` split 16-bit activations over INT8 and MXFP4 weights.
+      attention: `exact`, or `pasa_fp16`.
       kv_cache: format of the latent cache. mtp: one draft token per request and step.
     """
 
@@ -32,6 +34,7 @@ class Deployment:
     ep: int = 0
     microbatches: int = 2
     quant: str = "int8"
+    attention: Literal["exact", "pasa_fp16"] = "exact"
     kv_cache: str = "bf16"
     mtp: bool = True
 
@@ -39,8 +42,9 @@ class Deployment:
         for name, allowed in (
             ("phase", ("decode", "prefill")),
             ("microbatches", (1, 2)),
-            ("quant", ("int8", "bf16")),
-            ("kv_cache", ("bf16", "int8")),
+            ("quant", ("int8", "bf16", "msd_w8a16", "msd_w4a16")),
+            ("attention", ("exact", "pasa_fp16")),
+            ("kv_cache", ("bf16", "int8", "mxfp4")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(

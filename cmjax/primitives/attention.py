@@ -7,6 +7,8 @@ in its absorbed form: all heads share one latent per token, which is both key an
 rotary key. On the NPU each is one fused kernel (FA), so each is one equation of a jaxpr.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -84,34 +86,36 @@ def _reference(q, k, v, *lengths, scale, causal, window):
     *lead, q_len, heads, d = q.shape
     kv_len, kv_heads = k.shape[-3:-1]
     grouped = q.reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
-    scores = scale * jnp.einsum(
-        "...qhgd,...khd->...hgqk", grouped, k, preferred_element_type=jnp.float32
-    )
+    scores = scale * _product("...qhgd,...khd->...hgqk", grouped, k)
     visible = visible_keys(q_len, kv_len, lengths[0] if lengths else None, causal, window)
     if visible is not None:
         visible = visible[..., None, None, :, :]
     weights = _softmax(scores, visible)
-    out = jnp.einsum(
-        "...hgqk,...khd->...qhgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = _product("...hgqk,...khd->...qhgd", weights.astype(v.dtype), v)
     return out.reshape(*lead, q_len, heads, v.shape[-1]).astype(q.dtype)
 
 
 def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale, quantized):
     if quantized:
         latent = latent.astype(q_latent.dtype) * latent_scale[0][..., None].astype(q_latent.dtype)
-    scores = jnp.einsum(
-        "...qhc,...kc->...hqk", q_latent, latent, preferred_element_type=jnp.float32
-    ) + jnp.einsum("...qhr,...kr->...hqk", q_rope, rope, preferred_element_type=jnp.float32)
+    scores = _product("...qhc,...kc->...hqk", q_latent, latent)
+    scores += _product("...qhr,...kr->...hqk", q_rope, rope)
     visible = visible_keys(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
     assert visible is not None
     weights = _softmax(scale * scores, visible[..., None, :, :])
-    return jnp.einsum(
-        "...hqk,...kc->...qhc",
-        weights.astype(latent.dtype),
-        latent,
-        preferred_element_type=jnp.float32,
-    ).astype(q_latent.dtype)
+    found = _product("...hqk,...kc->...qhc", weights.astype(latent.dtype), latent)
+    return found.astype(q_latent.dtype)
+
+
+def _product(spec, a, b):
+    """`einsum` in float32. XLA on CPU has no bfloat16 product with a float32 result for all shapes;
+    widened operands give the same, for products of them are exact in float32."""
+    wide = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    if jnp.result_type(a, b).itemsize >= 4:
+        return wide(a, b)
+    return lax.platform_dependent(
+        a, b, cpu=lambda a, b: wide(a.astype(jnp.float32), b.astype(jnp.float32)), default=wide
+    )
 
 
 def visible_keys(q_len, kv_len, lengths, causal, window=None):

@@ -85,7 +85,11 @@ def define(
     def jitted(items):
         return jax.jit(functools.partial(p.bind, **dict(items)))
 
-    p.def_impl(lambda *args, **params: jitted(tuple(sorted(params.items())))(*args))
+    def run(*args, **params):
+        with jax.disable_jit(False):  # without jit, the jitted call would bind again, and again
+            return jitted(tuple(sorted(params.items())))(*args)
+
+    p.def_impl(run)
     p.def_abstract_eval(abstract)
     plain = mlir.lower_fun(reference, multiple_results=multiple_results)
     mlir.register_lowering(p, plain)

@@ -10,6 +10,7 @@ A *slot* is a place for one expert's weights; slots are numbered over all ranks,
 slot is `slot // slots_per_rank`.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -160,7 +161,7 @@ def _dispatch_reference(
 
     def send(values):
         """Lay [tokens, ...] out in static blocks, and exchange the blocks."""
-        each = jnp.broadcast_to(values[:, None], (tokens, copies, *values.shape[1:]))
+        each = jnp.stack([values] * copies, axis=1)  # its transpose adds slices, not over an axis
         each = each.reshape(tokens * copies, *values.shape[1:])
         blocks = jnp.zeros((total, capacity, *values.shape[1:]), values.dtype)
         # No two copies share a place; those beyond capacity are dropped.
@@ -185,7 +186,9 @@ def _combine_reference(rows, slots, position, weights, *, axes, ranks, slots_per
     blocks = jnp.swapaxes(rows.reshape(slots_per_rank, ranks, capacity, hidden), 0, 1)
     blocks = _exchange(blocks, axes).reshape(ranks * slots_per_rank, capacity, hidden)
     each = blocks.at[slots, position].get(mode="fill", fill_value=0)  # dropped copies: zero
-    return jnp.sum(each.astype(jnp.float32) * weights[..., None], axis=1).astype(rows.dtype)
+    # copy by copy: XLA's reduction over so short an axis is slow on CPU
+    parts = [each[:, c].astype(jnp.float32) * weights[:, c, None] for c in range(slots.shape[1])]
+    return functools.reduce(jnp.add, parts).astype(rows.dtype)
 
 
 def _dispatch_jvp(p, primals, tangents, *, quantize, restore, **params):

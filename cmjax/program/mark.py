@@ -61,13 +61,17 @@ def fused(name: str) -> Callable[[Callable], Callable]:
 
     The kernel's cost is derived from the function's own body: cube and vector work is the sum of
     its operations, HBM traffic is its arguments and results, and it is launched once. When the
-    program runs, the function is an ordinary jitted function.
+    program runs, the function is an ordinary jitted function; of its inside, the backward pass
+    finds the matrix products, and computes the rest again.
     """
 
     def decorate(fn: Callable) -> Callable:
+        body = jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_saveable)
+
         @functools.wraps(fn)
         def kernel(*args, **kwargs):
-            return fn(*args, **kwargs)
+            plain = jax.config.jax_disable_jit  # then values are wanted; checkpoint always traces
+            return (fn if plain else body)(*args, **kwargs)
 
         kernel.__name__ = kernel.__qualname__ = FUSED_PREFIX + name
         return jax.jit(kernel)

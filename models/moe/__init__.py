@@ -1,6 +1,7 @@
 """Mixture-of-experts transformers (DeepSeek-V2 and V3, Qwen3-MoE, Mixtral), as one rank holds
 them; real weights in and out."""
 
+from models.moe.arithmetic import ARITHMETICS, Arithmetic
 from models.moe.batch import Sampler
 from models.moe.cache import extend_cache
 from models.moe.checkpoint import Checkpoint, load, load_params, open_checkpoint
@@ -32,13 +33,15 @@ from models.moe.generation import Generator
 from models.moe.hf_config import load_config, read_config
 from models.moe.layout import Layout, one_rank, param_specs, shard_params
 from models.moe.linear import quantize_params
-from models.moe.model import MoEModel
+from models.moe.model import MoEModel, convert_params
 from models.moe.placement import SlotTable, ep_table
 from models.moe.programs import place_params
 from models.moe.schedule import Schedule, two_stream_decode
 
 __all__ = [
+    "ARITHMETICS",
     "PRESETS",
+    "Arithmetic",
     "Checkpoint",
     "DecodeInputs",
     "DecodeOutput",
@@ -58,6 +61,7 @@ __all__ = [
     "abstract_decode",
     "abstract_params",
     "abstract_prefill",
+    "convert_params",
     "decode_fn",
     "deepseek_r1",
     "deepseek_v3",

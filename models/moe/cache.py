@@ -2,21 +2,21 @@
 
 Per token and layer, latent attention holds the normalised latent (`kv_lora_rank` values) and the
 rotated shared key (`qk_rope_dim` values); grouped-query attention holds rotated keys and values of
-every key/value head. INT8 has one scale per token (and head); the rotated shared key stays BF16.
+every key/value head. INT8 has one scale per token (and head), MXFP4 an exponent per 32 channels,
+two values to a byte; the rotated shared key stays BF16 with both.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cmjax.primitives.exchange import quantize_rows
+from cmjax.primitives.quantize_weight import QuantizedWeight, dequantize_weight, quantize_weight
+from models.moe.arithmetic import KV_CACHES, KVCache
 from models.moe.config import GroupedAttention, MoEConfig
-
-KVCache = Literal["float32", "bfloat16", "int8"]
-KV_CACHES = ("float32", "bfloat16", "int8")
 
 
 @jax.tree_util.register_dataclass
@@ -24,15 +24,15 @@ KV_CACHES = ("float32", "bfloat16", "int8")
 class LatentCache:
     """Cache of one layer, or of a stack of layers with a leading axis."""
 
-    latent: Array  # [requests, max_len, kv_lora_rank], int8 if scale is given
-    scale: Array | None  # [requests, max_len] float32
+    latent: Array  # [requests, max_len, kv_lora_rank], int8 if scale is given; MXFP4: half as wide
+    scale: Array | None  # [requests, max_len] float32; MXFP4: uint8 [.., kv_lora_rank // 32]
     rope: Array  # [requests, max_len, qk_rope_dim]
 
     @classmethod
     def of(cls, latent: Array, rope: Array, kind: KVCache) -> "LatentCache":
         """Cache entries for new tokens, in the cache's format."""
         steps, scale = _encode(latent, kind)
-        return cls(steps, scale, rope.astype(jnp.bfloat16 if kind == "int8" else kind))
+        return cls(steps, scale, rope.astype(jnp.bfloat16 if kind in ("int8", "mxfp4") else kind))
 
     @property
     def kind(self) -> KVCache:
@@ -48,15 +48,19 @@ class LatentCache:
         """The cache with new tokens at `positions`; beyond `max_len` they are dropped."""
         return _written(self, LatentCache.of(latent, rope, self.kind), positions)
 
+    def read(self, dtype: Any) -> Float[Array, "requests max_len c"]:
+        """The latent in floating point."""
+        return _decode(self.latent, self.scale, dtype)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupedCache:
     """Cache of one layer, or of a stack of layers with a leading axis."""
 
-    key: Array  # [requests, max_len, kv_heads, head_dim], int8 if scales are given
+    key: Array  # [requests, max_len, kv_heads, head_dim], int8 if scales are given; MXFP4: half
     value: Array  # likewise
-    key_scale: Array | None  # [requests, max_len, kv_heads] float32
+    key_scale: Array | None  # [requests, max_len, kv_heads] float32; MXFP4: [.., head_dim // 32]
     value_scale: Array | None
 
     @classmethod
@@ -138,17 +142,24 @@ def extend_cache(cache: Any, max_len: int) -> Any:
 def _encode(x: Array, kind: KVCache) -> tuple[Array, Array | None]:
     if kind not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kind!r}")
+    if kind == "mxfp4":
+        packed = quantize_weight(x, format="mxfp4")
+        return packed.values, packed.scale
     return quantize_rows(x) if kind == "int8" else (x.astype(kind), None)
 
 
 def _decode(steps: Array, scale: Array | None, dtype: Any) -> Array:
     if scale is None:
         return steps.astype(dtype)
+    if _kind(steps) == "mxfp4":
+        packed = QuantizedWeight(values=steps, scale=scale, format="mxfp4", group_size=32)
+        return dequantize_weight(packed).astype(dtype)
     return (steps.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def _kind(x: Array) -> KVCache:
-    return {"int8": "int8", "float32": "float32"}.get(x.dtype.name, "bfloat16")  # type: ignore
+    names: dict[str, KVCache] = {"int8": "int8", "uint8": "mxfp4", "float32": "float32"}
+    return names.get(x.dtype.name, "bfloat16")
 
 
 def _written[Cache: LayerCache](cache: Cache, new: Cache, positions: Array) -> Cache:

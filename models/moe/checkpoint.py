@@ -11,15 +11,15 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cmjax.mesh import RankMesh
 from models.moe import block_fp8
+from models.moe.arithmetic import Precision
 from models.moe.config import MoEConfig
 from models.moe.filling import Filling
 from models.moe.hf_config import parse_config, read_json
 from models.moe.layout import Layout, layer_tables, one_rank
-from models.moe.linear import Precision
 from models.moe.model import MoEModel, abstract_model, assemble
 from models.moe.placement import SlotTable
 from models.moe.safetensor_file import StoredTensor, list_tensors
@@ -117,6 +117,11 @@ def load_params(
     Raises: ValueError: see `load`; or tables that do not fit the layout.
     """
     config = checkpoint.config
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"load_params: weights are read as {', '.join(get_args(Precision))}, got "
+            f"{precision!r}; for another arithmetic read floats and convert them"
+        )
     wanted = list(entries(config, mtp=mtp))
     _check(checkpoint, wanted, mtp)
     tables = layer_tables(layout, config.moe_layers + mtp, tables)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int32
 
+from models.moe.arithmetic import Arithmetic
 from models.moe.cache import ModelCache
 from models.moe.config import MoEConfig
 from models.moe.deepseek import Sampling
 from models.moe.layout import Layout
-from models.moe.linear import Precision
 from models.moe.model import MoEModel, abstract_model
 from models.moe.mtp import draft
 from models.moe.sample import sample
@@ -72,7 +72,7 @@ def chunk_step(
 
 
 def chunk_fn(
-    config: MoEConfig, layout: Layout, precision: Precision, *, mtp: bool = False
+    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
 ) -> Callable[[dict[str, Any], ModelCache, ChunkInputs], tuple[Array, ModelCache]]:
     """`chunk_step` as a function of a rank's parameters, cache and inputs."""
     graph, _ = abstract_model(config, layout, precision, mtp=mtp)

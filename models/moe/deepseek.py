@@ -18,10 +18,10 @@ from jaxtyping import Array, Float32, Int32
 
 from cmjax.mesh import RANKED, RankMesh
 from cmjax.program.step import priced_as
-from models.moe.cache import KVCache, ModelCache, empty_cache
+from models.moe.arithmetic import Arithmetic, KVCache
+from models.moe.cache import ModelCache, empty_cache
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout, one_rank, param_specs
-from models.moe.linear import Precision
 from models.moe.model import MoEModel, abstract_model
 from models.moe.mtp import draft
 from models.moe.placement import SlotTable
@@ -150,7 +150,7 @@ def prefill_step(model: MoEModel, inputs: PrefillInputs, kv_cache: KVCache) -> P
 
 
 def init_params(
-    config: MoEConfig, precision: Precision, *, mtp: bool = False, seed: int = 0
+    config: MoEConfig, precision: Arithmetic | str, *, mtp: bool = False, seed: int = 0
 ) -> dict[str, Any]:
     """Random parameters of the one-rank model."""
     rngs = nnx.Rngs(params=seed)
@@ -159,14 +159,14 @@ def init_params(
 
 
 def abstract_params(
-    config: MoEConfig, layout: Layout, precision: Precision, *, mtp: bool = False
+    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
 ) -> dict[str, Any]:
     """Shapes of one rank's parameters."""
     return abstract_model(config, layout, precision, mtp=mtp)[1]
 
 
 def decode_fn(
-    config: MoEConfig, layout: Layout, precision: Precision, *, mtp: bool = False
+    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
 ) -> Callable[[dict[str, Any], DecodeInputs], DecodeOutput]:
     """`decode_step` as a function of a rank's parameters and inputs."""
     graph, _ = abstract_model(config, layout, precision, mtp=mtp)
@@ -176,7 +176,7 @@ def decode_fn(
 def prefill_fn(
     config: MoEConfig,
     layout: Layout,
-    precision: Precision,
+    precision: Arithmetic | str,
     kv_cache: KVCache,
     *,
     mtp: bool = False,
@@ -194,7 +194,7 @@ def abstract_decode(
     requests: Any,
     context: Any,
     capacity: Any = None,
-    precision: Precision = "int8",
+    precision: Arithmetic | str = "int8",
     kv_cache: KVCache = "bfloat16",
     mtp: int = 1,
 ) -> RankStep:
@@ -235,7 +235,7 @@ def abstract_prefill(
     sequences: Any,
     prompt: Any,
     capacity: Any = None,
-    precision: Precision = "int8",
+    precision: Arithmetic | str = "int8",
     kv_cache: KVCache = "bfloat16",
     mtp: int = 1,
     sequence_parallel: bool = True,

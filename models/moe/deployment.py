@@ -20,16 +20,17 @@ from cmjax.hardware import Supernode
 from cmjax.mesh import RANKED, on_every_rank
 from cmjax.program.size import Size
 from cmjax.program.step import Step
+from models.moe.arithmetic import Arithmetic, KVCache
 from models.moe.config import LatentAttention, MoEConfig
 from models.moe.deepseek import abstract_decode, abstract_prefill
 from models.moe.hf_config import load_config
 from models.moe.layout import Layout
-from models.moe.linear import Precision
 from models.moe.moe import MoE, run_moe
 from models.moe.placement import SlotTable, ep_table
 from models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 
-_PRECISION: dict[str, Precision] = {"int8": "int8", "bf16": "bfloat16"}
+_ARITHMETIC = {"int8": "int8", "bf16": "bfloat16"}
+_KV_CACHE: dict[str, KVCache] = {"bf16": "bfloat16", "int8": "int8", "mxfp4": "mxfp4"}
 
 
 def decode(machine: Supernode) -> Step:
@@ -68,8 +69,11 @@ def build(deployment: Deployment, machine: Supernode) -> Step:
     drafts = int(deployment.mtp and config.mtp_layers > 0)
     requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
     common = {
-        "precision": _PRECISION[deployment.quant],
-        "kv_cache": _PRECISION[deployment.kv_cache],
+        "precision": dataclasses.replace(
+            Arithmetic.of(_ARITHMETIC.get(deployment.quant, deployment.quant)),
+            attention=deployment.attention,
+        ),
+        "kv_cache": _KV_CACHE[deployment.kv_cache],
         "mtp": drafts,
     }
     if deployment.phase == "decode":
@@ -134,7 +138,9 @@ def build_layer(
         table=table, axes=mesh.axes, capacity=rows, schedule=Schedule(), sequence_parallel=False
     )
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: MoE(config, layout, precision="int8", rngs=nnx.Rngs(params=0)))
+        nnx.eval_shape(
+            lambda: MoE(config, layout, arithmetic=Arithmetic.of("int8"), rngs=nnx.Rngs(params=0))
+        )
     )
     per_rank = jax.tree.map(lambda x: jax.ShapeDtypeStruct((ranks, *x.shape), x.dtype), state)
     x = jax.ShapeDtypeStruct((ranks, tokens, config.hidden_size), jnp.bfloat16)

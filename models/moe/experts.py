@@ -12,8 +12,11 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from cmjax.primitives.exchange import quantize_rows
+from cmjax.primitives.msd import msd_dot
+from cmjax.primitives.quantize_weight import QuantizedWeight
 from cmjax.program.mark import fused
-from models.moe.linear import Linear, Precision
+from models.moe.arithmetic import Format
+from models.moe.linear import Linear, Weight, observe
 
 _BATCHED = (((2,), (1,)), ((0,), (0,)))  # [slots, rows, k] x [slots, k, n]
 
@@ -22,11 +25,11 @@ class Experts(nnx.Module):
     """One expert per slot, applied to the rows dispatched to that slot.
 
     Parameters have a leading axis of slots: `gate_up [slots, hidden, 2 * ffn]` (gate first) and
-    `down [slots, ffn, hidden]`; int8 ones have scales `[slots, out]`.
+    `down [slots, ffn, hidden]`; few-bit ones are stored as in `Linear`.
     """
 
-    def __init__(self, slots: int, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, precision=precision, rngs=rngs, stack=(slots,))
+    def __init__(self, slots: int, hidden: int, ffn: int, *, format: Format, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, format=format, rngs=rngs, stack=(slots,))
         self.gate_up = linear(hidden, 2 * ffn)
         self.down = linear(ffn, hidden)
 
@@ -37,10 +40,8 @@ class Experts(nnx.Module):
         point (then `scale` is ones and not read)."""
         up, down = self.gate_up.matrix, self.down.matrix
         if up.scale is None or down.scale is None:
-            h = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=rows.dtype)
-            return lax.dot_general(
-                _swiglu(h), down.value, _BATCHED, preferred_element_type=rows.dtype
-            ).astype(dtype)
+            return _batched(_swiglu(_batched(rows, up)), down).astype(dtype)
+        assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
         total = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=jnp.int32)
         steps, step = _swiglu_int8(total, scale, up.scale)
         return _grouped_matmul(dtype)(steps, step, down.value, down.scale)
@@ -50,13 +51,22 @@ class SwiGLU(nnx.Module):
     """The dense feed-forward block, also the shared expert; `ffn` is its inner width."""
 
     def __init__(
-        self, hidden: int, ffn: int, *, precision: Precision, rngs: nnx.Rngs, bias: bool = False
+        self, hidden: int, ffn: int, *, format: Format, rngs: nnx.Rngs, bias: bool = False
     ):
-        self.gate_up = Linear(hidden, 2 * ffn, precision=precision, rngs=rngs, bias=bias)
-        self.down = Linear(ffn, hidden, precision=precision, rngs=rngs, bias=bias)
+        self.gate_up = Linear(hidden, 2 * ffn, format=format, rngs=rngs, bias=bias)
+        self.down = Linear(ffn, hidden, format=format, rngs=rngs, bias=bias)
 
     def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
         return self.down(_swiglu(self.gate_up(x)))
+
+
+def _batched(x, weight: Weight):
+    """Each slot's rows by its matrix, in the dtype of the rows."""
+    observe(weight.name, x)
+    if isinstance(weight.value, QuantizedWeight):
+        return msd_dot(x, weight.value)
+    value = weight.value.astype(x.dtype)
+    return lax.dot_general(x, value, _BATCHED, preferred_element_type=x.dtype)
 
 
 def _activate(h):

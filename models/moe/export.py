@@ -56,19 +56,23 @@ def save(
         each parameter has in the model.
       most_bytes: a file holds at most this much (or one tensor); more than one get an index.
     Raises:
-      ValueError: an INT8 model, one that its family's config.json cannot describe, an unknown
-        dtype, or a folder with weights in it.
+      ValueError: a model with few-bit weights, one that its family's config.json cannot describe,
+        an unknown dtype, or a folder with weights in it.
     """
     config, folder = model.config, Path(path)
-    if model.precision == "int8":
-        raise ValueError("save: an int8 model holds rounded weights; save the float one")
+    if model.arithmetic.quantised:
+        raise ValueError("save: a model of few-bit weights holds rounded ones; save the float one")
     if dtype is not None and dtype not in _TYPES:
         raise ValueError(f"save: dtype must be one of {', '.join(_TYPES)} or None, got {dtype!r}")
     if folder.exists() and any(folder.glob("*.safetensors*")):
         raise ValueError(f"save: {folder} already holds a checkpoint; choose another folder")
     raw, params = config_json(config), parameters(model)
     raw["dtype"] = raw["torch_dtype"] = (
-        model.precision if dtype is None else "bfloat16" if dtype == "float8" else dtype
+        model.arithmetic.projections
+        if dtype is None
+        else "bfloat16"
+        if dtype == "float8"
+        else dtype
     )
     if dtype == "float8":
         raw["quantization_config"] = {

@@ -16,9 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.mesh import RANKED, RankMesh
 from models.moe import block_fp8
+from models.moe.arithmetic import Precision
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout, param_specs
-from models.moe.linear import Precision, quantize_weight
+from models.moe.linear import quantize_weight
 from models.moe.model import abstract_model
 from models.moe.placement import SlotTable, stack_tables
 from models.moe.tensor_names import SHARED, Entry, Form, Path

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 from rich.console import Console
@@ -23,6 +23,7 @@ from cmjax.cost.deployment import Deployment
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.placement import read_plan
 from cmjax.report import terminal
+from models.moe.arithmetic import Arithmetic, KVCache, Precision
 from models.moe.batch import Sampler, check_prompts
 from models.moe.checkpoint import Checkpoint, load_params, open_checkpoint
 from models.moe.config import LatentAttention, MoEConfig
@@ -32,6 +33,7 @@ from models.moe.generation import Generated, Generator, padded_length
 from models.moe.hf_config import load_config
 from models.moe.layout import Layout, shard_params
 from models.moe.memory import check_memory, chunk_that_fits
+from models.moe.model import convert_params
 from models.moe.placement import plan_tables
 from models.moe.programs import check_prefill, place_params
 from models.moe.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -55,10 +57,11 @@ class Generate:
     """Ranks, as nodes x npus (x dies): 48x8 is the supernode. A node is one XLA device."""
     plan: Path | None = None
     """Where experts live: a plan written by `cmjax place --json`."""
-    precision: Literal["float32", "bfloat16", "int8"] = "float32"
-    """What the model computes in."""
-    kv_cache: Literal["float32", "bfloat16", "int8"] | None = None
-    """Format of the cache (default: the precision's)."""
+    arithmetic: Annotated[str, tyro.conf.arg(aliases=["--precision"])] = "float32"
+    """What the model computes in: float32, bfloat16, int8 (W8A8), msd_w8a16, msd_w4a16 (MXFP4),
+    msd_w4a16_kv4, pasa_fp16, int8_pasa_fp16."""
+    kv_cache: KVCache | None = None
+    """Format of the cache (default: the arithmetic's)."""
     new_tokens: int = 64
     """Most tokens to add to each prompt."""
     context: int | None = None
@@ -89,6 +92,7 @@ class Generate:
         """
         check_target(self.json)
         sampler = Sampler(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        Arithmetic.of(self.arithmetic)
         mesh = parse_mesh(self.mesh)
         model = self.open_model()
         config = model.config if isinstance(model, Checkpoint) else model
@@ -175,7 +179,13 @@ class Generate:
             tables = plan_tables(read_plan(self.plan), config, mesh.ranks, mtp=mtp)
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
-        check_memory(config, layout, mesh, self.precision, mtp)
+        arithmetic = Arithmetic.of(self.arithmetic)
+        arithmetic.check(config)
+        # weights are read as floats and converted where they are, unless they can be read as wanted
+        held: Precision = "float32" if arithmetic.quantised else "bfloat16"
+        if direct := self.arithmetic in get_args(Precision):
+            held = cast(Precision, self.arithmetic)
+        check_memory(config, layout, mesh, held, mtp)
         chunk = self.prefill_chunk
         if chunk is None:
             each = -(-len(prompts) // mesh.ranks)
@@ -188,22 +198,24 @@ class Generate:
                 params = load_params(
                     model,
                     layout,
-                    precision=self.precision,
+                    precision=held,
                     mtp=mtp,
                     mesh=mesh,
                     tables=tables,
                     progress=lambda done, total: progress.update(task, completed=done, total=total),
                 )
         else:
-            one = init_params(config, self.precision, mtp=mtp, seed=self.seed)
+            one = init_params(config, held, mtp=mtp, seed=self.seed)
             params = place_params(shard_params(one, layout, tables), layout, mesh)
+        if not direct:
+            params = convert_params(params, config, layout, held, arithmetic, mtp=mtp)
         return Generator(
             config=config,
             params=params,
             layout=layout,
             mesh=mesh,
-            precision=self.precision,
-            kv_cache=self.kv_cache or self.precision,
+            precision=arithmetic,
+            kv_cache=self.kv_cache or arithmetic.kv_cache,
             drafts=drafts,
             prefill_chunk=chunk,
             sequence_parallel=sequence_parallel,

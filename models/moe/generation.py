@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from cmjax.mesh import RankMesh
+from models.moe.arithmetic import Arithmetic, KVCache
 from models.moe.batch import Batch, Completion, Sampler, Tally, check_prompts
-from models.moe.cache import KVCache
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout
-from models.moe.linear import Precision
 from models.moe.programs import Programs, Sizes, check_prefill, compile_programs
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
@@ -74,7 +73,7 @@ class Generator:
     params: dict[str, Any]
     layout: Layout
     mesh: RankMesh
-    precision: Precision = "float32"
+    precision: Arithmetic | str = "float32"
     kv_cache: KVCache = "float32"
     drafts: int = 0
     prefill_chunk: int | None = None

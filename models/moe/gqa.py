@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cmjax.primitives.attention import attention
+from cmjax.primitives.attention import attention, visible_keys
+from cmjax.primitives.pasa import pasa_attention
 from cmjax.program.mark import fused
-from models.moe.cache import GroupedCache, KVCache
+from models.moe.arithmetic import Arithmetic, KVCache
+from models.moe.cache import GroupedCache
 from models.moe.config import GroupedAttention, MoEConfig
 from models.moe.layout import Layout
-from models.moe.linear import Linear, Precision
+from models.moe.linear import Linear
 from models.moe.norm import RMSNorm, rms_norm
 from models.moe.rope import angles, rotate, softmax_scale
 
@@ -30,18 +32,22 @@ class GQA(nnx.Module):
     Columns of `qkv` are all query heads, all key heads, all value heads.
     """
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
         layout.heads(config)  # refuses to split them
         assert isinstance(config.attention, GroupedAttention), "the caller chooses by this type"
         self.config, self.sizes = config, config.attention
+        self.arithmetic = arithmetic
+        linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
         hidden, dim, bias = config.hidden_size, self.sizes.head_dim, self.sizes.bias
         columns = (config.heads + 2 * self.sizes.kv_heads) * dim
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
-        self.qkv = Linear(hidden, columns, precision=precision, rngs=rngs, bias=bias)
+        self.qkv = linear(hidden, columns, bias=bias)
         ones = jnp.ones((dim,), jnp.float32)
         self.q_norm = nnx.Param(ones) if self.sizes.qk_norm else None
         self.k_norm = nnx.Param(ones) if self.sizes.qk_norm else None
-        self.out = Linear(config.heads * dim, hidden, precision=precision, rngs=rngs, bias=bias)
+        self.out = linear(config.heads * dim, hidden, bias=bias)
 
     def decode(
         self,
@@ -81,10 +87,15 @@ class GQA(nnx.Module):
         return _heads(self.config)(self.qkv(self.norm(x)), positions, q_norm, k_norm)
 
     def _attend(self, q, k, v, lengths):
-        scale = softmax_scale(self.config)
-        return attention(
-            q, k, v, scale=scale, causal=True, lengths=lengths, window=self.sizes.window
-        )
+        scale, window = softmax_scale(self.config), self.sizes.window
+        if self.arithmetic.attention == "exact":
+            return attention(q, k, v, scale=scale, causal=True, lengths=lengths, window=window)
+        if lengths is None and window is None:
+            return pasa_attention(q, k, v, is_causal=True, scale=scale)
+        visible = visible_keys(q.shape[1], k.shape[1], lengths, causal=True, window=window)
+        assert visible is not None, "causal attention hides keys"
+        mask = jnp.broadcast_to(visible, (q.shape[0], *visible.shape[-2:]))[:, None]
+        return pasa_attention(q, k, v, mask=mask, scale=scale)
 
 
 @functools.cache

@@ -231,8 +231,15 @@ def _split_heads(attention: dict[str, Any], layout: Layout) -> dict[str, Any]:
         split = x.reshape(x.shape[0], ranks, x.shape[1] // ranks, *x.shape[2:])
         return jnp.swapaxes(split, 0, 1)
 
+    q_b = attention["q_b"]
+    # multi-scale products store [out, in]: the heads are the axis behind the layers
+    split = (
+        (lambda x: jnp.moveaxis(columns(jnp.moveaxis(x, 1, -1)), -1, 2))
+        if "values" in q_b
+        else columns
+    )
     return attention | {
-        "q_b": jax.tree.map(columns, attention["q_b"]),
+        "q_b": {name: columns(x) if name == "bias" else split(x) for name, x in q_b.items()},
         "up_key": heads(attention["up_key"]),
         "up_value": heads(attention["up_value"]),
     }

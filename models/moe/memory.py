@@ -6,10 +6,10 @@ import os
 import jax
 
 from cmjax.mesh import RANKED, RankMesh
+from models.moe.arithmetic import Precision
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params
 from models.moe.layout import Layout, param_specs
-from models.moe.linear import Precision
 
 _SHARE = 0.25
 """Of the memory that exchange buffers may take; the rest is parameters, caches and the system."""

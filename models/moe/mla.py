@@ -19,13 +19,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cmjax.primitives.attention import attention, latent_attention
+from cmjax.primitives.attention import attention, latent_attention, visible_keys
 from cmjax.primitives.exchange import gather_ranks
+from cmjax.primitives.pasa import pasa_attention
 from cmjax.program.mark import fused
-from models.moe.cache import KVCache, LatentCache
+from models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
+from models.moe.cache import LatentCache
 from models.moe.config import LatentAttention, MoEConfig
 from models.moe.layout import Layout
-from models.moe.linear import Linear, Precision, Weight, activation_dtype, matmul
+from models.moe.linear import Linear, Weight, matmul
 from models.moe.norm import rms_norm
 from models.moe.rope import angles, rotate, softmax_scale
 
@@ -36,17 +38,20 @@ _LATENT_NORM_EPS = 1e-6
 class MLA(nnx.Module):
     """Attention of one layer, its input norm included; the residual is the caller's.
 
-    In INT8 the down-, query-up- and output-projections are W8A8; the per-head up-projections of the
-    latent (`up_key`, `up_value`) stay in bfloat16, because absorbed they act on activations.
+    The down-, query-up- and output-projections are in the arithmetic's format; the per-head
+    up-projections of the latent (`up_key`, `up_value`) stay in floating point, because absorbed
+    they act on activations.
     """
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
-        self.config, self.layout = config, layout
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        self.config, self.layout, self.arithmetic = config, layout, arithmetic
         sizes = _sizes(config)
         heads, hidden = layout.heads(config), config.hidden_size
-        dtype = activation_dtype(precision)
+        dtype = arithmetic.dtype
         rank, q_rank = sizes.kv_lora_rank, sizes.q_lora_rank
-        linear = functools.partial(Linear, precision=precision, rngs=rngs)
+        linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
         self.norm = nnx.Param(jnp.ones((hidden,), jnp.float32))
         self.q_a = None if q_rank is None else linear(hidden, q_rank, bias=sizes.bias)
         self.q_norm = None if q_rank is None else nnx.Param(jnp.ones((q_rank,), jnp.float32))
@@ -75,15 +80,9 @@ class MLA(nnx.Module):
             )
         with jax.named_scope("core"):
             q_rope = q_rope.astype(cache.rope.dtype)
-            found = latent_attention(
-                q_latent.astype(cache.rope.dtype),
-                q_rope,
-                cache.latent,
-                cache.scale,
-                cache.rope,
-                lengths + new,
-                scale=softmax_scale(self.config),
-            ).astype(x.dtype)
+            attend = _latent_kernel(self.config, self.arithmetic.attention)
+            query = q_latent.astype(cache.rope.dtype)
+            found = attend(query, q_rope, cache, lengths + new).astype(x.dtype)
         with jax.named_scope("output"):
             heads = jnp.einsum("bqhc,hcv->bqhv", found, self.up_value[...])
             return self.out(heads.reshape(*heads.shape[:2], -1)), cache
@@ -111,7 +110,9 @@ class MLA(nnx.Module):
         with jax.named_scope("core"):
             k_nope = jnp.einsum("bkc,hnc->bkhn", latent, self.up_key[...])
             value = jnp.einsum("bkc,hcv->bkhv", latent, self.up_value[...])
-            heads = _attend_kernel(config)(q_nope, q_rope, k_nope, rope, value)
+            heads = _attend_kernel(config, self.arithmetic.attention)(
+                q_nope, q_rope, k_nope, rope, value
+            )
         with jax.named_scope("output"):
             if share:
                 heads = lax.all_to_all(heads, axes, split_axis=0, concat_axis=2, tiled=True)
@@ -177,19 +178,49 @@ def _up_prolog(config: MoEConfig) -> Callable:
 
 
 @functools.cache
-def _attend_kernel(config: MoEConfig) -> Callable:
+def _latent_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
+    """Attention over the latent cache. An INT8 latent is dequantised in the kernel; so is an MXFP4
+    one, and PASA's float16 operands are made there."""
+
+    @fused("FlashAttention")
+    def attend(q_latent, q_rope, cache, lengths):
+        scale = softmax_scale(config)
+        if core == "exact" and cache.kind != "mxfp4":
+            return latent_attention(
+                q_latent, q_rope, cache.latent, cache.scale, cache.rope, lengths, scale=scale
+            )
+        latent = cache.read(q_latent.dtype)
+        if core == "exact":
+            return latent_attention(
+                q_latent, q_rope, latent, None, cache.rope, lengths, scale=scale
+            )
+        visible = visible_keys(q_latent.shape[1], latent.shape[1], lengths, causal=True)
+        assert visible is not None, "there are lengths"
+        key = jnp.concatenate([latent, cache.rope.astype(latent.dtype)], axis=-1)
+        return pasa_attention(
+            jnp.concatenate([q_latent, q_rope], axis=-1),
+            key[:, :, None],
+            latent[:, :, None],
+            mask=visible[:, None],
+            scale=scale,
+        )
+
+    return attend
+
+
+@functools.cache
+def _attend_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
     """FA takes the rotated parts as operands of their own: nothing is concatenated in HBM."""
 
     @fused("FlashAttention")
     def attend(q_nope, q_rope, k_nope, k_rope, value):
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
-        return attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope], axis=-1),
-            value,
-            scale=softmax_scale(config),
-            causal=True,
-        )
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        scale = softmax_scale(config)
+        if core == "pasa_fp16":
+            return pasa_attention(q, k, value, is_causal=True, scale=scale)
+        return attention(q, k, value, scale=scale, causal=True)
 
     return attend
 

@@ -6,12 +6,15 @@ logits = model(tokens)                     # [sequences, length, vocab], float32
 
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
+from models.moe.arithmetic import Arithmetic
+from models.moe.calibrate import input_statistics, smooth
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout
-from models.moe.linear import Precision, check_precision
+from models.moe.linear import quantize_params
 from models.moe.mtp import MTPHead
 from models.moe.transformer import Transformer
 
@@ -24,28 +27,88 @@ class MoEModel(nnx.Module):
         config: MoEConfig,
         layout: Layout,
         *,
-        precision: Precision,
+        precision: Arithmetic | str,
         mtp: bool = False,
         rngs: nnx.Rngs,
     ):
-        check_precision(precision)
+        arithmetic = Arithmetic.of(precision)
+        arithmetic.check(config)
         if mtp and not config.mtp_layers:
             raise ValueError("MoEModel: mtp needs a config with mtp_layers >= 1, got 0; use mtp=0")
-        self.config, self.precision = config, precision
-        self.main = Transformer(config, layout, precision=precision, rngs=rngs)
-        self.mtp = MTPHead(config, layout, precision=precision, rngs=rngs) if mtp else None
+        self.config, self.arithmetic = config, arithmetic
+        self.main = Transformer(config, layout, arithmetic=arithmetic, rngs=rngs)
+        self.mtp = MTPHead(config, layout, arithmetic=arithmetic, rngs=rngs) if mtp else None
 
     def __call__(
         self, tokens: Int[Array, "sequences length"]
     ) -> Float32[Array, "sequences length vocab"]:
         """Scores of the token after each of `tokens`; every sequence starts at position 0."""
-        kind = "float32" if self.precision == "float32" else "bfloat16"
-        hidden, _ = self.main.prefill((tokens,), kind)
+        hidden, _ = self.main.prefill((tokens,), self.arithmetic.kv_cache)
         return self.main.logits(hidden[0])
+
+    def with_arithmetic(
+        self,
+        arithmetic: Arithmetic | str,
+        *,
+        calibration: Int[Array | np.ndarray, "sequences length"] | None = None,
+    ) -> "MoEModel":
+        """This model computing in `arithmetic`; itself it stays as it is.
+
+        Args:
+          arithmetic: formats of the parts, or a name in `ARITHMETICS`.
+          calibration: sample text to choose the steps of INT8 weights on, and for W8A8 to move
+            outliers from activations into weights (`models.moe.calibrate`); `None`: steps are
+            `max|w| / 127` of an output channel.
+        Raises:
+          ValueError: an unknown name, widths that MXFP4 blocks do not divide, a model whose weights
+            are rounded already, or one of several ranks with `calibration`.
+        """
+        arithmetic = Arithmetic.of(arithmetic)
+        layout, mtp = self.main.layout, self.mtp is not None
+        if calibration is not None and layout.ranks > 1:
+            raise ValueError(
+                f"with_arithmetic: calibration runs on a one-rank model, this one has "
+                f"{layout.ranks} ranks; convert first and shard_params then"
+            )
+        converted = convert_params(
+            parameters(self), self.config, layout, self.arithmetic, arithmetic, calibration, mtp=mtp
+        )
+        return assemble(abstract_model(self.config, layout, arithmetic, mtp=mtp)[0], converted)
+
+
+def convert_params(
+    params: dict[str, Any],
+    config: MoEConfig,
+    layout: Layout,
+    held: Arithmetic | str,
+    wanted: Arithmetic | str,
+    calibration: Int[Array | np.ndarray, "sequences length"] | None = None,
+    *,
+    mtp: bool = False,
+) -> dict[str, Any]:
+    """Parameters of a float model in another arithmetic.
+
+    Args:
+      params: of `layout`'s model, sharded ones too (they stay sharded as they are).
+      held: their arithmetic; no few-bit one.
+      wanted: see `MoEModel.with_arithmetic`, as for `calibration`, which needs one rank.
+    Raises: ValueError: see `MoEModel.with_arithmetic`.
+    """
+    held, wanted = Arithmetic.of(held), Arithmetic.of(wanted)
+    if held.quantised:
+        raise ValueError(
+            "convert_params: the weights are rounded already; convert the float model instead"
+        )
+    like = abstract_model(config, layout, wanted, mtp=mtp)[1]
+    importance = None
+    if calibration is not None:
+        plain, _ = abstract_model(config, layout, held, mtp=mtp)
+        params, importance = smooth(params, input_statistics(plain, params, calibration), wanted)
+    return quantize_params(params, like, importance)
 
 
 def abstract_model(
-    config: MoEConfig, layout: Layout, precision: Precision, *, mtp: bool = False
+    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """The graph of a model and the shapes of its parameters; nothing is allocated."""
     model = nnx.eval_shape(

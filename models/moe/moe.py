@@ -12,10 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
+from models.moe.arithmetic import Arithmetic
 from models.moe.config import MoEConfig
 from models.moe.experts import Experts, SwiGLU
 from models.moe.layout import Layout
-from models.moe.linear import Precision
 from models.moe.norm import RMSNorm
 from models.moe.router import Router
 
@@ -35,7 +35,9 @@ class Routed(NamedTuple):
 class MoE(nnx.Module):
     """Experts of one layer, the input norm included; the residual is the caller's."""
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
         table = layout.table
         if table.n_experts != config.experts:
             raise ValueError(
@@ -49,20 +51,22 @@ class MoE(nnx.Module):
                 "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
                 f"size), the model has {config.shared_experts}; use shared_replicas=0"
             )
-        self.layout, self.quantize = layout, precision == "int8"
+        self.layout, self.quantize = layout, arithmetic.experts == "w8a8"
         hidden, ffn = config.hidden_size, config.expert_ffn_size
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.router = Router(config, rngs=rngs)
         slots, copies = table.arrays()
         self.slots_of_expert = Placement(jnp.asarray(slots))
         self.copies = Placement(jnp.asarray(copies))
-        self.experts = Experts(table.slots_per_rank, hidden, ffn, precision=precision, rngs=rngs)
+        self.experts = Experts(
+            table.slots_per_rank, hidden, ffn, format=arithmetic.experts, rngs=rngs
+        )
         local = config.shared_experts and not table.has_shared
         self.shared = (
             SwiGLU(
                 hidden,
                 ffn * config.shared_experts,
-                precision=precision,
+                format=arithmetic.dense,
                 rngs=rngs,
                 bias=config.ffn_bias,
             )

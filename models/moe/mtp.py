@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.moe.arithmetic import Arithmetic
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout
-from models.moe.linear import Linear, Precision
+from models.moe.linear import Linear
 from models.moe.norm import RMSNorm
 from models.moe.transformer import Activations, Attend, MoELayer, Stack, Transformer
 
@@ -21,13 +22,15 @@ from models.moe.transformer import Activations, Attend, MoELayer, Stack, Transfo
 class MTPHead(nnx.Module):
     """The MTP module of one rank."""
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
         hidden = config.hidden_size
         self.norm_embed = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.norm_hidden = RMSNorm(hidden, config.norm_eps, rngs=rngs)
-        self.project = Linear(2 * hidden, hidden, precision=precision, rngs=rngs)
+        self.project = Linear(2 * hidden, hidden, format=arithmetic.projections, rngs=rngs)
         self.stack = Stack(
-            lambda rngs: MoELayer(config, layout, precision=precision, rngs=rngs), 1, rngs=rngs
+            lambda rngs: MoELayer(config, layout, arithmetic=arithmetic, rngs=rngs), 1, rngs=rngs
         )
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
 

@@ -16,13 +16,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
+from models.moe.arithmetic import Arithmetic, KVCache
 from models.moe.batch import Batch, Sampler
-from models.moe.cache import KVCache, empty_cache, extend_cache
+from models.moe.cache import empty_cache, extend_cache
 from models.moe.chunked import chunk_fn
 from models.moe.config import MoEConfig
 from models.moe.deepseek import abstract_params, decode_fn, prefill_fn
 from models.moe.layout import Layout, own_heads, param_specs
-from models.moe.linear import Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def compile_programs(
     config: MoEConfig,
     layout: Layout,
     mesh: RankMesh,
-    precision: Precision,
+    precision: Arithmetic | str,
     kv_cache: KVCache,
     sizes: Sizes,
 ) -> Programs:

@@ -42,7 +42,29 @@ def gate(
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalize_weights:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    if bias is not None:
+        weights = _with_load(weights, bias, chosen)
     return chosen.astype(jnp.int32), weights * config.routed_scale
+
+
+@jax.custom_vjp
+def _with_load(weights, bias, chosen):
+    """`weights`. The bias chooses experts, so its derivative is zero almost everywhere; here it is
+    defined to be the load, rows per expert: what DeepSeek-V3's balancing rule steps against."""
+    del bias, chosen
+    return weights
+
+
+def _with_load_forward(weights, bias, chosen):
+    return weights, (bias, chosen)
+
+
+def _with_load_backward(residuals, cotangent):
+    bias, chosen = residuals
+    return cotangent, jnp.zeros_like(bias).at[chosen.reshape(-1)].add(1), None
+
+
+_with_load.defvjp(_with_load_forward, _with_load_backward)
 
 
 @fused("Gate")

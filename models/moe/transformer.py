@@ -15,12 +15,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from models.moe.cache import KVCache, LayerCache, ModelCache
+from models.moe.arithmetic import Arithmetic, KVCache
+from models.moe.cache import LayerCache, ModelCache
 from models.moe.config import LatentAttention, MoEConfig
 from models.moe.experts import SwiGLU
 from models.moe.gqa import GQA
 from models.moe.layout import Layout
-from models.moe.linear import Linear, Precision, Weight, activation_dtype, matmul
+from models.moe.linear import Linear, Weight, matmul
 from models.moe.mla import MLA
 from models.moe.moe import MoE, run_moe
 from models.moe.norm import RMSNorm
@@ -35,14 +36,16 @@ Attend = Callable[[MLA | GQA, int, Array, Any], tuple[Array, LayerCache]]
 class DenseLayer(nnx.Module):
     """Attention and a dense feed-forward block."""
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
         self.layout = layout
-        self.attention = _attention(config, layout, precision=precision, rngs=rngs)
+        self.attention = _attention(config, layout, arithmetic=arithmetic, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
         self.ffn = SwiGLU(
             config.hidden_size,
             config.ffn_size,
-            precision=precision,
+            format=arithmetic.dense,
             rngs=rngs,
             bias=config.ffn_bias,
         )
@@ -63,10 +66,12 @@ class DenseLayer(nnx.Module):
 class MoELayer(nnx.Module):
     """Attention and a mixture of experts."""
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
         self.layout = layout
-        self.attention = _attention(config, layout, precision=precision, rngs=rngs)
-        self.moe = MoE(config, layout, precision=precision, rngs=rngs)
+        self.attention = _attention(config, layout, arithmetic=arithmetic, rngs=rngs)
+        self.moe = MoE(config, layout, arithmetic=arithmetic, rngs=rngs)
 
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
         by_stage = self.layout.schedule.order == "stage"
@@ -112,31 +117,32 @@ class Transformer(nnx.Module):
     """The decoder, as one rank holds it.
 
     Attributes: `dense` and `moe` stacks (None without such layers), `embed [vocab, hidden]`,
-    `norm`, `head` (None if it is the embedding). Embedding and head are bfloat16 in INT8 models.
+    `norm`, `head` (None if it is the embedding). The embedding is in the dtype of the activations.
     """
 
-    def __init__(self, config: MoEConfig, layout: Layout, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
         self.config, self.layout = config, layout
-        dtype = activation_dtype(precision)
+        dtype = arithmetic.dtype
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32).astype(dtype))
 
         def dense(rngs: nnx.Rngs) -> DenseLayer:
-            return DenseLayer(config, layout, precision=precision, rngs=rngs)
+            return DenseLayer(config, layout, arithmetic=arithmetic, rngs=rngs)
 
         def moe(rngs: nnx.Rngs) -> MoELayer:
-            return MoELayer(config, layout, precision=precision, rngs=rngs)
+            return MoELayer(config, layout, arithmetic=arithmetic, rngs=rngs)
 
         count = len(config.dense_layers)
         self.dense = Stack(dense, count, rngs=rngs) if count else None
         count = config.moe_layers
         self.moe = Stack(moe, count, rngs=rngs) if count else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
-        plain: Precision = "float32" if precision == "float32" else "bfloat16"
         self.head = (
             None
             if config.tie_embeddings
-            else Linear(config.hidden_size, config.vocab_size, precision=plain, rngs=rngs)
+            else Linear(config.hidden_size, config.vocab_size, format=arithmetic.head, rngs=rngs)
         )
 
     def prefill(

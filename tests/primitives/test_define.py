@@ -157,3 +157,8 @@ def test_an_exported_program_holds_no_kernel():
     exported = export.export(jax.jit(sums_p.bind))(x)
     assert "cmjax_sum_words" not in exported.mlir_module()
     np.testing.assert_array_equal(exported.call(x), x.sum(1))
+
+
+def test_a_primitive_runs_without_jit():
+    with jax.disable_jit():
+        np.testing.assert_allclose(_f(jnp.ones(3), jnp.ones(3)), 3 * np.tanh(1.0), rtol=1e-6)

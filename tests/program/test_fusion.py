@@ -241,3 +241,34 @@ def test_a_loop_inside_a_fused_kernel_is_refused():
 
     with pytest.raises(ValueError, match=r"^loop inside a fused kernel \(powers\)"):
         trace(fused("powers")(powers), X)
+
+
+def test_the_backward_pass_of_a_fused_kernel_finds_arguments_and_matrix_products_only():
+    @fused("Kernel")
+    def kernel(x, w):
+        return jnp.sin(jnp.tanh(jnp.exp(x @ w)))
+
+    def plain(x, w):
+        return jnp.sin(jnp.tanh(jnp.exp(x @ w)))
+
+    x, w = jnp.full(X.shape, 0.01), jnp.full(W.shape, 0.02)
+    out, back = jax.vjp(kernel, x, w)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(back))
+    assert kept <= x.size + w.size + out.size
+    assert kept < sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(plain, x, w)[1]))
+    want = jax.vjp(plain, x, w)[1](out)
+    for got, expected in zip(back(out), want, strict=True):
+        assert jnp.allclose(got, expected, rtol=1e-5)
+
+
+def test_a_fused_kernel_without_jit_shows_its_values():
+    seen = []
+
+    @fused("Kernel")
+    def kernel(x):
+        seen.append(float(x[0]))
+        return 2 * x
+
+    with jax.disable_jit():
+        kernel(jnp.ones(3))
+    assert seen == [1.0]

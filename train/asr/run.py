@@ -30,13 +30,9 @@ from train.asr.learner import Learner, Network, Params, make_step, optimiser, ta
 from train.asr.quantise import calibrate, restore_plans, saved_plans
 from train.asr.task import Task, measure_statistics, prepare
 from train.data.batches import TrainingStream
-from train.metrics import MetricsLog
+from train.metrics import LossNotFinite, MetricsLog
 
 STAGES = ("float", "scales", "all")
-
-
-class LossNotFinite(FloatingPointError):
-    """Training went out of hand; the message says where the batch is saved."""
 
 
 @dataclasses.dataclass

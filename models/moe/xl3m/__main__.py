@@ -77,7 +77,7 @@ class Read:
         options = Generate(
             weights=self.weights,
             random=self.random,
-            precision=self.precision,
+            arithmetic=self.precision,
             seed=self.seed,
             drafts=0,
         )

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
+from models.moe.arithmetic import Arithmetic
 from models.moe.config import MoEConfig
 from models.moe.layout import Layout, param_specs
-from models.moe.linear import Precision
 from models.moe.model import MoEModel, abstract_model, assemble
 
 
@@ -39,7 +39,7 @@ class Scorer:
     params: dict[str, Any]
     layout: Layout
     mesh: RankMesh
-    precision: Precision = "float32"
+    precision: Arithmetic | str = "float32"
 
     def __call__(
         self, tokens: Int[np.ndarray, "rows length"], lengths: Int[np.ndarray, "rows"]
@@ -92,14 +92,15 @@ def next_logits(
     model: MoEModel, tokens: Int32[Array, "rows length"], lengths: Int32[Array, "rows"]
 ) -> Float32[Array, "rows vocab"]:
     """Scores of the token after the first `lengths` of each row, on one rank."""
-    kind = "float32" if model.precision == "float32" else "bfloat16"
-    hidden, _ = model.main.prefill((tokens,), kind)
+    hidden, _ = model.main.prefill((tokens,), model.arithmetic.kv_cache)
     last = jnp.take_along_axis(hidden[0], lengths[:, None, None] - 1, axis=1)[:, 0]
     return model.main.logits(last)
 
 
 @functools.lru_cache(maxsize=16)
-def _on_mesh(config: MoEConfig, layout: Layout, mesh: RankMesh, precision: Precision) -> Callable:
+def _on_mesh(
+    config: MoEConfig, layout: Layout, mesh: RankMesh, precision: Arithmetic | str
+) -> Callable:
     """`next_logits` of every rank's share of the rows."""
     graph, shapes = abstract_model(config, layout, precision)
     specs = (param_specs(shapes, layout), RANKED, RANKED)

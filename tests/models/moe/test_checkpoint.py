@@ -350,7 +350,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, change, options, message):
 
 def test_int8_models_and_used_folders_are_not_written(tmp_path):
     save(_random(SMALL), tmp_path)
-    with pytest.raises(ValueError, match="int8 model holds rounded weights"):
+    with pytest.raises(ValueError, match="few-bit weights holds rounded ones"):
         save(load(tmp_path, precision="int8"), tmp_path / "new")
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         save(_random(SMALL), tmp_path)

@@ -23,10 +23,13 @@ def test_int8_matmul_is_the_exact_product_of_the_rounded_operands():
     assert "preferred_element_type=int32" in jaxpr
 
 
-@pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8", 0.03)])
-def test_low_precision_layers_stay_near_the_float32_layer(precision, error):
-    exact = Linear(64, 32, precision="float32", rngs=nnx.Rngs(params=0))
-    coarse = Linear(64, 32, precision=precision, rngs=nnx.Rngs(params=0))
+@pytest.mark.parametrize(
+    ("format", "error"),
+    [("bfloat16", 0.02), ("w8a8", 0.03), ("msd_w8a16", 0.02), ("msd_w4a16", 0.2)],
+)
+def test_low_precision_layers_stay_near_the_float32_layer(format, error):
+    exact = Linear(64, 32, format="float32", rngs=nnx.Rngs(params=0))
+    coarse = Linear(64, 32, format=format, rngs=nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(1), (16, 64))
     want, got = exact(x), coarse(x)
     size = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
@@ -34,8 +37,8 @@ def test_low_precision_layers_stay_near_the_float32_layer(precision, error):
 
 
 def test_quantising_a_float_modules_parameters_fills_the_int8_module():
-    exact = Experts(3, 16, 8, precision="float32", rngs=nnx.Rngs(params=0))
-    coarse = Experts(3, 16, 8, precision="int8", rngs=nnx.Rngs(params=5))
+    exact = Experts(3, 16, 8, format="float32", rngs=nnx.Rngs(params=0))
+    coarse = Experts(3, 16, 8, format="w8a8", rngs=nnx.Rngs(params=5))
     params, like = (nnx.to_pure_dict(nnx.state(m)) for m in (exact, coarse))
     filled = quantize_params(params, like)
     back = filled["down"]["weight"] * filled["down"]["scale"][:, None, :]
@@ -49,7 +52,7 @@ def test_quantising_a_float_modules_parameters_fills_the_int8_module():
 
 
 def test_experts_apply_each_slots_weights_to_its_rows():
-    experts = Experts(3, 16, 8, precision="float32", rngs=nnx.Rngs(params=0))
+    experts = Experts(3, 16, 8, format="float32", rngs=nnx.Rngs(params=0))
     rows = np.asarray(jax.random.normal(jax.random.key(1), (3, 5, 16)), np.float64)
     got = experts(jnp.asarray(rows, jnp.float32), jnp.ones((3, 5)), jnp.float32)
     for slot in range(3):
@@ -61,14 +64,14 @@ def test_experts_apply_each_slots_weights_to_its_rows():
 
 
 def test_int8_experts_stay_near_the_float32_experts():
-    exact = Experts(3, 64, 32, precision="float32", rngs=nnx.Rngs(params=0))
-    coarse = Experts(3, 64, 32, precision="int8", rngs=nnx.Rngs(params=0))
+    exact = Experts(3, 64, 32, format="float32", rngs=nnx.Rngs(params=0))
+    coarse = Experts(3, 64, 32, format="w8a8", rngs=nnx.Rngs(params=0))
     rows = jax.random.normal(jax.random.key(1), (3, 5, 64))
     want = exact(rows, jnp.ones((3, 5)), jnp.float32)
     got = coarse(*quantize_rows(rows), jnp.float32)
     assert 0 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.04
 
 
-def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="one of float32, bfloat16, int8, got 'fp4'"):
-        Linear(2, 2, precision="fp4", rngs=nnx.Rngs(params=0))  # type: ignore
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="msd_w8a16, msd_w4a16, got 'fp4'"):
+        Linear(2, 2, format="fp4", rngs=nnx.Rngs(params=0))  # type: ignore

@@ -20,11 +20,11 @@ from train.asr import run as module
 from train.asr import task as task_module
 from train.asr.config import Config, FloatStage, Loss, QuantStage
 from train.asr.learner import Learner, make_step, optimiser, take_apart
-from train.asr.run import LossNotFinite, measure, start, train
+from train.asr.run import measure, start, train
 from train.asr.task import prepare
 from train.data.batches import TrainingStream
 from train.data.strings import Strings
-from train.metrics import read_metrics
+from train.metrics import LossNotFinite, read_metrics
 
 pytestmark = pytest.mark.slow  # every test compiles a training step
 

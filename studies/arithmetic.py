@@ -1,0 +1,254 @@
+"""Accuracy against time: a language model trained here, in every arithmetic that is priced.
+
+    python -m studies.arithmetic                            trains the model first (a few minutes)
+    python -m studies.arithmetic --checkpoint out/moe_lm    a finished run of train.moe_lm
+
+Loss, divergence from float32 and agreement of greedy bytes on held-out text: the first half of each
+window is prefilled, the second decoded over the cache, so that projections, attention and cache all
+count. Beside it the predicted step of DeepSeek-R1 on CloudMatrix384 in the same arithmetic, from
+the same operations (`cmjax predict --quant ... --attention ... --kv-cache ...`): decode of 96
+requests per NPU on 160 NPUs, prefill of 16,384 tokens per NPU on 16.
+
+The losses are of a small model; the times are predictions. The Ascend 910C has no 4-bit matrix
+units: the MXFP4 rows are priced at twice the 8-bit rate, as on a chip that has them.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+
+from cmjax.commands.output import exit_code
+from cmjax.cost.deployment import Deployment
+from cmjax.cost.predict import Predictor, Requests, fastest
+from cmjax.hardware import load_machine
+from cmjax.report import terminal
+from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
+from models.moe import MoEModel, extend_cache
+from train import checkpoint
+from train.moe.config import Config
+from train.moe.run import start, train, trained_model
+
+PRICED: dict[str, dict[str, Any]] = {
+    "bfloat16": {"quant": "bf16", "kv_cache": "bf16"},
+    "int8": {"quant": "int8", "kv_cache": "int8"},
+    "msd_w8a16": {"quant": "msd_w8a16", "kv_cache": "int8"},
+    "msd_w4a16": {"quant": "msd_w4a16", "kv_cache": "int8"},
+    "msd_w4a16_kv4": {"quant": "msd_w4a16", "kv_cache": "mxfp4"},
+    "pasa_fp16": {"quant": "bf16", "kv_cache": "bf16", "attention": "pasa_fp16"},
+    "int8_pasa_fp16": {"quant": "int8", "kv_cache": "int8", "attention": "pasa_fp16"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Options of the study."""
+
+    checkpoint: Path | None = None
+    """Folder of a finished run of train.moe_lm; without it one is trained in `out`."""
+    out: Path = Path("out/arithmetic")
+    """Folder of the table (results.json), the picture and the run."""
+    windows: int = 64
+    """Held-out windows to test on."""
+    steps: int = 250
+    """Steps to train for, without a checkpoint."""
+
+    def __post_init__(self):
+        if self.windows < 1 or self.steps < 1:
+            raise ValueError("--windows and --steps must be at least 1")
+
+
+def main(study: Study, console: Console) -> None:
+    """Train or load, measure, price, print and draw."""
+    run = start(_config(study), console)
+    train(run, console)
+    held = run.windows.held_out(study.windows)
+    sample = run.windows.batch(run.config.steps, 8)[:, :-1]
+    rows = measure(trained_model(run), held, sample)
+    for row in rows:
+        row |= priced(row["name"].removesuffix(", calibrated"))
+    study.out.mkdir(parents=True, exist_ok=True)
+    (study.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    console.print(table(rows))
+    plot(rows, study.out / "arithmetic.png")
+    console.print(f"written: {study.out}/results.json, {study.out}/arithmetic.png")
+
+
+def measure(
+    model: MoEModel, held: Int[np.ndarray, "windows length"], sample: Int[np.ndarray, "n length"]
+) -> list[dict[str, Any]]:
+    """What every arithmetic does to a float32 model, on bytes it was not trained on.
+
+    Args:
+      model: float32, one rank.
+      held: windows; the second half of each is scored.
+      sample: training text to calibrate INT8 on.
+    """
+    labels = held[:, held.shape[1] // 2 + 1 :]
+    exact = jax.nn.log_softmax(decoded_logits(model, held))
+    rows = []
+    for name in ("float32", *PRICED):
+        for calibrated in (False, True) if name == "int8" else (False,):
+            coarse = model.with_arithmetic(name, calibration=sample if calibrated else None)
+            found = jax.nn.log_softmax(decoded_logits(coarse, held))
+            loss = optax.softmax_cross_entropy_with_integer_labels(found, labels)
+            divergence = jnp.sum(jnp.exp(exact) * (exact - found), axis=-1)
+            agree = jnp.argmax(exact, axis=-1) == jnp.argmax(found, axis=-1)
+            rows.append(
+                {
+                    "name": name + ", calibrated" * calibrated,
+                    "loss": float(jnp.mean(loss)),
+                    "divergence": float(jnp.mean(divergence)),
+                    "agreement": float(jnp.mean(agree)),
+                }
+            )
+    return rows
+
+
+def decoded_logits(model: MoEModel, windows: Int[np.ndarray, "windows length"]) -> jax.Array:
+    """Float32 scores for the second half of each window, decoded over a cache of the first."""
+    half = windows.shape[1] // 2
+
+    @jax.jit
+    def run(model, first, second):
+        _, caches = model.main.prefill((first,), model.arithmetic.kv_cache)
+        cache = extend_cache(caches[0], windows.shape[1])
+        lengths = jnp.full((len(windows),), half, jnp.int32)
+        hidden, _ = model.main.decode((second,), (cache,), (lengths,))
+        return model.main.logits(hidden[0])
+
+    return run(model, windows[:, :half], windows[:, half:-1])
+
+
+def priced(name: str) -> dict[str, float]:
+    """Predicted milliseconds of DeepSeek-R1's decode and prefill steps; none for float32, which
+    the chip's matrix units do not have."""
+    if name not in PRICED:
+        return {}
+    machine = load_machine("cloudmatrix384")
+    found = {}
+    phases: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (
+        ("decode", 160, 96),
+        ("prefill", 16, 4),
+    )
+    for phase, npus, batch in phases:
+        predictors = [
+            Predictor.of(
+                Deployment(phase=phase, npus=npus, microbatches=count, **PRICED[name]), machine
+            )
+            for count in (1, 2)
+        ]
+        predictor, requests = fastest(predictors, Requests(batch=batch, prompt=4096, output=256))
+        found[f"{phase}_ms"] = 1e3 * float(predictor.step_s(predictor.timeline(requests)))
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as people read them."""
+    shown = Table(title="A language model in every arithmetic; DeepSeek-R1's steps in the same")
+    shown.add_column("arithmetic")
+    for name in ("loss, nats", "KL to float32", "greedy agreement, %", "decode, ms", "prefill, ms"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        times = (f"{row[key]:.1f}" if key in row else "-" for key in ("decode_ms", "prefill_ms"))
+        shown.add_row(
+            row["name"],
+            f"{row['loss']:.4f}",
+            f"{row['divergence']:.1e}",
+            f"{100 * row['agreement']:.2f}",
+            *times,
+        )
+    return shown
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Divergence against predicted time, a panel per phase."""
+    figure = new_figure(4.4)
+    rows = [row for row in rows if "decode_ms" in row]
+    panels = (("decode", BLUE, 0.75, 4.15), ("prefill", ORANGE, 4.6, 0.3))
+    for phase, colour, left, right in panels:
+        axes = add_axes(figure, left=left, right=right, bottom=1.3)
+        points = [(row[f"{phase}_ms"], max(row["divergence"], 1e-9)) for row in rows]
+        axes.set_yscale("log")
+        axes.plot(*zip(*points, strict=True), "o", color=colour)
+        axes.margins(0.15)
+        axes.autoscale_view()  # now, for labels are placed in pixels
+        for where, numbers in _together(points, axes):
+            text = ", ".join(str(number + 1) for number in numbers)
+            axes.annotate(
+                text, where, xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+            )
+        axes.set_xlabel(f"predicted {phase} step of DeepSeek-R1, ms")
+        if phase == "decode":
+            axes.set_ylabel("KL from float32, nats per byte")
+    names = [f"{number} {row['name']}" for number, row in enumerate(rows, 1)]
+    half = (len(names) + 1) // 2
+    for column, part in enumerate((names[:half], names[half:])):
+        text = "\n".join(part)
+        figure.text(0.1 + 0.48 * column, 0.02, text, fontsize=8.5, color=FAINT, va="bottom")
+    fastest_row = min(rows, key=lambda row: row["decode_ms"])
+    base = rows[0]["decode_ms"] / fastest_row["decode_ms"]
+    set_title(
+        figure,
+        f"{fastest_row['name']} decodes {base:.2f} times as fast as bfloat16 and agrees on "
+        f"{fastest_row['agreement']:.1%} of bytes",
+        "left and low is better; divergence of a small model trained here",
+    )
+    save(figure, path)
+
+
+def _together(points, axes, reach: float = 22.0):
+    """Points nearer than `reach` pixels to one another: the rightmost, and their numbers."""
+    pixels = axes.transData.transform(points)
+    groups: list[list[int]] = []
+    for number, pixel in enumerate(pixels):
+        near = [g for g in groups if min(np.hypot(*(pixels[g] - pixel).T)) < reach]
+        if near:
+            near[0].append(number)
+        else:
+            groups.append([number])
+    for group in groups:
+        last = max(group, key=lambda number: pixels[number][0])
+        height = np.mean([pixels[number][1] for number in group])
+        x, y = axes.transData.inverted().transform([pixels[last][0], height])
+        yield (x, y), group
+
+
+def _config(study: Study) -> Config:
+    """The run's configuration, as its checkpoint remembers it."""
+    if study.checkpoint is None:
+        return Config(out=study.out / "run", steps=study.steps)
+    found = checkpoint.latest(study.checkpoint / "checkpoints")
+    if found is None:
+        raise ValueError(f"--checkpoint {study.checkpoint}: no checkpoint in this folder")
+    held = found.config | {"text": tuple(map(Path, found.config["text"])), "out": study.checkpoint}
+    try:
+        config = Config(**held)
+    except TypeError as error:
+        raise ValueError(
+            f"--checkpoint {study.checkpoint}: not of train.moe_lm ({error})"
+        ) from None
+    if config.mesh != "1x1":
+        raise ValueError(
+            f"--checkpoint {study.checkpoint}: of mesh {config.mesh}, 1x1 is read here"
+        )
+    if found.progress["step"] < config.steps:
+        raise ValueError(
+            f"--checkpoint {study.checkpoint}: at step {found.progress['step']} of {config.steps}; "
+            "finish the run first"
+        )
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(tyro.cli(Study, description=__doc__), terminal())))

@@ -1,0 +1,98 @@
+"""Everything that a language-model run can be told; the command line is made of it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from models.moe.config import GroupedAttention, LatentAttention, MoEConfig
+
+# May change between a kill and the resumption: they do not change a number.
+FREE = ("out", "checkpoint_every", "test_windows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a byte-level mixture-of-experts language model."""
+
+    text: tuple[Path, ...] = ()
+    """Files to learn from; without any, sentences of a grammar made in code."""
+    mesh: str = "1x1"
+    """Ranks, as nodes x npus: each holds a share of the experts and of the batch."""
+    attention: Literal["latent", "grouped"] = "latent"
+    """DeepSeek's multi-head latent attention, or grouped queries."""
+    hidden: int = 256
+    """Width of the residual stream."""
+    layers: int = 3
+    """Layers; the first has a dense feed-forward block."""
+    heads: int = 4
+    """Query heads, 32 wide."""
+    experts: int = 8
+    """Routed experts per layer; there is a shared one besides."""
+    experts_per_token: int = 2
+    """How many of them a token visits."""
+    expert_ffn: int = 512
+    """Inner width of an expert."""
+    capacity_factor: float = 1.5
+    """Rows reserved per expert over their mean number; copies beyond are dropped. 0 drops none,
+    and makes losses equal on every mesh."""
+    length: int = 128
+    """Bytes in a window."""
+    batch: int = 8
+    """Windows per step."""
+    steps: int = 250
+    """Optimiser steps."""
+    learning_rate: float = 2e-3
+    """Highest; it warms up over a tenth of the steps and falls as a cosine to a tenth."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW)."""
+    bias_rate: float = 1e-3
+    """Step of the load-balancing bias (DeepSeek-V3 report, section 2.1.2)."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+    test_windows: int = 32
+    """Held-out windows to test on at the end."""
+    seed: int = 0
+    """Of the parameters and the order of the data."""
+    out: Path = Path("out/moe_lm")
+    """Folder of checkpoints and metrics; an unfinished run in it goes on."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name not in ("seed",) and value < 1:
+                name = field.name.replace("_", "-")
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.capacity_factor and self.capacity_factor < 1:
+            raise ValueError(f"--capacity-factor must be 0, or 1 or more: {self.capacity_factor}")
+
+    @property
+    def model(self) -> MoEConfig:
+        """Sizes of the network."""
+        if self.attention == "latent":
+            attention = LatentAttention(
+                q_lora_rank=64, kv_lora_rank=64, qk_nope_dim=32, qk_rope_dim=16, v_dim=32
+            )
+        else:
+            attention = GroupedAttention(kv_heads=max(1, self.heads // 2), head_dim=32)
+        return MoEConfig(
+            vocab_size=256,
+            hidden_size=self.hidden,
+            layers=self.layers,
+            dense_layers=(0,),
+            heads=self.heads,
+            attention=attention,
+            ffn_size=3 * self.hidden,
+            expert_ffn_size=self.expert_ffn,
+            experts=self.experts,
+            shared_experts=1,
+            experts_per_token=self.experts_per_token,
+            expert_groups=1,
+            groups_per_token=1,
+            routed_scale=1.0,
+            max_position=max(256, self.length),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON values: what a checkpoint remembers."""
+        values = dataclasses.asdict(self)
+        return values | {"text": [str(p) for p in self.text], "out": str(self.out)}

@@ -1,0 +1,135 @@
+"""The run: metrics, checkpoints, and resumption as if never stopped."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cmjax.mesh import RankMesh
+from models.moe.deepseek import abstract_params
+from models.moe.generate import parse_mesh
+from models.moe.layout import one_rank
+from models.moe.model import MoEModel, abstract_model, assemble
+from models.moe.programs import place_params
+from train import checkpoint
+from train.data.text import Windows, grammar_text, read_text
+from train.metrics import LossNotFinite, MetricsLog
+from train.moe.config import FREE, Config
+from train.moe.learner import Learner, initial, layout_of, make_step, one_rank_params
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in its folder.
+
+    Attributes:
+      config, mesh, windows: what to learn, on which ranks, from which text.
+      learner: parameters and optimiser.
+      step: steps made.
+    """
+
+    config: Config
+    mesh: RankMesh
+    windows: Windows
+    learner: Learner
+    step: int = 0
+
+
+def start(config: Config, console: Console) -> Run:
+    """Read the text, and the last checkpoint of the folder if there is one.
+
+    Raises:
+      ValueError: a text too short or unreadable, a mesh that does not fit, a checkpoint of another
+        configuration.
+    """
+    mesh = parse_mesh(config.mesh)
+    text = read_text(config.text) if config.text else grammar_text(seed=config.seed)
+    windows = Windows(text, config.length, config.seed)
+    found = checkpoint.latest(config.out / "checkpoints")
+    if found is not None:
+        found.check_config(config.record(), ignore=FREE)
+    run = Run(config, mesh, windows, initial(config, mesh))
+    if found is not None:
+        arrays = found.arrays(run.learner)
+        layout = layout_of(config, mesh)
+        run.learner = Learner(place_params(arrays.params, layout, mesh), arrays.optimiser)
+        run.step = found.progress["step"]
+        console.print(f"going on from {found.path}")
+    return run
+
+
+def train(run: Run, console: Console) -> None:
+    """Every step that is left.
+
+    Raises:
+      LossNotFinite: the loss or its gradient is; the batch is saved.
+    """
+    config = run.config
+    log = MetricsLog(config.out / "metrics.jsonl", keep=run.step)
+    step = make_step(config, run.mesh)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=console)
+    bar.disable = not console.is_terminal
+    with bar:
+        task = bar.add_task("", total=config.steps, completed=run.step, loss=math.nan)
+        while run.step < config.steps:
+            tokens = run.windows.batch(run.step, config.batch)
+            began = time.perf_counter()
+            learner, result = jax.block_until_ready(step(run.learner, tokens))
+            seconds = time.perf_counter() - began
+            loss, norm = float(result.loss), float(result.gradient_norm)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                path = config.out / "bad_batch.npz"
+                np.savez(path, tokens=tokens, step=run.step)
+                raise LossNotFinite(
+                    f"the loss or its gradient is not finite at step {run.step}; the batch is in "
+                    f"{path}. A lower learning rate may do"
+                )
+            log.write(
+                step=run.step,
+                loss=loss,
+                bits_per_byte=loss / math.log(2),
+                gradient_norm=norm,
+                busiest_expert_over_mean=float(result.load),
+                tokens_per_s=round(config.batch * config.length / seconds, 1),
+                resident_bytes=resident_bytes(),
+            )
+            run.learner, run.step = learner, run.step + 1
+            bar.update(task, advance=1, loss=loss)
+            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                save(run)
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint."""
+    return checkpoint.save(
+        run.config.out / "checkpoints",
+        run.learner,
+        config=run.config.record(),
+        progress={"step": run.step},
+    )
+
+
+def trained_model(run: Run) -> MoEModel:
+    """The model on one rank."""
+    config = run.config.model
+    layout = one_rank(config)
+    params = one_rank_params(run.learner.params, run.config)
+    assert jax.tree.structure(params) == jax.tree.structure(
+        abstract_params(config, layout, "float32")
+    )
+    return assemble(abstract_model(config, layout, "float32")[0], params)
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds, from /proc; 0 where there is none."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * 4096

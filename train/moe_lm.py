@@ -1,0 +1,58 @@
+"""Train a byte-level mixture-of-experts language model, sharded over data and experts.
+
+    python -m train.moe_lm                                         a grammar's text, a few minutes
+    python -m train.moe_lm --text FILE [FILE ...] --mesh 2x2       files, on four emulated ranks
+    python -m train.moe_lm --help                                  everything that can be told
+
+Writes metrics.jsonl and checkpoints into the output folder. Run again, it goes on where it was
+stopped. Prints the loss on text that was held out.
+"""
+
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Int
+from rich.console import Console
+
+from cmjax.commands.output import exit_code
+from cmjax.mesh import prepare_devices
+from cmjax.report import terminal
+from models.moe.generate import parse_mesh
+from models.moe.model import MoEModel
+from train.metrics import read_metrics
+from train.moe.config import Config
+from train.moe.run import start, train, trained_model
+
+
+def main(config: Config, console: Console) -> None:
+    """Train what is left to train, and test."""
+    prepare_devices(parse_mesh(config.mesh).nodes)
+    run = start(config, console)
+    train(run, console)
+    loss = held_out_loss(trained_model(run), run.windows.held_out(config.test_windows))
+    lines = read_metrics(config.out / "metrics.jsonl")
+    rate = np.median([line["tokens_per_s"] for line in lines])
+    half = lines[len(lines) // 2 :]
+    growth = half[-1]["resident_bytes"] - half[0]["resident_bytes"]
+    console.print(
+        f"held-out loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per byte; "
+        f"{rate:,.0f} tokens/s; busiest expert {lines[-1]['busiest_expert_over_mean']:.2f} times "
+        f"the mean; memory over the second half of the run {growth / 1e6:+.1f} MB",
+        highlight=False,
+    )
+
+
+def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) -> float:
+    """Mean cross-entropy of the next byte, nats."""
+    logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens[:, :-1])
+    labels = jnp.asarray(tokens[:, 1:])
+    return float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(tyro.cli(Config, description=__doc__), terminal())))
