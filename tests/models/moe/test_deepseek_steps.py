@@ -414,7 +414,7 @@ def test_blocks_are_marked_with_their_scopes_and_streams():
             lambda: abstract_decode(
                 CONFIG, Schedule(), TABLES["redundant"], RankMesh(1), 2, 8, precision="int4"
             ),
-            "precision must be one of float32, bfloat16, int8, msd_w8a16.* got 'int4'",
+            "arithmetic must be one of float32, bfloat16, int8, msd_w8a16.* got 'int4'",
         ),
         (
             lambda: abstract_decode(
