@@ -11,7 +11,6 @@ accuracy costs here, nothing about an NPU.
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Callable
 
 # Before JAX starts: two threads of one process would share what is being measured.
@@ -23,6 +22,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
+from benchmarks.timing import least_times
 from cmjax.primitives import flash_attention, pasa_attention
 from cmjax.report import terminal
 
@@ -75,16 +75,10 @@ def candidates(causal: bool) -> dict[str, Callable]:
     }
 
 
-def fastest_s(functions: dict[str, Callable], operands, repeats: int) -> dict[str, float]:
-    """Smallest process CPU time of each compiled function over `repeats` rounds."""
-    compiled = {name: jax.jit(f).lower(*operands).compile() for name, f in functions.items()}
-    best = dict.fromkeys(compiled, float("inf"))
-    for _ in range(repeats + 1):  # the first round warms up; it is never the fastest
-        for name, f in compiled.items():
-            start = time.process_time()
-            jax.block_until_ready(f(*operands))
-            best[name] = min(best[name], time.process_time() - start)
-    return best
+def run_of(f: Callable, operands) -> Callable[[], object]:
+    """A call of `f`, compiled."""
+    compiled = jax.jit(f).lower(*operands).compile()
+    return lambda: jax.block_until_ready(compiled(*operands))
 
 
 def gradient_of(f: Callable) -> Callable:
@@ -103,7 +97,9 @@ def main(repeats: int = 15) -> None:
         functions = candidates(shape.causal)
         if shape in GRADIENT:
             functions = {name: gradient_of(f) for name, f in functions.items()}
-        best = fastest_s(functions, shape.operands(), repeats)
+        operands = shape.operands()
+        runs = {name: run_of(f, operands) for name, f in functions.items()}
+        best = least_times(runs, seconds=0, rounds=repeats, calls=1)  # some take a second
         base = best[names[0]]
         table.add_row(
             shape.name, f"{base * 1e3:.1f}", *(f"{best[name] / base:.2f}" for name in names[1:])

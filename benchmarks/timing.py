@@ -5,11 +5,16 @@ from collections.abc import Callable, Mapping
 
 CALLS = 5  # of a turn
 REST_S = 0.02  # before a turn, where there are several threads
-ROUNDS = 10  # at least
+ROUNDS = 10
 
 
 def least_times[Name](
-    runs: Mapping[Name, Callable[[], object]], seconds: float, threads: int = 1
+    runs: Mapping[Name, Callable[[], object]],
+    seconds: float,
+    threads: int = 1,
+    *,
+    rounds: int = ROUNDS,
+    calls: int = CALLS,
 ) -> dict[Name, float]:
     """Least seconds of each run, all taking turns of several calls in one process.
 
@@ -18,19 +23,21 @@ def least_times[Name](
 
     Args:
       runs: what to call, warmed up here by one call each.
-      seconds: all turns together take at least this long, and there are at least ten rounds.
+      seconds: all turns together take at least this long.
       threads: that the runs use.
+      rounds: turns of each run, at least.
+      calls: calls of a turn.
     """
     clock, rest = (time.process_time, 0.0) if threads == 1 else (time.perf_counter, REST_S)
     for run in runs.values():
         run()
     least = dict.fromkeys(runs, float("inf"))
-    rounds, end = 0, time.perf_counter() + seconds
-    while rounds < ROUNDS or time.perf_counter() < end:
-        rounds += 1
+    done, end = 0, time.perf_counter() + seconds
+    while done < rounds or time.perf_counter() < end:
+        done += 1
         for name, run in runs.items():
             time.sleep(rest)
-            for _ in range(CALLS):
+            for _ in range(calls):
                 start = clock()
                 run()
                 least[name] = min(least[name], clock() - start)

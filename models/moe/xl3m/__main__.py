@@ -20,6 +20,7 @@ from rich.console import Console
 
 from cmjax.commands.output import bar, check_target, emit, exit_code
 from cmjax.mesh import prepare_devices
+from cmjax.report import terminal
 from models.moe.batch import Sampler
 from models.moe.checkpoint import Checkpoint
 from models.moe.config import MoEConfig
@@ -192,7 +193,7 @@ def _read_text(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     command = tyro.cli(Read, args=arguments, prog="models.moe.xl3m", description=__doc__)
-    return exit_code(lambda: command.run(Console(), Console(stderr=True)))
+    return exit_code(lambda: command.run(terminal(), Console(stderr=True)))
 
 
 if __name__ == "__main__":
