@@ -180,6 +180,8 @@ class Generate:
             table = max(tables, key=lambda table: table.max_copies)
         layout = Layout(table=table, axes=mesh.axes)
         arithmetic = Arithmetic.of(self.arithmetic)
+        if self.kv_cache is not None:
+            arithmetic = dataclasses.replace(arithmetic, kv_cache=self.kv_cache)
         arithmetic.check(config)
         # weights are read as floats and converted where they are, unless they can be read as wanted
         held: Precision = "float32" if arithmetic.quantised else "bfloat16"
@@ -215,7 +217,7 @@ class Generate:
             layout=layout,
             mesh=mesh,
             precision=arithmetic,
-            kv_cache=self.kv_cache or arithmetic.kv_cache,
+            kv_cache=arithmetic.kv_cache,
             drafts=drafts,
             prefill_chunk=chunk,
             sequence_parallel=sequence_parallel,
