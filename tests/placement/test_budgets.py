@@ -8,7 +8,6 @@ from cmjax.placement import (
     Problem,
     Risk,
     choose_slots,
-    example_family,
     place,
 )
 from cmjax.placement.compare import objective_s
@@ -17,11 +16,6 @@ from cmjax.placement.plan import EMPTY
 
 def slowest(tokens):
     return 1e-5 + 1e-8 * tokens.max(-1)
-
-
-@pytest.fixture(scope="module")
-def family():
-    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
 
 
 def test_slots_go_where_they_save_most(family):
