@@ -28,7 +28,8 @@ from cmjax.commands.output import track
 from cmjax.placement.search import relative_loads
 from cmjax.report import terminal
 
-_MORE = 2  # copies of an expert looked at beyond the fewest that T allows
+_MORE = 2  # copies of an expert looked at beyond the fewest that T allows, or until one is
+_LIGHT = 1 / 3  # this share of T
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,12 +94,14 @@ def _types(loads, level) -> tuple[Int[np.ndarray, "types"], Int[np.ndarray, "typ
 
     More copies than are looked at count as one more of no load at all, which no plan can better.
     """
-    fewest = np.maximum(np.ceil(loads.max(0) / level - 1e-9).astype(int), 1)
-    kinds = _MORE + 2
+    top = loads.max(0) / level
+    fewest = np.maximum(np.ceil(top - 1e-9), 1)
+    kinds = (np.maximum(fewest + _MORE, np.ceil(top / _LIGHT)) - fewest).astype(int) + 2
+    last = np.cumsum(kinds) - 1
     expert = np.repeat(np.arange(loads.shape[1]), kinds)
-    copies = (fewest[:, None] + np.arange(kinds)).ravel()
+    copies = np.arange(len(expert)) - (last - kinds + 1 - fewest.astype(int))[expert]
     weight = loads[:, expert] / copies
-    weight[:, kinds - 1 :: kinds] = 0.0
+    weight[:, last] = 0.0
     return expert, copies, weight
 
 
