@@ -122,7 +122,8 @@ def _round(state, loads, theta, patience, slots, chance, *, swaps, tail, ignore_
     per_copy = loads / state.copies[:, None]
 
     def step(carry, drawn):
-        return _swap(*carry, per_copy, *drawn, penalty), None
+        (experts, tokens), (tried, chances, patient) = carry, drawn
+        return _swap(experts, tokens, per_copy, tried, chances, patient, penalty), None
 
     (experts, tokens), _ = jax.lax.scan(
         step, (state.experts, state.tokens), (slots[1:], chance[1:], patience[1:]), length=swaps
