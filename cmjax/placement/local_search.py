@@ -6,14 +6,18 @@ What is lowered is a penalty for every rank above a level that follows the slowe
     Φ = sum over windows w and ranks r of  u[w] · max(x[w, r] - T[w], 0)²,
     T[w] = 1 + θ · (top[w] - 1),    u[w] = 1 / ((1 - θ) · (top[w] - 1)),
 
-with x the tokens of a rank over the window's mean and top[w] the slowest rank's, but at least the
-top of the fastest window in the objective's tail: of all windows for the mean, of the slowest alone
-for the worst. So a window of the tail weighs the same however slow it is, and the others
-count only where they would join it.
+with x the tokens of a rank over the window's mean and top[w] the slowest rank's in the best plan so
+far, but at least the top of the fastest window in the objective's tail: of all windows for the
+mean, of the slowest alone for the worst. So a window of the tail weighs the same however slow it
+is, and the others count only where they would join it.
 
 Unlike the maximum itself, Φ tells a step towards a better plan from a step nowhere, and a swap of
-two experts changes only two of its terms per window. θ rises from 0, where everything is evened
-out, towards 1, where the slowest rank is all that counts.
+two experts changes only two of its terms per window. With θ = 0 everything is evened out, towards
+1 the slowest rank is all that counts.
+
+The best of the moves tried is made if it raises Φ by less than an exponential number of mean τ
+times the largest top[w] - 1: Metropolis' rule, by which the search leaves plans that no single
+move improves (Kirkpatrick et al., "Optimization by simulated annealing", Science 1983).
 
 Moves, all evaluated exactly, with copies of an expert sharing its tokens evenly:
 
@@ -44,11 +48,13 @@ class SearchState:
       experts: expert of every slot; the number of experts itself stands for an empty slot.
       copies: copies of every expert; 1 for the empty one, whose load is zero.
       tokens: tokens per window and rank over the window's mean.
+      top: the slowest rank's, by window, in the best plan so far.
     """
 
     experts: Int[Array, "rows ranks size"]
     copies: Float[Array, "rows experts1"]
     tokens: Float[Array, "rows windows ranks"]
+    top: Float[Array, "rows windows"]
 
 
 def start_state(
@@ -61,7 +67,7 @@ def start_state(
     copies = jnp.zeros(loads.shape[:2], loads.dtype).at[row, flat].add(1.0).at[:, -1].set(1.0)
     per_slot = (loads / copies[..., None])[row, flat]
     tokens = per_slot.reshape(rows, ranks, size, -1).sum(2).swapaxes(1, 2)
-    return SearchState(experts, copies, tokens)
+    return SearchState(experts, copies, tokens, tokens.max(-1))
 
 
 @partial(jax.jit, static_argnames=("swaps", "tail", "ignore_slower"))
@@ -69,6 +75,7 @@ def improve(
     state: SearchState,
     loads: Float[Array, "rows experts1 windows"],
     theta: Float[Array, "rounds"],
+    patience: Float[Array, "rounds swaps1"],
     slots: Int[Array, "rounds swaps1 candidates"],
     chance: Float[Array, "rounds swaps1 windows ranks"],
     *,
@@ -76,12 +83,14 @@ def improve(
     tail: int,
     ignore_slower: bool = False,
 ) -> SearchState:
-    """Rounds of one overwrite and `swaps` swaps; none raises the penalty of its round.
+    """Rounds of one overwrite and `swaps` swaps.
 
     Args:
       state: plans to improve.
       loads: tokens of every expert over the mean tokens of a rank, per window; the last row zero.
       theta: level of each round, in [0, 1).
+      patience: what a step may raise the penalty by, over the largest top[w] - 1: exponential
+        numbers times τ, or 0 to make no plan worse.
       slots: the other slots that each step tries; the same for every row.
       chance: standard exponential numbers, which draw the hot rank.
       swaps: swap steps a round; `slots` and `chance` hold one more step, for the overwrite.
@@ -89,17 +98,17 @@ def improve(
       ignore_slower: only the fastest of the tail counts, not those slower than it (a quantile).
     """
     one = partial(_round, swaps=swaps, tail=tail, ignore_slower=ignore_slower)
-    by_row = jax.vmap(one, (0, 0, None, None, None))
+    by_row = jax.vmap(one, (0, 0, None, None, None, None))
 
     def step(state, drawn):
         return by_row(state, loads, *drawn), None
 
-    return jax.lax.scan(step, state, (theta, slots, chance))[0]
+    return jax.lax.scan(step, state, (theta, patience, slots, chance))[0]
 
 
-def _round(state, loads, theta, slots, chance, *, swaps, tail, ignore_slower):
+def _round(state, loads, theta, patience, slots, chance, *, swaps, tail, ignore_slower):
     """One row: experts [ranks, size], tokens [windows, ranks]."""
-    top = state.tokens.max(-1)
+    top = state.top
     least = jnp.sort(top)[-tail]
     excess = jnp.maximum(jnp.maximum(top, least) - 1, _EPS)
     if ignore_slower:
@@ -108,16 +117,26 @@ def _round(state, loads, theta, slots, chance, *, swaps, tail, ignore_slower):
     if ignore_slower:
         factor = jnp.where(top > least, 0.0, factor)
     penalty = _Penalty(1 + theta * excess, factor)
-    state = _overwrite(state, loads, slots[0], chance[0], penalty)
+    patience = patience * excess.max()
+    state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty)
     per_copy = loads / state.copies[:, None]
 
     def step(carry, drawn):
-        return _swap(carry[0], carry[1], per_copy, drawn[0], drawn[1], penalty), None
+        (experts, tokens), (tried, chances, patient) = carry, drawn
+        return _swap(experts, tokens, per_copy, tried, chances, patient, penalty), None
 
     (experts, tokens), _ = jax.lax.scan(
-        step, (state.experts, state.tokens), (slots[1:], chance[1:]), length=swaps
+        step, (state.experts, state.tokens), (slots[1:], chance[1:], patience[1:]), length=swaps
     )
-    return SearchState(experts, state.copies, tokens)
+    found = tokens.max(-1)
+    better = _of_tail(found, tail, ignore_slower) < _of_tail(top, tail, ignore_slower)
+    return SearchState(experts, state.copies, tokens, jnp.where(better, found, top))
+
+
+def _of_tail(top, tail, ignore_slower):
+    """What the tail of the windows adds up to."""
+    slowest = jnp.sort(top)[-tail:]
+    return slowest[0] if ignore_slower else slowest.sum()
 
 
 class _Penalty(NamedTuple):
@@ -140,7 +159,7 @@ def _hot_rank(tokens, chance, penalty):
     return (share / chance).argmax() % tokens.shape[1]
 
 
-def _swap(experts, tokens, per_copy, slots, chance, penalty):
+def _swap(experts, tokens, per_copy, slots, chance, patience, penalty):
     size, nothing = experts.shape[1], len(per_copy) - 1
     hot = _hot_rank(tokens, chance, penalty)
     other = slots // size
@@ -158,7 +177,7 @@ def _swap(experts, tokens, per_copy, slots, chance, penalty):
     gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
     best = gain.argmax()
     i, j = best // len(slots), best % len(slots)
-    better = gain.reshape(-1)[best] > 0
+    better = gain.reshape(-1)[best] > -patience
     moved = jnp.where(better, shift[i, j], 0.0)
     e, f = here[i], there[j]
     experts = experts.at[hot, i].set(jnp.where(better, f, e))
@@ -167,7 +186,7 @@ def _swap(experts, tokens, per_copy, slots, chance, penalty):
     return experts, tokens
 
 
-def _overwrite(state, loads, slots, chance, penalty):
+def _overwrite(state, loads, slots, chance, patience, penalty):
     experts, copies, tokens = state.experts, state.copies, state.tokens
     ranks, size = experts.shape
     nothing = loads.shape[0] - 1
@@ -196,7 +215,7 @@ def _overwrite(state, loads, slots, chance, penalty):
     gain = jnp.where(doubles | ~free, -jnp.inf, gain)
     best = gain.argmax()
     i, j = best // len(slots), best % len(slots)
-    better = gain.reshape(-1)[best] > 0
+    better = gain.reshape(-1)[best] > -patience
     e, f = here[i], there[j]
     spot = (other[j], slots[j] % size)
     changed = copies.at[e].add(1.0).at[f].add(jnp.where(f == nothing, 0.0, -1.0))
@@ -204,4 +223,5 @@ def _overwrite(state, loads, slots, chance, penalty):
         experts=experts.at[spot].set(jnp.where(better, e, f)),
         copies=jnp.where(better, changed, copies),
         tokens=jnp.where(better, new[i, j].T, tokens),
+        top=state.top,
     )

@@ -173,7 +173,7 @@ def _trail(part, plan, seed):
     shape = (1, 2)
     for _ in range(_STEPS):
         state = improve(
-            state, loads, np.full(1, _THETA, np.float32),
+            state, loads, np.full(1, _THETA, np.float32), np.zeros(shape, np.float32),
             rng.integers(0, part.slots, (*shape, _CANDIDATES)).astype(np.int32),
             (rng.exponential(size=(*shape, windows, part.ranks)) + 1e-9).astype(np.float32),
             swaps=1, tail=part.objective.tail(windows),

@@ -1,4 +1,4 @@
-"""Placement by search: several starting plans, improved by exact moves under a rising penalty.
+"""Placement by search: simulated annealing by exact moves, from one starting plan or several.
 
 The plan of every layer is the best found, by exact price and objective, among those the search
 (`local_search.py`) went through and the rules it is compared with, so in the windows it was made
@@ -44,21 +44,24 @@ class SearchConfig:
 
     Attributes:
       starts: starting plans per layer: covering copies, with several windows greedy on the
-        objective's load, and from then on covering copies in random slots. None is 3, and up to 12
-        for problems so small that more cost little.
-      chunks: looks at the plans; the penalty's θ rises from one to the next.
+        objective's load, and from then on covering copies in random slots. None is 1, and up to 6
+        for problems so small that more cost little; a plan given to start from is one more.
+      chunks: looks at the plans.
       rounds: rounds per chunk; a round is one change of copies and some swaps.
       swaps_per_slot: swaps of a round are this times the slots of a layer over all rounds.
       candidates: slots that each step compares with the hot rank's.
-      theta: the penalty's θ at the first and last chunk.
+      theta: the penalty's θ.
+      temperature: τ in the first and last round, falling geometrically from one to the other;
+        under a limit of time the last is reached with it.
     """
 
     starts: int | None = None
     chunks: int = 16
-    rounds: int = 10
-    swaps_per_slot: float = 6.0
+    rounds: int = 60
+    swaps_per_slot: float = 12.0
     candidates: int = 32
-    theta: tuple[float, float] = (0.0, 0.95)
+    theta: float = 0.85
+    temperature: tuple[float, float] = (3.0, 0.1)
 
     def __post_init__(self):
         for name in ("starts", "chunks", "rounds", "candidates"):
@@ -66,6 +69,8 @@ class SearchConfig:
                 raise ValueError(
                     f"SearchConfig: {name} must be at least 1, got {getattr(self, name)}"
                 )
+        if min(self.temperature) <= 0:
+            raise ValueError(f"SearchConfig: temperature must be above 0, got {self.temperature}")
 
 
 def search(
@@ -99,7 +104,8 @@ def search(
     if start is not None:
         best.consider(start.experts[None])
     try:
-        count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 3, 12))
+        count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 1, 6))
+        count += start is not None
         plans = _starts(problem, start, count, np.random.default_rng(seed))
         best.consider(plans)
         improve_plans(best, plans, seed=seed, deadline=deadline, on_step=on_step, config=config)
@@ -223,20 +229,26 @@ def _chunks(problem, plans, seed, deadline, config):
     windows, ranks, experts = len(problem.loads.counts), problem.ranks, problem.experts
     loads, held = search_inputs(problem, plans)
     state = start_state(held, loads)
-    swaps = int(np.ceil(config.swaps_per_slot * slots / (config.chunks * config.rounds)))
+    total = config.chunks * config.rounds
+    swaps = int(np.ceil(config.swaps_per_slot * slots / total))
     objective = problem.objective
-    begin, slowest = time.monotonic(), -np.inf  # of a round; the first compiles and does not count
-    for theta in np.linspace(config.theta[0], config.theta[1], config.chunks):
-        shape = (config.rounds, 1, swaps + 1)
-        tried = rng.integers(0, slots, (*shape, config.candidates))
-        chance = rng.exponential(size=(*shape, windows, ranks)) + 1e-9
-        for round_tried, round_chance in zip(tried, chance, strict=True):
+    first, last = config.temperature
+    started = begin = time.monotonic()
+    limit_s = max(deadline - started, 1e-9)
+    slowest = -np.inf  # of a round; the first compiles and does not count
+    for chunk in range(config.chunks):
+        for at in range(chunk * config.rounds, (chunk + 1) * config.rounds):
+            # Under a limit of time, as much of the way down as of the time.
+            fall = min(max(at / total, (begin - started) / limit_s), 1.0)
+            temperature = first * (last / first) ** fall
+            chance = rng.standard_exponential((1, swaps + 1, windows, ranks), np.float32)
             state = jax.block_until_ready(improve(
                 state,
                 loads,
-                jnp.full(1, theta, jnp.float32),
-                jnp.asarray(round_tried, jnp.int32),
-                jnp.asarray(round_chance, jnp.float32),
+                jnp.full(1, config.theta, jnp.float32),
+                jnp.asarray(temperature * rng.exponential(size=(1, swaps + 1)), jnp.float32),
+                jnp.asarray(rng.integers(0, slots, (1, swaps + 1, config.candidates)), jnp.int32),
+                jnp.asarray(chance + 1e-9),
                 swaps=swaps,
                 tail=objective.tail(windows),
                 ignore_slower=objective.kind == "quantile",

@@ -17,11 +17,6 @@ def slowest(tokens):
     return 1e-5 + 1e-8 * tokens.max(-1)
 
 
-@pytest.fixture(scope="module")
-def family():
-    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
-
-
 @pytest.mark.parametrize("method", ["search", "greedy", "one-spare", "contiguous", "random"])
 def test_dead_ranks_hold_nothing_and_the_rest_serve_everything(family, method):
     family = Loads(family.counts, layer_labels=(3, 4, 9))

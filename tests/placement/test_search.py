@@ -28,7 +28,7 @@ from cmjax.placement import (
 from cmjax.placement.local_search import improve, start_state
 from cmjax.placement.search import search_inputs
 
-SHORT = SearchConfig(starts=2, chunks=4, rounds=3, swaps_per_slot=3)
+SHORT = SearchConfig(starts=2, chunks=4, rounds=40, swaps_per_slot=10)
 
 
 def slowest(tokens):
@@ -53,6 +53,7 @@ def test_tokens_and_copies_carried_along_are_those_of_the_plan(objective):
     risk = Risk.parse(objective)
     state = improve(
         start_state(held, loads), loads, jnp.full(6, 0.5, jnp.float32),
+        jnp.asarray(rng.exponential(size=(6, 5)), jnp.float32),
         jnp.asarray(rng.integers(0, problem.slots, (6, 5, 16)), jnp.int32),
         jnp.asarray(rng.exponential(size=(6, 5, 5, 4)), jnp.float32),
         swaps=4, tail=risk.tail(5), ignore_slower=risk.kind == "quantile",
@@ -174,9 +175,16 @@ def test_one_rank_needs_no_search():
     assert search(problem, slowest, config=SHORT).tokens_per_rank(problem.loads.counts).min() > 0
 
 
-def test_a_config_without_starts_is_refused():
-    with pytest.raises(ValueError, match="starts must be at least 1, got 0"):
-        SearchConfig(starts=0)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"starts": 0}, "starts must be at least 1, got 0"),
+        ({"temperature": (0.0, 0.1)}, "temperature must be above 0, got"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SearchConfig(**wrong)
 
 
 @pytest.mark.parametrize(
