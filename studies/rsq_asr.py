@@ -41,17 +41,16 @@ from train.data.batches import Batch, test_batches
 
 PAPER = {"end to end": 1.48, "backbone": 1.92, "WER loss, %": 0.07}
 Network = Literal["dfsmn", "wav2letter"]
-_TRAINED = Loss()
-_UNDISTILLED = dataclasses.replace(_TRAINED, local=0.0, teacher=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to integers: how ranges are chosen, and what is trained with which loss."""
+    """A way to integers: how ranges are chosen, and whether and with what loss it is trained."""
 
     precision: Literal["float32", "int8", "int8-winograd"]
     ranges: Literal["per-tap", "safe", "naive"] = "per-tap"
-    loss: Loss | None = None
+    trained: bool = False
+    distilled: bool = True
 
 
 VARIANTS = {
@@ -59,9 +58,9 @@ VARIANTS = {
     "int8 direct, PTQ": Variant("int8"),
     "Winograd naive, PTQ": Variant("int8-winograd", "naive"),
     "Winograd per tap, PTQ": Variant("int8-winograd"),
-    "QAT, safe ranges": Variant("int8-winograd", "safe", _TRAINED),
-    "RSQ, no distillation": Variant("int8-winograd", "per-tap", _UNDISTILLED),
-    "RSQ": Variant("int8-winograd", "per-tap", _TRAINED),
+    "QAT, safe ranges": Variant("int8-winograd", "safe", trained=True),
+    "RSQ, no distillation": Variant("int8-winograd", trained=True, distilled=False),
+    "RSQ": Variant("int8-winograd", trained=True),
 }
 
 
@@ -90,16 +89,22 @@ class Study:
     def config(self, network: Network, seed: int, name: str) -> Config:
         """Of one part of the study."""
         variant, more = VARIANTS[name], 4 if self.full else 1
-        steps = more if variant.loss else 0
-        quant = dataclasses.replace(
-            self.base.quant,
-            precision=variant.precision,
-            ranges=variant.ranges,
-            algorithm=self.algorithm,
-            scale_steps=steps * self.base.quant.scale_steps,
-            steps=steps * self.base.quant.steps,
-        )
-        floating = more * self.base.float_stage.steps if name == "float32" else 0
+        floating, loss = 0, self.base.loss
+        if variant.precision == "float32":  # nothing of how integers are trained is part of it
+            floating = more * self.base.float_stage.steps
+            quant, loss = QuantStage(precision="float32"), Loss()
+        else:
+            steps = more if variant.trained else 0
+            quant = dataclasses.replace(
+                self.base.quant,
+                precision=variant.precision,
+                ranges=variant.ranges,
+                algorithm=self.algorithm,
+                scale_steps=steps * self.base.quant.scale_steps,
+                steps=steps * self.base.quant.steps,
+            )
+        if not variant.distilled:
+            loss = dataclasses.replace(loss, local=0.0, teacher=0.0)
         return dataclasses.replace(
             self.base,
             voices=self.base.voices * (2 if self.full else 1),
@@ -107,7 +112,7 @@ class Study:
             seed=seed,
             float_stage=dataclasses.replace(self.base.float_stage, steps=floating),
             quant=quant,
-            loss=variant.loss or _TRAINED,
+            loss=loss,
             out=self.base.out / network / str(seed) / name.replace(" ", "_").replace(",", ""),
         )
 
@@ -307,7 +312,7 @@ def _one_seed(options: Study, network: Network, seed: int, console: Console) -> 
     runs: dict[str, Run] = {}
     outcomes: dict[str, Outcome] = {}
     task = prepare(options.config(network, seed, "float32"))
-    speech = next(iter(task.corpus.tests.values()))
+    speech = list(task.corpus.tests.values())[-1]
     sample = [b for _, b in test_batches(speech[:32], task.framing, 8, task.corpus.rate)]
     for name in VARIANTS:
         console.rule(f"{network}, seed {seed}: {name}")
