@@ -11,6 +11,7 @@ the output folder: an interrupted study goes on where it stopped.
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from cmjax.commands.output import exit_code
 from cmjax.mesh import prepare_devices
 from cmjax.primitives.packed_conv import prepack
 from cmjax.report import terminal
@@ -365,4 +367,5 @@ def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__), terminal())
+    asked = tyro.cli(Study, description=__doc__)
+    sys.exit(exit_code(lambda: main(asked, terminal())))
