@@ -1,11 +1,12 @@
 """Int8 Winograd for speech recognition: what each way of quantising costs, and what it gains.
 
-    python -m studies.rsq_asr [--base.data fsdd --base.data-dir FOLDER] [--base.out out/study]
+    taskset -c 1 python -m studies.rsq_asr [--base.data fsdd --base.data-dir FOLDER]
 
 Yao et al. (arXiv 2010.14841; ICASSP 2022, abstract) report for Wav2letter on ARMv7 phones 1.48x end
 to end and 1.92x on the backbone, at about 0.07 % absolute word error rate. Here, for each network
 and seed, one float32 network is trained and then made integer in six ways. Every part is kept in
-the output folder: an interrupted study goes on where it stopped.
+the output folder: an interrupted study goes on where it stopped. Without `taskset` XLA takes every
+core, and speeds depend on what else runs.
 """
 
 import dataclasses
