@@ -49,13 +49,13 @@ def plot_tradeoff(found: dict[str, list[dict[str, Any]]], path: Path, *, publish
         axes = add_axes(figure, left=left, right=8.0 - left - panel + 0.45, top=0.9)
         axes.axvline(published, color=FAINT, linewidth=0.8, linestyle=":")
         axes.annotate(
-            f"published\n{published}x",
-            (published, 1),
+            f"published: {published}x",
+            (published, 0.5),
             xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
+            xytext=(3, 0),
             textcoords="offset points",
-            ha="right",
-            va="top",
+            va="center",
+            rotation=90,
             fontsize=8,
             color=FAINT,
         )
