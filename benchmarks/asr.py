@@ -51,6 +51,8 @@ class Options:
     """Threads of every candidate."""
     networks: tuple[Literal["wav2letter", "dfsmn"], ...] = ("wav2letter", "dfsmn")
     """Networks, at their published (or, for ConvDFSMN, default) sizes."""
+    kernel: int = 3
+    """Taps of ConvDFSMN's dense convolutions; `train.rsq_asr` trains 5."""
     length: int = 296
     """Feature frames of the utterance; 296 is the window of Arm's Wav2letter."""
     seconds: float = 5.0
@@ -61,10 +63,11 @@ class Options:
     """Also write the seconds of every candidate there."""
 
     def __post_init__(self):
-        if self.threads < 1 or self.length < 1 or not self.seconds > 0:
+        counts = (self.threads, self.length, self.kernel)
+        if min(counts) < 1 or not self.seconds > 0:
             raise ValueError(
-                "--threads and --length must be at least 1 and --seconds positive, got "
-                f"{self.threads}, {self.length} and {self.seconds}"
+                "--threads, --length and --kernel must be at least 1 and --seconds positive, got "
+                f"{', '.join(map(str, counts))} and {self.seconds}"
             )
 
 
@@ -91,7 +94,7 @@ def main(options: Options) -> None:
 
 def candidates(name: str, options: Options) -> tuple[dict[str, dict[str, Run]], float | None]:
     """(part -> candidate -> call; largest relative error of the exported float32 network)."""
-    model, front = build(name)
+    model, front = build(name, options.kernel)
     length = options.length
     rng = np.random.default_rng(0)
     speech = jnp.asarray(rng.normal(size=(1, front.samples(length))) * 0.1, jnp.float32)
@@ -133,13 +136,13 @@ def candidates(name: str, options: Options) -> tuple[dict[str, dict[str, Run]], 
     return runs, largest_error
 
 
-def build(name: str) -> tuple[AcousticModel, LogMel]:
+def build(name: str, kernel: int) -> tuple[AcousticModel, LogMel]:
     """A network with random weights, and its front end."""
     front = LogMel(sample_rate=16000, bands=39 if name == "wav2letter" else 80)
     sizes = {"inputs": front.bands, "outputs": 29, "rngs": nnx.Rngs(0)}
     if name == "wav2letter":
         return Wav2letter(Wav2letterConfig(), **sizes), front
-    return ConvDFSMN(ConvDFSMNConfig(), **sizes), front
+    return ConvDFSMN(ConvDFSMNConfig(kernel=kernel), **sizes), front
 
 
 def table(network: str, seconds: dict[str, dict[str, float]], length: int) -> Table:

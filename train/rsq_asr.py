@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax.mesh import prepare_devices
+from cmjax.report import terminal
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train
@@ -61,12 +62,12 @@ def results_table(results: dict[str, dict[str, Result]]) -> Table:
 
 
 if __name__ == "__main__":
-    terminal = Console()
+    screen = terminal()
     try:
-        main(tyro.cli(Config, description=__doc__), terminal)
+        main(tyro.cli(Config, description=__doc__), screen)
     except (ValueError, FileNotFoundError) as error:
-        terminal.print(f"[red]rsq_asr:[/] {error}", highlight=False)
+        screen.print(f"[red]rsq_asr:[/] {error}", highlight=False)
         sys.exit(2)
     except (LossNotFinite, SaveFailed) as error:
-        terminal.print(f"[red]rsq_asr:[/] {error}", highlight=False)
+        screen.print(f"[red]rsq_asr:[/] {error}", highlight=False)
         sys.exit(1)

@@ -12,9 +12,11 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
 PRE_EMPHASIS = 0.97
+_BANDS_AT_ONCE = 16
 FULL_SCALE = 32768.0  # Kaldi reads 16-bit integers; here a sample is a fraction of full scale
 
 
@@ -104,14 +106,10 @@ def log_mel(
             f"log_mel: samples must hold at least one frame of {options.frame}, got "
             f"{samples.shape[-1]}"
         )
-    starts = np.arange(count) * options.shift
-    x = samples.astype(jnp.float32)[..., starts[:, None] + np.arange(options.frame)] * FULL_SCALE
-    x = x - x.mean(axis=-1, keepdims=True)
-    before = jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
-    x = (x - PRE_EMPHASIS * before) * _povey(options.frame)
-    spectrum = jnp.fft.rfft(x, options.fft)
+    x = _windowed(samples.astype(jnp.float32) * FULL_SCALE, count, options)
+    spectrum = jnp.fft.rfft(x)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    return jnp.log(jnp.maximum(power @ mel_filters(options), options.floor))
+    return jnp.log(jnp.maximum(_mel_energies(power, options), options.floor))
 
 
 def mel(hz):
@@ -137,6 +135,46 @@ def band_centres(options: LogMel) -> Float[np.ndarray, "bands"]:
     """Mel value of every band's centre."""
     edges = np.linspace(mel(options.low_hz), mel(options.sample_rate / 2), options.bands + 2)
     return edges[1:-1]
+
+
+def _windowed(x: Array, count: int, options: LogMel) -> Float32[Array, "*batch count fft"]:
+    """Frames of samples without their mean, pre-emphasised, windowed, and with zeros behind.
+
+    Pre-emphasis is that of the whole signal: the two differ in the first sample of a frame, where
+    the window is zero. What it leaves of the mean is `(1 - PRE_EMPHASIS)` of it.
+    """
+    shift, frame = options.shift, options.frame
+    starts = range(0, frame, shift)
+    widths = [min(shift, frame - start) for start in starts]
+    length = (count - 1 + len(widths)) * shift
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(0, length - x.shape[-1]))])[..., :length]
+    before = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])[..., :-1]
+    # XLA would compute what is in a barrier anew for every frame that it is part of.
+    emphasised = lax.optimization_barrier(x - PRE_EMPHASIS * before)
+    rows, emphasised = (y.reshape(*y.shape[:-1], -1, shift) for y in (x, emphasised))
+    sums = {width: rows[..., :width].sum(axis=-1) for width in set(widths)}
+    total = sum(sums[width][..., j : j + count] for j, width in enumerate(widths))
+    left = lax.optimization_barrier(total * ((1 - PRE_EMPHASIS) / frame))[..., None]
+    window = _povey(frame)
+    parts = [
+        (emphasised[..., j : j + count, :width] - left) * window[start : start + width]
+        for j, (start, width) in enumerate(zip(starts, widths, strict=True))
+    ]
+    behind = jnp.zeros((*x.shape[:-1], count, options.fft - frame), jnp.float32)
+    return jnp.concatenate([*parts, behind], axis=-1)
+
+
+def _mel_energies(
+    power: Float32[Array, "*batch bins"], options: LogMel
+) -> Float32[Array, "*batch bands"]:
+    """`power @ mel_filters`, without most of the products with zeros: a few bands at a time."""
+    filters, energies = mel_filters(options), []
+    for first in range(0, options.bands, _BANDS_AT_ONCE):
+        some = filters[:, first : first + _BANDS_AT_ONCE]
+        (bins,) = some.any(axis=1).nonzero()
+        inside = slice(bins[0], bins[-1] + 1)
+        energies.append(power[..., inside] @ some[inside])
+    return jnp.concatenate(energies, axis=-1)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ def _kaldi(samples: np.ndarray, options: LogMel) -> np.ndarray:
 def test_log_mel_equals_kaldi_native_fbank(rate, bands, seconds):
     rng = np.random.default_rng(0)
     time = np.arange(int(rate * seconds)) / rate
-    wave = 0.2 * np.sin(2 * np.pi * 440 * time) + 0.05 * rng.normal(size=len(time))
+    wave = 0.1 + 0.2 * np.sin(2 * np.pi * 440 * time) + 0.05 * rng.normal(size=len(time))
     options = LogMel(sample_rate=rate, bands=bands)
     found = np.asarray(log_mel(jnp.asarray(wave, jnp.float32), options))
     wanted = _kaldi(wave.astype(np.float32), options)
