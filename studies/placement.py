@@ -42,7 +42,6 @@ TOKEN_BYTES = 7_680 + 14_336
 """INT8 dispatch message and BF16 combine of a token of DeepSeek-R1's hidden size 7,168."""
 METHODS = (*placement.BASELINES, "search", "gradient")
 SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=10, swaps_per_slot=1.0)
-LONG = placement.SearchConfig(starts=1, rounds=480, swaps_per_slot=96.0)
 TWO = placement.SearchConfig(starts=2)  # as many plans as `gradient` searches from
 ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
 
@@ -274,7 +273,6 @@ def robust(console: Console) -> list[dict]:
             "30,000 random swaps": lambda p: random_swaps(p, swaps=30_000),
             "search, one short start": lambda p: placement.search(p, slowest, config=SHORT),
             "search, two starts": lambda p: placement.search(p, slowest, config=TWO),
-            "search, eight times as long": lambda p: placement.search(p, slowest, config=LONG),
             "search": lambda p: placement.search(p, slowest),
             "gradient, without search": lambda p: p.plan(placement.relax_and_round(p, slowest)[0]),
             "gradient": lambda p: placement.gradient(p, slowest),
