@@ -18,9 +18,9 @@ class Perturb:
     """Louder or softer by up to so many decibels."""
     channel: float = 0.4
     """Up to this much of a first-order tilt, brighter or duller: another microphone."""
-    noise_share: float = 0.6
+    noise_share: float = 0.3
     """Share of utterances that get noise."""
-    snr_db: tuple[float, float] = (8.0, 35.0)
+    snr_db: tuple[float, float] = (15.0, 40.0)
     """Signal-to-noise ratio of it."""
 
     def __post_init__(self):
