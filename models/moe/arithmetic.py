@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from models.moe.config import GroupedAttention, MoEConfig
 
 Format = Literal["float32", "bfloat16", "w8a8", "msd_w8a16", "msd_w4a16"]
-FORMATS = ("float32", "bfloat16", "w8a8", "msd_w8a16", "msd_w4a16")
+FLOATS = ("float32", "bfloat16")
+FORMATS = (*FLOATS, "w8a8", "msd_w8a16", "msd_w4a16")
 KVCache = Literal["float32", "bfloat16", "int8", "mxfp4"]
-KV_CACHES = ("float32", "bfloat16", "int8", "mxfp4")
+KV_CACHES = (*FLOATS, "int8", "mxfp4")
 AttentionCore = Literal["exact", "pasa_fp16"]
 Precision = Literal["float32", "bfloat16", "int8"]
 """Names of the three arithmetics that weights can be loaded in directly."""
@@ -57,7 +58,7 @@ class Arithmetic:
 
     def __post_init__(self):
         known = dict.fromkeys(("projections", "dense", "experts", "head"), FORMATS)
-        known |= {"activations": ("float32", "bfloat16"), "attention": ("exact", "pasa_fp16")}
+        known |= {"activations": FLOATS, "attention": ("exact", "pasa_fp16")}
         for name, allowed in (known | {"kv_cache": KV_CACHES}).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -86,7 +87,7 @@ class Arithmetic:
     def quantised(self) -> bool:
         """Whether any matrix is held in few bits."""
         formats = (self.projections, self.dense, self.experts, self.head)
-        return not {"float32", "bfloat16"}.issuperset(formats)
+        return not set(FLOATS).issuperset(formats)
 
     def check(self, config: MoEConfig) -> None:
         """Refuse a model that this arithmetic does not fit.
@@ -94,7 +95,7 @@ class Arithmetic:
         Raises: ValueError: MXFP4 with widths that are no multiples of 32, or few-bit weights of a
           head that is the embedding; names the width.
         """
-        if config.tie_embeddings and self.head not in ("float32", "bfloat16"):
+        if config.tie_embeddings and self.head not in FLOATS:
             raise ValueError(
                 f"Arithmetic: this model's head is its embedding, which stays in floating point; "
                 f"got head={self.head!r}"

@@ -26,7 +26,7 @@ from cmjax.primitives.msd import msd_dot
 from cmjax.primitives.quantize_weight import QuantizedWeight, WeightFormat
 from cmjax.primitives.quantize_weight import quantize_weight as quantize_features
 from cmjax.program.mark import fused
-from models.moe.arithmetic import FORMATS, Format
+from models.moe.arithmetic import FLOATS, FORMATS, Format
 
 _MSD: dict[str, WeightFormat] = {"msd_w8a16": "int8", "msd_w4a16": "mxfp4"}
 Observer = Callable[[str, Array], None]
@@ -161,7 +161,7 @@ def encode_weight(
       importance: mean square of every input, to choose int8 steps by (`clipped_scale`); `None`:
         the step is `max|w| / 127`.
     """
-    if format in ("float32", "bfloat16"):
+    if format in FLOATS:
         return {"weight": value.astype(format)}
     value = value.astype(jnp.float32)
     if format == "msd_w4a16":

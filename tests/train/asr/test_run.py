@@ -56,14 +56,11 @@ def _losses(out: Path) -> list[tuple[int, str, float, float]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of this file share compiled programs, and test on few strings."""
+def few_strings(compiled_once):
+    """Runs of this file test on few strings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task_module, "TEST_STRINGS", 8)
-        before = jax.config.jax_compilation_cache_dir
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from train.moe.learner import initial, layout_of, make_gradient, make_step, one_
 from train.moe.run import start, train, trained_model
 from train.moe_lm import held_out_loss, main
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 QUIET = Console(quiet=True)
 
 
@@ -48,17 +50,8 @@ def _losses(out: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["gradient_norm"]) for line in _lines(out)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of this file share compiled programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compiled_once):
     """A run from the beginning to the end, on two ranks."""
     run = start(_config(tmp_path_factory.mktemp("whole"), mesh="1x2"), QUIET)
     train(run, QUIET)
