@@ -4,12 +4,16 @@ A rank holds whole copies, so for copies c of the experts the slowest rank of wi
 
     m[w] >= max( total[w] / ranks,  max over experts e of load[w, e] / c[e] ),    sum of c = slots.
 
-For one window the best c is greedy (`replicate`). Windows share one c, though: what the objective
-of all windows can reach at least is an integer program, whose relaxation (a share z[e, k] of expert
-e having k copies) is solved by HiGHS:
+For one window the best c is greedy (`replicate`). Windows share one c, though: what a weighted sum
+of their times can reach at least is an integer program of each layer, whose relaxation (a share
+z[e, k] of expert e having k copies) is solved by HiGHS:
 
-    min objective of t    t[w] >= price(m[w])      m[w] >= sum over k of z[e, k] · load[w, e] / k
-                          sum over k of z[e, k] = 1      sum over e, k of k · z[e, k] <= slots
+    min λ · t    t[w] >= price(m[w])      m[w] >= sum over k of z[e, k] · load[w, e] / k
+                 sum over k of z[e, k] = 1      sum over e, k of k · z[e, k] <= slots
+
+The objective of the summed time is the largest λ · t over the weights λ that it may give windows
+(equal ones for the mean; the dual form of CVaR and the worst; Artzner et al., "Coherent measures of
+risk", 1999), so any of these bounds it; some are tried.
 """
 
 from itertools import pairwise
@@ -25,6 +29,7 @@ from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
 
 _CUTS = 96  # points at which the price is sampled between the least and the greatest m
+_WEIGHTS = 4  # weights of the windows tried
 
 
 def lower_bound_tokens(problem: Problem) -> Float[np.ndarray, "windows layers"]:
@@ -55,19 +60,41 @@ def lower_bound_time_s(
     return _price_of_peak(problem, layer_time_s, lower_bound_tokens(problem))
 
 
-def lower_bound_objective_s(
-    problem: Problem, layer_time_s: LayerTime
-) -> Float[np.ndarray, "layers"]:
-    """Seconds that the objective of no plan can beat, by layer: all windows share their copies.
+def lower_bound_objective_s(problem: Problem, layer_time_s: LayerTime) -> float:
+    """Seconds that the objective of no plan can beat: all windows share a layer's copies.
 
     For a price that, with the other ranks even, does not fall with the slowest rank's tokens. It is
     at least the objective of `lower_bound_time_s`, and more where the windows want different
     copies. For a quantile it is that objective.
     """
-    apart = lower_bound_time_s(problem, layer_time_s)
-    bound = problem.objective(apart)
-    if problem.objective.kind == "quantile" or len(apart) == 1:
+    risk, apart = problem.objective, lower_bound_time_s(problem, layer_time_s)
+    bound = float(risk(apart.sum(-1)))
+    if risk.kind == "quantile" or len(apart) == 1:
         return bound
+    programs = _programs(problem, layer_time_s)
+    weights = np.full(len(apart), 1 / len(apart))
+    for _ in range(1 if risk.kind == "mean" else _WEIGHTS):
+        time_s = _together(apart, programs, weights)
+        bound = max(bound, float(weights @ time_s))
+        slowest = np.zeros_like(weights)
+        slowest[np.argsort(-time_s)] = risk.weights(len(apart))
+        weights = (weights + slowest) / 2
+    return bound
+
+
+def _together(apart, programs, weights) -> Float[np.ndarray, "windows"]:
+    """Times of all layers, by window, whose weighted sum no plan can beat."""
+    found = apart.copy()
+    for layer, program in programs.items():
+        relaxed = program(weights)
+        if weights @ relaxed > weights @ apart[:, layer]:
+            found[:, layer] = relaxed
+    return found.sum(-1)
+
+
+def _programs(problem, layer_time_s):
+    """The linear programs, by layer, where copies good for one window are not good for all."""
+    programs = {}
     for rows, part in problem.dense():
         counts, mean = part.loads.counts, part.loads.counts.sum(-1) / part.ranks
         least = lower_bound_tokens(part)
@@ -76,26 +103,14 @@ def lower_bound_objective_s(
         copies = count_copies(replicate(covering, part.slots), part.experts)
         most = np.maximum(mean, counts.max(-1))
         points = least + (most - least) * np.linspace(0, 1, _CUTS)[:, None, None] ** 2
-        if part.objective.kind == "worst":
-            # The smallest largest m / mean is reached by `covering`; a price in m alone, equal
-            # means: then the bound is exact for the copies.
-            equal = np.ptp(mean, axis=0) <= 1e-9 * mean.max(0)
-            peak = mean * np.maximum(1, (covering / copies).max(-1))
-            bound[rows] = np.where(
-                equal, np.maximum(bound[rows], _price_of_peak(part, layer_time_s, peak).max(0)),
-                bound[rows],
-            )  # fmt: skip
-            continue
         prices = np.stack([_price_of_peak(part, layer_time_s, p) for p in points])
         coupled = ((counts / copies).max(-1) > least * (1 + 1e-9)).any(0)
-        for at, row in enumerate(rows):
-            if coupled[at]:
-                relaxed = _relaxed(
-                    counts[:, at], mean[:, at], points[:, :, at], prices[:, :, at],
-                    part.slots, part.ranks, part.objective,
-                )  # fmt: skip
-                bound[row] = max(bound[row], relaxed)
-    return bound
+        for at in np.flatnonzero(coupled):
+            programs[int(rows[at])] = _program(
+                counts[:, at], mean[:, at], points[:, :, at], prices[:, :, at], part.slots,
+                part.ranks,
+            )  # fmt: skip
+    return programs
 
 
 def _price_of_peak(problem, layer_time_s, peak):
@@ -107,10 +122,11 @@ def _price_of_peak(problem, layer_time_s, peak):
     return price_s(layer_time_s, tokens)
 
 
-def _relaxed(counts, mean, points, prices, slots, ranks, objective) -> float:
-    """The linear program of one layer: counts [windows, experts], points, prices [cuts, windows].
+def _program(counts, mean, points, prices, slots, ranks):
+    """The linear program of one layer, a function of the windows' weights that returns times.
 
-    Variables: t and m per window, τ and the excess per window (CVaR: τ + sum of excess / share), z.
+    Args: counts [windows, experts], mean [windows], points and prices [cuts, windows].
+    Variables: t and m per window, z.
     """
     windows, experts = counts.shape
     # One copy of a cold expert exceeds the least m in no window: it needs no more and no variable.
@@ -119,7 +135,7 @@ def _relaxed(counts, mean, points, prices, slots, ranks, objective) -> float:
     spare = slots - experts
     kept = [(e, k) for e, limit in zip(hot, most, strict=True) for k in range(1, limit + 1)]
     expert, copies = np.array(kept).T
-    t, m, tau, over, z = np.cumsum([0, windows, windows, 1, windows])
+    t, m, z = 0, windows, 2 * windows
     size = z + len(kept)
     scale = prices.mean()
 
@@ -135,7 +151,6 @@ def _relaxed(counts, mean, points, prices, slots, ranks, objective) -> float:
     for w in range(windows):
         for slope, at in _under(points[:, w] / mean[w], prices[:, w] / scale):
             add([(m + w, slope), (t + w, -1.0)], -at)
-        add([(t + w, 1.0), (tau, -1.0), (over + w, -1.0)], 0.0)
         for e in hot:
             if counts[w, e] > points[0, w]:
                 mine = np.flatnonzero(expert == e)
@@ -147,21 +162,18 @@ def _relaxed(counts, mean, points, prices, slots, ranks, objective) -> float:
         (np.ones(len(kept)), (np.searchsorted(hot, expert), z + np.arange(len(kept)))),
         shape=(len(hot), size),
     ).tocsr()
-    cost = np.zeros(size)
-    if objective.kind == "mean":
-        cost[t : t + windows] = 1 / windows
-    else:
-        cost[tau] = 1.0
-        cost[over : over + windows] = 1 / max((1 - objective.level) * windows, 1.0)
     ranges = np.zeros((size, 2))
     ranges[:, 1] = np.inf
     ranges[m : m + windows, 0] = points[0] / mean
-    ranges[tau] = (-np.inf, np.inf)
-    found = linprog(
-        cost, A_ub=upper, b_ub=limits, A_eq=once, b_eq=np.ones(len(hot)), bounds=ranges,
-        method="highs",
-    )  # fmt: skip
-    return float(found.fun) * scale * (1 - 1e-7) if found.status == 0 else 0.0
+
+    def solve(weights):
+        found = linprog(
+            np.concatenate([weights, np.zeros(size - windows)]), A_ub=upper, b_ub=limits,
+            A_eq=once, b_eq=np.ones(len(hot)), bounds=ranges, method="highs",
+        )  # fmt: skip
+        return found.x[:windows] * scale * (1 - 1e-7) if found.status == 0 else np.zeros(windows)
+
+    return solve
 
 
 def _under(x, y):

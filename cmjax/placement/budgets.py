@@ -1,7 +1,8 @@
 """Which layers get redundant slots, when memory does not allow the same for all.
 
 A slot per rank more in layer l lowers its predicted time (copies that cover all windows, packed for
-all windows at once, priced) from f[l, s] to f[l, s + 1]. Slots are whole, so the gradient is the
+all windows at once, priced, windows weighed as they count with equal slots) from f[l, s] to
+f[l, s + 1]. Slots are whole, so the gradient is the
 difference; slots go down the steepest:
 
     min sum over layers of f[l, s[l]]      sum over layers of s[l] <= total
@@ -38,7 +39,9 @@ def choose_slots(problem: Problem, layer_time_s: LayerTime, total: int) -> Probl
             f"needed"
         )
     sizes = np.arange(least, problem.slots_per_rank + 1)
-    time_s = np.stack([_predicted_s(problem, layer_time_s, int(size)) for size in sizes])
+    by_window = np.stack([_predicted_s(problem, layer_time_s, int(size)) for size in sizes])
+    equal = by_window[min(total // problem.layers, sizes[-1]) - least].sum(-1)
+    time_s = np.tensordot(problem.objective.slope_at(equal), by_window, (0, 1))
     gains = [
         segment for layer in range(problem.layers) for segment in _segments(time_s[:, layer], layer)
     ]
@@ -55,13 +58,13 @@ def choose_slots(problem: Problem, layer_time_s: LayerTime, total: int) -> Probl
     return replace(problem, slots_by_layer=tuple(slots.tolist()))
 
 
-def _predicted_s(problem, layer_time_s, size) -> Float[np.ndarray, "layers"]:
+def _predicted_s(problem, layer_time_s, size) -> Float[np.ndarray, "windows layers"]:
     alive = len(problem.alive)
     part = Problem(
         problem.loads, alive, size * alive - problem.experts, objective=problem.objective
     )
     tokens = part.plan(covering(part)[0]).tokens_per_rank(problem.loads.counts)
-    return problem.objective(price_s(layer_time_s, tokens))
+    return price_s(layer_time_s, tokens)
 
 
 def _segments(time_s, layer):

@@ -31,7 +31,7 @@ class Judged:
       plan: the placement.
       made_for: under the loads it was made for.
       served: under later loads, or those of another domain; None if none were given.
-      objective_s: the objective, summed over layers.
+      objective_s: the objective of the time of all layers.
       bound_s: what no plan's objective can beat.
       step_par: max / mean tokens per rank of sampled steps, by window and layer of `served` (else
         `made_for`); None if not asked for.
@@ -95,7 +95,7 @@ def compare(
             if group_by is not None:
                 plan = group_ranks(plan, group_by)
         plans[method], took_s[method] = plan, clock() - begin
-    bound_s = float(lower_bound_objective_s(problem, layer_time_s).sum())
+    bound_s = lower_bound_objective_s(problem, layer_time_s)
     return {
         method: judge_plan(
             plan, problem, layer_time_s, bound_s,
@@ -135,6 +135,6 @@ def judge_plan(
 
 
 def objective_s(plan: Plan, problem: Problem, layer_time_s: LayerTime) -> float:
-    """The problem's objective under a plan, summed over layers."""
+    """The problem's objective under a plan."""
     tokens = plan.tokens_per_rank(problem.loads.counts)
-    return float(problem.objective(price_s(layer_time_s, tokens)).sum())
+    return float(problem.objective(price_s(layer_time_s, tokens).sum(-1)))

@@ -10,14 +10,12 @@ Its gradient sees all workloads and all copies together, where a move of the exa
 ranks. Rounded plans (`rounding`) go through that search too, beside the covering copies that the
 method `search` starts from.
 
-For the worst of 12 workloads, 58 layers of 256 experts at 320 slots on 160 ranks (`python -m
-studies.placement --robust`), it ends at 1.331 times the mean as `search` does, which is therefore
-the default.
+TODO-ROBUST
 """
 
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -26,13 +24,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
+from cmjax.placement.incumbent import Incumbent
 from cmjax.placement.plan import Plan, count_copies
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
 from cmjax.placement.relaxation import project, relaxed_cost, soft_places
 from cmjax.placement.rounding import round_copies, round_places
 from cmjax.placement.search import (
-    Incumbent,
     OnStep,
     SearchConfig,
     consider_rules,
@@ -150,7 +148,7 @@ def relax_and_round(
     # jit keys its programs by hashable callables.
     price = layer_time_s if isinstance(layer_time_s, Hashable) else partial(_call, layer_time_s)
     static = {
-        "slots": problem.slots, "price": price, "risk": problem.objective,
+        "layers": layers, "slots": problem.slots, "price": price, "risk": problem.objective,
         "rates": (config.learning_rate, config.learning_rate * config.copies_rate),
     }  # fmt: skip
     for at in range(0, config.steps, config.chunk):
@@ -190,39 +188,46 @@ def _call(function, argument):
 
 
 def _copies(phi, slots):
-    return 1 + (slots - phi.shape[-1]) * jax.nn.softmax(phi)
+    return 1 + (slots - phi.shape[-1]) * jax.nn.softmax(phi, axis=-1)
 
 
-@partial(jax.jit, static_argnames=("slots", "price", "risk", "rates"))
-def _descend(state, loads, unit, schedule, *, slots, price, risk, rates):
+@partial(jax.jit, static_argnames=("layers", "slots", "price", "risk", "rates"))
+def _descend(state, loads, unit, schedule, *, layers, slots, price, risk, rates):
     """Adam steps on all rows, one per sharpness of the schedule."""
 
-    def one(state, loads, unit, sharpness):
-        size = slots / state.theta.shape[-1]
-        copies = _copies(state.phi, slots)
-        x, alpha, beta = soft_places(
-            state.theta, copies, size, state.alpha, state.beta, sweeps=1
-        )  # fmt: skip
-        share = x / copies[:, None]
+    @jax.vmap
+    def places(state):
+        copies, size = _copies(state.phi, slots), slots / state.theta.shape[-1]
+        return soft_places(state.theta, copies, size, state.alpha, state.beta, sweeps=1)
 
-        def cost(share, phi):
-            # More copies of an expert, in the same proportions over the ranks.
-            copies = _copies(phi, slots)
-            return relaxed_cost(
-                share * copies[:, None], copies, loads, unit, sharpness, price=price, risk=risk
-            )
+    @partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
+    def cost(share, phi, loads, unit, sharpness):
+        # More copies of an expert, in the same proportions over the ranks.
+        copies = _copies(phi, slots)
+        return relaxed_cost(share * copies[:, None], copies, loads, unit, sharpness, price=price)
 
-        slope, by_phi = jax.grad(cost, (0, 1))(share, state.phi)
-        by_theta = project(slope / copies[:, None], x)
+    def objective(share, phi, sharpness):
+        by_row = cost(share, phi, loads, unit, sharpness)
+        restarts = by_row.reshape(-1, layers, by_row.shape[-1]).mean(1)
+        slope = jax.vmap(risk.slope, (0, None))(restarts, sharpness)
+        return layers * (slope * restarts).sum()
+
+    @jax.vmap
+    def move(state, x, slope, by_phi):
+        by_theta = project(slope / _copies(state.phi, slots)[:, None], x)
         updates, adam = _ADAM.update((by_theta, by_phi), state.adam)
         theta, phi = jax.tree.map(
             lambda value, rate, update: value - rate * update,
             (state.theta, state.phi), rates, updates,
         )  # fmt: skip
-        return _State(theta, phi, alpha, beta, adam)
+        return replace(state, theta=theta, phi=phi, adam=adam)
 
     def step(state, sharpness):
-        return jax.vmap(one, (0, 0, 0, None))(state, loads, unit, sharpness), None
+        x, alpha, beta = places(state)
+        share = x / _copies(state.phi, slots)[..., None]
+        slope, by_phi = jax.grad(objective, (0, 1))(share, state.phi, sharpness)
+        state = replace(state, alpha=alpha, beta=beta)
+        return move(state, x, slope, by_phi), None
 
     return jax.lax.scan(step, state, schedule)[0]
 

@@ -4,19 +4,21 @@ What is lowered is a penalty for every rank above a level that follows the slowe
 (the quadratic penalty method for a minimax problem; Bertsekas, Nonlinear Programming, chapter 4):
 
     Φ = sum over windows w and ranks r of  u[w] · max(x[w, r] - T[w], 0)²,
-    T[w] = 1 + θ · (top[w] - 1),    u[w] = 1 / ((1 - θ) · (top[w] - 1)),
+    T[w] = 1 + θ · (aim[w] - 1),    u[w] = 1 / ((1 - θ) · (aim[w] - 1)),
+    aim[w] = top[w] + slack[w] / layers,
 
-with x the tokens of a rank over the window's mean and top[w] the slowest rank's in the best plan so
-far, but at least the top of the fastest window in the objective's tail: of all windows for the
-mean, of the slowest alone for the worst. So a window of the tail weighs the same however slow it
-is, and the others count only where they would join it.
+with x the tokens of a rank over the window's mean and top[w] the slowest rank's in the best plan of
+the layer so far. The objective is one of the sum of top[w] over layers: slack[w] is how much larger
+it may grow before window w joins the objective's tail (all windows for the mean, the slowest alone
+for the worst), and 0 within. So a window of the tail weighs the same however slow it is, and the
+others count only where they would join it.
 
 Unlike the maximum itself, Φ tells a step towards a better plan from a step nowhere, and a swap of
 two experts changes only two of its terms per window. With θ = 0 everything is evened out, towards
 1 the slowest rank is all that counts.
 
 The best of the moves tried is made if it raises Φ by less than an exponential number of mean τ
-times the largest top[w] - 1: Metropolis' rule, by which the search leaves plans that no single
+times the largest aim[w] - 1: Metropolis' rule, by which the search leaves plans that no single
 move improves (Kirkpatrick et al., "Optimization by simulated annealing", Science 1983).
 
 Moves, all evaluated exactly, with copies of an expert sharing its tokens evenly:
@@ -70,7 +72,7 @@ def start_state(
     return SearchState(experts, copies, tokens, tokens.max(-1))
 
 
-@partial(jax.jit, static_argnames=("swaps", "tail", "ignore_slower"))
+@partial(jax.jit, static_argnames=("layers", "swaps", "tail", "ignore_slower"))
 def improve(
     state: SearchState,
     loads: Float[Array, "rows experts1 windows"],
@@ -79,6 +81,7 @@ def improve(
     slots: Int[Array, "rounds swaps1 candidates"],
     chance: Float[Array, "rounds swaps1 windows ranks"],
     *,
+    layers: int,
     swaps: int,
     tail: int,
     ignore_slower: bool = False,
@@ -86,36 +89,35 @@ def improve(
     """Rounds of one overwrite and `swaps` swaps.
 
     Args:
-      state: plans to improve.
+      state: plans to improve; rows of one starting plan follow each other, layer by layer.
       loads: tokens of every expert over the mean tokens of a rank, per window; the last row zero.
       theta: level of each round, in [0, 1).
-      patience: what a step may raise the penalty by, over the largest top[w] - 1: exponential
+      patience: what a step may raise the penalty by, over the largest aim[w] - 1: exponential
         numbers times τ, or 0 to make no plan worse.
       slots: the other slots that each step tries; the same for every row.
       chance: standard exponential numbers, which draw the hot rank.
+      layers: whose times add up.
       swaps: swap steps a round; `slots` and `chance` hold one more step, for the overwrite.
       tail: how many of the slowest windows count.
       ignore_slower: only the fastest of the tail counts, not those slower than it (a quantile).
     """
-    one = partial(_round, swaps=swaps, tail=tail, ignore_slower=ignore_slower)
-    by_row = jax.vmap(one, (0, 0, None, None, None, None))
+    one = partial(_round, swaps=swaps, ignore_slower=ignore_slower)
+    by_row = jax.vmap(one, (0, 0, 0, None, None, None, None))
 
     def step(state, drawn):
-        return by_row(state, loads, *drawn), None
+        total = state.top.reshape(-1, layers, state.top.shape[-1]).mean(1)
+        slack = jnp.sort(total)[:, -tail, None] - total
+        return by_row(state, jnp.repeat(slack, layers, axis=0), loads, *drawn), None
 
     return jax.lax.scan(step, state, (theta, patience, slots, chance))[0]
 
 
-def _round(state, loads, theta, patience, slots, chance, *, swaps, tail, ignore_slower):
-    """One row: experts [ranks, size], tokens [windows, ranks]."""
-    top = state.top
-    least = jnp.sort(top)[-tail]
-    excess = jnp.maximum(jnp.maximum(top, least) - 1, _EPS)
-    if ignore_slower:
-        excess = jnp.full_like(top, jnp.maximum(least - 1, _EPS))
+def _round(state, slack, loads, theta, patience, slots, chance, *, swaps, ignore_slower):
+    """One row: experts [ranks, size], tokens [windows, ranks], slack [windows]."""
+    excess = jnp.maximum(state.top + jnp.maximum(slack, 0) - 1, _EPS)
     factor = 1 / ((1 - theta) * excess)
     if ignore_slower:
-        factor = jnp.where(top > least, 0.0, factor)
+        factor = jnp.where(slack < 0, 0.0, factor)
     penalty = _Penalty(1 + theta * excess, factor)
     patience = patience * excess.max()
     state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty)
@@ -129,14 +131,8 @@ def _round(state, loads, theta, patience, slots, chance, *, swaps, tail, ignore_
         step, (state.experts, state.tokens), (slots[1:], chance[1:], patience[1:]), length=swaps
     )
     found = tokens.max(-1)
-    better = _of_tail(found, tail, ignore_slower) < _of_tail(top, tail, ignore_slower)
-    return SearchState(experts, state.copies, tokens, jnp.where(better, found, top))
-
-
-def _of_tail(top, tail, ignore_slower):
-    """What the tail of the windows adds up to."""
-    slowest = jnp.sort(top)[-tail:]
-    return slowest[0] if ignore_slower else slowest.sum()
+    better = penalty.over(found) < penalty.over(state.top)
+    return SearchState(experts, state.copies, tokens, jnp.where(better, found, state.top))
 
 
 class _Penalty(NamedTuple):
@@ -151,6 +147,10 @@ class _Penalty(NamedTuple):
 
     def __call__(self, tokens):
         return self.by_window(tokens).sum(-1)
+
+    def over(self, top):
+        """What the slowest ranks, by window, have above their level."""
+        return jnp.where(self.factor > 0, jnp.maximum(top - self.level, 0), 0.0).sum()
 
 
 def _hot_rank(tokens, chance, penalty):

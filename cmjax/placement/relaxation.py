@@ -18,8 +18,8 @@ s > 0)
 
     top[w] = log( sum over r of exp(s μ[w, r] + s² v[w, r] / 2) ) / s.
 
-The price at `top`, sorted softly over the windows (Prillo and Eisenschlos, "SoftSort", ICML 2020),
-is weighted as the objective weighs the sorted windows.
+The price at `top`, summed over layers, is weighted as the objective weighs the windows, softly
+sorted (`Risk.slope`).
 """
 
 import jax
@@ -27,7 +27,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cmjax.placement.pricing import LayerTime
-from cmjax.placement.risk import Risk
 
 _TIE = 1e-3  # weight of the slowest rank's tokens where the price itself is flat
 
@@ -40,18 +39,16 @@ def relaxed_cost(
     sharpness: float | Array,
     *,
     price: LayerTime,
-    risk: Risk,
-) -> Float[Array, ""]:
-    """The objective of one layer's relaxed plan, smooth in places and copies.
+) -> Float[Array, "windows"]:
+    """The price of one layer's relaxed plan, smooth in places and copies.
 
     Args:
       places: X, the chance of a copy of each expert on each rank.
       copies: c, the sum of its rows.
       loads: tokens of each expert over the mean tokens of a rank.
       unit: that mean, in tokens.
-      sharpness: s; the larger, the nearer to the slowest rank and the sharpest order of windows.
+      sharpness: s; the larger, the nearer to the slowest rank.
       price: the priced layer.
-      risk: the objective over windows.
     Returns: price over what a rank's mean tokens more would cost; 0 at perfect balance.
     """
     share = loads / copies
@@ -65,10 +62,7 @@ def relaxed_cost(
 
     base = priced(jnp.ones_like(top))
     scale = jnp.maximum((priced(2 * jnp.ones_like(top)) - base).mean(), _TIE * base.mean())
-    cost = (priced(top) - base) / scale + _TIE * top
-    ordered = -jnp.sort(-cost)
-    nearness = jax.nn.softmax(-sharpness * jnp.abs(ordered[:, None] - cost), axis=-1)
-    return jnp.asarray(risk.weights(len(unit)), cost.dtype) @ (nearness @ cost)
+    return (priced(top) - base) / scale + _TIE * top
 
 
 def soft_places(

@@ -1,9 +1,9 @@
 """A better plan within a budget of moves from the plan that is running.
 
 An expert that a rank did not hold before has to be sent to it: one move. The search goes from the
-running plan by small steps; every layer's steps give moves against objective, and the budget goes
-where a move saves most, along the convex hull of these points. Layers that do not move keep the
-running plan's shares per copy; what is returned is never worse than the running plan.
+running plan by small steps; every layer's steps give moves against time, and the budget goes where
+a move saves most, windows weighed as they count by then (`Risk.slope`). Layers that do not move
+keep the running plan's shares per copy; what is returned is never worse than the running plan.
 """
 
 import time
@@ -80,7 +80,7 @@ def repair(
     shares = [_kept_shares(current, rows, problem.alive, plan) for (rows, _), plan in zip(
         parts, first, strict=True)]  # fmt: skip
     trails = [np.stack(trail) for trail in trails]
-    chosen = _spend(parts, old, trails, shares, layer_time_s, moves)
+    chosen = _spend(problem, parts, old, trails, shares, layer_time_s, moves)
     plans = []
     for (_, part), trail, share, pick in zip(parts, trails, shares, chosen, strict=True):
         plan = part.plan(trail[pick, np.arange(part.layers)])
@@ -176,45 +176,47 @@ def _trail(part, plan, seed):
             state, loads, np.full(1, _THETA, np.float32), np.zeros(shape, np.float32),
             rng.integers(0, part.slots, (*shape, _CANDIDATES)).astype(np.int32),
             (rng.exponential(size=(*shape, windows, part.ranks)) + 1e-9).astype(np.float32),
-            swaps=1, tail=part.objective.tail(windows),
+            layers=part.layers, swaps=1, tail=part.objective.tail(windows),
             ignore_slower=part.objective.kind == "quantile",
         )  # fmt: skip
         found = np.asarray(state.experts).reshape(plan.shape)
         yield np.where(found == part.experts, EMPTY, found)
 
 
-def _spend(parts, old, trails, shares, layer_time_s, budget):
-    """Index into the trail for every layer of every part."""
-    segments, picks, spent = [], [], 0
+def _spend(problem, parts, old, trails, shares, layer_time_s, budget):
+    """Index into the trail for every layer of every part: where a move saves most, move by move."""
+    seconds, moved = [], []
     for number, ((_, part), held, trail) in enumerate(zip(parts, old, trails, strict=True)):
         plans = [part.plan(trail[0], shares[number]), *map(part.plan, trail[1:])]
-        cost = np.stack([
-            part.objective(price_s(layer_time_s, plan.tokens_per_rank(part.loads.counts)))
-            for plan in plans
-        ])  # fmt: skip
-        moved = _moves(trail.reshape(len(trail), *held.shape), held[None], part.experts)
-        spent += int(moved[0].sum())
-        picks.append(np.zeros(part.layers, int))
-        for layer in range(part.layers):
-            at = 0
-            while True:
-                more, gain = moved[:, layer] - moved[at, layer], cost[at, layer] - cost[:, layer]
-                ahead = np.flatnonzero((more > 0) & (gain > 1e-12 * cost[at, layer]))
-                if not len(ahead):
-                    break
-                best = ahead[(gain[ahead] / more[ahead]).argmax()]
-                segments.append((-gain[best] / more[best], number, layer, best, more[best]))
-                at = best
+        seconds.append(np.stack([
+            price_s(layer_time_s, plan.tokens_per_rank(part.loads.counts)) for plan in plans
+        ]))  # fmt: skip
+        moved.append(_moves(trail.reshape(len(trail), *held.shape), held[None], part.experts))
+    spent = sum(int(count[0].sum()) for count in moved)
     if spent > budget:
         raise ValueError(
             f"repair: {spent} experts have no rank that holds them and is alive; moves of at least "
             f"{spent} are needed, got {budget}"
         )
-    closed = set()
-    for _, number, layer, pick, more in sorted(segments):
-        if spent + more <= budget and (number, layer) not in closed:
-            picks[number][layer] = pick
-            spent += int(more)
-        else:
-            closed.add((number, layer))
-    return picks
+    picks = [np.zeros(part.layers, int) for _, part in parts]
+    total = sum(part[0].sum(-1) for part in seconds)
+    best, least = [pick.copy() for pick in picks], problem.objective(total)
+    while True:
+        slope, options = problem.objective.slope_at(total), []
+        for number, (by_window, count, pick) in enumerate(zip(seconds, moved, picks, strict=True)):
+            layers = np.arange(len(pick))
+            cost = np.tensordot(slope, by_window, (0, 1))  # [trail, layers]
+            gain, more = cost[pick, layers] - cost, count - count[pick, layers]
+            can = (more > 0) & (spent + more <= budget) & (gain > 1e-12 * cost)
+            rate = np.where(can, gain / np.maximum(more, 1), 0.0)
+            at, layer = np.unravel_index(rate.argmax(), rate.shape)
+            options.append((rate[at, layer], number, layer, at))
+        rate, number, layer, at = max(options)
+        if rate <= 0:
+            return best
+        was, by_window = picks[number][layer], seconds[number]
+        total = total + by_window[at, :, layer] - by_window[was, :, layer]
+        spent += int(moved[number][at, layer] - moved[number][was, layer])
+        picks[number][layer] = at
+        if problem.objective(total) < least:
+            best, least = [pick.copy() for pick in picks], problem.objective(total)

@@ -1,4 +1,4 @@
-"""What counts, of a layer's time in many windows or workloads: their mean, their tail, the worst.
+"""What counts, of the time in many windows or workloads: their mean, their tail, the worst.
 
     mean          the average window
     quantile:q    the time that a share q of the windows does not exceed
@@ -6,15 +6,17 @@
                   (Rockafellar and Uryasev, "Optimization of conditional value-at-risk", 2000)
     worst         the slowest window
 
-Time is summed over layers after this, so each layer is planned for its own worst windows. For mean,
-cvar and worst the sum is an upper bound on the same measure of the summed time.
+Time is summed over layers before this: a window is slow as a whole, and a layer in which it is fast
+makes up for one in which it is not.
 """
 
 import math
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 _KINDS = ("mean", "quantile", "cvar", "worst")
 
@@ -82,6 +84,26 @@ class Risk:
         """The measure over the first axis."""
         slowest_first = -np.sort(-np.asarray(values, np.float64), axis=0)
         return np.tensordot(self.weights(len(slowest_first)), slowest_first, 1)
+
+    def slope(
+        self, values: Float[Array, "windows"], sharpness: float | Array
+    ) -> Float[Array, "windows"]:
+        """Weight of each window in the measure, smoothed over windows within about 1 / sharpness.
+
+        The order is softened as in Prillo and Eisenschlos, "SoftSort", ICML 2020. With infinite
+        sharpness `slope(values) @ values` is the measure, and the slope its derivative.
+        """
+        if self.kind == "mean":
+            return jnp.full(len(values), 1 / len(values))
+        ordered = -jnp.sort(-values)
+        nearness = jax.nn.softmax(-sharpness * jnp.abs(ordered[:, None] - values), axis=-1)
+        return jnp.asarray(self.weights(len(values)), nearness.dtype) @ nearness
+
+    def slope_at(
+        self, times: Float[np.ndarray, "windows"], *, within: float = 0.01
+    ) -> Float[np.ndarray, "windows"]:
+        """`slope` at times of any unit, smoothed over those within a share `within` of the mean."""
+        return np.asarray(self.slope(jnp.asarray(times / times.mean()), 1 / within), np.float64)
 
 
 MEAN = Risk()

@@ -1,8 +1,8 @@
 """Placement by search: simulated annealing by exact moves, from one starting plan or several.
 
-The plan of every layer is the best found, by exact price and objective, among those the search
-(`local_search.py`) went through and the rules it is compared with, so in the windows it was made
-for it is never worse than any of these on any layer.
+What is returned is the best combination of the layers' plans found, by exact price and objective,
+among those that the search (`local_search.py`) went through and the rules it is compared with: in
+the windows it was made for it is never worse than any of these; by the mean, on no layer either.
 
 Starting plans are copies that cover the largest load of any window, packed for all windows at once
 (`rounding`), greedy replicate-and-pack on the objective's load (each expert's share of a window,
@@ -26,10 +26,11 @@ from cmjax.placement.greedy import (
     greedy_on,
     replicate,
 )
+from cmjax.placement.incumbent import Incumbent
 from cmjax.placement.local_search import improve, start_state
 from cmjax.placement.one_spare import one_spare
 from cmjax.placement.plan import EMPTY, count_copies
-from cmjax.placement.pricing import LayerTime, price_s
+from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
 from cmjax.placement.rounding import round_places
 
@@ -83,7 +84,7 @@ def search(
     config: SearchConfig | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    """Place experts to minimise the objective of the priced time, summed over layers.
+    """Place experts to minimise the objective of the priced time of all layers.
 
     Args:
       problem: loads, ranks, slots and objective; every slot usable (`Problem.dense`).
@@ -115,7 +116,7 @@ def search(
 
 
 def improve_plans(
-    best: "Incumbent",
+    best: Incumbent,
     plans: Int[np.ndarray, "plans layers slots"],
     *,
     seed: int = 0,
@@ -143,47 +144,10 @@ def improve_plans(
         on_step(config.chunks, config.chunks, best.objective_s)
 
 
-def consider_rules(best: "Incumbent") -> None:
+def consider_rules(best: Incumbent) -> None:
     """Put the rules that a search is compared with into the contest."""
     for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
         best.consider(rule(best.problem).experts[None])
-
-
-class Incumbent:
-    """The best plan so far of every layer, by exact price in double precision.
-
-    Where prices are equal, as where another resource than the slowest rank sets them, the plan with
-    the smaller largest rank wins.
-    """
-
-    def __init__(self, problem: Problem, layer_time_s: LayerTime):
-        self.experts = np.full((problem.layers, problem.slots), EMPTY, np.int32)
-        self._score = np.full((2, problem.layers), np.inf)
-        self.problem, self._layer_time_s = problem, layer_time_s
-
-    def consider(self, plans: Int[np.ndarray, "plans layers slots"]) -> None:
-        """Keep, layer by layer, what is better than the best so far."""
-        counts, objective = self.problem.loads.counts, self.problem.objective
-        for experts in plans:
-            tokens = self.problem.plan(experts).tokens_per_rank(counts)
-            score = np.stack([
-                objective(price_s(self._layer_time_s, tokens)),
-                objective(tokens.max(-1) / tokens.mean(-1)),
-            ])  # fmt: skip
-            tie = np.abs(score[0] - self._score[0]) <= 1e-12 * score[0]
-            better = np.where(tie, score[1] < self._score[1], score[0] < self._score[0])
-            self._score = np.where(better, score, self._score)
-            self.experts = np.where(better[:, None], experts, self.experts)
-
-    @property
-    def layer_objective_s(self) -> np.ndarray:
-        """Objective of every layer's best plan."""
-        return self._score[0]
-
-    @property
-    def objective_s(self) -> float:
-        """Their sum."""
-        return float(self._score[0].sum())
 
 
 def relative_loads(problem: Problem) -> np.ndarray:
@@ -249,6 +213,7 @@ def _chunks(problem, plans, seed, deadline, config):
                 jnp.asarray(temperature * rng.exponential(size=(1, swaps + 1)), jnp.float32),
                 jnp.asarray(rng.integers(0, slots, (1, swaps + 1, config.candidates)), jnp.int32),
                 jnp.asarray(chance + 1e-9),
+                layers=layers,
                 swaps=swaps,
                 tail=objective.tail(windows),
                 ignore_slower=objective.kind == "quantile",

@@ -2,7 +2,7 @@
 
 For a given placement the tokens of a rank are linear in the shares, so the smooth maximum
 
-    F = sum over layers, mean over the tail's windows w, of  log( sum_r exp(β x[w, r]) ) / β
+    F = mean over the tail's windows w of  sum over layers of  log( sum_r exp(β x[w, r]) ) / β
 
 is convex in them, with the tail of the objective: all windows for the mean, the slowest for the
 worst. Shares are a softmax over the copies of an expert; Adam descends F while β rises. One split
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cmjax.placement.incumbent import choose
 from cmjax.placement.plan import EMPTY, Plan
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
@@ -31,7 +32,7 @@ def optimise_split(
     steps: int = 300,
     learning_rate: float = 0.05,
 ) -> Plan:
-    """`plan` with shares per copy, where they lower a layer's objective; even elsewhere.
+    """`plan` with shares per copy in the layers where they help; even ones elsewhere.
 
     Args:
       plan: any plan of the problem.
@@ -62,10 +63,11 @@ def optimise_split(
     share /= sums[row]
     uneven = problem.plan(plan.experts, share)
     even = problem.plan(plan.experts)
-    before, after = (
-        objective(price_s(layer_time_s, p.tokens_per_rank(counts))) for p in (even, uneven)
+    times = np.stack(
+        [price_s(layer_time_s, p.tokens_per_rank(counts))[None] for p in (even, uneven)]
     )
-    return problem.plan(plan.experts, np.where((after < before)[:, None], share, even.share))
+    chosen = choose(times, objective, [np.full(plan.layers, which) for which in (0, 1)])
+    return problem.plan(plan.experts, np.where(chosen[:, None], share, even.share))
 
 
 def _shares(logits, index, filled, experts):
@@ -83,8 +85,7 @@ def _descend(per_slot, index, filled, rate, *, experts, ranks, steps, tail):
         share = _shares(logits, index, filled, experts)
         tokens = (per_slot * share).reshape(*per_slot.shape[:2], ranks, -1).sum(-1)
         top = jax.nn.logsumexp(sharpness * tokens, axis=-1) / sharpness  # [windows, layers]
-        slowest = jnp.sort(top, axis=0)[-tail:]
-        return slowest.mean(0).sum()
+        return jnp.sort(top.sum(-1))[-tail:].mean()
 
     def step(carry, sharpness):
         logits, state = carry

@@ -1,5 +1,7 @@
 """What counts of many windows."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,6 +41,23 @@ def test_cvar_lies_between_the_quantile_and_the_worst(windows, level, seed):
     share = (1 - level) * windows
     if share >= 1:
         np.testing.assert_allclose(cvar, formula, rtol=1e-9)
+
+
+@pytest.mark.parametrize("text", ["mean", "worst", "cvar:0.6", "cvar:0.75", "quantile:0.5"])
+def test_the_sharp_slope_is_the_derivative(text):
+    risk, values = Risk.parse(text), np.random.default_rng(1).random(7)
+    with jax.enable_x64(True):
+        slope = np.asarray(risk.slope(jnp.asarray(values), 1e9))
+    np.testing.assert_allclose(slope @ values, risk(values), rtol=1e-9)
+    for window, bump in enumerate(1e-6 * np.eye(7)):
+        rise = (risk(values + bump) - risk(values - bump)) / 2e-6
+        assert slope[window] == pytest.approx(rise, abs=1e-6)
+
+
+def test_windows_nearly_alike_share_the_weight_of_the_slowest():
+    weights = Risk("worst").slope_at(np.array([200.0, 199.9, 150.0]))
+    np.testing.assert_allclose(weights, [0.51, 0.49, 0.0], atol=0.02)
+    assert Risk("worst").slope_at(np.array([200.0, 150, 150])) == pytest.approx([1, 0, 0])
 
 
 @pytest.mark.parametrize("text", ["median", "cvar", "cvar:1", "quantile:x", "mean:0.5", "cvar:-1"])

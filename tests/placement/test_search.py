@@ -25,6 +25,7 @@ from cmjax.placement import (
     read_loads,
     search,
 )
+from cmjax.placement.compare import objective_s
 from cmjax.placement.local_search import improve, start_state
 from cmjax.placement.search import search_inputs
 
@@ -41,8 +42,8 @@ def random_problem(seed=0, windows=2, layers=2, experts=12, ranks=4, redundant=4
 
 
 def by_layer(plan, problem):
-    """The objective of every layer."""
-    return problem.objective(slowest(plan.tokens_per_rank(problem.loads.counts)))
+    """Mean time of every layer."""
+    return slowest(plan.tokens_per_rank(problem.loads.counts)).mean(0)
 
 
 @pytest.mark.parametrize("objective", ["mean", "worst", "cvar:0.6", "quantile:0.5"])
@@ -56,7 +57,7 @@ def test_tokens_and_copies_carried_along_are_those_of_the_plan(objective):
         jnp.asarray(rng.exponential(size=(6, 5)), jnp.float32),
         jnp.asarray(rng.integers(0, problem.slots, (6, 5, 16)), jnp.int32),
         jnp.asarray(rng.exponential(size=(6, 5, 5, 4)), jnp.float32),
-        swaps=4, tail=risk.tail(5), ignore_slower=risk.kind == "quantile",
+        layers=3, swaps=4, tail=risk.tail(5), ignore_slower=risk.kind == "quantile",
     )  # fmt: skip
     for row in range(6):
         experts = np.asarray(state.experts)[row].reshape(1, -1)
@@ -71,13 +72,17 @@ def test_tokens_and_copies_carried_along_are_those_of_the_plan(objective):
 
 
 @pytest.mark.parametrize("objective", ["mean", "worst", "cvar:0.6", "quantile:0.5"])
-def test_no_layer_is_worse_than_any_rule_by_the_objective_asked_for(objective):
+def test_no_rule_is_better_by_the_objective_asked_for_nor_on_any_layer_by_the_mean(objective):
     counts = example_family(workloads=5, layers=3, experts=32).counts
     problem = Problem(Loads(counts), 8, 8, nodes=2, objective=Risk.parse(objective))
-    found = by_layer(search(problem, slowest, config=SHORT), problem)
+    plan = search(problem, slowest, config=SHORT)
+    found = objective_s(plan, problem, slowest)
     for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
-        assert (found <= by_layer(rule(problem), problem) * (1 + 1e-12)).all()
-    assert found.sum() < 0.97 * by_layer(greedy(problem), problem).sum()
+        assert found <= objective_s(rule(problem), problem, slowest) * (1 + 1e-12)
+        if objective == "mean":
+            other = by_layer(rule(problem), problem)
+            assert (by_layer(plan, problem) <= other * (1 + 1e-12)).all()
+    assert found < 0.97 * objective_s(greedy(problem), problem, slowest)
 
 
 def test_each_objective_is_best_served_by_the_plan_made_for_it():
@@ -90,7 +95,19 @@ def test_each_objective_is_best_served_by_the_plan_made_for_it():
         plan = search(problem, slowest, config=SearchConfig(starts=3))
         plans[objective] = slowest(plan.tokens_per_rank(counts))
     assert plans["mean"].mean() < plans["worst"].mean()
-    assert plans["worst"].max(0).sum() < plans["mean"].max(0).sum()
+    assert plans["worst"].sum(-1).max() < plans["mean"].sum(-1).max()
+
+
+def test_a_layer_that_is_slow_in_one_window_is_made_up_for_by_another():
+    # One spare copy a layer, two workloads with a hot expert each. Each layer for its own worst
+    # would be slow in both; together one layer serves the first workload, one the second.
+    counts = np.ones((2, 2, 3))
+    counts[0, :, 0] = counts[1, :, 1] = 100
+    problem = Problem(Loads(counts), 4, 1, objective=Risk("worst"))
+    plan = search(problem, slowest, config=SHORT)
+    times = slowest(plan.tokens_per_rank(counts)).sum(-1)
+    np.testing.assert_allclose(times, 2e-5 + 1e-8 * (100 + 50))
+    assert sorted(plan.copies[:, :2].argmax(-1).tolist()) == [0, 1]
 
 
 def test_drifting_windows_are_balanced_in_each_not_in_their_mean():
@@ -204,4 +221,4 @@ def test_real_loads_are_placed_better_than_by_any_rule_on_every_layer(data, name
     assert (found <= best * (1 + 1e-12)).all()
     # Tokens of the busiest rank come within a few per cent of what no plan can beat.
     bound = lower_bound_time_s(problem, slowest)
-    assert found.sum() < 1.03 * problem.objective(bound).sum()
+    assert found.sum() < 1.03 * bound.mean(0).sum()
