@@ -43,6 +43,7 @@ TOKEN_BYTES = 7_680 + 14_336
 METHODS = (*placement.BASELINES, "search", "gradient")
 SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=10, swaps_per_slot=1.0)
 TWO = placement.SearchConfig(starts=2)  # as many plans as `gradient` searches from
+SHRINK = 0.7  # where another domain is judged
 ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
 
 
@@ -53,7 +54,7 @@ class Study:
     out: Path = Path("out")
     """Folder for the rows and tables."""
     full: bool = False
-    """All recordings, 8 to 384 ranks, two redundancies (an hour); else a selection."""
+    """All recordings, 8 to 384 ranks, two redundancies; else a selection."""
     seconds: float | None = None
     """Begin no further case after so long."""
     robust: bool = False
@@ -137,7 +138,7 @@ def _of_windows(name, loads, first):
 def shapes(experts: int, full: bool) -> Iterator[tuple[int, int]]:
     """Ranks and redundant slots to try for a number of experts."""
     for more in (1, 0) if full else (1,):  # in this order: a time limit cuts off the end
-        for ranks in (32, 8, 128, 384, 64, 16, 256) if full else (8, 32):
+        for ranks in (32, 384, 8, 128, 64) if full else (8, 32):
             yield ranks, (-(-experts // ranks) + more) * ranks - experts
 
 
@@ -151,18 +152,40 @@ def priced(ranks: int, experts: int, redundant: int):
     return row_time(layer, machine, tokens=TOKENS), layer.copies
 
 
-def judge(case: Case, ranks: int, redundant: int, objective: str) -> list[dict]:
-    """Rows of all methods for one case and shape."""
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """What a plan is made for: an objective, and by which methods."""
+
+    methods: tuple[str, ...]
+    objective: str = "mean"
+    shrink: float = 0.0
+
+    @property
+    def label(self) -> str:
+        shrunk = f", shrunk {self.shrink:g}" if self.shrink else ""
+        return ("" if self.objective == "mean" else f" {self.objective}") + shrunk
+
+
+def ways(case: Case, ranks: int) -> Iterator[Way]:
+    """Everything at 32 ranks; elsewhere without the second method and the second objective."""
+    yield Way(METHODS if ranks == 32 else METHODS[:-1])
+    if ranks == 32 and len(case.train.counts) > 1:
+        yield Way(("search", "gradient"), objective="worst")
+    if case.other is not None:
+        yield Way(("search",), shrink=SHRINK)
+
+
+def judge(case: Case, ranks: int, redundant: int, way: Way) -> list[dict]:
+    """Rows of some methods for one case and shape."""
     time_s, top_k = priced(ranks, case.train.experts, redundant)
     total = TOKENS * ranks * top_k
     nodes = max(1, ranks // 16)
     problem = placement.Problem(
         case.train.scaled(total), ranks, redundant, nodes,
-        objective=placement.Risk.parse(objective),
+        objective=placement.Risk.parse(way.objective),
     )  # fmt: skip
-    methods = METHODS if objective == "mean" else ("search", "gradient")
     found = placement.compare(
-        problem, methods, time_s,
+        problem, way.methods, time_s, shrink=way.shrink,
         test=None if case.later is None else case.later.scaled(total),
         routes=case.later_routes if nodes > 1 else None, group_by=case.train_routes,
         step_assignments=64 * ranks * top_k, clock=time.process_time,
@@ -171,7 +194,7 @@ def judge(case: Case, ranks: int, redundant: int, objective: str) -> list[dict]:
     for method, judged in found.items():
         row = {
             "case": case.name, "ranks": ranks, "redundant": redundant,
-            "method": method if objective == "mean" else f"{method} {objective}",
+            "method": method + way.label,
             "ms": judged.made_for.mean_time_s * 1e3, "gap": judged.made_for.gap,
             "objective_gap": judged.gap,
             "balance": judged.made_for.balancedness, "solve_s": judged.solve_s,
@@ -210,13 +233,8 @@ def run(study: Study, console: Console) -> list[dict]:
         if key in done or late:
             continue
         name, ranks, redundant = key
-        both = ranks == 32 and len(every[name].train.counts) > 1
-        objectives = ("mean", "worst") if both else ("mean",)
-        done[key] = [
-            row
-            for objective in objectives
-            for row in judge(every[name], ranks, redundant, objective)
-        ]
+        case = every[name]
+        done[key] = [row for way in ways(case, ranks) for row in judge(case, ranks, redundant, way)]
         with kept.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in done[key])
     rows = [row for key in todo for row in done.get(key, [])]

@@ -81,7 +81,10 @@ class Place:
 
     # What counts, and where it is judged.
     objective: str = "mean"
-    """Of a layer's time over the windows: mean, worst, quantile:Q or cvar:Q."""
+    """Of the time of all layers, over the windows: mean, worst, quantile:Q or cvar:Q."""
+    shrink: float = 0.0
+    """How much of the differences between experts will not recur (0 to 1): the plan is made for
+    loads so much nearer to even, as for texts unlike the recorded ones."""
     family: tuple[str, ...] = ()
     """More loads of the same model, each one more workload (its windows are added)."""
     train_windows: str | None = None
@@ -248,7 +251,7 @@ class Place:
         with _progress(quiet) as on_step:
             judged = placement.compare(
                 problem, methods, time_s,
-                weighted=self.weighted, group_by=seen[0],
+                weighted=self.weighted, shrink=self.shrink, group_by=seen[0],
                 seconds=self.seconds, on_step=on_step, **judging,
             )  # fmt: skip
             if running is not None:
@@ -295,9 +298,12 @@ class Place:
             raise ValueError(f"moves must be 0 or more, got {self.moves}")
         if self.test is not None and self.test_windows is not None:
             raise ValueError("--test and --test-windows: give one of them")
-        if self.start_from is not None and (self.method != "search" or self.weighted):
+        if not 0 <= self.shrink <= 1:
+            raise ValueError(f"shrink must lie between 0 and 1, got {self.shrink}")
+        unlike = self.method != "search" or self.weighted or self.shrink
+        if self.start_from is not None and unlike:
             raise ValueError(
-                "--start-from is improved by the method search only, and not --weighted"
+                "--start-from is improved by the method search only, not --weighted or --shrink"
             )
         return self.ranks
 

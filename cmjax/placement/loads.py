@@ -74,6 +74,19 @@ class Loads:
         total = self.counts.sum(-1, keepdims=True)
         return replace(self, counts=self.counts / total * assignments)
 
+    def shrunk(self, share: float) -> "Loads":
+        """Loads nearer to even: experts differ by `1 - share` of what they differ by here.
+
+        What to plan on for texts unlike the recorded ones, where only part of the differences is
+        expected to recur (shrinkage towards the mean; James and Stein, 1961). Totals stay.
+
+        Raises: ValueError unless `share` lies between 0 and 1.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"shrink must lie between 0 and 1, got {share}")
+        mean = self.counts.mean(-1, keepdims=True)
+        return replace(self, counts=(1 - share) * self.counts + share * mean)
+
 
 def checked_labels(
     labels: Sequence[int] | None, layers: int, source: str

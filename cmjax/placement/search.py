@@ -36,7 +36,7 @@ from cmjax.placement.rounding import round_places
 
 OnStep = Callable[[int, int, float], None]
 
-_SMALL = 600_000  # windows times layers times experts, over all starting plans
+_SMALL = 400_000  # windows times layers times experts, over all starting plans
 
 
 @dataclass(frozen=True)

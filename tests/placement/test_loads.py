@@ -19,6 +19,16 @@ def test_scaling_keeps_source_and_layer_numbers():
     assert (loads.source, loads.layer_labels) == ("here", (3, 9))
 
 
+def test_shrunk_loads_keep_totals_and_lose_a_share_of_the_differences():
+    loads = Loads(COUNTS, "here", (3, 9)).shrunk(0.7)
+    np.testing.assert_allclose(loads.counts.sum(-1)[0], COUNTS.sum(-1))
+    mean = COUNTS.mean(-1, keepdims=True)
+    np.testing.assert_allclose(loads.counts[0] - mean, 0.3 * (COUNTS - mean), atol=1e-12)
+    assert (loads.source, loads.layer_labels) == ("here", (3, 9))
+    with pytest.raises(ValueError, match=r"shrink must lie between 0 and 1, got 1\.5"):
+        loads.shrunk(1.5)
+
+
 @pytest.mark.parametrize("labels", [(1,), (1, 1), (-1, 0), (0.5, 1), (True, 2)])
 def test_layer_numbers_that_name_no_layers_are_refused(labels):
     with pytest.raises(ValueError, match="here: expected 2 different layer numbers"):
