@@ -1,8 +1,7 @@
 """Which layers get redundant slots, when memory does not allow the same for all.
 
-A slot per rank more in layer l lowers its predicted time (copies that cover all windows, packed for
-all windows at once, priced, windows weighed as they count with equal slots) from f[l, s] to
-f[l, s + 1]. Slots are whole, so the gradient is the
+A slot per rank more in layer l lowers its time (that of a short search, windows weighed as they
+count with equal slots) from f[l, s] to f[l, s + 1]. Slots are whole, so the gradient is the
 difference; slots go down the steepest:
 
     min sum over layers of f[l, s[l]]      sum over layers of s[l] <= total
@@ -18,7 +17,9 @@ from jaxtyping import Float
 
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
-from cmjax.placement.search import covering
+from cmjax.placement.search import SearchConfig, search
+
+_SHORT = SearchConfig(starts=1, chunks=2, rounds=24, swaps_per_slot=4.0)
 
 
 def choose_slots(problem: Problem, layer_time_s: LayerTime, total: int) -> Problem:
@@ -63,8 +64,8 @@ def _predicted_s(problem, layer_time_s, size) -> Float[np.ndarray, "windows laye
     part = Problem(
         problem.loads, alive, size * alive - problem.experts, objective=problem.objective
     )
-    tokens = part.plan(covering(part)[0]).tokens_per_rank(problem.loads.counts)
-    return price_s(layer_time_s, tokens)
+    plan = search(part, layer_time_s, config=_SHORT)
+    return price_s(layer_time_s, plan.tokens_per_rank(problem.loads.counts))
 
 
 def _segments(time_s, layer):
