@@ -156,6 +156,7 @@ class Place:
                 self.html, source=loads.source, loads=loads, tokens=placed.tokens,
                 scores=placed.scores, machine=machine, model=self.model, nodes=self.nodes,
                 reach=None if self.shared else reach_of(self.loads, self.domain, shown, nodes),
+                served=placed.served,
             )  # fmt: skip
         emit(console, self.json, document, report.comparison_table(placed.judged, self.objective))
 
@@ -401,6 +402,13 @@ class Placed:
     def scores(self) -> dict[str, placement.Evaluation]:
         """How good each is under the loads it was made for."""
         return {name: found.made_for for name, found in self.judged.items()}
+
+    @property
+    def served(self) -> dict[str, placement.Evaluation]:
+        """How good each is under loads it was not made for, where judged there."""
+        return {
+            name: found.served for name, found in self.judged.items() if found.served is not None
+        }
 
     @property
     def tokens(self) -> dict[str, np.ndarray]:

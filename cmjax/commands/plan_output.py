@@ -85,6 +85,7 @@ def write_page(
     model: str,
     nodes: int | None,
     reach: Mapping[str, placement.Reach] | None = None,
+    served: Mapping[str, placement.Evaluation] | None = None,
 ) -> None:
     """Write the page of some plans for one workload.
 
@@ -97,6 +98,7 @@ def write_page(
       machine, model: what the layer was priced for.
       nodes: nodes the ranks are spread over (default: as few as hold them).
       reach: by plan, where routes are known.
+      served: scores by plan on loads not planned for, if judged there.
     Raises: ValueError if `path` cannot be written.
     """
     ranks = next(iter(tokens.values())).shape[-1]
@@ -118,6 +120,7 @@ def write_page(
         nodes=nodes or nodes_for(ranks, machine),
         row_bytes=3 * hidden,  # one byte a value to dispatch (INT8), two to combine (BF16)
         reach=reach,
+        served=served,
     ).write(path)
 
 

@@ -36,6 +36,7 @@ class PlacementPage:
       nodes: nodes the ranks are spread over; 1 leaves traffic between nodes out.
       row_bytes: of one row's dispatch and combine.
       reach: ranks and nodes a token is sent to, by plan, where routes are known.
+      served: scores on loads not planned for, where the plans were judged on such.
     """
 
     title: str
@@ -46,6 +47,7 @@ class PlacementPage:
     nodes: int
     row_bytes: float
     reach: Mapping[str, Reach] | None = None
+    served: Mapping[str, Evaluation] | None = None
 
     def write(self, path: str | Path) -> None:
         """Write the page; an existing one is replaced only when the new one is complete.
@@ -56,7 +58,13 @@ class PlacementPage:
             write_page(path, self.title, self._sections(Path(folder)))
 
     def _sections(self, folder):
-        sections = [self._summary()]
+        sections = [_score_section(self.setting, self.scores)]
+        if self.served:
+            sections.append(_score_section(
+                "The same plans on loads they were not made for. Over bound: what plans made for "
+                "these very loads could not beat.",
+                self.served, elsewhere=True,
+            ))  # fmt: skip
         heat, ranks, experts = (folder / f"{name}.svg" for name in ("heat", "ranks", "experts"))
         plot_placement(self.tokens, heat)
         plot_rank_curve(self.tokens, ranks)
@@ -86,24 +94,26 @@ class PlacementPage:
             sections.append(_reach_section(self.reach))
         return sections
 
-    def _summary(self):
-        best = min(self.scores, key=lambda name: self.scores[name].mean_time_s)
-        return Section(
-            f"{best} is fastest" if len(self.scores) > 1 else f"{best}",
-            self.setting,
-            columns=("plan", "time, ms", "over bound", "mean PAR", "worst PAR", "balance"),
-            rows=tuple(
-                (
-                    name,
-                    number(score.mean_time_s * 1e3),
-                    percent(score.gap, sign=True),
-                    f"{score.mean_par:.3f}",
-                    f"{score.worst_par:.3f}",
-                    percent(score.balancedness),
-                )
-                for name, score in self.scores.items()
-            ),
-        )
+
+def _score_section(text, scores, *, elsewhere=False):
+    best = min(scores, key=lambda name: scores[name].mean_time_s)
+    where = " elsewhere" * elsewhere
+    return Section(
+        f"{best} is fastest{where}" if len(scores) > 1 else f"{best}{where}",
+        text,
+        columns=("plan", "time, ms", "over bound", "mean PAR", "worst PAR", "balance"),
+        rows=tuple(
+            (
+                name,
+                number(score.mean_time_s * 1e3),
+                percent(score.gap, sign=True),
+                f"{score.mean_par:.3f}",
+                f"{score.worst_par:.3f}",
+                percent(score.balancedness),
+            )
+            for name, score in scores.items()
+        ),
+    )
 
 
 def _reach_section(reach: Mapping[str, Reach]) -> Section:

@@ -43,6 +43,17 @@ def test_the_page_holds_the_table_and_every_picture(page, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
 
 
+def test_plans_judged_elsewhere_have_a_table_of_that(page, tmp_path):
+    path = tmp_path / "page.html"
+    page.write(path)
+    assert "elsewhere" not in path.read_text()
+    one = {"greedy": page.scores["contiguous"]}
+    dataclasses.replace(page, served=one).write(path)
+    text = path.read_text()
+    assert "<h2>greedy elsewhere</h2>" in text
+    assert text.count(f"{page.scores['contiguous'].mean_par:.3f}") >= 2
+
+
 def test_what_is_unknown_is_left_out(page, tmp_path):
     path = tmp_path / "page.html"
     dataclasses.replace(page, nodes=1, reach=None).write(path)
