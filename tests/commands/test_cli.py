@@ -230,7 +230,7 @@ def test_ctrl_c_gives_the_best_plan_so_far(tmp_path, method):
         (["--without-ranks", "8"], "ranks 0 to 7, got 8"),
         (["--without-ranks", "a"], "expected ranks such as 3,17"),
         (["--memory-gib", "0.01"], "slots per rank do not hold 16 experts"),
-        (["--shrink", "1.5"], r"shrink must lie between 0 and 1, got 1\.5"),
+        (["--shrink", "1.5"], "shrink must lie between 0 and 1, got 1.5"),
         (["--moves", "3"], "--moves and --migration-budget need --start-from PLAN"),
         (["--migration-budget", "2GB"], "--moves and --migration-budget need --start-from PLAN"),
         (["--start-from", "plan.json"], "goes with one of --moves N and --migration-budget BYTES"),
