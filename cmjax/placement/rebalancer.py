@@ -56,8 +56,8 @@ class Proposal:
     Attributes:
       plan: what to run from now on: the considered plan if it pays, else the current one.
       moves: what has to be sent for the considered plan; to be carried out only if `pays`.
-      saving_s: seconds saved per step, by the price of the newest interval, which the plan was not
-        made from; negative if it would be slower.
+      saving_s: seconds saved per step in the newest interval, by the lesser of this plan's saving
+        and that of one made without the interval; negative if it would be slower.
       cost_s: seconds of service that the migration costs.
       break_even_steps, break_even_s: after how many steps, and how long, the saving has paid for
         the cost; infinite if nothing is saved.
@@ -83,10 +83,11 @@ class Proposal:
 class Rebalancer:
     """Takes the counts of each interval and proposes plans that pay.
 
-    A plan is made from the decayed history *before* the newest interval and priced on the newest:
-    what only fits the past gains nothing. Layers whose own saving does not pay for their own moves
-    stay as they are. Ranks that hold nothing now, as dead ones do, get nothing, and no layer uses
-    more slots of a rank than it fills now on its fullest one.
+    A plan is made from the decayed history. What it is worth is told by its like from the history
+    *before* the newest interval, priced on the newest: what only fits the past gains nothing.
+    Layers whose own saving does not pay for their own moves stay as they are. Ranks that hold
+    nothing now, as dead ones do, get nothing, and no layer uses more slots of a rank than it fills
+    now on its fullest one.
 
         rebalancer = Rebalancer(plan, price, machine, cost=MoveCost(expert_bytes=44e6),
                                 assignments_per_step=96 * 64 * 8, horizon_steps=20_000)
@@ -162,7 +163,8 @@ class Rebalancer:
         if past is None:
             return self._stay("first interval: nothing to plan from yet")
         self._history = self._decay * past + newest.counts[0]
-        return self._consider(self._planned(past), newest.scaled(self._assignments))
+        found, trial = self._planned(self._history), self._planned(past)
+        return self._consider(found, trial, newest.scaled(self._assignments))
 
     def adopt(self, proposal: Proposal) -> None:
         """From now on `proposal.plan` is what runs."""
@@ -181,11 +183,12 @@ class Rebalancer:
         )
         return match(self.plan, found)
 
-    def _consider(self, found, newest):
-        before, after = (
+    def _consider(self, found, trial, newest):
+        before, *later = (
             price_s(self._layer_time_s, plan.tokens_per_rank(newest.counts[0]))
-            for plan in (self.plan, found)
+            for plan in (self.plan, found, trial)
         )
+        after = np.maximum(*later)
         moved = moves(self.plan, found, self._machine, expert_bytes=self._cost.expert_bytes)
         wire = wire_s(moved, self.plan, self._machine)
         if self._cost.overlapped:

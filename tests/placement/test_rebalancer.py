@@ -133,7 +133,7 @@ def test_better_balance_that_made_a_service_three_times_slower_is_not_moved_for(
     rng = np.random.default_rng(0)
     planned = example_loads(windows=1, layers=layers, drift=0.0)
     shares = 7 * planned.counts[0] * np.exp(0.092 * rng.normal(size=(layers, experts)))
-    intervals = [rng.poisson(shares).astype(float) for _ in range(2)]
+    intervals = [rng.poisson(shares).astype(float) for _ in range(3)]
     plan = greedy(Problem(planned, ranks, 32))
 
     def layer_s(rows):  # a DeepSeek-R1 layer on 32 dies: 0.636 ms at 768 rows, 0.645 ms at 820
@@ -151,8 +151,9 @@ def test_better_balance_that_made_a_service_three_times_slower_is_not_moved_for(
 
     long = considered(1e6)
     newest = Loads(intervals[1])
+    after = evaluate(long.plan, Loads(intervals[2]), layer_s).balancedness
     assert evaluate(plan, newest, layer_s).balancedness == pytest.approx(0.936, abs=2e-3)
-    assert evaluate(long.plan, newest, layer_s).balancedness == pytest.approx(0.992, abs=2e-3)
+    assert after == pytest.approx(0.992, abs=2e-3)
     assert long.pays
 
     step_s = evaluate(plan, newest.scaled(ranks * tokens * top_k), layer_s).mean_time_s
