@@ -44,6 +44,7 @@ METHODS = (*placement.BASELINES, "search", "gradient")
 SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=10, swaps_per_slot=1.0)
 TWO = placement.SearchConfig(starts=2)  # as many plans as `gradient` searches from
 SHRINK = 0.7  # where another domain is judged
+SEARCH_S = 20.0  # most that a search may take, besides compiling
 ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
 
 
@@ -138,7 +139,7 @@ def _of_windows(name, loads, first):
 def shapes(experts: int, full: bool) -> Iterator[tuple[int, int]]:
     """Ranks and redundant slots to try for a number of experts."""
     for more in (1, 0) if full else (1,):  # in this order: a time limit cuts off the end
-        for ranks in (32, 384, 8, 128, 64) if full else (8, 32):
+        for ranks in (32, 384, 8, 128) if full else (8, 32):
             yield ranks, (-(-experts // ranks) + more) * ranks - experts
 
 
@@ -185,7 +186,7 @@ def judge(case: Case, ranks: int, redundant: int, way: Way) -> list[dict]:
         objective=placement.Risk.parse(way.objective),
     )  # fmt: skip
     found = placement.compare(
-        problem, way.methods, time_s, shrink=way.shrink,
+        problem, way.methods, time_s, shrink=way.shrink, seconds=SEARCH_S,
         test=None if case.later is None else case.later.scaled(total),
         routes=case.later_routes if nodes > 1 else None, group_by=case.train_routes,
         step_assignments=64 * ranks * top_k, clock=time.process_time,

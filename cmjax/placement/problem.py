@@ -30,7 +30,7 @@ class Problem:
       nodes: nodes the ranks are spread over, in order and evenly.
       groups: the router's expert groups (`n_group` of the model). Only when they divide over the
         nodes does the greedy method keep each group inside one node.
-      objective: what counts of a layer's time over the windows.
+      objective: what counts of the time of all layers, over the windows.
       without_ranks: ranks that hold nothing, such as dead ones.
       slots_by_layer: slots of a rank that each layer may use (default: all of them).
     Raises: ValueError if ranks, nodes, slots or groups do not divide (it says what would), or the
