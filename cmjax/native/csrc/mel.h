@@ -35,10 +35,14 @@ struct MelKernel {
 MelKernel mel_scalar();
 MelKernel mel_avx2();
 
-// Floats of scratch of one worker, aligned to 64 bytes.
+// Shifts that `lanes` frames extend over.
+inline int64_t mel_columns(const Mel& m, int64_t lanes) { return lanes + (m.frame - 1) / m.shift; }
+
+// Floats of scratch of one worker, aligned to 64 bytes: pre-emphasised samples in two orders, of
+// which the first gives way to the points of the transform, and their power.
 inline int64_t mel_scratch(const Mel& m, int64_t lanes) {
-  const int64_t columns = lanes + (m.frame - 1) / m.shift;
-  return (2 * m.half + m.half + 1 + 1) * lanes + m.shift * (1 + columns);
+  const int64_t samples = m.shift * mel_columns(m, lanes), points = (3 * m.half + 2) * lanes;
+  return samples + (samples > points ? samples : points);
 }
 
 }  // namespace cmjax
