@@ -131,16 +131,14 @@ def _jvp(p, primals, tangents, **params):
     return straight_through(functools.partial(_exact, **params), p, primals, tangents, params)
 
 
-fsmn_memory_p = define(
-    "cm_fsmn_memory", _reference, check=_check, jvp=_jvp, native=_native
-)
+fsmn_memory_p = define("cm_fsmn_memory", _reference, check=_check, jvp=_jvp, native=_native)
 
 
 @cost_rule(fsmn_memory_p)
 def _cost(x, p, past, future, span, *, out, mesh, strides, padding) -> Work:
     """Vector instructions: a product and a sum per tap, two more sums, and the zeros outside."""
-    taps = float(past.shape[-2] + future.shape[-2])
+    taps = past.shape[-2] + future.shape[-2]
     return Work(
-        vector_bytes=out[0].size * (2.0 * taps + 3.0) * 4.0,
-        flops=out[0].size * (2.0 * taps + 2.0),
+        vector_bytes=out[0].size * (taps * 2.0 + 3.0) * 4.0,
+        flops=out[0].size * (taps * 2.0 + 2.0),
     )

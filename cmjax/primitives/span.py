@@ -1,6 +1,6 @@
 """Signals of different lengths in one batch: where each exists, and zeros elsewhere.
 
-    y[b, t] = x[b, t]   if span[b, 0] <= t < span[b, 1],   else 0
+y[b, t] = x[b, t]   if span[b, 0] <= t < span[b, 1],   else 0
 """
 
 import jax.numpy as jnp

@@ -35,8 +35,9 @@ class ConvDFSMNConfig:
     """P: channels between blocks."""
     hidden: int = 512
     """D: channels inside a block."""
-    kernel: int = 3
-    """Taps of a block's dense convolution."""
+    kernel: int = 5
+    """Taps of a block's dense convolution. With 3, a third of all products are in layers that no
+    short algorithm serves, and int8-Winograd gains less than it can (`benchmarks.asr`)."""
     blocks: int = 8
     """Blocks."""
     lookback: int = 10
