@@ -22,21 +22,22 @@ CASES = [  # frames, channels, N1, N2, strides
     (33, 35, 4, 6, (2, 3)),
     (9, 8, 20, 20, (1, 2)),
 ]
-SPAN = np.array([[0, 999], [-3, 5], [3, 7]], np.int32)
+SPAN = jnp.array([[0, 999], [-3, 5], [3, 7]], jnp.int32)
 
 
 def _case(frames, channels, n1, n2, strides):
     rng = np.random.default_rng(frames)
     shapes = ((3, frames, channels), (3, frames, channels), (n1, channels), (n2, channels))
-    return [rng.normal(size=shape).astype(np.float32) for shape in shapes], strides
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes], strides
 
 
 def _loops(x, p, past, future, strides):
     """Float32, one rounding after the other, in the order of the formula."""
+    x, p, past, future, span = map(np.asarray, (x, p, past, future, SPAN))
     frames = x.shape[1]
     y = np.zeros_like(x)
     for b, t in np.ndindex(x.shape[:2]):
-        if not SPAN[b, 0] <= t < SPAN[b, 1]:
+        if not span[b, 0] <= t < span[b, 1]:
             continue
         total = p[b, t].copy()
         steps = [(tap, t - strides[0] * i) for i, tap in enumerate(past)]
@@ -55,7 +56,7 @@ def test_values_equal_the_formula_in_loops_bit_for_bit(case):
     # A stream brings what the taps meet instead of zeros.
     x, p, past, future = operands
     reach = ((len(past) - 1) * strides[0], len(future) * strides[1])
-    context = np.pad(p, ((0, 0), reach, (0, 0)))
+    context = jnp.pad(p, ((0, 0), reach, (0, 0)))
     streamed = fsmn_memory(x, context, past, future, SPAN, strides=strides, padding=(0, 0))
     np.testing.assert_array_equal(streamed, found)
 
@@ -94,11 +95,11 @@ def test_xla_and_the_kernels_of_every_instruction_set_give_the_same_bits(isa):
 def test_the_gradient_is_that_of_the_formula():
     operands, strides = _case(9, 3, 4, 2, (2, 1))
     rng = np.random.default_rng(1)
-    weight = rng.normal(size=operands[0].shape).astype(np.float32)
-    moves = [rng.normal(size=a.shape).astype(np.float32) for a in operands]
+    weight = np.float32(rng.normal(size=operands[0].shape))
+    moves = [np.float32(rng.normal(size=a.shape)) for a in operands]
 
-    def value(*operands):
-        return (weight * fsmn_memory(*operands, SPAN, strides=strides)).sum()
+    def value(x, p, past, future):
+        return (weight * fsmn_memory(x, p, past, future, SPAN, strides=strides)).sum()
 
     def exact(step):
         moved = [np.float64(a) + step * np.float64(d) for a, d in zip(operands, moves, strict=True)]
@@ -111,8 +112,8 @@ def test_the_gradient_is_that_of_the_formula():
 
 
 def test_it_can_be_mapped_over_signals_and_over_taps():
-    operands, strides = _case(9, 3, 4, 2, (1, 1))
-    x, p, past, future = map(jnp.asarray, operands)
+    operands, _ = _case(9, 3, 4, 2, (1, 1))
+    x, p, past, future = operands
     over_signals = jax.vmap(lambda x, p, span: fsmn_memory(x, p, past, future, span))
     alone = over_signals(x[:, None], p[:, None], jnp.asarray(SPAN)[:, None])
     np.testing.assert_array_equal(alone[:, 0], fsmn_memory(x, p, past, future, SPAN))
