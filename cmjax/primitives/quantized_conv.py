@@ -254,7 +254,7 @@ def _check(x, u, input_step, point_step, filter_step, bias, *span, **params):
     if not 0 <= params["slope"] <= 1:
         raise ValueError(f"{name}: activation slope must lie in [0, 1], got {params['slope']}")
     if span:
-        check_span(name, *span, x.shape[:1])
+        check_span(name, span[0], x.shape[:1])
     _filter_limit(params["operand_limit"], blocks * cin)
 
 

@@ -152,16 +152,17 @@ def _native(samples, *, options: LogMel) -> Float32[Array, "*batch frames bands"
     *lead, length = samples.shape
     count = int(options.frames(np.int64(length)))
     filters = mel_filters(options).T
-    inside = [(band.nonzero()[0][0], band.nonzero()[0][-1] + 1) for band in filters]
-    turn = np.exp(-2j * np.pi * np.arange(options.fft) / options.fft)
+    bins = [np.flatnonzero(band) for band in filters]
+    inside = [(some[0], some[-1] + 1) for some in bins]
+    angles = -2 * np.pi * np.arange(options.fft) / options.fft
     energies = native.call(
         "cmjax_mel_energies",
         jax.ShapeDtypeStruct((math.prod(lead), count, options.bands), jnp.float32),
         samples.reshape(-1, length),
-        _povey(options.frame) * np.float32(FULL_SCALE),
-        np.stack([turn.real, turn.imag], axis=-1).astype(np.float32),
-        filters,
-        np.array(inside, np.int32),
+        jnp.asarray(_povey(options.frame) * FULL_SCALE, jnp.float32),
+        jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=-1), jnp.float32),
+        jnp.asarray(filters),
+        jnp.asarray(inside, jnp.int32),
         shift=np.int64(options.shift),
         emphasis=np.float32(PRE_EMPHASIS),
     )
