@@ -51,8 +51,8 @@ class Options:
     """Threads of every candidate."""
     networks: tuple[Literal["wav2letter", "dfsmn"], ...] = ("wav2letter", "dfsmn")
     """Networks, at their published (or, for ConvDFSMN, default) sizes."""
-    kernel: int = 3
-    """Taps of ConvDFSMN's dense convolutions; `train.rsq_asr` trains 5."""
+    kernel: int = 5
+    """Taps of ConvDFSMN's dense convolutions."""
     length: int = 296
     """Feature frames of the utterance; 296 is the window of Arm's Wav2letter."""
     seconds: float = 5.0

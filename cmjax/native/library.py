@@ -15,7 +15,14 @@ _PATH = Path(__file__).with_name("libcmjax_native.so")
 _SWITCH = "CMJAX_NATIVE"
 
 # Every function of the library that computes; the names are those of csrc/*.cc.
-TARGETS = ("cmjax_conv1d", "cmjax_msd_int8", "cmjax_msd_mxfp4", "cmjax_sum_words")
+TARGETS = (
+    "cmjax_conv1d",
+    "cmjax_fsmn_memory",
+    "cmjax_mel_energies",
+    "cmjax_msd_int8",
+    "cmjax_msd_mxfp4",
+    "cmjax_sum_words",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

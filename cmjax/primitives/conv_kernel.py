@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32, Int, Int32
 
 from cmjax import native
 from cmjax.primitives.toom_cook import ALGORITHMS
@@ -93,6 +93,7 @@ def conv1d(
     input_limit: int,
     operand_limit: int,
     slope: float,
+    span: Int32[Array, "batch 2"] | None = None,
 ) -> Float32[Array, "batch out_length cout"]:
     """Quantise, transform, multiply, transform back, add the bias and activate, in one call.
 
@@ -115,6 +116,7 @@ def conv1d(
       operand_limit: largest |operand|: at most 127 for an int8 filter, 32767 for int16. The caller
         makes sure that K times it times the largest |u| fits int32.
       slope: of the activation max(y, slope * y): 1 for none, 0 for ReLU.
+      span: first frame of every result that exists and the one behind its last; others are zero.
     Raises: ValueError if the algorithm is not served, or dilated though not direct.
     """
     if not serves(algorithm) or (dilation != 1 and algorithm != "direct"):
@@ -129,6 +131,7 @@ def conv1d(
         requant,
         scale,
         bias,
+        jnp.zeros((0, 2), jnp.int32) if span is None else span,
         algorithm=algorithm,
         tap_blocks=np.int64(tap_blocks),
         dilation=np.int64(dilation),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import batching
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from cmjax.primitives import conv_kernel
 from cmjax.primitives.conv_tiles import (
@@ -33,6 +33,7 @@ from cmjax.primitives.conv_tiles import (
 )
 from cmjax.primitives.define import define, straight_through
 from cmjax.primitives.rsq import rounded, rsq_quantize
+from cmjax.primitives.span import check_span, zero_outside
 from cmjax.primitives.straight_line import as_float32
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.program import Work, cost_rule
@@ -42,6 +43,7 @@ LARGEST_OPERAND = {"int8": 127, "int16": 2047}
 
 _EXACT_BELOW = 2**24  # integers in float32
 _INT32_MAX = 2**31 - 1
+_SPAN = 6  # which operand it is, if there
 _SMALLEST_FILTER_RANGE = 127  # fewer levels than int8 has would be worse than int8
 
 
@@ -61,6 +63,7 @@ def quantized_conv(
     operand_limit: int,
     slope: float,
     packed: bool,
+    span: Int32[Array, "batch 2"] | None = None,
 ) -> Float32[Array, "batch out_length cout"]:
     """Bind the primitive, with stride 1: the module's formula, in the module's names.
 
@@ -78,9 +81,12 @@ def quantized_conv(
       padding: frames of zeros before and after x.
       input_limit, operand_limit: R and V.
       slope: of the activation max(y, slope * y): 1 none, 0 ReLU.
+      span: first frame of every result that exists and the one behind its last; others are zero.
     Raises: ValueError or TypeError for operands that do not fit each other.
     """
-    operands = (x.astype(jnp.float32), u, input_step, point_step, filter_step, bias)
+    operands = [x.astype(jnp.float32), u, input_step, point_step, filter_step, bias]
+    if span is not None:
+        operands.append(span)
     params = {
         "algorithm": algorithm,
         "taps": taps,
@@ -130,7 +136,7 @@ def largest_input_limit(algorithm: str) -> int:
     return min(2**15 - 1, (_EXACT_BELOW - 1) // ALGORITHMS[algorithm].growth)
 
 
-def _reference(x, u, input_step, point_step, filter_step, bias, **params):
+def _reference(x, u, input_step, point_step, filter_step, bias, *span, **params):
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
     inverse_step, requant, scale = _factors(input_step, point_step, filter_step)
@@ -155,13 +161,15 @@ def _reference(x, u, input_step, point_step, filter_step, bias, **params):
     products = rounded(sums.astype(jnp.float32) * scale[:, None, None, :])
     y = form.at_program.apply(list(products), lambda c, m: rounded(as_float32(c) * m))
     y = interleave(y, _length(x, params)) + bias
-    return y if params["slope"] == 1 else jnp.maximum(y, np.float32(params["slope"]) * y)
+    if params["slope"] != 1:
+        y = jnp.maximum(y, np.float32(params["slope"]) * y)
+    return zero_outside(y, *span) if span else y
 
 
-def _native(x, u, input_step, point_step, filter_step, bias, **params):
+def _native(x, u, input_step, point_step, filter_step, bias, *span, **params):
     algorithm = params["algorithm"]
     if not conv_kernel.serves(algorithm):
-        return _reference(x, u, input_step, point_step, filter_step, bias, **params)
+        return _reference(x, u, input_step, point_step, filter_step, bias, *span, **params)
     blocks = ALGORITHMS[algorithm].tap_blocks(params["taps"])
     if not params["packed"]:
         u = quantized_filter(u, filter_step, params["operand_limit"])
@@ -182,6 +190,7 @@ def _native(x, u, input_step, point_step, filter_step, bias, **params):
         input_limit=params["input_limit"],
         operand_limit=params["operand_limit"],
         slope=params["slope"],
+        span=span[0] if span else None,
     )
 
 
@@ -211,7 +220,7 @@ def _length(x, params):
     return output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
 
 
-def _check(x, u, input_step, point_step, filter_step, bias, **params):
+def _check(x, u, input_step, point_step, filter_step, bias, *span, **params):
     name = "winograd_conv1d"
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
@@ -244,10 +253,12 @@ def _check(x, u, input_step, point_step, filter_step, bias, **params):
         )
     if not 0 <= params["slope"] <= 1:
         raise ValueError(f"{name}: activation slope must lie in [0, 1], got {params['slope']}")
+    if span:
+        check_span(name, span[0], x.shape[:1])
     _filter_limit(params["operand_limit"], blocks * cin)
 
 
-def _surrogate(x, u, input_step, point_step, filter_step, bias, **params):
+def _surrogate(x, u, input_step, point_step, filter_step, bias, *span, **params):
     """The formula before the activation in real numbers, each rounding a fake quantisation."""
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
@@ -269,7 +280,8 @@ def _surrogate(x, u, input_step, point_step, filter_step, bias, **params):
     v = rsq_quantize(points, step, limit=params["operand_limit"])
     meet = functools.partial(meet_blocks, tiles=tiles, blocks=blocks, dilation=params["dilation"])
     products = jnp.einsum("pbtk,pko->pbto", jax.vmap(meet)(v), u)
-    return interleave(list(mix_points(form.at, products)), _length(x, params)) + bias
+    y = interleave(list(mix_points(form.at, products)), _length(x, params)) + bias
+    return zero_outside(y, *span) if span else y
 
 
 def _jvp(p, primals, tangents, **params):
@@ -283,12 +295,13 @@ def _jvp(p, primals, tangents, **params):
 def _batch(args, dims, **params):
     """A batch of signals joins the batch axis; filters or scales of their own run in turn."""
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    x, *rest = args
-    if all(d is None for d in dims[1:]):
-        x = batching.bdim_at_front(x, dims[0], size)
-        merged = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-        out = quantized_conv_p.bind(merged, *rest, **params)
-        return out.reshape(*x.shape[:2], *out.shape[1:]), 0
+    x, *shared = args[:_SPAN]
+    if all(d is None for d in dims[1:_SPAN]):
+        of_signals = [(x, dims[0]), *zip(args[_SPAN:], dims[_SPAN:], strict=True)]
+        moved = [batching.bdim_at_front(a, d, size) for a, d in of_signals]
+        x, *span = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in moved)
+        out = quantized_conv_p.bind(x, *shared, *span, **params)
+        return out.reshape(*moved[0].shape[:2], *out.shape[1:]), 0
     mapped = tuple(
         batching.bdim_at_front(a, d, size) if d is not None else None
         for a, d in zip(args, dims, strict=True)
@@ -312,7 +325,7 @@ _QUANTISE, _REQUANTISE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
 
 
 @cost_rule(quantized_conv_p)
-def _cost(x, u, input_step, point_step, filter_step, bias, *, out, mesh, **params) -> Work:
+def _cost(x, u, input_step, point_step, filter_step, bias, *span, out, mesh, **params) -> Work:
     """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
     form = ALGORITHMS[params["algorithm"]]
     cin, cout = x.shape[-1], bias.shape[-1]

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from cmjax.primitives.conv_checks import (
     check_algorithm,
@@ -44,6 +44,7 @@ from cmjax.primitives.conv_tiles import (
 from cmjax.primitives.define import define
 from cmjax.primitives.packed_conv import PackedConv, TransformedConv, transform_for
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND, quantized_conv
+from cmjax.primitives.span import check_span, zero_outside
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.program import Work, cost_rule
 
@@ -63,6 +64,7 @@ def winograd_conv1d(
     activation: str | float | None = None,
     scales: ConvScales | None = None,
     min_sqnr_db: float | None = None,
+    span: Int32[Array, "batch 2"] | None = None,
 ) -> Float[Array, "batch out_length cout"]:
     """Convolution of `x` with `w`, as `lax.conv_general_dilated` has it, layout NWC x WIO -> NWC.
 
@@ -82,6 +84,8 @@ def winograd_conv1d(
       scales: of the integer domains, from `calibrate`. Without them each call takes its steps from
         the largest magnitudes of its own x and w.
       min_sqnr_db: accuracy floor of "auto", in dB.
+      span: where every result exists: its first frame and the one behind its last, as `lengths` of
+        a padded batch say. The frames outside are zero. Default: all exist.
     Returns: dtype of `x`.
     Raises: ValueError for shapes, names or numbers that cannot be served, saying what can;
       TypeError for operands that are not floating point.
@@ -91,12 +95,15 @@ def winograd_conv1d(
     name = "winograd_conv1d"
     x = jnp.asarray(x)
     slope = _slope(name, activation)
+    if span is not None:
+        span = jnp.asarray(span)
+        check_span(name, span, x.shape[:1])
     if isinstance(w, PackedConv | TransformedConv):
         _refuse_conflicts(name, w, algorithm, domain, stride, dilation, scales)
         check_signal(name, x, w.cin)
         if isinstance(w, PackedConv):
-            return _integer(name, x, w, padding, bias, slope)
-        return _finish(name, x, _float(name, x, w, padding), bias, slope)
+            return _integer(name, x, w, padding, bias, slope, span)
+        return _finish(name, x, _float(name, x, w, padding), bias, slope, span)
     w = jnp.asarray(w)
     stride = 1 if stride is None else stride
     dilation = 1 if dilation is None else dilation
@@ -116,7 +123,7 @@ def winograd_conv1d(
     pads = explicit_padding(name, padding, x.shape[1], w.shape[0], stride, dilation)
     if domain == "float32":
         operands = _prepared(name, x, w, algorithm, stride, pads, dilation, min_sqnr_db)
-        return _finish(name, x, _float(name, x, operands, pads), bias, slope)
+        return _finish(name, x, _float(name, x, operands, pads), bias, slope, span)
     if scales is None:
         scales = calibrate(
             x,
@@ -131,7 +138,7 @@ def winograd_conv1d(
         )
         scales = lax.stop_gradient(scales)
     operands = transform_for(name, w, scales, stride=stride, dilation=dilation)
-    return _integer(name, x, operands, pads, bias, slope)
+    return _integer(name, x, operands, pads, bias, slope, span)
 
 
 def int8_conv1d(
@@ -164,7 +171,7 @@ def int8_conv1d(
     )
 
 
-def _integer(name, x, operands: PackedConv, padding, bias, slope):
+def _integer(name, x, operands: PackedConv, padding, bias, slope, span):
     fold = folding(operands.taps, operands.stride, operands.dilation)
     pads = explicit_padding(
         name, padding, x.shape[1], operands.taps, operands.stride, operands.dilation
@@ -187,6 +194,7 @@ def _integer(name, x, operands: PackedConv, padding, bias, slope):
         operand_limit=LARGEST_OPERAND[operands.domain],
         slope=slope,
         packed=operands.packed,
+        span=span,
     )
     return y.astype(x.dtype)
 
@@ -245,10 +253,11 @@ def _float(name, x, operands: TransformedConv, padding):
     )
 
 
-def _finish(name, x, y, bias, slope):
+def _finish(name, x, y, bias, slope, span):
     if bias is not None:
         y = y + _bias(name, bias, y.shape[2])
-    return (y if slope == 1 else jnp.where(y > 0, y, slope * y)).astype(x.dtype)
+    y = (y if slope == 1 else jnp.where(y > 0, y, slope * y)).astype(x.dtype)
+    return y if span is None else zero_outside(y, span)
 
 
 _LAYOUT = ("NWC", "WIO", "NWC")

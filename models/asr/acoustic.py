@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from cmjax.primitives.conv_choice import choose_algorithm
 from cmjax.primitives.toom_cook import ALGORITHMS
 from models.asr.conv import Conv, Precision, Watch
-from models.asr.frames import UNKNOWN, Frames
+from models.asr.frames import UNKNOWN, Frames, masked
 
 _FLOORS_DB = {"auto": None, "fast": 23.0}  # None: that of `choose_algorithm`
 
@@ -167,7 +167,7 @@ class AcousticModel(nnx.Module):
                 f"{frames.x.shape[-1]}"
             )
         x = (frames.x - self.mean[...]) * self.scale[...]
-        return Frames(x, frames.lengths, frames.start).masked()
+        return frames.strided(masked(x, frames.span()), 1)
 
 
 def layer_algorithms(

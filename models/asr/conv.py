@@ -25,7 +25,7 @@ from cmjax.primitives.packed_conv import PackedConv, prepack
 from cmjax.primitives.quantized_conv import LARGEST_OPERAND
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.primitives.winograd import winograd_conv1d
-from models.asr.frames import Frames, lookback
+from models.asr.frames import Frames, lookback, masked
 
 Precision = Literal["float32", "int8", "int8-winograd"]
 PRECISIONS = ("float32", "int8", "int8-winograd")
@@ -166,7 +166,8 @@ class Conv(nnx.Module):
         return [self]
 
     def __call__(self, frames: Frames, *, watch: "Watch | None" = None) -> Frames:
-        y = frames.strided(self._convolve(frames.x, self.padding(frames.x.shape[1])), self.stride)
+        x, span = frames.x, frames.span(self.stride)
+        y = frames.strided(self._convolve(x, self.padding(x.shape[1]), span), self.stride)
         if watch is not None:
             watch(self, frames, y)
         return y
@@ -183,8 +184,8 @@ class Conv(nnx.Module):
           frames, y: input and output.
           saturation: count it; it costs another transform of the input.
         """
-        exact = frames.strided(self._exact(frames.x, self.padding(frames.x.shape[1])), self.stride)
-        wanted = lax.stop_gradient(exact.x)
+        x, span = frames.x, frames.span(self.stride)
+        wanted = lax.stop_gradient(masked(self._exact(x, self.padding(x.shape[1])), span))
         excess, count = jnp.zeros(()), jnp.ones(())
         if saturation:
             excess, count = self._saturation(frames.x)
@@ -205,18 +206,19 @@ class Conv(nnx.Module):
         chunk = frames.x.shape[1]
         both = jnp.concatenate([state, frames.x], axis=1)
         used = chunk - self.stride + self.taps
-        y = self._convolve(both[:, :used], (0, 0))
-        return both[:, chunk:], frames.strided(y, self.stride, self.late(alignment))
+        late = self.late(alignment)
+        y = self._convolve(both[:, :used], (0, 0), frames.span(self.stride, late))
+        return both[:, chunk:], frames.strided(y, self.stride, late)
 
     def _back(self, alignment: int) -> int:
         return lookback(self.taps, self.low, self.stride, alignment)
 
-    def _convolve(self, x: Array, padding: tuple[int, int]) -> Array:
+    def _convolve(self, x: Array, padding: tuple[int, int], span: Array) -> Array:
         if self.precision == "float32":
-            return self._exact(x, padding)
+            return masked(self._exact(x, padding), span)
         packed = getattr(self, "packed", None)
         operands: PackedConv | Array = self.kernel[...] if packed is None else packed.get_value()
-        return winograd_conv1d(
+        y = winograd_conv1d(
             x,
             operands,
             stride=self.stride,
@@ -224,7 +226,9 @@ class Conv(nnx.Module):
             bias=self.bias[...],
             activation=self.slope,
             scales=self.scales if packed is None else None,
+            span=span,
         )
+        return lax.optimization_barrier(y)  # as in `masked`
 
     def _exact(self, x: Array, padding: tuple[int, int]) -> Array:
         layout = ("NWC", "WIO", "NWC")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,8 @@ from models.asr.acoustic import AcousticModel
 from models.asr.conv import Conv
 from models.asr.features import LogMel, log_mel
 from models.asr.frames import Frames
+
+_MOST_BYTES_IN_PROGRAM = 1 << 15
 
 
 def network_call(model: AcousticModel) -> Callable[[Array, Array], tuple[Array, Array]]:
@@ -62,14 +65,24 @@ def _has_short_algorithm(conv: Conv) -> bool:
 
 
 def _compiled(model: AcousticModel, function: Callable) -> Callable:
-    """`function(model, ...)` as a jitted call; leaves in a list cost least to pass."""
+    """`function(model, ...)` as a jitted call.
+
+    Filters are its arguments, in a list, which costs least to pass. What is small is part of the
+    program, so that XLA computes what follows from steps and biases once, when it compiles.
+    """
     deployed = nnx.clone(model)
     deployed.pack()
     graph, state = nnx.split(deployed)
     leaves, structure = jax.tree.flatten(state)
+    passed = [i for i, leaf in enumerate(leaves) if leaf.nbytes > _MOST_BYTES_IN_PROGRAM]
+    constants = [None if i in passed else np.asarray(leaf) for i, leaf in enumerate(leaves)]
 
     @jax.jit
-    def call(leaves, *args: Any):
-        return function(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *args)
+    def call(filters, *args: Any):
+        given = list(constants)
+        for i, leaf in zip(passed, filters, strict=True):
+            given[i] = leaf
+        return function(nnx.merge(graph, jax.tree.unflatten(structure, given)), *args)
 
-    return lambda *args: call(leaves, *args)
+    filters = [leaves[i] for i in passed]
+    return lambda *args: call(filters, *args)

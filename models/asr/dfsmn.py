@@ -16,8 +16,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
+from cmjax.primitives.fsmn import fsmn_memory
 from models.asr.acoustic import AcousticModel
 from models.asr.conv import Conv, Watch
 from models.asr.frames import Frames, delay, lookback
@@ -33,8 +35,9 @@ class ConvDFSMNConfig:
     """P: channels between blocks."""
     hidden: int = 512
     """D: channels inside a block."""
-    kernel: int = 3
-    """Taps of a block's dense convolution."""
+    kernel: int = 5
+    """Taps of a block's dense convolution. With 3, a third of all products are in layers that no
+    short algorithm serves, and int8-Winograd gains less than it can (`benchmarks.asr`)."""
     blocks: int = 8
     """Blocks."""
     lookback: int = 10
@@ -58,7 +61,7 @@ class ConvDFSMNConfig:
 
 
 class Memory(nnx.Module):
-    """`p_t + sum_{i < N1} a_i p_{t - s1 i} + sum_{1 <= j <= N2} c_j p_{t + s2 j}`.
+    """`x_t + p_t + sum_{i < N1} a_i p_{t - s1 i} + sum_{1 <= j <= N2} c_j p_{t + s2 j}`.
 
     Parameters: `past [N1, P]` (a) and `future [N2, P]` (c).
     """
@@ -79,23 +82,18 @@ class Memory(nnx.Module):
         back, ahead = self.strides
         return (self.past.shape[0] - 1) * back, self.future.shape[0] * ahead
 
-    def taps(
-        self, context: Float[Array, "batch context channels"], count: int
-    ) -> Float[Array, "batch count channels"]:
-        """The formula for `count` frames; frame t of them is `context[:, reach[0] + t]`."""
-        back, ahead = self.strides
-        present = self.reach[0]
-        out = context[:, present : present + count]
-        for i, tap in enumerate(self.past[...]):
-            at = present - back * i
-            out = out + tap * context[:, at : at + count]
-        for j, tap in enumerate(self.future[...], start=1):
-            at = present + ahead * j
-            out = out + tap * context[:, at : at + count]
-        return out
-
-    def __call__(self, p: Float[Array, "batch frames P"]) -> Float[Array, "batch frames P"]:
-        return self.taps(jnp.pad(p, ((0, 0), self.reach, (0, 0))), p.shape[1])
+    def __call__(
+        self,
+        x: Float[Array, "batch frames P"],
+        p: Float[Array, "batch context P"],
+        span: Int[Array, "batch 2"],
+        *,
+        padding: tuple[int, int] | None = None,
+    ) -> Float[Array, "batch frames P"]:
+        """The formula, of `p` with these frames of zeros around it, by default all it needs."""
+        past, future = self.past[...], self.future[...]
+        y = fsmn_memory(x, p, past, future, span, strides=self.strides, padding=padding)
+        return lax.optimization_barrier(y)  # as in `masked`
 
 
 class Block(nnx.Module):
@@ -111,7 +109,7 @@ class Block(nnx.Module):
 
     def __call__(self, frames: Frames, *, watch: Watch | None = None) -> Frames:
         p = self.project(self.expand(frames, watch=watch), watch=watch)
-        return p.strided(frames.x + self.memory(p.x), 1)
+        return p.strided(self.memory(frames.x, p.x, p.span()), 1)
 
     def convolutions(self) -> list[Conv]:
         return [self.expand, self.project]
@@ -134,15 +132,16 @@ class Block(nnx.Module):
         project, p = self.project.step(state["project"], u, alignment)
         skip, x = delay(state["skip"], frames.x)
         context = jnp.concatenate([state["memory"], p.x], axis=1)
-        count = p.x.shape[1]
-        y = x + self.memory.taps(context, count)
+        late = self._memory_late(alignment)
+        seen = context[:, : x.shape[1] + sum(self.memory.reach)]
+        y = self.memory(x, seen, p.span(1, late), padding=(0, 0))
         state = {
             "expand": expand,
             "project": project,
             "skip": skip,
-            "memory": context[:, count:],
+            "memory": context[:, p.x.shape[1] :],
         }
-        return state, p.strided(y, 1, self._memory_late(alignment))
+        return state, p.strided(y, 1, late)
 
     def _memory_late(self, alignment: int) -> int:
         return lookback(self.memory.reach[1] + 1, 0, 1, alignment)

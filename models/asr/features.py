@@ -9,11 +9,17 @@ dither 0; the triangles are O'Shaughnessy's mel scale, 1127 ln(1 + f / 700).
 
 import dataclasses
 import functools
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
+
+from cmjax import native
+from cmjax.primitives.define import define
+from cmjax.program import Work, cost_rule
 
 PRE_EMPHASIS = 0.97
 _BANDS_AT_ONCE = 16
@@ -106,10 +112,8 @@ def log_mel(
             f"log_mel: samples must hold at least one frame of {options.frame}, got "
             f"{samples.shape[-1]}"
         )
-    x = _windowed(samples.astype(jnp.float32) * FULL_SCALE, count, options)
-    spectrum = jnp.fft.rfft(x)
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    return jnp.log(jnp.maximum(_mel_energies(power, options), options.floor))
+    energies = mel_energies_p.bind(samples.astype(jnp.float32), options=options)
+    return jnp.log(jnp.maximum(energies, options.floor))
 
 
 def mel(hz):
@@ -135,6 +139,34 @@ def band_centres(options: LogMel) -> Float[np.ndarray, "bands"]:
     """Mel value of every band's centre."""
     edges = np.linspace(mel(options.low_hz), mel(options.sample_rate / 2), options.bands + 2)
     return edges[1:-1]
+
+
+def _reference(samples, *, options: LogMel) -> Float32[Array, "*batch frames bands"]:
+    count = int(options.frames(np.int64(samples.shape[-1])))
+    spectrum = jnp.fft.rfft(_windowed(samples * FULL_SCALE, count, options))
+    return _mel_energies(jnp.square(spectrum.real) + jnp.square(spectrum.imag), options)
+
+
+def _native(samples, *, options: LogMel) -> Float32[Array, "*batch frames bands"]:
+    """The same sums of float32 in another order."""
+    *lead, length = samples.shape
+    count = int(options.frames(np.int64(length)))
+    filters = mel_filters(options).T
+    bins = [np.flatnonzero(band) for band in filters]
+    inside = [(some[0], some[-1] + 1) for some in bins]
+    angles = -2 * np.pi * np.arange(options.fft) / options.fft
+    energies = native.call(
+        "cmjax_mel_energies",
+        jax.ShapeDtypeStruct((math.prod(lead), count, options.bands), jnp.float32),
+        samples.reshape(-1, length),
+        jnp.asarray(_povey(options.frame) * FULL_SCALE, jnp.float32),
+        jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=-1), jnp.float32),
+        jnp.asarray(filters),
+        jnp.asarray(inside, jnp.int32),
+        shift=np.int64(options.shift),
+        emphasis=np.float32(PRE_EMPHASIS),
+    )
+    return energies.reshape(*lead, count, options.bands)
 
 
 def _windowed(x: Array, count: int, options: LogMel) -> Float32[Array, "*batch count fft"]:
@@ -181,3 +213,15 @@ def _mel_energies(
 def _povey(frame: int) -> Float32[np.ndarray, "frame"]:
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(frame) / (frame - 1))
     return (hann**0.85).astype(np.float32)
+
+
+mel_energies_p = define("cm_mel_energies", _reference, native=_native)
+
+
+@cost_rule(mel_energies_p)
+def _cost(samples, *, out, mesh, options: LogMel) -> Work:
+    """Vector instructions per frame: window, a real FFT (5/2 n log2 n), power, two bands a bin."""
+    points = options.fft
+    instructions = 4.0 * options.frame + 2.5 * points * math.log2(points) + 3.5 * points
+    frames = out[0].size / options.bands
+    return Work(vector_bytes=frames * (instructions * 4.0), flops=frames * instructions)

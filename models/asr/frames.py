@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from cmjax.primitives.span import zero_outside
+
 UNKNOWN = 1 << 30  # length of an utterance that has not ended yet
 
 
@@ -32,20 +34,29 @@ class Frames:
     lengths: Int[Array, "batch"]
     start: Int[Array, ""]
 
-    def masked(self) -> "Frames":
-        """With zeros outside the utterances.
+    def span(self, stride: int = 1, late: int = 0) -> Int[Array, "batch 2"]:
+        """Where the utterances lie in `strided` frames: the first of them, and behind the last."""
+        to = self.strided(self.x, stride, late)
+        return jnp.stack([jnp.broadcast_to(-to.start, to.lengths.shape), to.lengths - to.start], -1)
 
-        What comes after a layer is compiled apart from it: XLA would copy a layer's last sums into
-        every window that the next one reads, which takes longer to compile and to run.
-        """
-        at = self.start + jnp.arange(self.x.shape[1])
-        inside = (at >= 0) & (at < self.lengths[:, None])
-        x = jnp.where(inside[..., None], self.x, 0.0)
-        return dataclasses.replace(self, x=lax.optimization_barrier(x))
-
-    def strided(self, x: Float[Array, "batch frames channels"], stride: int, late: int = 0):
+    def strided(
+        self, x: Float[Array, "batch frames channels"], stride: int, late: int = 0
+    ) -> "Frames":
         """`x` as the frames that a layer of this stride makes of these, `late` frames behind."""
-        return Frames(x, -(-self.lengths // stride), self.start // stride - late).masked()
+        if stride == 1:
+            return Frames(x, self.lengths, self.start - late)
+        return Frames(x, -(-self.lengths // stride), self.start // stride - late)
+
+
+def masked(
+    x: Float[Array, "batch frames channels"], span: Int[Array, "batch 2"]
+) -> Float[Array, "batch frames channels"]:
+    """`x` with zeros outside the utterances, for a layer that has computed it apart from others.
+
+    What comes after a layer is compiled apart from it: XLA would copy a layer's last sums into
+    every window that the next one reads, which takes longer to compile and to run.
+    """
+    return lax.optimization_barrier(zero_outside(x, span))
 
 
 def delay(

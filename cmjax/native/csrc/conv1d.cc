@@ -1,6 +1,7 @@
 // conv1d's handler: check every buffer, cut the work into blocks, run them on XLA's threads.
 #include "conv1d.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -128,6 +129,17 @@ void run(ffi::ThreadPool pool, const Conv1d& c, const Conv1dKernel& kernel, int6
   });
 }
 
+// Zeros in the frames of every sequence that do not exist: before span[b][0], from span[b][1] on.
+void clear_outside(const Conv1d& c, const int32_t* span) {
+  for (int64_t b = 0; b < c.batch; ++b) {
+    float* out = c.out + b * c.out_length * c.cout;
+    const int64_t first = std::clamp<int64_t>(span[2 * b], 0, c.out_length);
+    const int64_t end = std::clamp<int64_t>(span[2 * b + 1], first, c.out_length);
+    std::fill_n(out, first * c.cout, 0.0f);
+    std::fill_n(out + end * c.cout, (c.out_length - end) * c.cout, 0.0f);
+  }
+}
+
 ffi::Error invalid(const char* what) {
   return ffi::Error::InvalidArgument(std::string("conv1d: ") + what);
 }
@@ -135,7 +147,7 @@ ffi::Error invalid(const char* what) {
 ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer filter,
                   ffi::Buffer<ffi::F32> inverse_step, ffi::Buffer<ffi::F32> requant,
                   ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> bias,
-                  std::string_view algorithm, int64_t tap_blocks, int64_t dilation,
+                  ffi::Buffer<ffi::S32> span, std::string_view algorithm, int64_t tap_blocks, int64_t dilation,
                   int64_t padding, int64_t input_limit, int64_t operand_limit, float slope,
                   ffi::ResultBuffer<ffi::F32> out) {
   const bool wide = filter.element_type() == ffi::S16;
@@ -180,6 +192,8 @@ ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
     return invalid("scale must be [points, cout]");
   }
   if (static_cast<int64_t>(bias.element_count()) != c.cout) return invalid("bias must be [cout]");
+  const int64_t ends = static_cast<int64_t>(span.element_count());
+  if (ends != 0 && ends != 2 * c.batch) return invalid("span must be [batch, 2], or empty");
   if (c.batch == 0 || c.out_length == 0 || c.cout == 0) return ffi::Error::Success();
 
   std::vector<float> steps(ceil_div(c.cin, kLongestVector) * kLongestVector, 0.0f);
@@ -195,6 +209,7 @@ ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   c.filter = filter.untyped_data();
   c.out = out->typed_data();
   run(pool, c, *kernel, c.depth * (wide ? 2 : 1));
+  if (ends != 0) clear_outside(c, span.typed_data());
   return ffi::Error::Success();
 }
 
@@ -209,6 +224,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_conv1d, conv1d,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<std::string_view>("algorithm")
                                   .Attr<int64_t>("tap_blocks")
                                   .Attr<int64_t>("dilation")

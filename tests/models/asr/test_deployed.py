@@ -52,7 +52,7 @@ def test_packed_calls_give_what_the_network_in_training_gives(network, precision
     whole, _ = whole_call(model, FRONT)(speech, lengths)
     assert np.isfinite(np.asarray(whole)).all() and whole.shape == wanted.shape
     chosen = backbone(model)
-    assert [model.convolutions()[i].taps for i in chosen] == ([3] if network == "dfsmn" else [5, 7])
+    assert [model.convolutions()[i].taps for i in chosen] == ([5] if network == "dfsmn" else [5, 7])
     outputs = backbone_call(model)([inputs[i] for i in chosen])
     for i, out in zip(chosen, outputs, strict=True):
         x = inputs[i]
