@@ -115,7 +115,7 @@ class Config:
     augment: bool = True
     """Perturb the training data."""
     mask: SpecAugment = dataclasses.field(default_factory=SpecAugment)
-    """Masks on features."""
+    """Masks, warping and frequency responses on features."""
     perturb: Perturb = dataclasses.field(default_factory=Perturb)
     """Perturbation of waveforms."""
     strings: Strings = dataclasses.field(default_factory=Strings)
