@@ -4,10 +4,10 @@ SpecAugment (Park et al., 2019) without time warping: bands [f0, f0 + f) and fra
 replaced by the utterance's mean, with f ~ U{0..F}, t ~ U{0..min(T, p * frames)}.
 Vocal-tract length perturbation (Jaitly and Hinton, 2013): band at frequency v reads from alpha * v,
 so that one speaker sounds like one with a longer or shorter vocal tract.
-Frequency responses: a smooth curve c[b] = sum_k w_k cos(pi k (b + 1/2) / bands), w_k ~ N(0, s^2 / k),
-is added to all frames. It is what subtracting an utterance's mean cepstrum would take away; a stream
-has no mean yet, so the network learns that it says nothing. (FilterAugment, Nam et al., ICASSP 2022,
-draws steps or lines instead of cosines.)
+Frequency responses: the curve sum_k w_k cos(pi k (b + 1/2) / bands), w_k ~ N(0, s^2 / k), is added
+to the bands b of all frames. It is what subtracting an utterance's mean cepstrum would take away; a
+stream has no mean yet, so the network learns that the curve says nothing. (FilterAugment, Nam et
+al., ICASSP 2022, draws steps or lines instead of cosines.)
 """
 
 import dataclasses
@@ -27,8 +27,7 @@ class SpecAugment:
     """How much to mask, warp and colour; zeros switch a part off.
 
     The masks are small ones: words of a third of a second lose too much to those of SpecAugment's
-    long utterances (FSDD, 600 steps: 5.5 % of seen speakers' digits wrong with twice as many, twice
-    as wide masks and louder noise, 1.0 % so; `python -m train.rsq_asr --data fsdd --unseen lucas`).
+    long utterances.
     """
 
     band_masks: int = 1

@@ -1,6 +1,7 @@
 """Recordings: read from any format libsndfile knows, checked, and resampled by soxr."""
 
 import dataclasses
+import gzip
 import io
 import struct
 import tarfile
@@ -124,7 +125,7 @@ def _members(path: Path) -> dict[str, Callable[[], bytes]]:
                     file = archive.extractfile(member)
                     assert file is not None  # a plain file
                     out[member.name] = reader(file.read())
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no archive, or a broken one: {error}") from None
     return out
 

@@ -14,11 +14,11 @@ class Perturb:
 
     speed: float = 0.12
     """Played faster or slower by up to this share: tempo, pitch and formants move together."""
-    gain_db: float = 10.0
-    """Louder or softer by up to so many decibels."""
-    noise_share: float = 0.3
+    gain_db: float = 20.0
+    """Louder or softer by up to so many decibels, clipped at full scale."""
+    noise_share: float = 0.6
     """Share of utterances that get noise."""
-    snr_db: tuple[float, float] = (15.0, 40.0)
+    snr_db: tuple[float, float] = (8.0, 35.0)
     """Signal-to-noise ratio of it."""
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Masks, vocal-tract warping and frequency responses: what they change, what they leave, and for whom."""
+"""Masks, vocal-tract warping, frequency responses: what they change and leave, and for whom."""
 
 import jax
 import jax.numpy as jnp

@@ -193,15 +193,24 @@ def test_an_empty_folder_is_an_error_that_says_what_was_looked_for(tmp_path, lay
         load(layout, tmp_path / "absent")
 
 
-@pytest.mark.parametrize("cut", [0, 20, 120])
-def test_a_broken_archive_is_named(tmp_path, cut):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:20],
+        lambda data: data[:120],
+        lambda data: data[:100] + b"damaged" + data[107:],
+        lambda data: b"no archive at all",
+    ],
+)
+def test_a_broken_archive_is_named(tmp_path, damage):
     sound = _sound()
     with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
         info = tarfile.TarInfo("3_ann_5.wav")
         info.size = len(sound)
         archive.addfile(info, io.BytesIO(sound))
     data = (tmp_path / "whole.tar.gz").read_bytes()
-    (tmp_path / "whole.tar.gz").write_bytes(data[:cut])
+    (tmp_path / "whole.tar.gz").write_bytes(damage(data))
     with pytest.raises(ValueError, match=r"whole\.tar\.gz is no archive, or a broken one"):
         load("fsdd", tmp_path)
 
