@@ -9,22 +9,31 @@ errors.json and checkpoints into the output folder. Run again, it goes on where 
 """
 
 import sys
+from collections.abc import Sequence
 
 import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cmjax.commands.output import exit_code
 from cmjax.mesh import prepare_devices
 from cmjax.report import terminal
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train
-from train.checkpoint import SaveFailed
-from train.metrics import LossNotFinite
 
 
-def main(config: Config, console: Console) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code: 0, 1 if training or saving failed, 2 for bad input."""
+
+    def command():
+        train_and_test(tyro.cli(Config, description=__doc__, args=arguments), terminal())
+
+    return exit_code(command)
+
+
+def train_and_test(config: Config, console: Console) -> None:
     """Train what is left to train, test, and print the results."""
     prepare_devices(config.devices)
     if config.compiled is not None:
@@ -62,12 +71,4 @@ def results_table(results: dict[str, dict[str, Result]]) -> Table:
 
 
 if __name__ == "__main__":
-    screen = terminal()
-    try:
-        main(tyro.cli(Config, description=__doc__), screen)
-    except (ValueError, FileNotFoundError) as error:
-        screen.print(f"[red]rsq_asr:[/] {error}", highlight=False)
-        sys.exit(2)
-    except (LossNotFinite, SaveFailed) as error:
-        screen.print(f"[red]rsq_asr:[/] {error}", highlight=False)
-        sys.exit(1)
+    sys.exit(main())

@@ -1,9 +1,13 @@
-"""Augmentation of features inside the compiled step: SpecAugment masks and vocal-tract warping.
+"""Augmentation of features inside the compiled step: masks, vocal-tract warping, other microphones.
 
 SpecAugment (Park et al., 2019) without time warping: bands [f0, f0 + f) and frames [t0, t0 + t) are
 replaced by the utterance's mean, with f ~ U{0..F}, t ~ U{0..min(T, p * frames)}.
 Vocal-tract length perturbation (Jaitly and Hinton, 2013): band at frequency v reads from alpha * v,
 so that one speaker sounds like one with a longer or shorter vocal tract.
+Frequency responses: the curve sum_k w_k cos(pi k (b + 1/2) / bands), w_k ~ N(0, s^2 / k), is added
+to the bands b of all frames. It is what subtracting an utterance's mean cepstrum would take away; a
+stream has no mean yet, so the network learns that the curve says nothing. (FilterAugment, Nam et
+al., ICASSP 2022, draws steps or lines instead of cosines.)
 """
 
 import dataclasses
@@ -15,14 +19,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from models.asr.features import LogMel, band_centres
 
+_ORDERS = 5  # cosines of a frequency response; the last has two and a half periods
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecAugment:
-    """How much to mask and warp; zeros switch a part off.
+    """How much to mask, warp and colour; zeros switch a part off.
 
     The masks are small ones: words of a third of a second lose too much to those of SpecAugment's
-    long utterances (FSDD, 600 steps: 5.5 % of seen speakers' digits wrong with twice as many, twice
-    as wide masks and louder noise, 1.0 % so; `python -m train.rsq_asr --data fsdd --unseen lucas`).
+    long utterances.
     """
 
     band_masks: int = 1
@@ -37,6 +42,8 @@ class SpecAugment:
     """Longest of them as a share of the utterance: a short word is not wiped out."""
     warp: float = 0.12
     """Vocal-tract factors are drawn from [1 - warp, 1 + warp]."""
+    response_db: float = 3.5
+    """Root mean square of the random frequency response of an utterance, dB."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -87,6 +94,28 @@ def warp_vocal_tract(
         return x[:, low] * (1 - share) + x[:, low + 1] * share
 
     return jax.vmap(moved)(keys, features)
+
+
+def colour(
+    keys: Key[Array, "batch"],
+    features: Float[Array, "batch frames bands"],
+    front: LogMel,
+    response_db: float,
+) -> Float[Array, "batch frames bands"]:
+    """Every utterance through a smooth frequency response of its own, and not below the floor.
+
+    Args:
+      keys: one an utterance.
+      features: natural logarithms of energies.
+      front: their front end.
+      response_db: root mean square of the response over bands and utterances.
+    """
+    orders = np.arange(1, _ORDERS + 1)
+    curves = np.cos(np.pi * orders[:, None] * (np.arange(front.bands) + 0.5) / front.bands)
+    spread = response_db * np.log(10) / 10 * np.sqrt(2 / (orders * (1 / orders).sum()))
+    weights = jax.vmap(lambda key: jax.random.normal(key, (_ORDERS,)))(keys) * spread
+    coloured = features + (weights @ curves)[:, None]
+    return jnp.maximum(coloured, np.log(front.floor)).astype(features.dtype)
 
 
 def _masked(key, x, length, options: SpecAugment) -> Array:

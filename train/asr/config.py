@@ -22,7 +22,7 @@ FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices
 class FloatStage:
     """Training in float32."""
 
-    steps: int = 1200
+    steps: int = 1600
     """Optimiser steps."""
     learning_rate: float = 2e-3
     """Highest learning rate; it warms up over a tenth of the steps and falls as a cosine."""
@@ -115,7 +115,7 @@ class Config:
     augment: bool = True
     """Perturb the training data."""
     mask: SpecAugment = dataclasses.field(default_factory=SpecAugment)
-    """Masks on features."""
+    """Masks, warping and frequency responses on features."""
     perturb: Perturb = dataclasses.field(default_factory=Perturb)
     """Perturbation of waveforms."""
     strings: Strings = dataclasses.field(default_factory=Strings)

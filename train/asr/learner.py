@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 from models.asr.acoustic import AcousticModel, Statistics
-from models.asr.augment import spec_augment, warp_vocal_tract
+from models.asr.augment import colour, spec_augment, warp_vocal_tract
 from models.asr.conv import Record, Scale
 from models.asr.features import log_mel
 from train.asr.config import Config, Loss
@@ -175,8 +175,11 @@ def features_of(batch: Batch, framing: Framing):
 
 
 def augmented(keys, features, lengths, framing: Framing, config: Config):
-    """Features warped and masked, by each utterance's own key."""
-    both = jax.vmap(jax.random.split)(keys)
-    if config.mask.warp:
-        features = warp_vocal_tract(both[:, 0], features, framing.front, config.mask.warp)
-    return spec_augment(both[:, 1], features, lengths, config.mask)
+    """Features warped, coloured and masked, by each utterance's own key."""
+    options, front = config.mask, framing.front
+    own = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    if options.warp:
+        features = warp_vocal_tract(own[:, 0], features, front, options.warp)
+    if options.response_db:
+        features = colour(own[:, 1], features, front, options.response_db)
+    return spec_augment(own[:, 2], features, lengths, options)

@@ -51,7 +51,7 @@ def prepare(config: Config, alphabet: Alphabet | None = None) -> Task:
       config: of the run.
       alphabet: labels of a model trained before; by default those of the training data.
     Raises:
-      FileNotFoundError, ValueError: see `folders.load`.
+      ValueError: see `folders.load`.
     """
     if config.data == "synthetic":
         corpus = synthetic.digits(voices=config.voices, unseen=config.voices // 4)

@@ -1,9 +1,11 @@
 """Recordings: read from any format libsndfile knows, checked, and resampled by soxr."""
 
 import dataclasses
+import gzip
 import io
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -90,10 +92,11 @@ def find_audio(folder: Path) -> dict[str, Callable[[], bytes]]:
     """Recordings of a folder and of the `.tar.gz` in it: path inside -> a function that reads it.
 
     Raises:
-      FileNotFoundError: no such folder, or no recordings in it; says what was looked for.
+      ValueError: no such folder, an archive that is broken, or no recordings; says what was looked
+        for.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
+        raise ValueError(f"no folder {folder}")
     found: dict[str, Callable[[], bytes]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
@@ -101,7 +104,7 @@ def find_audio(folder: Path) -> dict[str, Callable[[], bytes]]:
         elif path.name.endswith((".tar.gz", ".tgz", ".tar")):
             found.update(_members(path))
     if not found:
-        raise FileNotFoundError(f"no recordings ({', '.join(SUFFIXES)}) in {folder} or its .tar.gz")
+        raise ValueError(f"no recordings ({', '.join(SUFFIXES)}) in {folder} or its .tar.gz")
     return found
 
 
@@ -115,12 +118,15 @@ def _members(path: Path) -> dict[str, Callable[[], bytes]]:
         return lambda: data
 
     out = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                file = archive.extractfile(member)
-                assert file is not None  # a plain file
-                out[member.name] = reader(file.read())
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    file = archive.extractfile(member)
+                    assert file is not None  # a plain file
+                    out[member.name] = reader(file.read())
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no archive, or a broken one: {error}") from None
     return out
 
 

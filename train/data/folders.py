@@ -28,8 +28,8 @@ def load(
       rate: samples per second to resample to; by default the data set's own.
       unseen: speakers to keep out of training.
     Raises:
-      FileNotFoundError: a list or the recordings are missing; says which.
-      ValueError: a broken list (names file and line), or no usable recording.
+      ValueError: a list or the recordings are missing (says which), a broken list (names file and
+        line), or no usable recording.
     """
     entries, units, own_rate, joinable = _LAYOUTS[layout]
     return assemble(
@@ -107,7 +107,7 @@ def librispeech(folder: Path) -> list[Entry]:
     """
     lists = sorted(folder.rglob("*.trans.txt"))
     if not lists:
-        raise FileNotFoundError(f"librispeech: no *.trans.txt under {folder}")
+        raise ValueError(f"librispeech: no *.trans.txt under {folder}")
     entries = []
     for path in lists:
         above = " ".join(path.relative_to(folder.parent).parts)
@@ -139,10 +139,13 @@ def kaldi(folder: Path) -> list[Entry]:
         for name, text in texts.items():
             recording, cut = name, None
             if segments is not None:
-                fields = segments.get(name, "").split()
-                if len(fields) != 3:
-                    raise ValueError(f"{part}/segments: no recording, start and end for {name}")
-                recording, cut = fields[0], (float(fields[1]), float(fields[2]))
+                try:
+                    recording, start, end = segments.get(name, "").split()
+                    cut = float(start), float(end)
+                except ValueError:
+                    raise ValueError(
+                        f"{part}/segments: no recording, start and end for {name}"
+                    ) from None
             target = recordings.get(recording, "")
             read = _file(part / target) or _file(folder / target) if target else None
             entries.append(Entry(name, speakers.get(name, name), text, read, split, cut=cut))
@@ -157,7 +160,7 @@ def manifest(folder: Path) -> list[Entry]:
     """
     lists = [folder] if folder.is_file() else sorted([*folder.glob("*.json*")])
     if not lists:
-        raise FileNotFoundError(f"manifest: no list (*.json, *.jsonl) in {folder}")
+        raise ValueError(f"manifest: no list (*.json, *.jsonl) in {folder}")
     entries = []
     for path in lists:
         stems = _stems(path.stem)
@@ -198,7 +201,7 @@ def _stems(text: str) -> set[str]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise ValueError(f"no file {path}")
     lines = path.read_text(encoding="utf-8").splitlines()
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 

@@ -1,4 +1,4 @@
-"""Augmentation of waveforms: speed (and pitch with it), tempo, volume, a channel, and noise."""
+"""Augmentation of waveforms: speed (and pitch with it), volume, and noise."""
 
 import dataclasses
 
@@ -14,20 +14,18 @@ class Perturb:
 
     speed: float = 0.12
     """Played faster or slower by up to this share: tempo, pitch and formants move together."""
-    gain_db: float = 10.0
-    """Louder or softer by up to so many decibels."""
-    channel: float = 0.4
-    """Up to this much of a first-order tilt, brighter or duller: another microphone."""
-    noise_share: float = 0.3
+    gain_db: float = 20.0
+    """Louder or softer by up to so many decibels, clipped at full scale."""
+    noise_share: float = 0.6
     """Share of utterances that get noise."""
-    snr_db: tuple[float, float] = (15.0, 40.0)
+    snr_db: tuple[float, float] = (8.0, 35.0)
     """Signal-to-noise ratio of it."""
 
     def __post_init__(self):
-        if not (0 <= self.speed < 0.5 and self.gain_db >= 0 and 0 <= self.channel < 1):
+        if not (0 <= self.speed < 0.5 and self.gain_db >= 0):
             raise ValueError(
-                "Perturb: 0 <= speed < 0.5, gain_db >= 0 and 0 <= channel < 1 are needed, got "
-                f"{self.speed}, {self.gain_db} and {self.channel}"
+                "Perturb: 0 <= speed < 0.5 and gain_db >= 0 are needed, got "
+                f"{self.speed} and {self.gain_db}"
             )
         if not 0 <= self.noise_share <= 1 or self.snr_db[0] > self.snr_db[1]:
             raise ValueError("Perturb: noise_share must lie in [0, 1], snr_db must be a range")
@@ -41,9 +39,6 @@ def perturb(
         # Whole percents: resampling ratios that are simple, as in Ko et al. (2015).
         percent = 100 + round(100 * random.uniform(-options.speed, options.speed))
         wave = soxr.resample(wave, percent, 100, quality="MQ") if percent != 100 else wave
-    if options.channel:
-        tilt = random.uniform(-options.channel, options.channel)
-        wave = np.asarray(lfilter([1.0, tilt], [1.0], wave), np.float32)
     level = float(np.sqrt(np.mean(np.square(wave)) + 1e-12))
     if random.uniform() < options.noise_share:
         snr = 10 ** (random.uniform(*options.snr_db) / 20)

@@ -1,4 +1,4 @@
-"""SpecAugment and vocal-tract warping: what they change, what they leave, and for whom."""
+"""Masks, vocal-tract warping, frequency responses: what they change and leave, and for whom."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from models.asr.augment import SpecAugment
 from models.asr.features import LogMel, band_centres
 
 spec_augment = jax.jit(augment.spec_augment, static_argnums=3)
+colour = jax.jit(augment.colour, static_argnums=(2, 3))
 warp_vocal_tract = jax.jit(augment.warp_vocal_tract, static_argnums=(2, 3))
 KEYS = jax.random.split(jax.random.key(0), 4)
 LENGTHS = jnp.array([60, 40, 20, 60])
@@ -54,6 +55,7 @@ def test_without_strength_nothing_changes():
     none = SpecAugment(band_masks=0, time_masks=0, warp=0.0)
     np.testing.assert_array_equal(spec_augment(KEYS, x, LENGTHS, none), x)
     np.testing.assert_allclose(warp_vocal_tract(KEYS, x, LogMel(), 0.0), x, atol=1e-4)
+    np.testing.assert_array_equal(colour(KEYS, x + 10, LogMel(), 0.0), x + 10)
 
 
 def test_warping_moves_a_peak_by_its_factor_in_hertz():
@@ -69,7 +71,31 @@ def test_warping_moves_a_peak_by_its_factor_in_hertz():
     assert found.max() - found.min() > 150
 
 
-@pytest.mark.parametrize("options", [{"warp": 1.0}, {"band_masks": -1}, {"time_share": 2.0}])
+def test_a_frequency_response_is_one_smooth_curve_an_utterance_of_the_strength_asked_for():
+    front, keys = LogMel(), jax.random.split(jax.random.key(2), 2000)
+    x = jnp.full((2000, 3, 40), 20.0) + jnp.arange(3.0)[:, None]
+    curves = np.asarray(colour(keys, x, front, 4.0) - x, np.float64)
+    np.testing.assert_allclose(curves - curves[:, :1], 0, atol=1e-5)  # alike in every frame
+    db = 10 / np.log(10) * curves[:, 0]
+    # A curve's power has the spread of few normal numbers, so the mean of 2000 is 3 % from 16.
+    assert np.square(db).mean() == pytest.approx(16.0, rel=0.1)
+    np.testing.assert_allclose(db.mean(axis=1), 0, atol=1e-3)  # no change of level: that is gain
+    ripples = np.abs(np.fft.rfft(np.concatenate([db, db[:, ::-1]], axis=1))).mean(axis=0)
+    assert ripples[1:6].min() > 100 * ripples[6:].max()  # orders 1 to 5 and no finer ones
+    alone = np.asarray(colour(keys[7:8], x[7:8], front, 4.0))
+    np.testing.assert_allclose(alone[0], x[7] + curves[7], atol=1e-5)
+
+
+def test_a_frequency_response_leaves_no_energy_below_the_floor():
+    front = LogMel(floor=4.0)
+    x = jnp.full((50, 2, 40), np.log(4.0), jnp.float32)
+    out = np.asarray(colour(jax.random.split(jax.random.key(3), 50), x, front, 6.0))
+    assert out.min() == pytest.approx(np.log(4.0)) and out.max() > 2.0
+
+
+@pytest.mark.parametrize(
+    "options", [{"warp": 1.0}, {"band_masks": -1}, {"response_db": -1.0}, {"time_share": 2.0}]
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match="SpecAugment"):
         SpecAugment(**options)

@@ -138,6 +138,15 @@ def test_kaldi_reads_segments_and_runs_no_command(tmp_path):
     assert reasons["u3"] == "no such file" and "lies outside 2.00 s" in reasons["u4"]
 
 
+@pytest.mark.parametrize("line", ["u1 rec 0.0", "u1 rec 0.0 end", "u2 rec 0 1"])
+def test_a_broken_line_of_segments_names_the_utterance(tmp_path, line):
+    (tmp_path / "wav.scp").write_text("rec a.wav\n")
+    (tmp_path / "segments").write_text(line + "\n")
+    (tmp_path / "text").write_text("u1 one\n")
+    with pytest.raises(ValueError, match="segments: no recording, start and end for u1"):
+        load("kaldi", tmp_path)
+
+
 def test_manifest_reads_json_lines_with_durations_and_splits(tmp_path):
     (tmp_path / "a.wav").write_bytes(_sound(1.0))
     rows = [
@@ -178,10 +187,32 @@ def test_a_broken_manifest_line_is_named(tmp_path, line):
     ],
 )
 def test_an_empty_folder_is_an_error_that_says_what_was_looked_for(tmp_path, layout, message):
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(ValueError, match=message):
         load(layout, tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="absent"):
         load(layout, tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:20],
+        lambda data: data[:120],
+        lambda data: data[:100] + b"damaged" + data[107:],
+        lambda data: b"no archive at all",
+    ],
+)
+def test_a_broken_archive_is_named(tmp_path, damage):
+    sound = _sound()
+    with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("3_ann_5.wav")
+        info.size = len(sound)
+        archive.addfile(info, io.BytesIO(sound))
+    data = (tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "whole.tar.gz").write_bytes(damage(data))
+    with pytest.raises(ValueError, match=r"whole\.tar\.gz is no archive, or a broken one"):
+        load("fsdd", tmp_path)
 
 
 def test_a_wrong_name_is_refused(tmp_path):
