@@ -105,5 +105,5 @@ def wav2letter() -> AcousticModel:
 
 
 def dfsmn() -> AcousticModel:
-    """ConvDFSMN at its default sizes but for 3 taps, for the 29 labels of Wav2letter."""
-    return ConvDFSMN(ConvDFSMNConfig(kernel=3), inputs=80, outputs=29, rngs=nnx.Rngs(0))
+    """ConvDFSMN at its default sizes, for the 29 labels of Wav2letter."""
+    return ConvDFSMN(ConvDFSMNConfig(), inputs=80, outputs=29, rngs=nnx.Rngs(0))
