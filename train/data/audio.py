@@ -126,7 +126,8 @@ def _members(path: Path) -> dict[str, Callable[[], bytes]]:
                     assert file is not None  # a plain file
                     out[member.name] = reader(file.read())
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no archive, or a broken one: {error}") from None
+        said = str(error).partition("\n")[0].rstrip(":")
+        raise ValueError(f"{path} is no archive, or a broken one: {said}") from None
     return out
 
 
