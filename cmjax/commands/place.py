@@ -25,7 +25,6 @@ from cmjax.commands.place_problem import (
 from cmjax.commands.plan_output import (
     check_outputs,
     judged_score,
-    nodes_for,
     numbered,
     plan_document,
     reach_of,
@@ -33,6 +32,7 @@ from cmjax.commands.plan_output import (
     write_page,
 )
 from cmjax.cost.deployment import build_layer
+from cmjax.cost.ranks import mesh_spread
 from cmjax.cost.rows import row_time
 from cmjax.hardware import Supernode, load_machine
 from cmjax.placement.search import OnStep
@@ -150,7 +150,7 @@ class Place:
             evaluation={name: judged_score(found) for name, found in placed.judged.items()},
         )  # fmt: skip
         if self.html:
-            nodes = self.nodes or nodes_for(placed.plans[self.method].ranks, machine)
+            nodes = self.nodes or mesh_spread(placed.plans[self.method].ranks, machine).nodes
             shown = {name: placed.plans[name] for name in placed.tokens}
             write_page(
                 self.html, source=loads.source, loads=loads, tokens=placed.tokens,

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cmjax import placement, report
 from cmjax.cost.deployment import build_layer
+from cmjax.cost.ranks import mesh_spread
 from cmjax.hardware import Supernode
 
 
@@ -45,12 +46,6 @@ def check_outputs(
             f"{loads.source}: SGLang's file numbers layers as the model does, dense ones "
             f"included; give --first-layer (3 for DeepSeek-V3)"
         )
-
-
-def nodes_for(ranks: int, machine: Supernode) -> int:
-    """As few nodes as hold the ranks; 1 where they do not fill whole nodes."""
-    per_node = machine.npus_per_node * machine.dies_per_npu
-    return ranks // per_node if ranks % per_node == 0 else 1
 
 
 def plan_document(
@@ -117,7 +112,7 @@ def write_page(
         loads=loads.counts[-1],
         tokens=tokens,
         scores=scores,
-        nodes=nodes or nodes_for(ranks, machine),
+        nodes=nodes or mesh_spread(ranks, machine).nodes,
         row_bytes=3 * hidden,  # one byte a value to dispatch (INT8), two to combine (BF16)
         reach=reach,
         served=served,

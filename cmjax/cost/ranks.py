@@ -1,5 +1,7 @@
 """Which part of a machine a number of ranks occupies."""
 
+from contextlib import suppress
+
 from cmjax.hardware import Supernode
 from cmjax.mesh import RankMesh
 
@@ -21,6 +23,23 @@ def mesh_for(ranks: int, machine: Supernode) -> RankMesh:
             f"or a multiple of {per_node}"
         )
     return RankMesh(nodes, npus // nodes, dies)
+
+
+def mesh_spread(ranks: int, machine: Supernode) -> RankMesh:
+    """`ranks` dies over as few nodes as hold them with equally many on each.
+
+    Raises: ValueError: no number of nodes does.
+    """
+    per_node = machine.npus_per_node * machine.dies_per_npu
+    if ranks < 1 or ranks > machine.ranks:
+        raise ValueError(f"{ranks} ranks; {machine.name} has {machine.ranks}")
+    for nodes in range(-(-ranks // per_node), machine.nodes + 1):
+        with suppress(ValueError):
+            return mesh_over(nodes, ranks, machine)
+    raise ValueError(
+        f"{ranks} ranks do not spread evenly over the nodes of {machine.name} ({machine.nodes} "
+        f"nodes of {per_node})"
+    )
 
 
 def mesh_over(nodes: int, ranks: int, machine: Supernode) -> RankMesh:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from cmjax.cost.deployment import Deployment
-from cmjax.cost.ranks import mesh_for, mesh_over
+from cmjax.cost.ranks import mesh_for, mesh_over, mesh_spread
 from cmjax.hardware import Supernode
 from cmjax.mesh import RANKED, on_every_rank
 from cmjax.program.size import Size
@@ -131,7 +131,7 @@ def build_layer(
         groups_per_token=1,
         shared_experts=0,
     )
-    mesh = mesh_for(ranks, machine) if nodes is None else mesh_over(nodes, ranks, machine)
+    mesh = mesh_spread(ranks, machine) if nodes is None else mesh_over(nodes, ranks, machine)
     table = ep_table(experts, ranks, redundant)
     tokens, rows = jax.export.symbolic_shape("tokens, slot_rows")
     layout = Layout(

@@ -11,7 +11,7 @@ from jax import lax
 from cmjax.cost import price
 from cmjax.cost.engines import PIPELINE_TILES, largest
 from cmjax.cost.micro import MICROS, micro
-from cmjax.cost.ranks import mesh_for
+from cmjax.cost.ranks import mesh_for, mesh_spread
 from cmjax.hardware import load_machine, replace_leaf
 from cmjax.primitives import attention
 from cmjax.program import fused, stream, trace
@@ -256,6 +256,25 @@ def test_a_bad_micro_benchmark_is_refused(operator, options, message):
 def test_ranks_fill_whole_nodes_first(ranks, shape):
     mesh = mesh_for(ranks, M)
     assert (mesh.nodes, mesh.npus, mesh.dies) == shape and mesh.ranks == ranks
+
+
+@pytest.mark.parametrize(
+    "ranks, shape",
+    [(16, (1, 8, 2)), (32, (2, 8, 2)), (72, (6, 6, 2)), (40, (4, 5, 2)), (7, (1, 7, 1)),
+     (768, (48, 8, 2))],
+)  # fmt: skip
+def test_any_ranks_spread_over_as_few_nodes_as_hold_them_evenly(ranks, shape):
+    mesh = mesh_spread(ranks, M)
+    assert (mesh.nodes, mesh.npus, mesh.dies) == shape and mesh.ranks == ranks
+
+
+@pytest.mark.parametrize(
+    "ranks, message",
+    [(769, "769 ranks; cloudmatrix384 has 768"), (0, "0 ranks; "), (61, "61 ranks do not spread")],
+)
+def test_ranks_that_no_nodes_hold_evenly_are_refused(ranks, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        mesh_spread(ranks, M)
 
 
 def test_the_smooth_maximum_bounds_the_maximum_from_above():
