@@ -42,7 +42,6 @@ TOKEN_BYTES = 7_680 + 14_336
 """INT8 dispatch message and BF16 combine of a token of DeepSeek-R1's hidden size 7,168."""
 METHODS = (*placement.BASELINES, "search", "gradient")
 SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=10, swaps_per_slot=1.0)
-TWO = placement.SearchConfig(starts=2)  # as many plans as `gradient` searches from
 SHRINK = 0.7  # where another domain is judged
 SEARCH_S = 20.0  # most that a search may take, besides compiling
 ROBUST = ((288, 32), (288, 72), (320, 64), (320, 160))
@@ -294,7 +293,6 @@ def robust(console: Console) -> list[dict]:
             "3,000 random swaps": random_swaps,
             "30,000 random swaps": lambda p: random_swaps(p, swaps=30_000),
             "search, one short start": lambda p: placement.search(p, slowest, config=SHORT),
-            "search, two starts": lambda p: placement.search(p, slowest, config=TWO),
             "search": lambda p: placement.search(p, slowest),
             "gradient, without search": lambda p: p.plan(placement.relax_and_round(p, slowest)[0]),
             "gradient": lambda p: placement.gradient(p, slowest),
