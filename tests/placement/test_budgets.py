@@ -33,6 +33,7 @@ def test_slots_go_where_they_save_most(family):
         choose_slots(problem, slowest, 8)
 
 
+@pytest.mark.slow
 def test_chosen_budgets_beat_equal_ones_of_the_same_memory(family):
     counts = np.array(family.counts)
     counts[:, 1] = 100.0
