@@ -4,8 +4,11 @@
 
 Yao et al. (arXiv 2010.14841; ICASSP 2022, abstract) report for Wav2letter on ARMv7 phones 1.48x end
 to end and 1.92x on the backbone, at about 0.07 % absolute word error rate. Here, for each network
-and seed, one float32 network is trained and then made integer in six ways. Every part is kept in
-the output folder: an interrupted study goes on where it stopped. Without `taskset` XLA takes every
+and seed, one float32 network is trained and then made integer in nine ways: calibrated only (PTQ)
+or trained for it (QAT), with the ranges of `train.asr.quantise`. Two trainings expand the range of
+integers: "RSQ, one range" lets inputs leave the safe range and transformed values saturate, as the
+abstract words it; "RSQ" has a range for every point of the transform. Every part is kept in the
+output folder: an interrupted study goes on where it stopped. Without `taskset` XLA takes every
 core, and speeds depend on what else runs.
 """
 
@@ -35,7 +38,7 @@ from models.asr.acoustic import AcousticModel
 from models.asr.deployed import backbone, backbone_call, whole_call
 from studies.rsq_asr_figure import plot_tradeoff
 from train import checkpoint
-from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage
+from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage, Ranges
 from train.asr.learner import take_apart
 from train.asr.quantise import layer_inputs, layer_sqnr_db
 from train.asr.run import Run, measure, start, train
@@ -52,7 +55,7 @@ class Variant:
     """A way to integers: how ranges are chosen, and whether and with what loss it is trained."""
 
     precision: Literal["float32", "int8", "int8-winograd"]
-    ranges: Literal["per-tap", "safe", "naive"] = "per-tap"
+    ranges: Ranges = "per-tap"
     trained: bool = False
     distilled: bool = True
 
@@ -61,8 +64,11 @@ VARIANTS = {
     "float32": Variant("float32"),
     "int8 direct, PTQ": Variant("int8"),
     "Winograd naive, PTQ": Variant("int8-winograd", "naive"),
+    "Winograd one range, PTQ": Variant("int8-winograd", "scaled"),
     "Winograd per tap, PTQ": Variant("int8-winograd"),
+    "QAT, naive ranges": Variant("int8-winograd", "naive", trained=True),
     "QAT, safe ranges": Variant("int8-winograd", "safe", trained=True),
+    "RSQ, one range": Variant("int8-winograd", "scaled", trained=True),
     "RSQ, no distillation": Variant("int8-winograd", trained=True, distilled=False),
     "RSQ": Variant("int8-winograd", trained=True),
 }

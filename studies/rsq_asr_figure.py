@@ -24,8 +24,11 @@ _MARKS = {
     "float32": (GREY, "s"),
     "int8 direct, PTQ": (BLUE, "o"),
     "Winograd naive, PTQ": (VERMILION, "X"),
+    "Winograd one range, PTQ": (ORANGE, "s"),
     "Winograd per tap, PTQ": (ORANGE, "D"),
+    "QAT, naive ranges": (PURPLE, "X"),
     "QAT, safe ranges": (PURPLE, "v"),
+    "RSQ, one range": (GREEN, "P"),
     "RSQ, no distillation": (SKY, "P"),
     "RSQ": (GREEN, "*"),
 }

@@ -29,7 +29,7 @@ from models.asr.frames import Frames, lookback, masked
 
 Precision = Literal["float32", "int8", "int8-winograd"]
 PRECISIONS = ("float32", "int8", "int8-winograd")
-_STEPS = ("input_step", "point_step", "filter_step")
+Requantize = Literal["free", "none", "tied"]
 
 
 class Scale(nnx.Param):
@@ -62,8 +62,12 @@ class Conv(nnx.Module):
     """`y_t = act(b + sum_j x_{stride t - low + j} W_j)`, low = (kernel - 1) // 2, zeros outside.
 
     `act(y) = max(y, slope y)`: slope 1 is none, 0 is ReLU. Frames: `ceil(frames / stride)`.
-    Parameters: `kernel [taps, cin, cout]`, `bias [cout]`; once calibrated `input_step []`,
-    `point_step [points]` and `filter_step [points, cout]`, the fields of `ConvScales`.
+    Parameters: `kernel [taps, cin, cout]`, `bias [cout]`; once calibrated the steps of `ConvScales`
+    as far as they learn, by how the values of a transform become operands (`requantize`):
+
+        free    input_step [], point_step [points], filter_step [points, cout]
+        none    input_step [],                      filter_step [points, cout]: point steps stay 1
+        tied    input_step [], point_step [],       filter_step []: one for all points
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Conv(nnx.Module):
         self.precision: Precision = "float32"
         self.algorithm: str | None = None
         self.input_limit = 0
+        self.requantize: Requantize = "free"
 
     @property
     def low(self) -> int:
@@ -109,18 +114,33 @@ class Conv(nnx.Module):
         """The steps. Raises ValueError before `set_scales`."""
         if self.algorithm is None:
             raise ValueError("Conv: no scales yet; calibrate before switching to integers")
+        points = ALGORITHMS[self.algorithm].n
+        kept = jnp.ones(()) if self.requantize == "none" else self.point_step[...]
         return ConvScales(
-            **{name: getattr(self, name)[...] for name in _STEPS},
+            input_step=self.input_step[...],
+            point_step=jnp.broadcast_to(kept, (points,)),
+            filter_step=jnp.broadcast_to(self.filter_step[...], (points, self.cout)),
             algorithm=self.algorithm,
             domain="int8",
             input_limit=self.input_limit,
         )
 
-    def set_scales(self, scales: ConvScales) -> None:
-        """Quantise with these from now on, once switched to integers."""
-        for name in _STEPS:
-            setattr(self, name, Scale(jnp.asarray(getattr(scales, name))))
+    def set_scales(self, scales: ConvScales, *, requantize: Requantize = "free") -> None:
+        """Quantise with these from now on, once switched to integers.
+
+        Args:
+          scales: with `requantize="none"` all point steps are 1.
+          requantize: which of them learn; "tied" takes the largest of the points' steps for all.
+        """
+        tied = requantize == "tied"
+        if hasattr(self, "point_step"):  # of scales before these
+            del self.point_step
+        self.input_step = Scale(jnp.asarray(scales.input_step))
+        self.filter_step = Scale(scales.filter_step.max() if tied else scales.filter_step)
+        if requantize != "none":
+            self.point_step = Scale(scales.point_step.max() if tied else scales.point_step)
         self.algorithm, self.input_limit = scales.algorithm, scales.input_limit
+        self.requantize = requantize
 
     def switch(self, precision: Precision) -> None:
         """Compute in `precision` from now on.
@@ -138,7 +158,9 @@ class Conv(nnx.Module):
             )
         self.precision = precision
 
-    def prepare_scales(self, algorithm: str, input_limit: int) -> None:
+    def prepare_scales(
+        self, algorithm: str, input_limit: int, *, requantize: Requantize = "free"
+    ) -> None:
         """Steps of 1 in the shapes of an algorithm, to be filled."""
         points = ALGORITHMS[algorithm].n
         self.set_scales(
@@ -149,7 +171,8 @@ class Conv(nnx.Module):
                 algorithm=algorithm,
                 domain="int8",
                 input_limit=input_limit,
-            )
+            ),
+            requantize=requantize,
         )
 
     def pack(self, *, for_kernels: bool | None = None) -> None:

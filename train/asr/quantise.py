@@ -1,16 +1,16 @@
 """From a float32 network to integers: which algorithm where, and steps from samples.
 
 Layers with a stride or one tap and the last layer are direct, all others take a short algorithm.
-How the integer ranges of those are chosen has four forms, compared in `studies.rsq_asr`:
+How the integer ranges of those are chosen, and which of their steps learn, has four forms, compared
+in `studies.rsq_asr`:
 
     per-tap   a step for every point of the transform; inputs as fine as an exact transform allows
     scaled    transformed integers stay as they are and may saturate; the input range R is the one
               of the least squared error, beyond what is safe: range scaling in its plain form
     safe      the same with the R that never saturates
-    naive     one step for all points and channels, from int8 inputs
+    naive     one step for all points, one for the whole filter, from int8 inputs
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +23,17 @@ from cmjax.primitives.conv_scales import calibrate as calibrate_conv
 from cmjax.primitives.toom_cook import ALGORITHMS
 from cmjax.primitives.winograd import winograd_conv1d
 from models.asr.acoustic import AcousticModel, layer_algorithms
-from models.asr.conv import Conv, Precision
+from models.asr.conv import Conv, Precision, Requantize
 from train.asr.config import Ranges
 from train.asr.learner import features_of
 from train.data.batches import Batch, Framing
 
+_REQUANTIZE: dict[Ranges, Requantize] = {
+    "per-tap": "free",
+    "scaled": "none",
+    "safe": "none",
+    "naive": "tied",
+}
 _SCALED = (1.0, 1.2, 1.4, 1.7, 2.0, 2.5)  # multiples of the safe range that are tried
 
 
@@ -56,7 +62,8 @@ def calibrate(
     inputs = layer_inputs(model, batches, framing)
     forms = layer_algorithms(model, precision, algorithm)
     for conv, x, form in zip(model.convolutions(), inputs, forms, strict=True):
-        conv.set_scales(scales_of(conv, x, form, "per-tap" if form == "direct" else ranges))
+        own = "per-tap" if form == "direct" else ranges
+        conv.set_scales(scales_of(conv, x, form, own), requantize=_REQUANTIZE[own])
     model.switch(precision)
 
 
@@ -83,12 +90,7 @@ def scales_of(conv: Conv, x: Array, algorithm: str, ranges: Ranges) -> ConvScale
     if ranges == "per-tap":
         return calibrate_conv(x, kernel, **common)
     if ranges == "naive":
-        scales = calibrate_conv(x, kernel, **common, input_limit=127, method="max")
-        return dataclasses.replace(
-            scales,
-            point_step=jnp.full_like(scales.point_step, scales.point_step.max()),
-            filter_step=jnp.full_like(scales.filter_step, scales.filter_step.max()),
-        )
+        return calibrate_conv(x, kernel, **common, input_limit=127, method="max")
     safe = ALGORITHMS[algorithm].safe_range(127)
     if safe < 1:
         raise ValueError(
@@ -115,6 +117,7 @@ def saved_plans(model: AcousticModel) -> list[dict[str, Any]]:
             "precision": conv.precision,
             "algorithm": conv.algorithm,
             "input_limit": conv.input_limit,
+            "requantize": conv.requantize,
         }
         for conv in model.convolutions()
     ]
@@ -124,7 +127,9 @@ def restore_plans(model: AcousticModel, plans: Sequence[dict[str, Any]]) -> None
     """Make a new model as `saved_plans` says, with steps of the right shapes to be filled."""
     for conv, plan in zip(model.convolutions(), plans, strict=True):
         if plan["algorithm"] is not None:
-            conv.prepare_scales(plan["algorithm"], plan["input_limit"])
+            conv.prepare_scales(
+                plan["algorithm"], plan["input_limit"], requantize=plan["requantize"]
+            )
         conv.switch(plan["precision"])
 
 

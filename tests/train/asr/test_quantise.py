@@ -1,10 +1,12 @@
 """Calibration of a network: which algorithm where, and what each way of choosing ranges costs."""
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from models.asr.acoustic import layer_algorithms
+from models.asr.conv import Scale
 from models.asr.features import LogMel
 from models.asr.text import Alphabet
 from models.asr.wav2letter import Wav2letter, Wav2letterConfig
@@ -65,6 +67,25 @@ def test_auto_takes_a_short_algorithm_where_there_are_channels_enough():
     )
     forms = layer_algorithms(wide, "int8-winograd")
     assert [form == "direct" for form in forms] == [True] + 8 * [False] + [True, True]
+
+
+@pytest.mark.parametrize("ranges", ["per-tap", "scaled", "naive"])
+def test_which_steps_learn_is_a_matter_of_the_ranges(ranges):
+    model = _model()
+    calibrate(model, [_batch()], FRAMING, "int8-winograd", algorithm="F(3,3)", ranges=ranges)
+    conv = model.convolutions()[1]
+    learned = nnx.to_pure_dict(nnx.state(conv, Scale))
+    points = {"per-tap": (5,), "naive": ()}
+    assert {name: step.shape for name, step in learned.items()} == {
+        "input_step": (),
+        "filter_step": () if ranges == "naive" else (5, 16),
+        **({"point_step": points[ranges]} if ranges in points else {}),
+    }
+    assert conv.scales.point_step.shape == (5,) and conv.scales.filter_step.shape == (5, 16)
+    assert (conv.scales.point_step == 1).all() == (ranges == "scaled")
+    again = _model()
+    restore_plans(again, saved_plans(model))
+    assert jax.tree.structure(nnx.state(again)) == jax.tree.structure(nnx.state(model))
 
 
 @pytest.mark.slow
