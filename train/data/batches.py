@@ -19,7 +19,7 @@ from models.asr.features import LogMel
 from models.asr.text import Alphabet
 from train.data.audio import Utterance
 from train.data.corpus import Corpus, Skipped
-from train.data.perturb import Perturb, perturb
+from train.data.perturb import Perturb, behind_remnant, perturb
 from train.data.strings import Strings, join
 
 SIZES_S = (2.0, 4.0, 8.0, 16.0, 35.0)
@@ -208,6 +208,10 @@ class TrainingStream:
         else:
             name, text, wave = takes[0].name, takes[0].text, takes[0].waveform()
         if self._augment is not None:
+            if random.uniform() < self._augment.remnant_share:
+                own = [other for other in self._corpus.train if other.speaker == takes[0].speaker]
+                other = own[random.integers(len(own))].waveform()
+                wave = behind_remnant(wave, other, self._corpus.rate, random)
             wave = perturb(wave, self._augment, random)
         return name, text, wave
 

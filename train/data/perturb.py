@@ -1,4 +1,4 @@
-"""Augmentation of waveforms: speed (and pitch with it), volume, and noise."""
+"""Augmentation of waveforms: speed (and pitch with it), volume, noise, and ends of other words."""
 
 import dataclasses
 
@@ -20,6 +20,9 @@ class Perturb:
     """Share of utterances that get noise."""
     snr_db: tuple[float, float] = (8.0, 35.0)
     """Signal-to-noise ratio of it."""
+    remnant_share: float = 0.1
+    """Share of utterances behind the end of a word that is not in their transcript, as where a
+    recording is cut out of a longer one."""
 
     def __post_init__(self):
         if not (0 <= self.speed < 0.5 and self.gain_db >= 0):
@@ -27,6 +30,8 @@ class Perturb:
                 "Perturb: 0 <= speed < 0.5 and gain_db >= 0 are needed, got "
                 f"{self.speed} and {self.gain_db}"
             )
+        if not 0 <= self.remnant_share <= 1:
+            raise ValueError(f"Perturb: remnant_share must lie in [0, 1], got {self.remnant_share}")
         if not 0 <= self.noise_share <= 1 or self.snr_db[0] > self.snr_db[1]:
             raise ValueError("Perturb: noise_share must lie in [0, 1], snr_db must be a range")
 
@@ -45,6 +50,18 @@ def perturb(
         wave = wave + _coloured(len(wave), random) * np.float32(level / snr)
     gain = 10 ** (random.uniform(-options.gain_db, options.gain_db) / 20)
     return np.clip(wave * np.float32(gain), -1, 1)
+
+
+def behind_remnant(
+    wave: Float32[np.ndarray, "time"],
+    word: Float32[np.ndarray, "other"],
+    rate: int,
+    random: np.random.Generator,
+) -> Float32[np.ndarray, "longer"]:
+    """`wave` behind the end of `word`: at most its second half and 0.25 s, at most 20 dB softer."""
+    longest = min(len(word) // 2, rate // 4)
+    end = word[len(word) - random.integers(1, max(2, longest)) :]
+    return np.concatenate([end * np.float32(10 ** (random.uniform(-20, 0) / 20)), wave])
 
 
 def _coloured(length: int, random: np.random.Generator) -> Float32[np.ndarray, "time"]:

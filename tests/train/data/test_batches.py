@@ -1,5 +1,6 @@
 """Strings, perturbation, synthetic speech and batches: reproducible, and fit for CTC."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,7 +12,7 @@ from train.data import synthetic
 from train.data.audio import Utterance
 from train.data.batches import Framing, TrainingStream, fitting, pack, test_batches
 from train.data.corpus import Corpus
-from train.data.perturb import Perturb, perturb
+from train.data.perturb import Perturb, behind_remnant, perturb
 from train.data.strings import Strings, join, strings_of
 
 RATE = 8000
@@ -130,6 +131,26 @@ def test_noise_has_the_ratio_asked_for():
         assert found == pytest.approx(20, abs=2.5)  # brown noise of 2 s varies that much
 
 
+def test_a_remnant_is_the_end_of_a_word_and_no_part_of_the_transcript():
+    word = np.linspace(0.1, 0.8, 3000, dtype=np.float32)
+    wave = np.full(500, 0.5, np.float32)
+    longest = 0
+    for seed in range(20):
+        whole = behind_remnant(wave, word, RATE, np.random.default_rng(seed))
+        end = len(whole) - len(wave)
+        np.testing.assert_array_equal(whole[end:], wave)
+        gain = whole[end - 1] / word[-1]
+        assert 0.1 <= gain <= 1
+        np.testing.assert_allclose(whole[:end], gain * word[len(word) - end :], rtol=1e-6)
+        longest = max(longest, end)
+    assert 1000 < longest <= 1500  # half of the word
+    corpus, own = _corpus(), {"speed": 0.0, "gain_db": 0.0, "noise_share": 0.0}
+    _, plain = _stream(corpus, augment=Perturb(remnant_share=0.0, **own)).at(0)
+    _, behind = _stream(corpus, augment=Perturb(remnant_share=1.0, **own)).at(0)
+    np.testing.assert_array_equal(behind.labels, plain.labels)
+    assert (behind.lengths > plain.lengths).all()
+
+
 def test_what_the_model_cannot_spell_or_fit_is_skipped_by_name():
     corpus = _corpus(joinable=False)
     bad = (
@@ -184,6 +205,23 @@ def test_synthetic_digits_differ_by_word_voice_and_take():
         synthetic.speak("ten", synthetic.voice(random), random)
 
 
+def test_synthetic_voices_say_the_words_of_a_data_set_that_they_can():
+    corpus = _corpus(joinable=True)
+    corpus = dataclasses.replace(
+        corpus, train=(*corpus.train, dataclasses.replace(corpus.train[0], text="maybe"))
+    )
+    more = synthetic.with_voices(dataclasses.replace(corpus, rate=16000), 3, takes=2)
+    added = more.train[len(corpus.train) :]
+    assert {take.text for take in added} == {"one", "two", "three"}
+    assert len(added) == 3 * 3 * 2 and len({take.speaker for take in added}) == 3
+    at_8k = synthetic.with_voices(corpus, 3, takes=2).train[len(corpus.train)]
+    assert len(added[0].samples) == pytest.approx(2 * len(at_8k.samples), abs=2)
+    assert more.tests == corpus.tests
+    assert synthetic.with_voices(corpus, 0) is corpus
+    sentences = dataclasses.replace(corpus, joinable=False)
+    assert synthetic.with_voices(sentences, 3) is sentences
+
+
 def test_a_synthetic_vowel_has_its_formants():
     who = synthetic.Voice(pitch_hz=100, tract=1.0, tempo=0.5, breath=0.0, tilt=0.3)
     random = np.random.default_rng(0)
@@ -202,6 +240,7 @@ def test_a_synthetic_vowel_has_its_formants():
         (lambda: Strings(gap_s=(0.3, 0.1)), "gap_s must be a range"),
         (lambda: Perturb(speed=0.6), "speed < 0.5"),
         (lambda: Perturb(noise_share=2.0), "noise_share must lie"),
+        (lambda: Perturb(remnant_share=-0.1), "remnant_share must lie"),
     ],
 )
 def test_bad_options_are_refused(make, message):
