@@ -82,9 +82,10 @@ class Place:
     # What counts, and where it is judged.
     objective: str = "mean"
     """Of the time of all layers, over the windows: mean, worst, quantile:Q or cvar:Q."""
-    shrink: float = 0.0
+    shrink: float | Literal["auto"] = 0.0
     """How much of the differences between experts will not recur (0 to 1): the plan is made for
-    loads so much nearer to even, as for texts unlike the recorded ones."""
+    loads so much nearer to even, as for texts unlike the recorded ones. `auto` leaves out windows
+    in turn, or workloads of a family, and takes what serves them best."""
     family: tuple[str, ...] = ()
     """More loads of the same model, each one more workload (its windows are added)."""
     train_windows: str | None = None
@@ -146,6 +147,7 @@ class Place:
             console=None if self.json in (None, "-") else console,
             method=self.method,
             objective=self.objective,
+            shrink=placed.shrink,
             machine=machine.name,
             evaluation={name: judged_score(found) for name, found in placed.judged.items()},
         )  # fmt: skip
@@ -159,6 +161,8 @@ class Place:
                 served=placed.served,
             )  # fmt: skip
         emit(console, self.json, document, report.comparison_table(placed.judged, self.objective))
+        if self.shrink == "auto" and self.json != "-":
+            console.print(f"{self.method} is made for loads shrunk by {placed.shrink:g}")
 
     def _refuse_planning(self) -> None:
         """`--evaluate` makes no plan: options that say how to would be ignored."""
@@ -245,6 +249,9 @@ class Place:
         moves = self._moves_allowed(machine, loads.experts, ranks)
         others = (self.method,) if running is None else ()
         methods = tuple(dict.fromkeys((*placement.BASELINES, *others)))
+        shrink = self.shrink
+        if shrink == "auto":
+            shrink = placement.choose_shrink(problem, time_s, seed=self.seed)
         judging = {
             "test": test, "routes": seen[1], "seed": self.seed,
             "step_assignments": self.step_tokens * len(problem.alive) * layer.copies,
@@ -252,7 +259,7 @@ class Place:
         with _progress(quiet) as on_step:
             judged = placement.compare(
                 problem, methods, time_s,
-                weighted=self.weighted, shrink=self.shrink, group_by=seen[0],
+                weighted=self.weighted, shrink=shrink, group_by=seen[0],
                 seconds=self.seconds, on_step=on_step, **judging,
             )  # fmt: skip
             if running is not None:
@@ -269,7 +276,7 @@ class Place:
                     judged[name] = placement.judge_plan(
                         found, problem, time_s, bound_s, solve_s=spent, **judging
                     )
-        return Placed(train, judged, self.method)
+        return Placed(train, judged, self.method, shrink)
 
     def _check(self) -> int:
         """Refuse options that contradict each other; the ranks."""
@@ -299,8 +306,8 @@ class Place:
             raise ValueError(f"moves must be 0 or more, got {self.moves}")
         if self.test is not None and self.test_windows is not None:
             raise ValueError("--test and --test-windows: give one of them")
-        if not 0 <= self.shrink <= 1:
-            raise ValueError(f"shrink must lie between 0 and 1, got {self.shrink}")
+        if self.shrink != "auto" and not 0 <= self.shrink <= 1:
+            raise ValueError(f"shrink must lie between 0 and 1, or be auto, got {self.shrink}")
         unlike = self.method != "search" or self.weighted or self.shrink
         if self.start_from is not None and unlike:
             raise ValueError(
@@ -388,11 +395,12 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """Plans by method, how good each is, and the method that was asked for."""
+    """Plans by method, how good each is, the method that was asked for, and its shrinkage."""
 
     loads: placement.Loads
     judged: dict[str, placement.Judged]
     method: str
+    shrink: float
 
     @property
     def plans(self) -> dict[str, placement.Plan]:

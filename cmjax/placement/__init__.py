@@ -30,6 +30,7 @@ from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
 from cmjax.placement.search import SearchConfig, search
 from cmjax.placement.shared import with_shared
+from cmjax.placement.shrinkage import choose_shrink
 from cmjax.placement.shuffled import shuffled
 from cmjax.placement.split import optimise_split
 from cmjax.placement.step_noise import step_par
@@ -56,6 +57,7 @@ __all__ = [
     "SearchConfig",
     "align",
     "check_method",
+    "choose_shrink",
     "choose_slots",
     "compare",
     "contiguous",

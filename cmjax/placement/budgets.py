@@ -17,9 +17,7 @@ from jaxtyping import Float
 
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
-from cmjax.placement.search import SearchConfig, search
-
-_SHORT = SearchConfig(starts=1, chunks=2, rounds=24, swaps_per_slot=4.0)
+from cmjax.placement.search import SHORT, search
 
 
 def choose_slots(problem: Problem, layer_time_s: LayerTime, total: int) -> Problem:
@@ -64,7 +62,7 @@ def _predicted_s(problem, layer_time_s, size) -> Float[np.ndarray, "windows laye
     part = Problem(
         problem.loads, alive, size * alive - problem.experts, objective=problem.objective
     )
-    plan = search(part, layer_time_s, config=_SHORT)
+    plan = search(part, layer_time_s, config=SHORT)
     return price_s(layer_time_s, plan.tokens_per_rank(problem.loads.counts))
 
 

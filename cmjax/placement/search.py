@@ -74,6 +74,10 @@ class SearchConfig:
             raise ValueError(f"SearchConfig: temperature must be above 0, got {self.temperature}")
 
 
+SHORT = SearchConfig(starts=1, chunks=2, rounds=24, swaps_per_slot=4.0)
+"""For choices that compare many plans: a few seconds for 58 layers."""
+
+
 def search(
     problem: Problem,
     layer_time_s: LayerTime,

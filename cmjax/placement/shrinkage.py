@@ -1,0 +1,60 @@
+"""How much of the differences between experts to expect again, found by leaving windows out.
+
+A plan for loads nearer to even (`Loads.shrunk`) is worse where it was made and better where the
+loads are others. By how much is seen on windows that a plan has not seen, as in cross-validation:
+
+    S* = argmin over S of  sum over folds of  objective(time of the fold under the plan of the rest,
+                                                        shrunk by S)
+
+Folds are stretches of neighbouring windows: a later stretch of one recording, or, where windows are
+workloads, another workload.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cmjax.placement.pricing import LayerTime, price_s
+from cmjax.placement.problem import Problem
+from cmjax.placement.search import SHORT, search
+
+SHARES = (0.0, 0.2, 0.4, 0.7)
+"""Shares of the differences that may not recur."""
+
+
+def choose_shrink(
+    problem: Problem,
+    layer_time_s: LayerTime,
+    *,
+    shares: Sequence[float] = SHARES,
+    folds: int = 4,
+    seed: int = 0,
+) -> float:
+    """The share of the differences between experts that serves windows left out best.
+
+    Args:
+      problem: what is placed; its windows are left out in turn.
+      layer_time_s: the priced layer.
+      shares: to choose from.
+      folds: stretches of windows; fewer where there are fewer windows.
+      seed: of the short searches that plan.
+    Returns: one of `shares`, of equal ones the first.
+    Raises: ValueError for one window only, or fewer than two folds.
+    """
+    counts = problem.loads.counts
+    if len(counts) < 2 or folds < 2:
+        raise ValueError(
+            f"choose_shrink: windows are left out in turn, which needs 2 or more windows and folds,"
+            f" got {len(counts)} and {folds}; give the share itself"
+        )
+    windows = np.arange(len(counts))
+    total_s = np.zeros(len(shares))
+    for left_out in np.array_split(windows, min(folds, len(windows))):
+        seen = replace(problem.loads, counts=np.delete(counts, left_out, axis=0))
+        for at, share in enumerate(shares):
+            part = replace(problem, loads=seen.shrunk(share))
+            plan = search(part, layer_time_s, seed=seed, config=SHORT)
+            time_s = price_s(layer_time_s, plan.tokens_per_rank(counts[left_out])).sum(-1)
+            total_s[at] += len(left_out) * float(problem.objective(time_s))
+    return float(shares[int(total_s.argmin())])
