@@ -251,7 +251,8 @@ class Place:
         methods = tuple(dict.fromkeys((*placement.BASELINES, *others)))
         shrink = self.shrink
         if shrink == "auto":
-            shrink = placement.choose_shrink(problem, time_s, seed=self.seed)
+            with _progress(quiet) as on_step:
+                shrink = placement.choose_shrink(problem, time_s, seed=self.seed, on_step=on_step)
         judging = {
             "test": test, "routes": seen[1], "seed": self.seed,
             "step_assignments": self.step_tokens * len(problem.alive) * layer.copies,

@@ -17,7 +17,7 @@ import numpy as np
 
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
-from cmjax.placement.search import SHORT, search
+from cmjax.placement.search import SHORT, OnStep, search
 
 SHARES = (0.0, 0.2, 0.4, 0.7)
 """Shares of the differences that may not recur."""
@@ -30,6 +30,7 @@ def choose_shrink(
     shares: Sequence[float] = SHARES,
     folds: int = 4,
     seed: int = 0,
+    on_step: OnStep | None = None,
 ) -> float:
     """The share of the differences between experts that serves windows left out best.
 
@@ -39,6 +40,8 @@ def choose_shrink(
       shares: to choose from.
       folds: stretches of windows; fewer where there are fewer windows.
       seed: of the short searches that plan.
+      on_step: called after each with how many there were, how many there will be, and the seconds
+        of the stretch that it was judged on.
     Returns: one of `shares`, of equal ones the first.
     Raises: ValueError for one window only, or fewer than two folds.
     """
@@ -50,11 +53,16 @@ def choose_shrink(
         )
     windows = np.arange(len(counts))
     total_s = np.zeros(len(shares))
-    for left_out in np.array_split(windows, min(folds, len(windows))):
+    stretches = np.array_split(windows, min(folds, len(windows)))
+    for number, left_out in enumerate(stretches):
         seen = replace(problem.loads, counts=np.delete(counts, left_out, axis=0))
         for at, share in enumerate(shares):
             part = replace(problem, loads=seen.shrunk(share))
             plan = search(part, layer_time_s, seed=seed, config=SHORT)
             time_s = price_s(layer_time_s, plan.tokens_per_rank(counts[left_out])).sum(-1)
-            total_s[at] += len(left_out) * float(problem.objective(time_s))
+            found_s = float(problem.objective(time_s))
+            total_s[at] += len(left_out) * found_s
+            if on_step is not None:
+                done = number * len(shares) + at + 1
+                on_step(done, len(stretches) * len(shares), found_s)
     return float(shares[int(total_s.argmin())])
