@@ -19,7 +19,7 @@ from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
 from cmjax.placement.search import SHORT, OnStep, search
 
-SHARES = (0.0, 0.2, 0.4, 0.7)
+SHARES = (0.0, 0.2, 0.4, 0.7, 0.9)
 """Shares of the differences that may not recur."""
 
 
