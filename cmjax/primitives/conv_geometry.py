@@ -3,8 +3,10 @@
     y[t] = sum_j x[s t + d j - low] w[j]
 
 A stride s folds s neighbouring frames into channels: `[length, cin]` becomes `[length/s, s cin]`
-and the k taps become ceil(k/s) taps of s cin channels. Where d is a multiple of s, or there is one
-tap, every s-th frame alone is read.
+and the k taps become ceil(k/s) taps of s cin channels. Zeros that fill up the taps go in front if
+that lets the windows of a centred filter begin with a folded frame: a signal of whole folded frames
+is then folded by reading it otherwise, and nothing is copied. Where d is a multiple of s, or there
+is one tap, every s-th frame alone is read.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ class Folding:
       dilation: dilation of the folded filter.
       frames: neighbouring frames that become channels; 1 where every s-th frame is read alone.
       spread: zeros between the taps, plus one, put in before folding.
+      lead: zero taps in front of the filter, put in before folding.
     """
 
     stride: int
@@ -38,26 +41,31 @@ class Folding:
     dilation: int
     frames: int
     spread: int
+    lead: int
 
 
 def folding(taps: int, stride: int, dilation: int) -> Folding:
     """The folding of a filter of `taps` taps."""
     extent = dilation * (taps - 1) + 1
     if taps == 1 or dilation % stride == 0:
-        return Folding(stride, extent, taps, 1 if taps == 1 else dilation // stride, 1, 1)
-    return Folding(stride, extent, -(-extent // stride), 1, stride, dilation)
+        return Folding(stride, extent, taps, 1 if taps == 1 else dilation // stride, 1, 1, 0)
+    lead = -((extent - 1) // 2) % stride  # "SAME" puts (extent - 1) // 2 zeros before the signal
+    whole = -(-extent // stride)
+    return Folding(
+        stride, extent, whole, 1, stride, dilation, lead if extent + lead <= whole * stride else 0
+    )
 
 
 def fold_filter(
     w: Float[Array, "taps cin cout"], fold: Folding
 ) -> Float[Array, "folded_taps folded_cin cout"]:
     """The filter of the convolution without stride."""
-    taps, cin, cout = w.shape
+    _, cin, cout = w.shape
     if fold.frames == 1:
         return w
     spread = jnp.zeros((fold.taps * fold.frames, cin, cout), w.dtype)
-    last = fold.spread * (taps - 1) + 1
-    return spread.at[: last : fold.spread].set(w).reshape(fold.taps, fold.frames * cin, cout)
+    taken = slice(fold.lead, fold.lead + fold.extent, fold.spread)
+    return spread.at[taken].set(w).reshape(fold.taps, fold.frames * cin, cout)
 
 
 def fold_input(
@@ -72,7 +80,15 @@ def fold_input(
     batch, length, cin = x.shape
     outputs = (length + low + high - fold.extent) // fold.stride + 1
     frames = outputs + fold.dilation * (fold.taps - 1)
+    front, odd = divmod(low + fold.lead, fold.stride)
+    whole = -(-length // fold.stride)
+    known = isinstance(length, int)  # else it is symbolic, and may not be compared
+    if fold.frames > 1 and not odd and known and front + whole <= frames:
+        x = _padded(x, (0, whole * fold.stride - length))
+        folded = x.reshape(batch, whole, fold.stride * cin)
+        return folded, (front, frames - front - whole)
     # Frames behind the last window are cut off; where it reads past the end, its taps are zero.
+    low += fold.lead
     x = _padded(x, (low, frames * fold.stride - length - low))
     if fold.frames == 1:
         return x[:, :: fold.stride], (0, 0)

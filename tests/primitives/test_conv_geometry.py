@@ -41,8 +41,20 @@ def test_folding_equals_a_strided_convolution_of_integers(padding, stride):
 
 def test_a_stride_folds_frames_into_channels_and_a_matching_dilation_skips_them():
     assert (folding(48, 2, 1).taps, folding(48, 2, 1).frames) == (24, 2)
+    assert (folding(3, 2, 1).taps, folding(3, 2, 1).lead) == (2, 1)
     assert (folding(3, 2, 4).dilation, folding(3, 2, 4).frames) == (2, 1)
     assert (folding(1, 3, 5).taps, folding(1, 3, 5).frames) == (1, 1)
+
+
+@pytest.mark.parametrize("taps", [3, 5, 11])
+def test_a_signal_of_whole_frames_is_folded_without_a_copy(taps):
+    fold = folding(taps, 2, 1)
+    x = jnp.arange(2.0 * 8 * 3).reshape(2, 8, 3)
+    low = (taps - 1) // 2
+    folded, pads = fold_input(x, (low, taps - 2 - low), fold)
+    np.testing.assert_array_equal(folded, x.reshape(2, 4, 6))
+    assert sum(pads) == fold.taps - 1
+    assert folding(48, 2, 1).lead == 0  # a zero in front would be a 49th tap
 
 
 @pytest.mark.parametrize("padding", ["same", (1, 2, 3), 3.5, ((1, 2), (3, 4)), (1.0, 2)])

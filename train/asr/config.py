@@ -22,7 +22,7 @@ FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices
 class FloatStage:
     """Training in float32."""
 
-    steps: int = 1600
+    steps: int = 2000
     """Optimiser steps."""
     learning_rate: float = 2e-3
     """Highest learning rate; it warms up over a tenth of the steps and falls as a cosine."""
