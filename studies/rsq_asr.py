@@ -81,7 +81,6 @@ class Study:
     base: Config = dataclasses.field(
         default_factory=lambda: Config(
             voices=8,
-            added_voices=0,
             dfsmn=dataclasses.replace(Config().dfsmn, kernel=3),
             wav2letter=dataclasses.replace(Config().wav2letter, kernel=7),
             augment=False,

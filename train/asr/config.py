@@ -98,8 +98,6 @@ class Config:
     """Labels; by default words for a closed vocabulary, characters otherwise."""
     voices: int = 16
     """Synthetic speakers to learn from; a quarter as many more are for the test alone."""
-    added_voices: int = 40
-    """Synthetic speakers beside those of a data set of single digits."""
     bands: int = 40
     """Mel bands."""
     model: Literal["dfsmn", "wav2letter"] = "dfsmn"
@@ -152,8 +150,8 @@ class Config:
             raise ValueError(f"--data {self.data} needs --data-dir, the folder of the data set")
         if self.data == "synthetic" and (self.data_dir or self.test_dir):
             raise ValueError("--data-dir and --test-dir need --data, the layout of the folder")
-        if self.voices < 1 or self.added_voices < 0:
-            raise ValueError("--voices must be at least 1, --added-voices not negative")
+        if self.voices < 1:
+            raise ValueError(f"--voices must be at least 1, got {self.voices}")
         if self.devices < 1 or self.batch < 1 or self.batch % self.devices:
             raise ValueError(
                 f"--batch ({self.batch}) must be a multiple of --devices ({self.devices})"

@@ -68,8 +68,6 @@ def prepare(config: Config, alphabet: Alphabet | None = None) -> Task:
         )
     if config.development:
         corpus = development(corpus)
-    if config.data != "synthetic":
-        corpus = synthetic.with_voices(corpus, config.added_voices)
     if alphabet is None:
         units = config.units or corpus.units
         texts = [utterance.text for utterance in corpus.train]

@@ -7,15 +7,13 @@ of the glottis through a cascade of resonators at the formants, noise through on
     c = -exp(-2 pi B T),    b = 2 exp(-pi B T) cos(2 pi F T)
 
 with targets that glide from phone to phone. Formants of vowels: Peterson and Barney (1952), men.
-It is for tests and first runs: easier than people, but with voices, tempo and noise that vary. And
-where a data set of digits has few speakers, its voices are many: see `with_voices`.
+It is for tests and first runs: easier than people, but with voices, tempo and noise that vary.
 """
 
 import dataclasses
 import functools
 
 import numpy as np
-import soxr
 from jaxtyping import Float32
 from scipy.ndimage import convolve1d
 from scipy.signal import lfilter
@@ -76,7 +74,7 @@ _PHONES = {
     "T": _Phone((300, 1700, 2600), 0.03, 0.0, 0.5, 3300),
     "K": _Phone((300, 1900, 2500), 0.03, 0.0, 0.45, 1900),
 }
-WORDS = {
+_WORDS = {
     "zero": "Z IH R AO UW",
     "one": "W AH N",
     "two": "T UW",
@@ -108,9 +106,9 @@ def speak(word: str, who: Voice, random: np.random.Generator) -> Float32[np.ndar
 
     Raises: ValueError for a word it cannot say.
     """
-    if word not in WORDS:
-        raise ValueError(f"speak: {word!r} is not one of {', '.join(WORDS)}")
-    phones = [_PHONES[name] for name in WORDS[word].split()]
+    if word not in _WORDS:
+        raise ValueError(f"speak: {word!r} is not one of {', '.join(_WORDS)}")
+    phones = [_PHONES[name] for name in _WORDS[word].split()]
     steps = [
         max(2, round(p.seconds / who.tempo * random.uniform(0.8, 1.25) * RATE / _STEP))
         for p in phones
@@ -137,7 +135,7 @@ def digits(
     for number in range(voices + unseen):
         who = voice(random)
         speaker = f"voice{number:02}"
-        for word in WORDS:
+        for word in _WORDS:
             for take in range(takes + test_takes):
                 samples = speak(word, who, random)
                 samples = samples + (10 ** random.uniform(-4, -2.3)) * random.normal(
@@ -159,30 +157,6 @@ def digits(
         rate=RATE,
         joinable=True,
     )
-
-
-def with_voices(corpus: Corpus, voices: int, *, takes: int = 2) -> Corpus:
-    """A corpus of single words with synthetic speakers beside its own to learn from.
-
-    They say those of its words that they can; a corpus without such words is returned as it is, and
-    so is one that is not of single words.
-
-    Args:
-      corpus: the data set.
-      voices: how many; 0 adds none.
-      takes: of every word by every voice.
-    """
-    words = {utterance.text for utterance in corpus.train} & set(WORDS)
-    if not (voices and words and corpus.joinable):
-        return corpus
-    made = digits(voices=voices, unseen=0, takes=takes, test_takes=0, seed=1).train
-    added = [take for take in made if take.text in words]
-    if corpus.rate != RATE:
-        added = [
-            dataclasses.replace(take, samples=soxr.resample(take.samples, RATE, corpus.rate))
-            for take in added
-        ]
-    return dataclasses.replace(corpus, train=(*corpus.train, *added))
 
 
 def _tracks(phones, steps, random) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Strings, perturbation, synthetic speech and batches: reproducible, and fit for CTC."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -203,23 +202,6 @@ def test_synthetic_digits_differ_by_word_voice_and_take():
     random = np.random.default_rng(0)
     with pytest.raises(ValueError, match="'ten' is not one of zero, one"):
         synthetic.speak("ten", synthetic.voice(random), random)
-
-
-def test_synthetic_voices_say_the_words_of_a_data_set_that_they_can():
-    corpus = _corpus(joinable=True)
-    corpus = dataclasses.replace(
-        corpus, train=(*corpus.train, dataclasses.replace(corpus.train[0], text="maybe"))
-    )
-    more = synthetic.with_voices(dataclasses.replace(corpus, rate=16000), 3, takes=2)
-    added = more.train[len(corpus.train) :]
-    assert {take.text for take in added} == {"one", "two", "three"}
-    assert len(added) == 3 * 3 * 2 and len({take.speaker for take in added}) == 3
-    at_8k = synthetic.with_voices(corpus, 3, takes=2).train[len(corpus.train)]
-    assert len(added[0].samples) == pytest.approx(2 * len(at_8k.samples), abs=2)
-    assert more.tests == corpus.tests
-    assert synthetic.with_voices(corpus, 0) is corpus
-    sentences = dataclasses.replace(corpus, joinable=False)
-    assert synthetic.with_voices(sentences, 3) is sentences
 
 
 def test_a_synthetic_vowel_has_its_formants():
