@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cmjax.placement.pricing import LayerTime, price_s
+from cmjax.placement.compare import objective_s
+from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
 from cmjax.placement.search import SHORT, OnStep, search
 
@@ -45,7 +46,7 @@ def choose_shrink(
     Returns: one of `shares`, of equal ones the first.
     Raises: ValueError for one window only, or fewer than two folds.
     """
-    counts = problem.loads.counts
+    loads, counts = problem.loads, problem.loads.counts
     if len(counts) < 2 or folds < 2:
         raise ValueError(
             f"choose_shrink: windows are left out in turn, which needs 2 or more windows and folds,"
@@ -55,12 +56,12 @@ def choose_shrink(
     total_s = np.zeros(len(shares))
     stretches = np.array_split(windows, min(folds, len(windows)))
     for number, left_out in enumerate(stretches):
-        seen = replace(problem.loads, counts=np.delete(counts, left_out, axis=0))
+        seen = replace(loads, counts=np.delete(counts, left_out, axis=0))
+        unseen = replace(problem, loads=replace(loads, counts=counts[left_out]))
         for at, share in enumerate(shares):
             part = replace(problem, loads=seen.shrunk(share))
             plan = search(part, layer_time_s, seed=seed, config=SHORT)
-            time_s = price_s(layer_time_s, plan.tokens_per_rank(counts[left_out])).sum(-1)
-            found_s = float(problem.objective(time_s))
+            found_s = objective_s(plan, unseen, layer_time_s)
             total_s[at] += len(left_out) * found_s
             if on_step is not None:
                 done = number * len(shares) + at + 1
