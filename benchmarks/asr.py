@@ -22,20 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.conv import PRECISIONS
+from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
+from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
+from cmjax.models.asr.features import LogMel
+from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 from rich.table import Table
 
 from benchmarks.asr_onnx import quantised, session_call, to_onnx
 from benchmarks.timing import least_times
 from cmjax import native
-from cmjax.primitives.conv_scales import calibrate
+from cmjax.primitives.convolution.scales import calibrate
 from cmjax.report import terminal
-from models.asr.acoustic import AcousticModel, layer_algorithms
-from models.asr.conv import PRECISIONS
-from models.asr.deployed import backbone, backbone_call, network_call, whole_call
-from models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
-from models.asr.features import LogMel
-from models.asr.wav2letter import Wav2letter, Wav2letterConfig
 
 WINOGRAD = "int8-winograd"
 PARTS = ("whole", "network", "backbone")

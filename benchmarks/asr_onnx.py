@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.conv import Conv
+from cmjax.models.asr.dfsmn import Block, Memory
 from jaxtyping import Float
-
-from models.asr.acoustic import AcousticModel
-from models.asr.conv import Conv
-from models.asr.dfsmn import Block, Memory
 
 Features = Float[np.ndarray, "batch frames inputs"]
 

@@ -18,16 +18,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import tyro
+from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, one_rank
+from cmjax.models.moe.layers.cache import empty_cache
+from cmjax.models.moe.model import parameters
 from flax import nnx
 from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax import native
-from cmjax.commands.output import exit_code
+from cmjax.console import exit_code
 from cmjax.report import terminal
-from models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, one_rank
-from models.moe.cache import empty_cache
-from models.moe.model import parameters
 
 CONFIG = MoEConfig(
     vocab_size=512,

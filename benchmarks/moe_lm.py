@@ -30,9 +30,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from rich.table import Table
 
 from benchmarks.timing import least_times
-from cmjax.commands.output import exit_code
+from cmjax.commands.generate import parse_mesh
+from cmjax.console import exit_code
 from cmjax.report import terminal
-from models.moe.generate import parse_mesh
 from train.data.text import Windows, grammar_text
 from train.moe.config import Config
 from train.moe.learner import initial, make_step

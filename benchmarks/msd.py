@@ -72,7 +72,7 @@ def _ours_and_xla(native) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from cmjax.primitives.msd import _reference, msd_dot
+    from cmjax.primitives.msd.product import _reference, msd_dot
 
     rng = np.random.default_rng(0)
     w8 = _copies(jnp.asarray(rng.integers(-127, 128, (N, K)), jnp.int8), K * N)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.cost import price
-from cmjax.cost.deployment import Deployment
-from cmjax.cost.predict import Predictor
+from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.predictor import Predictor
 from cmjax.hardware import load_machine, replace_leaf
 
 CONFIGURATIONS = 20_000

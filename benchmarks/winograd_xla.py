@@ -18,8 +18,8 @@ from jax import lax
 from rich.table import Table
 
 from benchmarks.timing import least_times
-from cmjax.primitives.packed_conv import prepack
-from cmjax.primitives.winograd import winograd_conv1d
+from cmjax.primitives.convolution.packed import prepack
+from cmjax.primitives.convolution.winograd import winograd_conv1d
 from cmjax.report import terminal
 
 SHAPES = (  # batch, frames, channels, taps

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from cmjax.commands import Fit, Machines, Micro, Place, Predict, Price, Validate
-from cmjax.commands.output import exit_code
+from cmjax.console import exit_code
 from cmjax.report import terminal
 
 _Command = (

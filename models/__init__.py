@@ -1,0 +1,1 @@
+"""Models to run and to price, as Flax NNX modules."""

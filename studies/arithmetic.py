@@ -24,17 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from cmjax.models.moe import MoEModel, extend_cache
 from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.commands.output import exit_code
-from cmjax.cost.deployment import Deployment
-from cmjax.cost.predict import Predictor, Requests, fastest
+from cmjax.console import exit_code
+from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.predictor import Predictor, Requests, fastest
 from cmjax.hardware import load_machine
 from cmjax.report import terminal
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
-from models.moe import MoEModel, extend_cache
 from train import checkpoint
 from train.moe.config import Config
 from train.moe.run import start, train, trained_model

@@ -2,9 +2,9 @@
 
     python -m studies.asr_price [--on cloudmatrix384] [--out out/asr_price.json]
 
-Prices Wav2letter and ConvDFSMN (`models.asr.pricing`) on one die. Winograd has fewer products for
-the cube cores, and transforms that the vector cores must do: it pays where the cube is what takes
-longest. Algorithms are chosen by gradient: layer l takes algorithm a with probability p,
+Prices Wav2letter and ConvDFSMN (`cmjax.models.asr.pricing`) on one die. Winograd has fewer products
+for the cube cores, and transforms that the vector cores must do: it pays where the cube is what
+takes longest. Algorithms are chosen by gradient: layer l takes algorithm a with probability p,
 
     minimise  sum_l,a p_l,a t_l,a / T_direct + w max(0, sum_l,a p_l,a n_l,a / N - 1)
     p = softmax(theta / temperature),   temperature falling from 1 to 0.02
@@ -23,6 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from cmjax.models.asr import pricing
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.conv import Conv
+from cmjax.models.asr.deployed import backbone
+from cmjax.models.asr.frames import Frames
 from flax import nnx
 from jaxtyping import Array, Float
 from rich.console import Console
@@ -30,15 +35,10 @@ from rich.table import Table
 
 from cmjax.cost import price
 from cmjax.hardware import Supernode, load_machine
-from cmjax.primitives.conv_choice import BASE_SQNR_DB
-from cmjax.primitives.toom_cook import ALGORITHMS, supported
+from cmjax.primitives.convolution.choice import BASE_SQNR_DB
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
 from cmjax.program.step import Step
 from cmjax.report import terminal
-from models.asr import pricing
-from models.asr.acoustic import AcousticModel
-from models.asr.conv import Conv
-from models.asr.deployed import backbone
-from models.asr.frames import Frames
 
 NETWORKS = {"wav2letter": pricing.wav2letter, "dfsmn": pricing.dfsmn}
 _STEPS = 400

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from cmjax import report
 from cmjax.commands.calibrate import compare
-from cmjax.commands.output import track
 from cmjax.commands.predict import Predict
+from cmjax.console import track
 from cmjax.cost.measured import measured_machines, read_measurements
 from cmjax.report import Section, ValidationRow, terminal
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from cmjax import placement, report
 from cmjax.commands.place import Place
 from cmjax.commands.predict import Predict
-from cmjax.cost.predict import fastest
+from cmjax.deploy.predictor import fastest
 from cmjax.report import Section, terminal
 from studies import cloudmatrix
 

@@ -6,8 +6,8 @@
 Each mesh runs in a process of its own, with as many XLA devices as it has nodes, and with the
 experts (redundant ones and replicas of the shared one included) where a plan of `cmjax place` puts
 them. A run starts (imports, devices, parameters in place), compiles, prefills and takes ten decode
-steps. Then its bytes are counted (`cmjax.cost.traffic`) and its logits compared with the unsharded
-model's.
+steps. Then its bytes are counted (`cmjax.verify.traffic`) and its logits compared with the
+unsharded model's.
 
 Three things must be equal to the byte, or the exit code is 1:
 
@@ -39,10 +39,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.commands.output import check_target, emit, track
+from cmjax.commands.generate import parse_mesh
 from cmjax.commands.place import Place
+from cmjax.console import check_target, emit, track
 from cmjax.report import terminal
-from models.moe.generate import parse_mesh
 from studies.mesh_figure import plot_meshes
 from studies.mesh_worker import small_model
 

@@ -19,23 +19,23 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.generation.batch import Batch, Sampler
+from cmjax.models.moe.generation.programs import Sizes, compile_programs, place_params
+from cmjax.models.moe.model import MoEModel, abstract_model
+from cmjax.models.moe.schedule import Schedule
+from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables
+from cmjax.models.moe.steps import abstract_decode, abstract_prefill, init_params
 from flax import nnx
 
-from cmjax.cost.compiled import device_bytes
-from cmjax.cost.traffic import count_traffic, pair_bytes, priced_bytes, tier_bytes
+from cmjax.commands.generate import parse_mesh
 from cmjax.files import replace_text
 from cmjax.mesh import RANKED, RankMesh, on_every_rank, prepare_devices
 from cmjax.placement import read_plan
 from cmjax.program import trace
-from models.moe.batch import Batch, Sampler
-from models.moe.config import LatentAttention, MoEConfig
-from models.moe.deepseek import abstract_decode, abstract_prefill, init_params
-from models.moe.generate import parse_mesh
-from models.moe.layout import Layout, one_rank, shard_params
-from models.moe.model import MoEModel, abstract_model
-from models.moe.placement import SlotTable, ep_table, plan_tables
-from models.moe.programs import Sizes, compile_programs, place_params
-from models.moe.schedule import Schedule
+from cmjax.verify.compiled import device_bytes
+from cmjax.verify.traffic import count_traffic, pair_bytes, priced_bytes, tier_bytes
 
 _REFERENCE = 64  # sequences that the unsharded model runs at a time
 

@@ -19,7 +19,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.cost.msd import crossover_rows, dequantised_product, kv_bytes, parts_product
 from cmjax.hardware import load_machine
 from cmjax.primitives import (
     dequantize_weight,
@@ -29,7 +28,7 @@ from cmjax.primitives import (
     quantize_kv,
     quantize_weight,
 )
-from cmjax.primitives.msd_decompose import STEP
+from cmjax.primitives.msd.decompose import STEP
 from cmjax.report import Section, terminal, write_page
 from cmjax.report.plots.figure import (
     BLUE,
@@ -42,6 +41,7 @@ from cmjax.report.plots.figure import (
     save,
     set_title,
 )
+from studies.msd_closed_forms import crossover_rows, dequantised_product, kv_bytes, parts_product
 
 GAPS = (6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0, 13.0, 14.0)
 LAYERS = {  # DeepSeek-R1's matrix products by name: features, inner

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import report
-from cmjax.commands.output import track
+from cmjax.console import track
 from cmjax.primitives import AttentionNumerics, attention_numerics
-from cmjax.primitives.attention_numerics import FP16_OVERFLOW, VARIANTS
+from cmjax.primitives.attention.numerics import FP16_OVERFLOW, VARIANTS
 from cmjax.report import Section, terminal
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent

@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.commands.output import track
-from cmjax.cost.deployment import build_layer
-from cmjax.cost.rows import row_time
+from cmjax.console import track
+from cmjax.deploy.layer_price import row_time
+from cmjax.deploy.moe_step import build_layer
 from cmjax.hardware import load_machine
-from cmjax.placement.greedy import greedy_on
-from cmjax.placement.search import relative_loads
+from cmjax.placement.methods.greedy import greedy_on
+from cmjax.placement.methods.search import relative_loads
 from cmjax.report import terminal
 
 TOKENS = 96

@@ -19,8 +19,8 @@ from rich import box
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.cost.deployment import build_layer
-from cmjax.cost.rows import row_time
+from cmjax.deploy.layer_price import row_time
+from cmjax.deploy.moe_step import build_layer
 from cmjax.hardware import Supernode, load_machine
 from cmjax.placement import Loads, MoveCost, Plan, Problem, Rebalancer
 from cmjax.report import terminal

@@ -25,17 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.deployed import backbone, backbone_call, whole_call
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from cmjax.commands.output import exit_code
+from cmjax.console import exit_code
 from cmjax.mesh import prepare_devices
-from cmjax.primitives.packed_conv import prepack
+from cmjax.primitives.convolution.packed import prepack
 from cmjax.report import terminal
-from models.asr.acoustic import AcousticModel
-from models.asr.deployed import backbone, backbone_call, whole_call
 from studies.rsq_asr_figure import plot_tradeoff
 from train import checkpoint
 from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage, Ranges

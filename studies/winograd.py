@@ -25,12 +25,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.commands.output import track
-from cmjax.primitives.conv_choice import BASE_SQNR_DB, expected_sqnr_db
-from cmjax.primitives.conv_scales import ConvScales, calibrate, least_error_step
-from cmjax.primitives.packed_conv import prepack
-from cmjax.primitives.toom_cook import ALGORITHMS, supported
-from cmjax.primitives.winograd import winograd_conv1d
+from cmjax.console import track
+from cmjax.primitives.convolution.choice import BASE_SQNR_DB, expected_sqnr_db
+from cmjax.primitives.convolution.packed import prepack
+from cmjax.primitives.convolution.scales import ConvScales, calibrate, least_error_step
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
+from cmjax.primitives.convolution.winograd import winograd_conv1d
 from cmjax.report import terminal
 from cmjax.report.plots.figure import (
     BLUE,

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cmjax.primitives.conv_scales import (
+from cmjax.primitives.convolution.packed import prepack
+from cmjax.primitives.convolution.quantized import quantized_conv
+from cmjax.primitives.convolution.rsq import rsq_quantize
+from cmjax.primitives.convolution.scales import (
     ConvScales,
     calibrate,
     least_error_step,
     transformed_filter,
 )
-from cmjax.primitives.packed_conv import prepack
-from cmjax.primitives.quantized_conv import quantized_conv
-from cmjax.primitives.rsq import rsq_quantize
-from cmjax.primitives.toom_cook import ALGORITHMS
-from cmjax.primitives.winograd import winograd_conv1d
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
+from cmjax.primitives.convolution.winograd import winograd_conv1d
 
 PIPELINES = ("P0", "P1", "P2", "P3b", "P3", "P4", "P5", "P9", "P6", "P7", "P8")
 SIGNALS = ("Gaussian", "speech-like")

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from cmjax.models.moe.model import MoEModel, parameters
+from cmjax.models.moe.xl3m import segment_starts
 from rich import box
 from rich.table import Table
 
-from cmjax.commands.output import track
+from cmjax.console import track
 from cmjax.report import terminal
-from models.moe.model import MoEModel, parameters
-from models.moe.xl3m import segment_starts
 from studies import xl3m_cost, xl3m_figure
 from studies.xl3m_methods import (
     SEGMENT,

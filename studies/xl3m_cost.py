@@ -18,6 +18,10 @@ import sys
 import jax
 import jax.export
 import jax.numpy as jnp
+from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
+from cmjax.models.moe.model import abstract_model, assemble
+from cmjax.models.moe.sharding import one_rank
+from cmjax.models.moe.xl3m import entropy, next_logits, segment_starts
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -29,10 +33,6 @@ from cmjax.mesh import RANKED, REPLICATED, on_every_rank
 from cmjax.program import Program
 from cmjax.program.step import Step
 from cmjax.report import terminal
-from models.moe.config import GroupedAttention, MoEConfig, Rope
-from models.moe.layout import one_rank
-from models.moe.model import abstract_model, assemble
-from models.moe.xl3m import entropy, next_logits, segment_starts
 
 MACHINE = "ascend-910b-x8"
 QUESTION, BATCH, BYTES = 128, 32, 2  # tokens; segments at a time on a card; per bfloat16
@@ -117,8 +117,6 @@ def reading(machine: Supernode) -> Step:
         args=(params, ranked(segments, length), ranked(segments)),
         sizes=lambda segments, length: {"segments": segments, "length": length},
         weight_bytes=float(sum(math.prod(x.shape) * BYTES for x in jax.tree.leaves(params))),
-        layers=config.layers,
-        ranks=mesh.ranks,
     )
 
 

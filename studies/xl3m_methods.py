@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cmjax.models.moe.config import GroupedAttention, LinearScaling, MoEConfig, YarnConfig
+from cmjax.models.moe.generation.programs import place_params
+from cmjax.models.moe.layers.cache import extend_cache
+from cmjax.models.moe.model import MoEModel, abstract_model, assemble, parameters
+from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.xl3m import Scorer, XL3MConfig, chosen_context, score_segments
 from jaxtyping import Bool, Float, Int
 
 from cmjax.mesh import RankMesh
-from models.moe.cache import extend_cache
-from models.moe.config import GroupedAttention, LinearScaling, MoEConfig, YarnConfig
-from models.moe.layout import Layout, one_rank, shard_params
-from models.moe.model import MoEModel, abstract_model, assemble, parameters
-from models.moe.programs import place_params
-from models.moe.xl3m import Scorer, XL3MConfig, chosen_context, score_segments
 from train.passkey import Vocabulary
 
 ASKED = 16  # keys of a haystack that are asked for, each in it once

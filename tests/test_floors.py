@@ -2,35 +2,42 @@
 
 import ast
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
-CMJAX_FLOORS = {
-    "mesh": 0,
+FOLDERS = ("cmjax", "models", "train", "studies", "benchmarks")
+FLOORS = {
     "files": 0,
+    "console": 1,
     "hardware": 0,
     "native": 0,
-    "program": 1,
-    "primitives": 2,
-    "cost": 3,
-    "placement": 4,
-    "serving": 4,
-    "parallel": 4,
-    "report": 5,
-    "commands": 6,
-    "cli": 7,
+    "mesh": 1,
+    "program": 2,
+    "primitives": 3,
+    "placement": 3,
+    "cost": 4,
+    "verify": 5,
+    "models": 5,
+    "deploy": 6,
+    "serving": 7,
+    "parallel": 7,
+    "codesign": 7,
+    "report": 8,
+    "commands": 9,
+    "cli": 10,
 }
-HOUSE_FLOORS = {"cmjax": 0, "models": 1, "train": 2, "studies": 3}
+"""Parts of `cmjax`, which may import what lies lower, and their own."""
+HOUSE_FLOORS = {"cmjax": 0, "train": 1, "studies": 2, "benchmarks": 2}
 SOURCES = sorted(
-    path
-    for package in HOUSE_FLOORS
-    if (ROOT / package).is_dir()
-    for path in (ROOT / package).rglob("*.py")
+    path for folder in FOLDERS if (ROOT / folder).is_dir() for path in (ROOT / folder).rglob("*.py")
 )
 MOST_LINES = 450
+A_MODULE = re.compile(r"(cmjax|models|train|studies|tests|benchmarks)(\.[a-z_]\w*)+(:\w+)?")
+"""A string that is a dotted name of the project: an import, if anything ever imports it."""
 
 
 def _name(path: Path) -> str:
@@ -38,7 +45,11 @@ def _name(path: Path) -> str:
 
 
 def _imports(tree: ast.AST, path: Path):
-    """(line, dotted module) of every absolute import; a name imported from a package too."""
+    """(node, dotted module) of every absolute import; a name imported from a package too, and a
+    string that names a module, docstrings aside."""
+    prose = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
+    }  # docstrings and strings under a field
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
@@ -47,6 +58,12 @@ def _imports(tree: ast.AST, path: Path):
             yield node, node.module
             if node.module in PROJECT:  # from cmjax import cost
                 yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Constant) and id(node) not in prose and _names_module(node.value):
+            yield node, node.value.partition(":")[0]
+
+
+def _names_module(value: object) -> bool:
+    return isinstance(value, str) and A_MODULE.fullmatch(value) is not None
 
 
 def _may_import(importer: tuple[str, ...], imported: tuple[str, ...]) -> bool:
@@ -56,14 +73,16 @@ def _may_import(importer: tuple[str, ...], imported: tuple[str, ...]) -> bool:
         return imported[0] in floors and floors[imported[0]] < floors[importer[0]]
     if importer[0] != "cmjax" or len(imported) == 1 or importer[1] == imported[1]:
         return True
-    below, above = CMJAX_FLOORS.get(imported[1]), CMJAX_FLOORS.get(importer[1])
-    if below is None or above is None:  # no part of the library: a name such as __version__
+    below, above = FLOORS.get(imported[1]), FLOORS.get(importer[1])
+    if below is None or above is None:  # the face, or a name of it
         return importer[1] == "__init__" or below is None
-    return importer[1] != "mesh" and below < above
+    return below < above
 
 
 def _module(path: Path) -> tuple[str, ...]:
-    return path.relative_to(ROOT).with_suffix("").parts
+    """Of a file, as it is imported: `models/` is `cmjax.models`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ("cmjax", *parts) if parts[0] == "models" else parts
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
@@ -77,7 +96,7 @@ def test_every_import_points_down_the_floors(path):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
+@pytest.mark.parametrize("path", [p for p in SOURCES if "benchmarks" not in p.parts], ids=_name)
 def test_no_function_imports_a_module_of_the_project(path):
     functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
     wrong = [
@@ -85,19 +104,19 @@ def test_no_function_imports_a_module_of_the_project(path):
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, functions)
         for node, imported in _imports(function, path)
-        if imported.split(".")[0] in PROJECT
+        if imported.split(".")[0] in PROJECT and not isinstance(node, ast.Constant)
     ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "cmjax" in _module(p)], ids=_name)
+@pytest.mark.parametrize("path", [p for p in SOURCES if _module(p)[0] == "cmjax"], ids=_name)
 def test_every_library_file_is_one_subject_long(path):
     assert len(path.read_text().splitlines()) < MOST_LINES
 
 
 def test_every_part_of_the_library_has_a_floor():
     parts = {_module(p)[1] for p in SOURCES if _module(p)[0] == "cmjax"} - {"__init__"}
-    assert parts <= set(CMJAX_FLOORS), parts - set(CMJAX_FLOORS)
+    assert parts <= set(FLOORS), parts - set(FLOORS)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +128,27 @@ def test_every_part_of_the_library_has_a_floor():
         ("cmjax.program.trace", "cmjax.cost", False),
         ("cmjax.program.trace", "cmjax.primitives", False),
         ("cmjax.hardware.load", "cmjax.mesh", False),
-        ("cmjax.mesh", "cmjax.hardware", False),
-        ("cmjax.serving.simulate", "cmjax.placement", False),
+        ("cmjax.files", "cmjax.hardware", False),
+        ("cmjax.placement.problem", "cmjax.cost", False),
+        ("cmjax.serving.simulate", "cmjax.deploy", True),
+        ("cmjax.deploy.predictor", "cmjax.report", False),
         ("cmjax.report.html", "cmjax.serving", True),
-        ("cmjax.cost.deployment", "models.moe.deployment", False),
-        ("models.moe.deepseek", "cmjax.cost", True),
-        ("models.moe.deepseek", "train.rsq_asr", False),
+        ("cmjax.cost.price", "cmjax.models.moe", False),
+        ("cmjax.deploy.moe_step", "cmjax.models.moe", True),
+        ("cmjax.models.moe.steps", "cmjax.deploy.moe_step", False),
+        ("cmjax.models.moe.steps", "models.moe.config", False),
+        ("cmjax.models.moe.steps", "train.rsq_asr", False),
         ("studies.pasa", "train.rsq_asr", True),
         ("train.rsq_asr", "tests.conftest", False),
     ],
 )
 def test_the_rule_itself_tells_allowed_from_forbidden(importer, imported, allowed):
     assert _may_import(tuple(importer.split(".")), tuple(imported.split("."))) is allowed
+
+
+def test_a_string_that_names_a_module_counts_as_an_import():
+    tree = ast.parse('"""cmjax.deploy: prose."""\nPROVIDER = "cmjax.deploy.moe_step:build"\n')
+    assert [name for _, name in _imports(tree, ROOT / "cmjax/x.py")] == ["cmjax.deploy.moe_step"]
 
 
 def test_no_two_test_files_share_a_name():

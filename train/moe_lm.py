@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from cmjax.models.moe.model import MoEModel
 from jaxtyping import Int
 from rich.console import Console
 
-from cmjax.commands.output import exit_code
+from cmjax.commands.generate import parse_mesh
+from cmjax.console import exit_code
 from cmjax.mesh import prepare_devices
 from cmjax.report import terminal
-from models.moe.generate import parse_mesh
-from models.moe.model import MoEModel
 from train.metrics import read_metrics
 from train.moe.config import Config
 from train.moe.run import start, train, trained_model

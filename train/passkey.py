@@ -19,17 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
+from cmjax.models.moe.layers.gqa import GQA
+from cmjax.models.moe.layers.rope import angles, frequencies, rotate
+from cmjax.models.moe.layers.transformer import DenseLayer
+from cmjax.models.moe.model import MoEModel
+from cmjax.models.moe.sharding import one_rank
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 from rich.console import Console
 
-from cmjax.commands.output import bar
-from models.moe.config import GroupedAttention, MoEConfig
-from models.moe.gqa import GQA
-from models.moe.layout import one_rank
-from models.moe.model import MoEModel
-from models.moe.rope import angles, frequencies, rotate
-from models.moe.transformer import DenseLayer
+from cmjax.console import bar
 from train import checkpoint
 from train.metrics import MetricsLog
 

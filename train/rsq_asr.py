@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.commands.output import exit_code
+from cmjax.console import exit_code
 from cmjax.mesh import prepare_devices
 from cmjax.report import terminal
 from train.asr.config import Config

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from cmjax import report
 from cmjax.commands.micro import Micro
-from cmjax.commands.output import check_target, emit, track
 from cmjax.commands.predict import Predict
+from cmjax.console import check_target, emit, track
 from cmjax.cost.fit import fit, fitted_keys, write_back
 from cmjax.cost.measured import Measurement, measured_machines, read_measurements
 from cmjax.hardware import load_machine

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from cmjax import placement
-from cmjax.cost.deployment import build_layer
-from cmjax.cost.rows import row_time
+from cmjax.deploy.layer_price import row_time
+from cmjax.deploy.moe_step import build_layer
 from cmjax.hardware import Supernode
 
 

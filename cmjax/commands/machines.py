@@ -6,7 +6,7 @@ import tyro
 from rich.console import Console
 
 from cmjax import report
-from cmjax.commands.output import check_target, emit
+from cmjax.console import check_target, emit
 from cmjax.hardware import catalog, load_machine, sources
 
 

@@ -7,7 +7,7 @@ import tyro
 from rich.console import Console
 
 from cmjax import report
-from cmjax.commands.output import check_target, emit
+from cmjax.console import check_target, emit
 from cmjax.cost.micro import micro
 from cmjax.hardware import Supernode, load_machine
 

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from cmjax import placement, report
 from cmjax.commands.evaluate_plan import evaluate_plans
-from cmjax.commands.output import bar, check_target, emit
 from cmjax.commands.place_problem import (
     join_loads,
     parse_bytes,
@@ -31,12 +30,12 @@ from cmjax.commands.plan_output import (
     score_of,
     write_page,
 )
-from cmjax.cost.deployment import build_layer
+from cmjax.console import bar, check_target, emit
 from cmjax.cost.ranks import mesh_spread
-from cmjax.cost.rows import row_time
+from cmjax.deploy.layer_price import row_time
+from cmjax.deploy.moe_step import MoEStep, build_layer
 from cmjax.hardware import Supernode, load_machine
-from cmjax.placement.search import OnStep
-from cmjax.program.step import Step
+from cmjax.placement.methods.search import OnStep
 
 _EVALUATED = (
     "loads", "ranks", "nodes", "on", "model", "tokens", "windows", "json", "plot", "html",
@@ -352,7 +351,7 @@ class Place:
 
     def _layer(
         self, machine: Supernode, experts: int, ranks: int, redundant: int | None = None
-    ) -> Step:
+    ) -> MoEStep:
         return build_layer(
             self.model, machine,
             ranks=ranks, nodes=self.nodes, experts=experts + self.shared,

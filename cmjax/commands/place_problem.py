@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from cmjax import placement
-from cmjax.program.step import Step
+from cmjax.deploy.moe_step import MoEStep
 
 
 def parse_windows(text: str, windows: int, option: str) -> tuple[int, int]:
@@ -68,7 +68,7 @@ def join_loads(loads: placement.Loads, other: placement.Loads) -> placement.Load
     return dataclasses.replace(loads, counts=np.concatenate(counts))
 
 
-def weight_bytes(layer: Step) -> float:
+def weight_bytes(layer: MoEStep) -> float:
     """Weights that a rank holds of a layer."""
     leaves = jax.tree.leaves(layer.args[0])
     return sum(float(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / layer.ranks

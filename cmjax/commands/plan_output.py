@@ -9,8 +9,8 @@ import numpy as np
 from rich.console import Console
 
 from cmjax import placement, report
-from cmjax.cost.deployment import build_layer
 from cmjax.cost.ranks import mesh_spread
+from cmjax.deploy.moe_step import build_layer
 from cmjax.hardware import Supernode
 
 

@@ -9,10 +9,10 @@ import tyro
 from rich.console import Console
 
 from cmjax import placement, report
-from cmjax.commands.output import check_target, emit
-from cmjax.cost.deployment import Deployment
+from cmjax.console import check_target, emit
 from cmjax.cost.load import imbalance
-from cmjax.cost.predict import Predictor, Requests, fastest
+from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.predictor import Predictor, Requests, fastest
 from cmjax.hardware import load_machine
 
 

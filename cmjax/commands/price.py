@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from cmjax import report
-from cmjax.commands.output import check_target, emit
+from cmjax.console import check_target, emit
 from cmjax.cost import price
 from cmjax.hardware import load_machine
 from cmjax.program.step import load_step

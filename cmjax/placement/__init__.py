@@ -1,40 +1,40 @@
 """Where experts live: the problem, the search, the rules it is compared with, and the bounds."""
 
-from cmjax.placement.bounds import (
+from cmjax.placement.example import example_family, example_loads
+from cmjax.placement.files.formats import PLAN_FORMATS, plan_text, read_plan, read_plans, write_plan
+from cmjax.placement.files.readers import domains, read_family, read_loads, read_pairs, read_routes
+from cmjax.placement.judging.bounds import (
     lower_bound_objective_s,
     lower_bound_time_s,
     lower_bound_tokens,
 )
-from cmjax.placement.budgets import choose_slots
-from cmjax.placement.compare import BASELINES, Judged, compare, judge_plan
-from cmjax.placement.contiguous import contiguous
-from cmjax.placement.evaluate import Evaluation, evaluate
-from cmjax.placement.example import example_family, example_loads
-from cmjax.placement.formats import PLAN_FORMATS, plan_text, read_plan, read_plans, write_plan
-from cmjax.placement.gradient import GradientConfig, gradient, relax_and_round
-from cmjax.placement.greedy import greedy, greedy_global, greedy_hierarchical
-from cmjax.placement.judge import align, judge
+from cmjax.placement.judging.compare import BASELINES, Judged, compare, judge_plan
+from cmjax.placement.judging.evaluate import Evaluation, evaluate
+from cmjax.placement.judging.judge import align, judge
+from cmjax.placement.judging.multicast import Reach, expected_reach, group_ranks, reach
+from cmjax.placement.judging.shrinkage import choose_shrink
+from cmjax.placement.judging.step_noise import step_par
+from cmjax.placement.judging.traffic import node_bytes
 from cmjax.placement.loads import Loads
-from cmjax.placement.migration import Move, match, moves, wire_s
-from cmjax.placement.multicast import Reach, expected_reach, group_ranks, reach
-from cmjax.placement.once_per_rank import once_per_rank
-from cmjax.placement.one_spare import one_spare
-from cmjax.placement.place import METHODS, check_method, place, register_method
+from cmjax.placement.methods.budgets import choose_slots
+from cmjax.placement.methods.contiguous import contiguous
+from cmjax.placement.methods.gradient import GradientConfig, gradient, relax_and_round
+from cmjax.placement.methods.greedy import greedy, greedy_global, greedy_hierarchical
+from cmjax.placement.methods.once_per_rank import once_per_rank
+from cmjax.placement.methods.one_spare import one_spare
+from cmjax.placement.methods.place import METHODS, check_method, place, register_method
+from cmjax.placement.methods.search import SearchConfig, search
+from cmjax.placement.methods.shuffled import shuffled
+from cmjax.placement.methods.split import optimise_split
+from cmjax.placement.online.migration import Move, match, moves, wire_s
+from cmjax.placement.online.rebalancer import MoveCost, Proposal, Rebalancer
+from cmjax.placement.online.repair import count_moves, repair
 from cmjax.placement.plan import Plan
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
-from cmjax.placement.readers import domains, read_family, read_loads, read_pairs, read_routes
-from cmjax.placement.rebalancer import MoveCost, Proposal, Rebalancer
-from cmjax.placement.repair import count_moves, repair
 from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
-from cmjax.placement.search import SearchConfig, search
 from cmjax.placement.shared import with_shared
-from cmjax.placement.shrinkage import choose_shrink
-from cmjax.placement.shuffled import shuffled
-from cmjax.placement.split import optimise_split
-from cmjax.placement.step_noise import step_par
-from cmjax.placement.traffic import node_bytes
 
 __all__ = [
     "BASELINES",

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import ModuleType
@@ -32,10 +33,6 @@ class Step:
         parameters with defaults are optional. Must be differentiable, and raise ValueError for
         sizes that make no sense, such as ones that do not divide.
       weight_bytes, state_bytes: HBM of one rank for parameters, and for inputs and caches.
-      layers: length of the main loop over layers; microbatches: independent chains in it.
-      ranks: of the expert-parallel group; experts, expert_slots, shared_slots: routed experts,
-        slots of all ranks, and how many of those hold shared experts; copies: slots that a token
-        is sent to (a mixture-of-experts model only).
     """
 
     fn: Callable
@@ -43,13 +40,6 @@ class Step:
     sizes: Callable[..., Mapping[str, Any]]
     weight_bytes: Size | float = 0.0
     state_bytes: Size | float = 0.0
-    layers: int = 0
-    microbatches: int = 1
-    experts: int = 0
-    expert_slots: int = 0
-    shared_slots: int = 0
-    copies: int = 0
-    ranks: int = 1
 
     def trace(self) -> Program:
         return trace(self.fn, *self.args)
@@ -70,19 +60,6 @@ class Step:
         return self.sizes(**given)
 
 
-def priced_as(builder: str) -> Callable[[Callable], Callable]:
-    """Say which step builder (`module:function`) prices the decorated function.
-
-    For functions whose arguments shapes alone cannot describe, such as a model's parameters.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        function.priced_as = builder  # type: ignore[attr-defined]
-        return function
-
-    return decorate
-
-
 def import_from_here(module_name: str) -> ModuleType:
     """Import a module, also from the working folder, which a console script does not search."""
     if os.getcwd() not in sys.path:
@@ -93,9 +70,9 @@ def import_from_here(module_name: str) -> ModuleType:
 def load_step(target: str, machine: Supernode) -> Step:
     """Find what `module:function` names and make it a step.
 
-    The function is a step builder (it takes a machine and its return annotation is `Step`), or
-    names one (`priced_as`), or is any JAX function whose parameters carry jaxtyping shapes, such
-    as `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
+    The function is a step builder (it takes a machine and its return annotation is `Step` or a
+    subclass), or is any JAX function whose parameters carry jaxtyping shapes, such as
+    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
 
     Raises:
       ValueError: no such module or function (with the closest names), or unreadable annotations.
@@ -119,11 +96,17 @@ def load_step(target: str, machine: Supernode) -> Step:
         raise ValueError(
             f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
         )
-    if hasattr(function, "priced_as"):
-        return load_step(function.priced_as, machine)
-    if inspect.signature(function).return_annotation in (Step, "Step"):
+    if _builds_step(function):
         return cast(Step, function(machine))
     return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
+
+
+def _builds_step(function: Callable) -> bool:
+    try:
+        returned = typing.get_type_hints(function).get("return")
+    except (NameError, TypeError):  # annotations that only a type checker can read
+        return False
+    return isinstance(returned, type) and issubclass(returned, Step)
 
 
 def _as_given(**sizes):

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from cmjax.models.asr.conv import Conv, Precision, Watch
+from cmjax.models.asr.frames import UNKNOWN, Frames, masked
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cmjax.primitives.conv_choice import choose_algorithm
-from cmjax.primitives.toom_cook import ALGORITHMS
-from models.asr.conv import Conv, Precision, Watch
-from models.asr.frames import UNKNOWN, Frames, masked
+from cmjax.primitives.convolution.choice import choose_algorithm
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 
 _FLOORS_DB = {"auto": None, "fast": 23.0}  # None: that of `choose_algorithm`
 

@@ -4,8 +4,8 @@
     int8            direct convolution with int8 operands
     int8-winograd   int8 operands in the domain of a short algorithm, one step per point
 
-The integer forms are `cmjax.primitives.winograd`: one pipeline for training and for deployment, so
-a trained network is deployed by `pack`ing its filters, and gives the same integers.
+The integer forms are `cmjax.primitives.convolution.winograd`: one pipeline for training and for
+deployment, so a trained network is deployed by `pack`ing its filters, and gives the same integers.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from cmjax.models.asr.frames import Frames, lookback, masked
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from cmjax.primitives.conv_geometry import fold_input, folding
-from cmjax.primitives.conv_scales import ConvScales
-from cmjax.primitives.conv_tiles import windows
-from cmjax.primitives.packed_conv import PackedConv, prepack
-from cmjax.primitives.quantized_conv import LARGEST_OPERAND
-from cmjax.primitives.toom_cook import ALGORITHMS
-from cmjax.primitives.winograd import winograd_conv1d
-from models.asr.frames import Frames, lookback, masked
+from cmjax.primitives.convolution.geometry import fold_input, folding
+from cmjax.primitives.convolution.packed import PackedConv, prepack
+from cmjax.primitives.convolution.quantized import LARGEST_OPERAND
+from cmjax.primitives.convolution.scales import ConvScales
+from cmjax.primitives.convolution.tiles import windows
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
+from cmjax.primitives.convolution.winograd import winograd_conv1d
 
 Precision = Literal["float32", "int8", "int8-winograd"]
 PRECISIONS = ("float32", "int8", "int8-winograd")

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 import optax
+from cmjax.models.asr.text import BLANK
 from jaxtyping import Array, Float, Int
-
-from models.asr.text import BLANK
 
 
 def ctc_loss(

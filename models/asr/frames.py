@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cmjax.primitives.span import zero_outside
+from cmjax.primitives.convolution.lengths import zero_outside
 
 UNKNOWN = 1 << 30  # length of an utterance that has not ended yet
 

@@ -1,6 +1,6 @@
 """Steps of the two networks for `cmjax price`, at the published sizes, in each arithmetic.
 
-    cmjax price models.asr.pricing:wav2letter_int8_winograd --size batch=8 --size frames=1000
+    cmjax price cmjax.models.asr.pricing:wav2letter_int8_winograd --size batch=8 --size frames=1000
 
 The traced step is the network that runs: features in, logits out, filters packed beforehand.
 """
@@ -10,14 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.export
 import jax.numpy as jnp
+from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.conv import Precision
+from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
+from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 
 from cmjax.hardware import Supernode
 from cmjax.program.step import Step
-from models.asr.acoustic import AcousticModel, layer_algorithms
-from models.asr.conv import Precision
-from models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
-from models.asr.wav2letter import Wav2letter, Wav2letterConfig
 
 
 def wav2letter_float32(machine: Supernode) -> Step:

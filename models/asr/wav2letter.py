@@ -9,10 +9,9 @@ with leaky ReLU 0.2 after all but the last: 23,594,529 parameters with 39 inputs
 
 import dataclasses
 
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.conv import Conv
 from flax import nnx
-
-from models.asr.acoustic import AcousticModel
-from models.asr.conv import Conv
 
 SLOPE = 0.2
 

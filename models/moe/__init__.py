@@ -1,11 +1,11 @@
 """Mixture-of-experts transformers (DeepSeek-V2 and V3, Qwen3-MoE, Mixtral), as one rank holds
 them; real weights in and out."""
 
-from models.moe.arithmetic import ARITHMETICS, Arithmetic
-from models.moe.batch import Sampler
-from models.moe.cache import extend_cache
-from models.moe.checkpoint import Checkpoint, load, load_params, open_checkpoint
-from models.moe.config import (
+from cmjax.models.moe.arithmetic import ARITHMETICS, Arithmetic
+from cmjax.models.moe.checkpoint.hf_config import load_config, read_config
+from cmjax.models.moe.checkpoint.load import Checkpoint, load, load_params, open_checkpoint
+from cmjax.models.moe.checkpoint.save import save
+from cmjax.models.moe.config import (
     PRESETS,
     GroupedAttention,
     LatentAttention,
@@ -14,7 +14,16 @@ from models.moe.config import (
     deepseek_v3,
     tiny,
 )
-from models.moe.deepseek import (
+from cmjax.models.moe.generation.batch import Sampler
+from cmjax.models.moe.generation.generator import Generator
+from cmjax.models.moe.generation.programs import place_params
+from cmjax.models.moe.layers.cache import extend_cache
+from cmjax.models.moe.layers.linear import quantize_params
+from cmjax.models.moe.model import MoEModel, convert_params
+from cmjax.models.moe.schedule import Schedule, two_stream_decode
+from cmjax.models.moe.sharding import Layout, one_rank, param_specs, shard_params
+from cmjax.models.moe.slots import SlotTable, ep_table
+from cmjax.models.moe.steps import (
     DecodeInputs,
     DecodeOutput,
     PrefillInputs,
@@ -28,15 +37,6 @@ from models.moe.deepseek import (
     init_params,
     prefill_fn,
 )
-from models.moe.export import save
-from models.moe.generation import Generator
-from models.moe.hf_config import load_config, read_config
-from models.moe.layout import Layout, one_rank, param_specs, shard_params
-from models.moe.linear import quantize_params
-from models.moe.model import MoEModel, convert_params
-from models.moe.placement import SlotTable, ep_table
-from models.moe.programs import place_params
-from models.moe.schedule import Schedule, two_stream_decode
 
 __all__ = [
     "ARITHMETICS",

@@ -5,9 +5,9 @@
     msd_w4a16    the same over MXFP4 weights: blocks of 32 with power-of-two scales
 
 W8A8 is the recipe of CloudMatrix-Infer (Zuo et al., arXiv 2506.12708, section 4.5), the others are
-multi-scale products (Zheng et al., arXiv 2605.13915; `cmjax.primitives.msd`). In all of them norms,
-routers, embedding and residual stream stay in floating point, and so do the per-head up-projections
-of latent attention: absorbed, they act on activations.
+multi-scale products (Zheng et al., arXiv 2605.13915; `cmjax.primitives.msd.product`). In all of
+them norms, routers, embedding and residual stream stay in floating point, and so do the per-head
+up-projections of latent attention: absorbed, they act on activations.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax.numpy as jnp
-
-from models.moe.config import GroupedAttention, MoEConfig
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
 
 Format = Literal["float32", "bfloat16", "w8a8", "msd_w8a16", "msd_w4a16"]
 FLOATS = ("float32", "bfloat16")
@@ -42,7 +41,7 @@ class Arithmetic:
       head: of the output matrix; must be a float where it is the embedding.
       activations: of the residual stream, and of products with float weights.
       attention: `exact` softmax in float32, or `pasa_fp16`, all of it in float16
-        (`cmjax.primitives.pasa`).
+        (`cmjax.primitives.attention.pasa`).
       kv_cache: of the latent, or of keys and values; the rotary key of latent attention stays
         bfloat16 beside INT8 and MXFP4.
     Raises: ValueError: an unknown name.

@@ -11,7 +11,7 @@ clipping, outlier-suppressing equivalent transforms and error compensation. The 
    The division is folded into what makes the input: a norm's weight, or the columns of the matrix
    before. In exact arithmetic the model stays what it was, and nothing is added to its steps.
 2. *Scale search with clipping* per output channel, weighted with the inputs' mean squares:
-   `models.moe.linear.clipped_scale`.
+   `cmjax.models.moe.layers.linear.clipped_scale`.
 
 Error compensation between columns (GPTQ) is left out.
 """
@@ -22,11 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cmjax.models.moe.arithmetic import Arithmetic
+from cmjax.models.moe.layers.linear import Linear, observing
 from flax import nnx
 from jaxtyping import Array, Float32, Int
-
-from models.moe.arithmetic import Arithmetic
-from models.moe.linear import Linear, observing
 
 _SMALLEST = 1e-5
 _LARGEST = 1e4  # of a factor s_k: beyond, a channel is dead rather than an outlier

@@ -7,16 +7,15 @@ logits = model(tokens)                     # [sequences, length, vocab], float32
 from typing import Any
 
 import numpy as np
+from cmjax.models.moe.arithmetic import Arithmetic
+from cmjax.models.moe.calibrate import input_statistics, smooth
+from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.layers.linear import quantize_params
+from cmjax.models.moe.layers.mtp import MTPHead
+from cmjax.models.moe.layers.transformer import Transformer
+from cmjax.models.moe.sharding import Layout
 from flax import nnx
 from jaxtyping import Array, Float32, Int
-
-from models.moe.arithmetic import Arithmetic
-from models.moe.calibrate import input_statistics, smooth
-from models.moe.config import MoEConfig
-from models.moe.layout import Layout
-from models.moe.linear import quantize_params
-from models.moe.mtp import MTPHead
-from models.moe.transformer import Transformer
 
 
 class MoEModel(nnx.Module):
@@ -57,7 +56,7 @@ class MoEModel(nnx.Module):
         Args:
           arithmetic: formats of the parts, or a name in `ARITHMETICS`.
           calibration: sample text to choose the steps of INT8 weights on, and for W8A8 to move
-            outliers from activations into weights (`models.moe.calibrate`); `None`: steps are
+            outliers from activations into weights (`cmjax.models.moe.calibrate`); `None`: steps are
             `max|w| / 127` of an output channel.
         Raises:
           ValueError: an unknown name, widths that MXFP4 blocks do not divide, a model whose weights

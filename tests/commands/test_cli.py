@@ -72,7 +72,7 @@ def test_price_takes_any_annotated_function(capsys, tmp_path, monkeypatch):
 
 def test_price_writes_a_trace_that_perfetto_can_read(capsys, tmp_path):
     trace = tmp_path / "trace.json"
-    arguments = ["price", "models.moe.deepseek:decode_step", "--size", "batch=96"]
+    arguments = ["price", "cmjax.deploy:decode_step", "--size", "batch=96"]
     assert main([*arguments, "--size", "context=4096", "--trace", str(trace)]) == 0
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert {"attention/core", "dispatch"} <= {e["cat"].partition("/microbatch")[0] for e in events}
@@ -187,7 +187,7 @@ def test_evaluating_a_plan_refuses_options_of_planning(capsys, loads, tmp_path, 
 INTERRUPTED = """
 import sys
 from cmjax.cli import main
-from cmjax.placement.search import Incumbent
+from cmjax.placement.methods.search import Incumbent
 consider = Incumbent.consider
 def spoken(self, plans):
     consider(self, plans)
@@ -267,13 +267,16 @@ def test_fit_reports_each_residual(capsys):
 BAD = {
     "unknown model": (["predict", "decode", "--model", "deepseek-r2"], "deepseek-r1"),
     "unknown machine": ([*DECODE, "--on", "cloudmatrix"], "cloudmatrix384"),
-    "unknown module": (["price", "models.moe.deepsek:decode_step"], "models.moe.deepseek"),
-    "unknown function": (["price", "models.moe.deepseek:decode_stp"], "decode_step"),
+    "unknown module": (["price", "cmjax.deploi:decode_step"], "cmjax.deploy"),
+    "unknown function": (["price", "cmjax.deploy:decode_stp"], "decode_step"),
     "size that is no number": (
-        ["price", "models.moe.deepseek:decode_step", "--size", "batch=x"],
+        ["price", "cmjax.deploy:decode_step", "--size", "batch=x"],
         "batch=x",
     ),
-    "missing size": (["price", "models.moe.deepseek:decode_step", "--size", "batch=96"], "context"),
+    "missing size": (
+        ["price", "cmjax.deploy:decode_step", "--size", "batch=96"],
+        "context",
+    ),
     "batch does not divide": (["predict", "decode", "--batch", "97"], "batch"),
     "EP above the ranks": ([*DECODE, "--npus", "16", "--ep", "64"], "ep 64 is larger"),
     "EP does not divide": ([*DECODE, "--ep", "48"], "ep 48 does not divide"),

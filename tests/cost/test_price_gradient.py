@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cmjax.cost import price
-from cmjax.cost.deployment import Deployment, build_step
+from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.moe_step import build_step
 from cmjax.hardware import load_machine
 
 MACHINES = ("cloudmatrix384", "h800-pod")

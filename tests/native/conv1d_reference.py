@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from cmjax import native
-from cmjax.primitives import conv_kernel
-from cmjax.primitives.toom_cook import ALGORITHMS
+from cmjax.primitives.convolution import kernel as conv_kernel
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 
 OPERANDS = (np.int8, np.int16)
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax import native
-from cmjax.primitives import conv_codegen, conv_kernel
+from cmjax.primitives.convolution import codegen as conv_codegen
+from cmjax.primitives.convolution import kernel as conv_kernel
 from tests.native import conv1d_reference
 from tests.native.conv1d_reference import Case
 
@@ -141,5 +142,5 @@ def test_packing_refuses_other_filters(u, error, message):
 
 def test_the_committed_transforms_are_what_the_generator_prints():
     assert conv_codegen.SOURCE.read_text() == conv_codegen.source(), (
-        "run `python -m cmjax.primitives.conv_codegen` and build the kernels again"
+        "run `python -m cmjax.primitives.convolution.codegen` and build the kernels again"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cmjax import native
-from cmjax.primitives.msd import _reference, msd_dot
+from cmjax.primitives.msd.product import _reference, msd_dot
 
 pytestmark = pytest.mark.skipif(
     not native.status().enabled, reason=f"no kernels: {native.status().reason}"

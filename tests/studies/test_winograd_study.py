@@ -5,7 +5,7 @@ import math
 import pytest
 from rich.console import Console
 
-from cmjax.primitives.toom_cook import ALGORITHMS
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 from studies.winograd import Study, learn_steps, plot_accuracy, run
 from studies.winograd_pipelines import (
     SIGNALS,

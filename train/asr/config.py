@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from models.asr.augment import SpecAugment
-from models.asr.dfsmn import ConvDFSMNConfig
-from models.asr.text import Units
-from models.asr.wav2letter import Wav2letterConfig
+from cmjax.models.asr.augment import SpecAugment
+from cmjax.models.asr.dfsmn import ConvDFSMNConfig
+from cmjax.models.asr.text import Units
+from cmjax.models.asr.wav2letter import Wav2letterConfig
+
 from train.data.folders import Layout
 from train.data.perturb import Perturb
 from train.data.strings import Strings

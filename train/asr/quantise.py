@@ -16,14 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.conv import Conv, Precision, Requantize
 from jaxtyping import Array, Float
 
-from cmjax.primitives.conv_scales import ConvScales
-from cmjax.primitives.conv_scales import calibrate as calibrate_conv
-from cmjax.primitives.toom_cook import ALGORITHMS
-from cmjax.primitives.winograd import winograd_conv1d
-from models.asr.acoustic import AcousticModel, layer_algorithms
-from models.asr.conv import Conv, Precision, Requantize
+from cmjax.primitives.convolution.scales import ConvScales
+from cmjax.primitives.convolution.scales import calibrate as calibrate_conv
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
+from cmjax.primitives.convolution.winograd import winograd_conv1d
 from train.asr.config import Ranges
 from train.asr.learner import features_of
 from train.data.batches import Batch, Framing

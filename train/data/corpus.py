@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from models.asr.text import Units, normalise
+from cmjax.models.asr.text import Units, normalise
+
 from train.data.audio import BadAudio, Utterance, read_audio
 
 Split = Literal["train", "test"]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from models.asr.text import Units
+from cmjax.models.asr.text import Units
+
 from train.data.audio import by_name, find_audio
 from train.data.corpus import Corpus, Entry, assemble
 

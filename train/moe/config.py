@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from models.moe.config import GroupedAttention, LatentAttention, MoEConfig
+from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 
 # May change between a kill and the resumption: they do not change a number.
 FREE = ("out", "checkpoint_every", "test_windows")

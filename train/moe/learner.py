@@ -8,7 +8,7 @@ The load-balancing bias follows DeepSeek-V3 (report, section 2.1.2), without an 
 
     b_e <- b_e - rate sign(load_e - mean load)
 
-The router defines the derivative by `b` to be the load (`models.moe.router`).
+The router defines the derivative by `b` to be the load (`cmjax.models.moe.layers.router`).
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from cmjax.models.moe.generation.programs import place_params
+from cmjax.models.moe.model import abstract_model
+from cmjax.models.moe.sharding import Layout, param_specs, shard_params
+from cmjax.models.moe.slots import ep_table
+from cmjax.models.moe.steps import init_params
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
-from models.moe.deepseek import init_params
-from models.moe.layout import Layout, param_specs, shard_params
-from models.moe.model import abstract_model
-from models.moe.placement import ep_table
-from models.moe.programs import place_params
 from train.moe.config import Config
 
 Params = dict[str, Any]

@@ -1,6 +1,6 @@
 """XL3M: any of these models on texts far longer than its window, segment by segment."""
 
-from models.moe.xl3m.context import (
+from cmjax.models.moe.xl3m.context import (
     KeyContext,
     NextLogits,
     XL3MConfig,
@@ -12,7 +12,7 @@ from models.moe.xl3m.context import (
     segment_starts,
     select,
 )
-from models.moe.xl3m.scorer import Scorer, next_logits
+from cmjax.models.moe.xl3m.scorer import Scorer, next_logits
 
 __all__ = [
     "KeyContext",

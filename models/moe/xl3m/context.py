@@ -8,8 +8,8 @@ with the question; the entropy of the model's next-token distribution says how m
 
 and the segments of the lowest entropy, back in the order of the text, followed by the question,
 are the *key context* from which the answer is generated. Segments are independent: they are scored
-in batches of one static shape, over a mesh (`models.moe.xl3m.scorer`), and a text can be fed piece
-by piece in constant memory. Segment and question lengths are not the paper's, whose
+in batches of one static shape, over a mesh (`cmjax.models.moe.xl3m.scorer`), and a text can be fed
+piece by piece in constant memory. Segment and question lengths are not the paper's, whose
 settings could not be had; defaults follow the constraints in `XL3MConfig`.
 """
 

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cmjax.models.moe.arithmetic import Arithmetic
+from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.model import MoEModel, abstract_model, assemble
+from cmjax.models.moe.sharding import Layout, param_specs
 from jaxtyping import Array, Float32, Int, Int32
 
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
-from models.moe.arithmetic import Arithmetic
-from models.moe.config import MoEConfig
-from models.moe.layout import Layout, param_specs
-from models.moe.model import MoEModel, abstract_model, assemble
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

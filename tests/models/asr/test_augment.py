@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from models.asr import augment
-from models.asr.augment import SpecAugment
-from models.asr.features import LogMel, band_centres
+from cmjax.models.asr import augment
+from cmjax.models.asr.augment import SpecAugment
+from cmjax.models.asr.features import LogMel, band_centres
 
 spec_augment = jax.jit(augment.spec_augment, static_argnums=3)
 colour = jax.jit(augment.colour, static_argnums=(2, 3))

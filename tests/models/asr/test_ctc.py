@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cmjax.models.asr.ctc import (
+    collapse,
+    ctc_loss,
+    greedy_decode,
+    needed_frames,
+    prefix_beam_decode,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from models.asr.ctc import collapse, ctc_loss, greedy_decode, needed_frames, prefix_beam_decode
 
 
 def _by_enumeration(log_probabilities: np.ndarray) -> dict[tuple[int, ...], float]:

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cmjax.models.asr.acoustic import layer_algorithms
+from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
+from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
+from cmjax.models.asr.features import LogMel, log_mel
+from cmjax.models.asr.frames import Frames
+from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 
-from cmjax.primitives.conv_scales import calibrate
-from models.asr.acoustic import layer_algorithms
-from models.asr.deployed import backbone, backbone_call, network_call, whole_call
-from models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
-from models.asr.features import LogMel, log_mel
-from models.asr.frames import Frames
-from models.asr.wav2letter import Wav2letter, Wav2letterConfig
+from cmjax.primitives.convolution.scales import calibrate
 
 FRONT = LogMel(bands=8)
 

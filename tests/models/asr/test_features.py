@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cmjax.models.asr.features import LogMel, log_mel, mel_filters
 
 from cmjax import native
-from models.asr.features import LogMel, log_mel, mel_filters
 
 knf = pytest.importorskip("kaldi_native_fbank")
 
@@ -85,7 +85,7 @@ MEL_BITS = """
 import sys, numpy as np, jax.numpy as jnp
 sys.path.insert(0, {root!r})
 from cmjax import native
-from models.asr.features import LogMel, mel_energies_p
+from cmjax.models.asr.features import LogMel, mel_energies_p
 from tests.models.asr.test_features import OPTIONS
 assert native.status().isa == {isa!r}, native.status()
 for options in map(lambda o: LogMel(**o), OPTIONS):

@@ -1,9 +1,8 @@
 """Labels and error rates."""
 
 import pytest
-
-from models.asr.score import character_error_rate, word_error_rate
-from models.asr.text import Alphabet, normalise
+from cmjax.models.asr.score import character_error_rate, word_error_rate
+from cmjax.models.asr.text import Alphabet, normalise
 
 
 def test_letters_are_the_29_labels_of_wav2letter():

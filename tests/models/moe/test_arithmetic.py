@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cmjax.models.moe import ARITHMETICS, Arithmetic, Layout, MoEModel, ep_table, one_rank, tiny
+from cmjax.models.moe.calibrate import input_statistics, smooth
+from cmjax.models.moe.config import GroupedAttention, LatentAttention
+from cmjax.models.moe.layers.cache import extend_cache
+from cmjax.models.moe.model import abstract_model, assemble, convert_params, parameters
+from cmjax.models.moe.sharding import param_specs, shard_params
 from flax import nnx
 
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.primitives import QuantizedWeight, dequantize_weight
-from models.moe import ARITHMETICS, Arithmetic, Layout, MoEModel, ep_table, one_rank, tiny
-from models.moe.cache import extend_cache
-from models.moe.calibrate import input_statistics, smooth
-from models.moe.config import GroupedAttention, LatentAttention
-from models.moe.layout import param_specs, shard_params
-from models.moe.model import abstract_model, assemble, convert_params, parameters
 
 LATENT = dataclasses.replace(
     tiny(),

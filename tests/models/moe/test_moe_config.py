@@ -5,8 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-
-from models.moe.config import (
+from cmjax.models.moe.checkpoint.hf_config import (
+    config_json,
+    load_config,
+    parse_config,
+    read_config,
+)
+from cmjax.models.moe.config import (
     DynamicScaling,
     GroupedAttention,
     LatentAttention,
@@ -18,7 +23,6 @@ from models.moe.config import (
     deepseek_v3,
     tiny,
 )
-from models.moe.hf_config import config_json, load_config, parse_config, read_config
 
 PUBLISHED = {  # the form of DeepSeek-V3's own config.json
     "model_type": "deepseek_v3",

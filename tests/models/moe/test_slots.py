@@ -6,10 +6,9 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from cmjax.placement import Plan
-from models.moe.config import tiny
-from models.moe.placement import (
+from cmjax.models.moe.config import tiny
+from cmjax.models.moe.schedule import Schedule, two_stream_decode
+from cmjax.models.moe.slots import (
     SlotTable,
     choose_slots,
     ep_table,
@@ -17,7 +16,8 @@ from models.moe.placement import (
     plan_tables,
     stack_tables,
 )
-from models.moe.schedule import Schedule, two_stream_decode
+
+from cmjax.placement import Plan
 
 
 def test_ep320_holds_one_expert_per_die():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from models.moe.generate import parse_mesh
+from cmjax.commands.generate import parse_mesh
 from train.data.text import Windows, grammar_text
 from train.metrics import LossNotFinite, read_metrics
 from train.moe import run as module

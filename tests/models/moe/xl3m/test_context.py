@@ -6,10 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from models.moe.xl3m.context import (
+from cmjax.models.moe.xl3m.context import (
     XL3MConfig,
     best_segments,
     entropy,
@@ -18,6 +15,8 @@ from models.moe.xl3m.context import (
     segment_starts,
     select,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 SMALL = XL3MConfig(window=40, segment=8, stride=4, answer=4, batch=3)
 QUESTION = np.array([90, 91])

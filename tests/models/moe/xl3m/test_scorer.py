@@ -5,16 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cmjax.models.moe.config import MoEConfig, tiny
+from cmjax.models.moe.generation.programs import place_params
+from cmjax.models.moe.model import abstract_model, assemble
+from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.slots import ep_table
+from cmjax.models.moe.steps import init_params
+from cmjax.models.moe.xl3m.context import XL3MConfig, score_segments
+from cmjax.models.moe.xl3m.scorer import Scorer, next_logits
 
 from cmjax.mesh import RankMesh
-from models.moe.config import MoEConfig, tiny
-from models.moe.deepseek import init_params
-from models.moe.layout import Layout, one_rank, shard_params
-from models.moe.model import abstract_model, assemble
-from models.moe.placement import ep_table
-from models.moe.programs import place_params
-from models.moe.xl3m.context import XL3MConfig, score_segments
-from models.moe.xl3m.scorer import Scorer, next_logits
 
 CONFIG = dataclasses.replace(tiny(), mtp_layers=0)
 PARAMS = init_params(CONFIG, "float32")

@@ -1,0 +1,264 @@
+"""Deployments of the DeepSeek-V3 family: which experts sit where, which streams, as traced steps.
+
+The defaults are the published systems: on a fabric that spans nodes (Unified Bus) the prefill of
+CloudMatrix-Infer (EP32, SP -> TP -> SP attention) and its decode (EP320, one expert per die, shared
+replicas in slots); elsewhere DeepSeek's own data-parallel attention with overlapped exchanges.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from cmjax.cost.ranks import mesh_for, mesh_over, mesh_spread
+from cmjax.deploy.deployment import Deployment
+from cmjax.hardware import Supernode
+from cmjax.mesh import RANKED, on_every_rank
+from cmjax.models.moe.arithmetic import Arithmetic, KVCache
+from cmjax.models.moe.checkpoint.hf_config import load_config
+from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.layers.moe import MoE, run_moe
+from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
+from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.slots import SlotTable, ep_table
+from cmjax.models.moe.steps import abstract_decode, abstract_prefill
+from cmjax.program.size import Size
+from cmjax.program.step import Step
+
+_ARITHMETIC = {"int8": "int8", "bf16": "bfloat16"}
+_KV_CACHE: dict[str, KVCache] = {"bf16": "bfloat16", "int8": "int8", "mxfp4": "mxfp4"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEStep(Step):
+    """A step of a mixture-of-experts model, and how its experts lie.
+
+    Fields:
+      layers: MoE layers in the main loop; microbatches: independent chains in it.
+      ranks: of the expert-parallel group.
+      experts: number of routed experts. expert_slots: slots of all ranks; shared_slots: how many of
+        those hold shared experts.
+      copies: slots that a token is sent to.
+    """
+
+    layers: int = 1
+    microbatches: int = 1
+    ranks: int
+    experts: int
+    expert_slots: int
+    shared_slots: int = 0
+    copies: int
+
+
+def decode_step(machine: Supernode) -> MoEStep:
+    """The default decode instance: `cmjax price cmjax.deploy:decode_step --size batch=96 ...`."""
+    return build_step(Deployment(phase="decode"), machine)
+
+
+def prefill_step(machine: Supernode) -> MoEStep:
+    """The default prefill instance: `cmjax price cmjax.deploy:prefill_step --size batch=4 ...`."""
+    return build_step(Deployment(phase="prefill", npus=16), machine)
+
+
+def build_step(deployment: Deployment, machine: Supernode) -> MoEStep:
+    """The step of a deployment, its sizes named `batch` (requests per NPU), `context` or `prompt`,
+    and `load` (rows on the slowest rank over the mean; one number, or one per MoE layer).
+
+    Raises: ValueError: unknown model, an EP degree that the ranks or experts do not allow.
+    """
+    config = load_config(deployment.model)
+    if not config.moe_layers:
+        raise ValueError(f"{deployment.model}: all layers are dense; there are no experts to place")
+    ranks = deployment.npus * machine.dies_per_npu
+    if deployment.npus > machine.npus:
+        raise ValueError(f"npus {deployment.npus}: {machine.name} has {machine.npus}")
+    ep = deployment.ep or ranks
+    if ep > ranks:
+        raise ValueError(f"ep {ep} is larger than the {ranks} ranks of {deployment.npus} NPUs")
+    if ranks % ep:
+        raise ValueError(f"ep {ep} does not divide the {ranks} ranks of {deployment.npus} NPUs")
+    mesh = mesh_for(ep, machine)
+    table = slot_table(config, ep, deployment)
+    schedule = schedule_for(machine, deployment)
+    # Splitting heads over nodes pays where the scale-up network spans them.
+    splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
+    sequence_parallel = machine.fabric.shared_ports and splits
+    drafts = int(deployment.mtp and config.mtp_layers > 0)
+    requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
+    common = {
+        "precision": dataclasses.replace(
+            Arithmetic.of(_ARITHMETIC.get(deployment.quant, deployment.quant)),
+            attention=deployment.attention,
+        ),
+        "kv_cache": _KV_CACHE[deployment.kv_cache],
+        "mtp": drafts,
+    }
+    if deployment.phase == "decode":
+        ranked = abstract_decode(config, schedule, table, mesh, requests, length, rows, **common)
+    else:
+        ranked = abstract_prefill(
+            config,
+            schedule,
+            table,
+            mesh,
+            requests,
+            length,
+            rows,
+            sequence_parallel=sequence_parallel,
+            **common,
+        )
+    sizes = _Sizes(deployment, machine, table, config, ep, drafts, sequence_parallel)
+    params, inputs = ranked.args
+    return MoEStep(
+        fn=on_every_rank(ranked.fn, mesh, ranked.in_specs, ranked.out_specs, abstract=True),
+        args=ranked.args,
+        sizes=sizes.decode if deployment.phase == "decode" else sizes.prefill,
+        weight_bytes=_rank_bytes(params, ranked.in_specs[0]),
+        state_bytes=_rank_bytes(inputs, ranked.in_specs[1]),
+        layers=config.moe_layers,
+        microbatches=schedule.microbatches,
+        expert_slots=table.slots,
+        experts=config.experts,
+        shared_slots=table.experts_of_slot.count(config.experts),
+        copies=config.experts_per_token + table.has_shared,
+        ranks=ep,
+    )
+
+
+def build_layer(
+    model: str,
+    machine: Supernode,
+    *,
+    ranks: int,
+    nodes: int | None,
+    experts: int,
+    redundant: int,
+) -> MoEStep:
+    """The MoE block of `model` with `experts` routed experts and no shared one, on `ranks` ranks.
+
+    Its sizes are `tokens` per rank and `rows` on the slowest rank.
+    """
+    base = load_config(model)
+    copies = min(base.experts_per_token, experts)
+    config = dataclasses.replace(
+        base,
+        experts=experts,
+        experts_per_token=copies,
+        expert_groups=1,
+        groups_per_token=1,
+        shared_experts=0,
+    )
+    mesh = mesh_spread(ranks, machine) if nodes is None else mesh_over(nodes, ranks, machine)
+    table = ep_table(experts, ranks, redundant)
+    tokens, rows = jax.export.symbolic_shape("tokens, slot_rows")
+    layout = Layout(
+        table=table, axes=mesh.axes, capacity=rows, schedule=Schedule(), sequence_parallel=False
+    )
+    graph, state = nnx.split(
+        nnx.eval_shape(
+            lambda: MoE(config, layout, arithmetic=Arithmetic.of("int8"), rngs=nnx.Rngs(params=0))
+        )
+    )
+    per_rank = jax.tree.map(lambda x: jax.ShapeDtypeStruct((ranks, *x.shape), x.dtype), state)
+    x = jax.ShapeDtypeStruct((ranks, tokens, config.hidden_size), jnp.bfloat16)
+
+    def block(state, x):
+        moe = nnx.merge(graph, state)
+        return run_moe(moe, (x,), (moe.route(x),))[0]
+
+    return MoEStep(
+        fn=on_every_rank(block, mesh, (RANKED, RANKED), RANKED, abstract=True),
+        args=(per_rank, x),
+        sizes=lambda tokens, rows: {"tokens": tokens, "slot_rows": rows / table.slots},
+        experts=experts,
+        expert_slots=table.slots,
+        copies=copies,
+        ranks=ranks,
+    )
+
+
+def slot_table(config: MoEConfig, ranks: int, deployment: Deployment) -> SlotTable:
+    """Slots of the published deployments, generalised to any EP degree.
+
+    More ranks than experts: one slot a rank; up to 32 of the spare ones hold the shared expert, the
+    rest redundant routed ones (EP320: 256 + 32 + 32, EP288: 256 + 32). Otherwise every rank has a
+    local shared expert, and as many redundant slots as fill the last rank; prefill has one more
+    redundant slot per rank (EP32: 8 + 1).
+    """
+    spare = ranks - config.experts
+    if spare > 0 and config.shared_experts == 1:
+        shared = min(32, spare)
+        return ep_table(config.experts, ranks, spare - shared, shared)
+    redundant = -config.experts % ranks
+    if deployment.phase == "prefill" and not redundant:
+        redundant = ranks
+    return ep_table(config.experts, ranks, redundant)
+
+
+def schedule_for(machine: Supernode, deployment: Deployment) -> Schedule:
+    """Streams of the published systems; without microbatches everything is one stream."""
+    if deployment.microbatches == 1:
+        return Schedule()
+    chip = machine.chip
+    if deployment.phase == "decode" and chip.separate_vector_cores:
+        return two_stream_decode(chip.cube_cores, chip.vector_cores)
+    return overlapped_exchange()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """From what a user gives to the symbols of the traced step."""
+
+    deployment: Deployment
+    machine: Supernode
+    table: SlotTable
+    config: MoEConfig
+    ep: int
+    drafts: int
+    sequence_parallel: bool
+
+    def decode(self, batch, context, load=1.0) -> dict:
+        requests = self._per_microbatch(batch, whole=1)
+        return self._symbols(requests, context, requests * (1 + self.drafts), load)
+
+    def prefill(self, batch, prompt, load=1.0) -> dict:
+        # With sequence parallelism a prompt may spread over ranks: only the group's total counts.
+        requests = self._per_microbatch(batch, whole=self.ep if self.sequence_parallel else 1)
+        return self._symbols(requests, prompt, requests * prompt, load)
+
+    def _symbols(self, requests, length, tokens, load) -> dict:
+        copies = self.config.experts_per_token + self.table.has_shared
+        rows = tokens * copies / self.table.slots * jnp.asarray(load, float)
+        return {"requests": requests, "length": length, "slot_rows": rows}
+
+    def _per_microbatch(self, batch, *, whole: int):
+        """Requests per rank and microbatch; `whole` ranks must share an integer number of them."""
+        parts = self.machine.dies_per_npu * self.deployment.microbatches
+        if not isinstance(batch, Tracer) and jnp.ndim(batch) == 0:
+            total = float(batch) * whole / parts
+            if batch <= 0 or not math.isclose(total, round(total), abs_tol=1e-6):
+                step = parts // math.gcd(parts, whole)
+                near = max(step, round(float(batch) / step) * step)
+                raise ValueError(
+                    f"batch {float(batch):g} requests per NPU do not divide over "
+                    f"{self.machine.dies_per_npu} dies x {self.deployment.microbatches} "
+                    f"microbatches; {near} would"
+                )
+        return batch / parts
+
+
+def _rank_bytes(tree, specs) -> Size:
+    """Bytes of one rank's share of abstract arguments."""
+    shares = jax.tree.map(lambda spec, sub: jax.tree.map(lambda _: spec, sub), specs, tree)
+    total = Size()
+    for leaf, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(shares), strict=True):
+        shape = leaf.shape[1:] if spec is RANKED else leaf.shape
+        size = Size(float(leaf.dtype.itemsize))
+        for dimension in shape:
+            size = size * Size.of(dimension)
+        total = total + size
+    return total

@@ -1,0 +1,130 @@
+"""Recordings as NumPy arrays: `.npy` and `.npz`, counts and token-level routes."""
+
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from cmjax.placement.files.readers.scenario import COUNT_KEYS, NoRecordingError, Scenarios
+from cmjax.placement.files.readers.tables import document_categories
+from cmjax.placement.loads import SHAPES, Loads
+from cmjax.placement.routes import Routes
+
+
+def read_npy(file: Path, key: str | None, experts: int | None) -> Scenarios:
+    """One array of counts.
+
+    Raises: ValueError for a damaged file, or an array that is no counts.
+    """
+    return {"": Loads(open_npy(file), str(file))}
+
+
+def read_npz(file: Path, key: str | None, experts: int | None) -> Scenarios:
+    """Counts under a known name, routes named `ids`, the rows of `freq` by `category`, the only
+    array, or one workload per array where all have the same layers and experts.
+
+    Raises: NoRecordingError if there is none of these; ValueError for a damaged file.
+    """
+    arrays = open_npz(file)
+    source = f"{file}" if key is None else f"{file}:{key}"
+    if key is not None and key not in arrays:
+        raise ValueError(f"{file}: found no key {key!r} among {', '.join(arrays)}")
+    if key is None:
+        key = next((name for name in (*COUNT_KEYS, "ids") if name in arrays), None)
+        if key is None and len(arrays) == 1:
+            key = next(iter(arrays))
+    if key == "ids":
+        return {"": _routes(arrays, file, experts)}
+    if key is not None:
+        return {"": Loads(arrays[key], source)}
+    if {"freq", "category"} <= set(arrays):
+        return _by_category(arrays["freq"], arrays["category"], file)
+    shapes = {array.shape[-2:] for array in arrays.values()}
+    plain = all(array.dtype.kind in "iuf" and array.ndim in (2, 3) for array in arrays.values())
+    if arrays and plain and len(shapes) == 1 and not is_pairs(arrays):
+        return {name: Loads(array, f"{file}:{name}") for name, array in arrays.items()}
+    raise NoRecordingError(
+        f"{file}: expected an .npz of one array, of arrays of one shape, or with a key counts, "
+        f"loads or ids, or chosen by {file.name}:KEY; found the keys {', '.join(arrays) or 'none'}"
+    )
+
+
+def open_npy(file: Path) -> np.ndarray:
+    """Raises: ValueError of one line for a file that is no numeric array."""
+    try:
+        return np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: expected a numeric .npy array, found: {error}") from None
+
+
+def open_npz(file: Path) -> dict[str, np.ndarray]:
+    """All arrays of an archive by name.
+
+    Raises: ValueError of one line for a damaged archive.
+    """
+    try:
+        with file.open("rb") as opened:  # np.load leaves a damaged archive open
+            archive = np.load(opened, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single .npy array")
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file}: expected an .npz of numeric arrays, found: {error}") from None
+
+
+def is_pairs(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether every array is `[pairs, experts, experts]`: co-activation, not counts."""
+    return bool(arrays) and all(
+        array.ndim == 3 and array.shape[1] == array.shape[2] for array in arrays.values()
+    )
+
+
+def _routes(arrays, file, experts):
+    ids = arrays["ids"]
+    if ids.ndim != 3 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0:
+        raise ValueError(
+            f"{file}: expected ids as integers [layers, tokens, top_k] or [tokens, layers, top_k], "
+            f"0 or more, found {ids.dtype} of shape {ids.shape}"
+        )
+    if ids.shape[0] == ids.shape[1]:
+        raise ValueError(
+            f"{file}: expected more tokens than layers to tell the axes of ids apart, "
+            f"found shape {ids.shape}"
+        )
+    ids = ids.swapaxes(0, 1) if ids.shape[1] > ids.shape[0] else ids
+    sequence, domain, names = None, None, ()
+    if "seq_lens" in arrays:
+        lengths = arrays["seq_lens"]
+        if lengths.sum() != len(ids):
+            raise ValueError(
+                f"{file}: expected seq_lens that sum to {len(ids)} tokens, found {lengths.sum()}"
+            )
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+    elif len(arrays.get("doc", ())) == len(ids):
+        sequence = arrays["doc"]
+        categories = document_categories(file.with_name("docs.csv"))
+        if categories is not None:
+            lost = sorted(set(np.unique(sequence).tolist()) - set(categories))
+            if lost:
+                raise ValueError(f"{file}: docs.csv beside it has no row for doc {lost[0]}")
+            names = tuple(sorted(set(categories.values())))
+            number = {name: index for index, name in enumerate(names)}
+            docs, where = np.unique(sequence, return_inverse=True)
+            domain = np.array([number[categories[int(doc)]] for doc in docs])[where]
+            used = np.unique(domain)
+            names, domain = tuple(names[n] for n in used), np.searchsorted(used, domain)
+    found = int(ids.max()) + 1 if experts is None else experts
+    return Routes(ids, found, sequence, domain, names, str(file))
+
+
+def _by_category(freq, category, file):
+    """One workload per category; a category's rows (its phases, say) are its windows."""
+    if freq.ndim != 3 or category.shape != freq.shape[:1]:
+        raise ValueError(
+            f"{file}: expected freq {SHAPES.partition(' or ')[2]} and one category per window, "
+            f"found shapes {freq.shape} and {category.shape}"
+        )
+    names = dict.fromkeys(re.sub(r"[/:]", "_", str(name)) for name in category)
+    return {name: Loads(freq[category == name], f"{file} ({name})") for name in names}

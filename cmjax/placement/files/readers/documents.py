@@ -1,0 +1,98 @@
+"""Recordings as JSON: nested lists, or objects that name domains, layers and experts."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmjax.placement.files.readers.scenario import COUNT_KEYS, NoRecordingError, Scenarios
+from cmjax.placement.loads import SHAPES, Loads
+
+
+def read_json(file: Path, key: str | None, experts: int | None) -> Scenarios:
+    """Nested lists, under a known key or at the top; an object of them is one workload per name.
+    Objects whose keys are numbers in a row, from 0 or more, are lists of layers or experts.
+
+    Raises: NoRecordingError for an object without counts; ValueError for text that is no JSON,
+      ragged lists, or an unknown `key`.
+    """
+    try:
+        document = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: expected JSON, found: {error}") from None
+    labels = document.get("layers") if isinstance(document, Mapping) else None
+    found = _choose(document, key, file)
+    if isinstance(found, Mapping) and not _numbered(found):
+        if not found:
+            raise ValueError(f"{file}: expected counts or an object of domains, found it empty")
+        return {name: _loads(value, labels, f"{file} ({name})") for name, value in found.items()}
+    return {"": _loads(found, labels, str(file) if key is None else f"{file}:{key}")}
+
+
+def describe(document: Any) -> str:
+    """What a JSON document is, for messages."""
+    if isinstance(document, Mapping):
+        names = [*document]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return f"the keys {', '.join(names[:8]) or 'none'}{more}"
+    return type(document).__name__
+
+
+def _choose(document, key, file):
+    """The part of a document that holds counts: lists, or an object of domains."""
+    if not isinstance(document, Mapping):
+        if key is not None:
+            raise ValueError(f"{file}: expected an object to choose {key!r} from, found a list")
+        if not isinstance(document, list):
+            raise NoRecordingError(
+                f"{file}: expected nested lists {SHAPES}, found {describe(document)}"
+            )
+        return document
+    counts = next((document[name] for name in COUNT_KEYS if name in document), None)
+    if key is not None:
+        if key in document:
+            return document[key]
+        if isinstance(counts, Mapping) and key in counts:
+            return counts[key]
+        raise ValueError(f"{file}: found no key {key!r} in {describe(document)}")
+    if counts is not None:
+        return counts
+    if document and (
+        _numbered(document) or all(isinstance(value, list) for value in document.values())
+    ):
+        return document
+    raise NoRecordingError(
+        f"{file}: expected nested lists {SHAPES}, one of the keys {', '.join(COUNT_KEYS)}, or a "
+        f"choice {file.name}:KEY; found {describe(document)}"
+    )
+
+
+def _loads(value, labels, source):
+    if isinstance(value, Mapping) and _numbered(value):
+        labels = tuple(sorted(int(name) for name in value))
+    elif not (isinstance(labels, list) and all(isinstance(n, int) for n in labels)):
+        labels = None
+    value = _listed(value)
+    if not isinstance(value, list):
+        raise ValueError(f"{source}: expected nested lists {SHAPES}, found {describe(value)}")
+    try:
+        counts = np.array(value) if value else np.zeros((0, 0))
+    except ValueError:
+        raise ValueError(f"{source}: expected {SHAPES}, found ragged lists") from None
+    return Loads(counts, source, None if labels is None else tuple(labels))
+
+
+def _numbered(value):
+    """Whether an object's keys are consecutive numbers, as of layers 1 to 26."""
+    if not isinstance(value, Mapping) or not value or not all(n.isdecimal() for n in value):
+        return False
+    numbers = sorted(int(name) for name in value)
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def _listed(value):
+    if _numbered(value):
+        return [_listed(value[name]) for name in sorted(value, key=int)]
+    return value

@@ -1,0 +1,137 @@
+"""Recordings as comma-separated text: rows of layers, or one row per layer and expert."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from cmjax.placement.files.readers.scenario import NoRecordingError, Scenarios
+from cmjax.placement.loads import Loads
+
+_HITS = ("hits", "count", "counts", "load", "loads")
+
+
+def read_csv(file: Path, key: str | None, experts: int | None) -> Scenarios:
+    """A table without header (rows = layers, columns = experts), or long form with the columns
+    layer, expert, hits or count, and optionally window and domain; other columns are ignored.
+
+    Raises: NoRecordingError for a table with other columns; ValueError for ragged, missing,
+      repeated or unreadable cells.
+    """
+    rows = _rows(file)
+    header = [cell.strip().lower() for cell in rows[0]]
+    if not {"layer", "expert"}.isdisjoint(header):
+        return _read_long(file, header, rows[1:])
+    if not any(_is_number(cell) for cell in rows[0]):
+        raise NoRecordingError(
+            f"{file}: expected the columns layer, expert, hits or count[, window, domain], "
+            f"found {', '.join(header)}"
+        )
+    if len({len(row) for row in rows}) > 1:
+        odd = next(n for n, row in enumerate(rows) if len(row) != len(rows[0]))
+        raise ValueError(
+            f"{file}: expected rows of equal length, found {len(rows[odd])} cells in row {odd + 1} "
+            f"and {len(rows[0])} in row 1"
+        )
+    counts = np.array([_numbers(row, file, line) for line, row in enumerate(rows, 1)])
+    return {"": Loads(counts, str(file))}
+
+
+def document_categories(file: Path) -> dict[int, str] | None:
+    """The category of every document of a `docs.csv`; None where there is no such file.
+
+    Raises: ValueError if it lacks the columns doc and category.
+    """
+    if not file.is_file():
+        return None
+    header, *rows = _rows(file)
+    if not {"doc", "category"} <= set(header):
+        raise ValueError(
+            f"{file}: expected the columns doc and category, found {', '.join(header)}"
+        )
+    doc, category = header.index("doc"), header.index("category")
+    try:
+        return {int(row[doc]): row[category] for row in rows}
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{file}: expected a number and a category per row: {error}") from None
+
+
+def _rows(file):
+    try:
+        rows = [row for row in csv.reader(file.read_text().splitlines()) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: expected comma-separated text, found: {error}") from None
+    if not rows:
+        raise ValueError(f"{file}: expected rows of counts, found an empty file")
+    return rows
+
+
+def _read_long(file, header, rows):
+    hits = next((name for name in _HITS if name in header), None)
+    if hits is None or not {"layer", "expert"} <= set(header):
+        raise ValueError(
+            f"{file}: expected the columns layer, expert, hits or count[, window, domain], "
+            f"found {', '.join(header)}"
+        )
+    names = ["window", "layer", "expert"] if "window" in header else ["layer", "expert"]
+    columns = [header.index(name) for name in (*names, hits)]
+    domain = header.index("domain") if "domain" in header else None
+    cells: dict[str, list] = {}
+    for line, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{file}: expected {len(header)} cells per row, found {len(row)} in row {line}"
+            )
+        of = "" if domain is None else row[domain].strip()
+        cells.setdefault(of, []).append(_numbers([row[n] for n in columns], file, line))
+    if not cells:
+        raise ValueError(f"{file}: expected rows of counts, found only a header")
+    return {
+        of: _long_loads(np.array(table), names, f"{file} ({of})" if of else f"{file}")
+        for of, table in cells.items()
+    }
+
+
+def _long_loads(table, names, source):
+    """`table` holds a row of [window,] layer, expert, count for each count."""
+    numbers = table[:, :-1]
+    if (numbers != np.floor(numbers)).any() or numbers.min() < 0:
+        raise ValueError(
+            f"{source}: expected whole numbers of 0 or more as {', '.join(names)}, found others"
+        )
+    # Layers (and windows) keep their order but may skip numbers: a file may hold 0, 10, 20 only.
+    found = [np.unique(numbers[:, n], return_inverse=True) for n in range(len(names) - 1)]
+    expert = numbers[:, -1].astype(np.int64)
+    shape = (*(len(values) for values, _ in found), int(expert.max()) + 1)
+    flat = np.ravel_multi_index((*(index for _, index in found), expert), shape)
+    seen = np.bincount(flat, minlength=int(np.prod(shape)))
+    if (seen != 1).any():
+        where = np.argwhere(seen != 1)[0, 0]
+        at = np.unravel_index(where, shape)
+        named = [
+            f"{name} {values[i]:g}"
+            for name, (values, _), i in zip(names[:-1], found, at[:-1], strict=True)
+        ]
+        raise ValueError(
+            f"{source}: expected one row for every layer and expert, found {seen[where]} for "
+            f"{', '.join(named)}, expert {at[-1]}"
+        )
+    counts = np.zeros(len(seen))
+    counts[flat] = table[:, -1]
+    layers, _ = found[-1]
+    return Loads(counts.reshape(shape), source, tuple(int(layer) for layer in layers))
+
+
+def _is_number(cell):
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _numbers(row, file, line):
+    try:
+        return [float(cell) for cell in row]
+    except ValueError as error:
+        raise ValueError(f"{file}: expected numbers, found in row {line}: {error}") from None

@@ -1,0 +1,1 @@
+"""How good a plan is: bounds, balance, priced time, comparison."""

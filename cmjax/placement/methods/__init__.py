@@ -1,0 +1,1 @@
+"""Ways to place experts, and the door to all of them by name."""

@@ -1,0 +1,233 @@
+"""Placement by search: simulated annealing by exact moves, from one starting plan or several.
+
+What is returned is the best combination of the layers' plans found, by exact price and objective,
+among those that the search (`local_search.py`) went through and the rules it is compared with: in
+the windows it was made for it is never worse than any of these; by the mean, on no layer either.
+
+Starting plans are copies that cover the largest load of any window, packed for all windows at once
+(`rounding`), greedy replicate-and-pack on the objective's load (each expert's share of a window,
+reduced over windows as the objective reduces time), and the covering copies in random slots.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from cmjax.placement.methods.contiguous import contiguous
+from cmjax.placement.methods.greedy import (
+    greedy,
+    greedy_global,
+    greedy_hierarchical,
+    greedy_on,
+    replicate,
+)
+from cmjax.placement.methods.incumbent import Incumbent
+from cmjax.placement.methods.local_search import improve, start_state
+from cmjax.placement.methods.one_spare import one_spare
+from cmjax.placement.methods.rounding import round_places
+from cmjax.placement.plan import EMPTY, count_copies
+from cmjax.placement.pricing import LayerTime
+from cmjax.placement.problem import Plan, Problem
+
+OnStep = Callable[[int, int, float], None]
+
+_SMALL = 400_000  # windows times layers times experts, over all starting plans
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How long the search runs.
+
+    Attributes:
+      starts: starting plans per layer: covering copies, with several windows greedy on the
+        objective's load, and from then on covering copies in random slots. None is 1, and up to 6
+        for problems so small that more cost little; a plan given to start from is one more.
+      chunks: looks at the plans.
+      rounds: rounds per chunk; a round is one change of copies and some swaps.
+      swaps_per_slot: swaps of a round are this times the slots of a layer over all rounds.
+      candidates: slots that each step compares with the hot rank's.
+      theta: the penalty's θ.
+      temperature: τ in the first and last round, falling geometrically from one to the other;
+        under a limit of time the last is reached with it.
+    """
+
+    starts: int | None = None
+    chunks: int = 16
+    rounds: int = 60
+    swaps_per_slot: float = 12.0
+    candidates: int = 32
+    theta: float = 0.85
+    temperature: tuple[float, float] = (3.0, 0.1)
+
+    def __post_init__(self):
+        for name in ("starts", "chunks", "rounds", "candidates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"SearchConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if min(self.temperature) <= 0:
+            raise ValueError(f"SearchConfig: temperature must be above 0, got {self.temperature}")
+
+
+SHORT = SearchConfig(starts=1, chunks=2, rounds=24, swaps_per_slot=4.0)
+"""For choices that compare many plans: a few seconds for 58 layers."""
+
+
+def search(
+    problem: Problem,
+    layer_time_s: LayerTime,
+    *,
+    seed: int = 0,
+    seconds: float | None = None,
+    on_step: OnStep | None = None,
+    config: SearchConfig | None = None,
+    start: Plan | None = None,
+) -> Plan:
+    """Place experts to minimise the objective of the priced time of all layers.
+
+    Args:
+      problem: loads, ranks, slots and objective; every slot usable (`Problem.dense`).
+      layer_time_s: the priced layer, see `pricing`.
+      seed: of the starting plans and the moves. The same seed gives the same plan, unless `seconds`
+        cut the run short.
+      seconds: wall-clock limit. The first round, of the order of 1 / (chunks · rounds) of the whole
+        and its compilation, is always made; no other is begun that would end too late.
+      on_step: called as `on_step(done, total, best)`; `best` is the objective so far, in seconds.
+      config: see `SearchConfig`.
+      start: one more plan to start from, before the others.
+    Returns: the best plan found; also on Ctrl-C, then the best so far.
+    """
+    config = config or SearchConfig()
+    deadline = np.inf if seconds is None else time.monotonic() + seconds
+    best = Incumbent(problem, layer_time_s)
+    consider_rules(best)
+    if start is not None:
+        best.consider(start.experts[None])
+    try:
+        count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 1, 6))
+        count += start is not None
+        plans = _starts(problem, start, count, np.random.default_rng(seed))
+        best.consider(plans)
+        improve_plans(best, plans, seed=seed, deadline=deadline, on_step=on_step, config=config)
+    except KeyboardInterrupt:
+        pass
+    return problem.plan(best.experts)
+
+
+def improve_plans(
+    best: Incumbent,
+    plans: Int[np.ndarray, "plans layers slots"],
+    *,
+    seed: int = 0,
+    deadline: float = np.inf,
+    on_step: OnStep | None = None,
+    config: SearchConfig,
+) -> None:
+    """Exact local search from given plans; what is better than `best` goes there.
+
+    Args:
+      best: holds the problem and its price.
+      plans: where to start from.
+      seed: of the moves.
+      deadline: a time of `time.monotonic`. A round is begun only if it would end before, going by
+        the slowest one so far; the first, which compiles, in any case.
+      on_step: called as `on_step(done, total, best)` after each chunk.
+      config: its `starts` does not count here.
+    """
+    if best.problem.ranks > 1:
+        for chunk, found in enumerate(_chunks(best.problem, plans, seed, deadline, config), 1):
+            best.consider(found)
+            if on_step is not None:
+                on_step(chunk, config.chunks, best.objective_s)
+    if on_step is not None:
+        on_step(config.chunks, config.chunks, best.objective_s)
+
+
+def consider_rules(best: Incumbent) -> None:
+    """Put the rules that a search is compared with into the contest."""
+    for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
+        best.consider(rule(best.problem).experts[None])
+
+
+def relative_loads(problem: Problem) -> np.ndarray:
+    """Tokens of every expert over the mean tokens of a rank, [windows, layers, experts]."""
+    counts = problem.loads.counts
+    return counts / counts.sum(-1, keepdims=True) * problem.ranks
+
+
+def covering(problem: Problem) -> Int[np.ndarray, "plans layers slots"]:
+    """One plan: copies that cover the largest load of any window, packed for all windows."""
+    loads = relative_loads(problem)
+    copied = replicate(loads.max(0), problem.slots, problem.ranks)
+    copies = count_copies(copied, problem.experts)
+    return round_places(copies, loads.transpose(1, 0, 2), problem.ranks)[None]
+
+
+def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]:
+    loads = relative_loads(problem)
+    packed = covering(problem)[0]
+    own = greedy_on(problem, problem.objective(loads)).experts
+    plans = [packed] if len(loads) == 1 else [packed, own]
+    if start is not None:
+        plans.insert(0, start.experts)
+    while len(plans) < count:
+        plans.append(rng.permuted(packed, axis=1))
+    return np.stack(plans[:count])
+
+
+def search_inputs(problem: Problem, plans: Int[np.ndarray, "plans layers slots"]):
+    """Loads [rows, experts + 1, windows] and experts [rows, ranks, size] for `local_search`."""
+    count, layers, _ = plans.shape
+    loads = np.zeros((layers, problem.experts + 1, len(problem.loads.counts)), np.float32)
+    loads[:, :-1] = relative_loads(problem).transpose(1, 2, 0)
+    held = np.where(plans == EMPTY, problem.experts, plans)
+    held = held.reshape(count * layers, problem.ranks, -1)
+    return jnp.asarray(np.tile(loads, (count, 1, 1))), jnp.asarray(held, jnp.int32)
+
+
+def _chunks(problem, plans, seed, deadline, config):
+    """Plans [plans, layers, slots] after each chunk of the search, until the deadline."""
+    rng = np.random.default_rng([seed, 1])
+    count, layers, slots = plans.shape
+    windows, ranks, experts = len(problem.loads.counts), problem.ranks, problem.experts
+    loads, held = search_inputs(problem, plans)
+    state = start_state(held, loads)
+    total = config.chunks * config.rounds
+    swaps = int(np.ceil(config.swaps_per_slot * slots / total))
+    objective = problem.objective
+    first, last = config.temperature
+    started = begin = time.monotonic()
+    limit_s = max(deadline - started, 1e-9)
+    slowest = -np.inf  # of a round; the first compiles and does not count
+    for chunk in range(config.chunks):
+        for at in range(chunk * config.rounds, (chunk + 1) * config.rounds):
+            # Under a limit of time, as much of the way down as of the time.
+            fall = min(max(at / total, (begin - started) / limit_s), 1.0)
+            temperature = first * (last / first) ** fall
+            chance = rng.standard_exponential((1, swaps + 1, windows, ranks), np.float32)
+            state = jax.block_until_ready(improve(
+                state,
+                loads,
+                jnp.full(1, config.theta, jnp.float32),
+                jnp.asarray(temperature * rng.exponential(size=(1, swaps + 1)), jnp.float32),
+                jnp.asarray(rng.integers(0, slots, (1, swaps + 1, config.candidates)), jnp.int32),
+                jnp.asarray(chance + 1e-9),
+                layers=layers,
+                swaps=swaps,
+                tail=objective.tail(windows),
+                ignore_slower=objective.kind == "quantile",
+            ))  # fmt: skip
+            now = time.monotonic()
+            slowest = max(slowest, now - begin) if np.isfinite(slowest) else 0.0
+            begin = now
+            if now + slowest > deadline:
+                break
+        found = np.asarray(state.experts).reshape(count, layers, slots)
+        yield np.where(found == experts, EMPTY, found)
+        if time.monotonic() + slowest > deadline:
+            return

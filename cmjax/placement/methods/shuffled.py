@@ -1,0 +1,12 @@
+"""Random placement: contiguous copies in random slots, what a plan without knowledge is worth."""
+
+import numpy as np
+
+from cmjax.placement.methods.contiguous import contiguous
+from cmjax.placement.problem import Plan, Problem
+
+
+def shuffled(problem: Problem, *, seed: int = 0) -> Plan:
+    """Place the copies of the contiguous plan in random slots, drawn for every layer."""
+    rng = np.random.default_rng(seed)
+    return problem.plan(rng.permuted(contiguous(problem).experts, axis=1))

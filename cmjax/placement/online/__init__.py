@@ -1,0 +1,1 @@
+"""Placement while serving: moves between plans and what they cost."""

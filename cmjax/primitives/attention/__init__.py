@@ -1,0 +1,1 @@
+"""Attention: exact, over a latent cache, blockwise, and in half precision (PASA)."""

@@ -1,0 +1,1 @@
+"""Convolutions with few multiplications, and the quantisation they are trained with (RSQ)."""

@@ -1,0 +1,348 @@
+"""Convolution of small integers in a transformed domain, as one primitive: the deployed form.
+
+    xi  = clip(round(x * (1 / input_step)), -R, R)                   integers, exact in float32
+    v_p = clip(round((B^T xi)_p * (1 / point_step_p)), -V, V)        operands, int8 or int16
+    y   = act(A^T (scale_p,o * sum_c u_p,c,o v_p,c) + bias)          int32 sums, float32 scales
+    scale_p,o = input_step * point_step_p * filter_step_p,o
+
+for one of the algorithms of `toom_cook`; direct convolution is F(1,1). Every rounding is named and
+every sum of float32 has an order, so XLA and the C++ kernels give the same bits.
+
+The derivative is that of the same formula in real numbers with `rsq_quantize` for each rounding:
+straight-through inside the ranges, LSQ's rule for the steps. A filter in float32 takes part in it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import batching
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from cmjax.primitives.convolution import kernel as conv_kernel
+from cmjax.primitives.convolution.lengths import check_span, zero_outside
+from cmjax.primitives.convolution.rsq import rounded, rsq_quantize
+from cmjax.primitives.convolution.straight_line import as_float32
+from cmjax.primitives.convolution.tiles import (
+    interleave,
+    meet_blocks,
+    mix_points,
+    output_length,
+    transform_instructions,
+    windows,
+)
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS
+from cmjax.primitives.define import define, straight_through
+from cmjax.program import Work, cost_rule
+
+LARGEST_OPERAND = {"int8": 127, "int16": 2047}
+"""Largest |operand| of each integer domain; 12 bits of int16 leave room for a sum of products."""
+
+_EXACT_BELOW = 2**24  # integers in float32
+_INT32_MAX = 2**31 - 1
+_SPAN = 6  # which operand it is, if there
+_SMALLEST_FILTER_RANGE = 127  # fewer levels than int8 has would be worse than int8
+
+
+def quantized_conv(
+    x: Float[Array, "batch length cin"],
+    u: Array,
+    *,
+    input_step: Float32[Array, "*cin"],
+    point_step: Float32[Array, "points"],
+    filter_step: Float32[Array, "points cout"],
+    bias: Float32[Array, "cout"],
+    algorithm: str,
+    taps: int,
+    dilation: int,
+    padding: tuple[Any, Any],
+    input_limit: int,
+    operand_limit: int,
+    slope: float,
+    packed: bool,
+    span: Int32[Array, "batch 2"] | None = None,
+) -> Float32[Array, "batch out_length cout"]:
+    """Bind the primitive, with stride 1: the module's formula, in the module's names.
+
+    Args:
+      x: signal, zeros beyond its ends.
+      u: transformed filter, [points, tap blocks * cin, cout]: its integers as int8 or int16, or its
+        values in float32, to be rounded here; or with `packed` integers that
+        `conv_kernel.pack_filter` laid out.
+      input_step: value of an integer of x, scalar or [cin]. Steps per channel count in units of
+        their largest, and the filter is that of channels scaled by `input_step / max(input_step)`.
+      point_step, filter_step, bias: as in the formula.
+      algorithm: a name in `toom_cook.ALGORITHMS`.
+      taps: taps of the filter that u was made of.
+      dilation: frames between taps; more than 1 with "direct" only.
+      padding: frames of zeros before and after x.
+      input_limit, operand_limit: R and V.
+      slope: of the activation max(y, slope * y): 1 none, 0 ReLU.
+      span: first frame of every result that exists and the one behind its last; others are zero.
+    Raises: ValueError or TypeError for operands that do not fit each other.
+    """
+    operands = [x.astype(jnp.float32), u, input_step, point_step, filter_step, bias]
+    if span is not None:
+        operands.append(span)
+    params = {
+        "algorithm": algorithm,
+        "taps": taps,
+        "dilation": dilation,
+        "padding": tuple(padding),
+        "input_limit": input_limit,
+        "operand_limit": operand_limit,
+        "slope": float(slope),
+        "packed": packed,
+    }
+    _check(*map(jax.typeof, operands), **params)
+    return quantized_conv_p.bind(*operands, **params)
+
+
+def filter_limit(domain: str, depth: int) -> int:
+    """Largest |integer| that a transformed filter may hold, so that no int32 sum overflows.
+
+    Args:
+      domain: "int8" or "int16".
+      depth: products added up, tap blocks times input channels.
+    Raises: ValueError for a depth at which the filter would be left with less than 8 bits; the
+      message gives the largest that is safe.
+    """
+    largest = LARGEST_OPERAND[domain]
+    most = _INT32_MAX // (largest * depth)
+    if most < _SMALLEST_FILTER_RANGE:
+        safe = _INT32_MAX // (largest * _SMALLEST_FILTER_RANGE)
+        raise ValueError(
+            f"winograd_conv1d: {depth} products of {domain} operands could overflow the int32 "
+            f"sum; the largest safe number of input channels times tap blocks is {safe}"
+        )
+    return min(largest, most)
+
+
+def quantized_filter(
+    u: Array, filter_step: Float32[Array, "points cout"], operand_limit: int
+) -> Int[Array, "points depth cout"]:
+    """A transformed filter as integers of the operands' dtype; one of integers stays as it is."""
+    if jnp.issubdtype(u.dtype, jnp.floating):
+        limit = float(_filter_limit(operand_limit, u.shape[1]))
+        u = lax.clamp(-limit, _round(u * rounded(1 / filter_step)[:, None, :]), limit)
+    return u.astype(_operand_dtype(operand_limit))
+
+
+def largest_input_limit(algorithm: str) -> int:
+    """Largest R at which the algorithm's input transform is exact in float32, 32767 at most."""
+    return min(2**15 - 1, (_EXACT_BELOW - 1) // ALGORITHMS[algorithm].growth)
+
+
+def _reference(x, u, input_step, point_step, filter_step, bias, *span, **params):
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    inverse_step, requant, scale = _factors(input_step, point_step, filter_step)
+    operand = _operand_dtype(params["operand_limit"])
+    if params["packed"]:
+        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=bias.shape[-1])
+    u = quantized_filter(u, filter_step, params["operand_limit"])
+    bound, limit = float(params["input_limit"]), float(params["operand_limit"])
+    xi = lax.clamp(-bound, _round(x * inverse_step), bound)
+    columns, tiles = windows(xi, form, **_where(params))
+    v = [
+        lax.clamp(-limit, _round(point * requant[p]), limit).astype(operand)
+        for p, point in enumerate(form.bt_program.apply(columns))
+    ]
+    meet = functools.partial(meet_blocks, tiles=tiles, blocks=blocks, dilation=params["dilation"])
+    sums = jnp.einsum(
+        "pbtk,pko->pbto",
+        jnp.stack([meet(point) for point in v]),
+        u,
+        preferred_element_type=jnp.int32,
+    )
+    products = rounded(sums.astype(jnp.float32) * scale[:, None, None, :])
+    y = form.at_program.apply(list(products), lambda c, m: rounded(as_float32(c) * m))
+    y = interleave(y, _length(x, params)) + bias
+    if params["slope"] != 1:
+        y = jnp.maximum(y, np.float32(params["slope"]) * y)
+    return zero_outside(y, *span) if span else y
+
+
+def _native(x, u, input_step, point_step, filter_step, bias, *span, **params):
+    algorithm = params["algorithm"]
+    if not conv_kernel.serves(algorithm):
+        return _reference(x, u, input_step, point_step, filter_step, bias, *span, **params)
+    blocks = ALGORITHMS[algorithm].tap_blocks(params["taps"])
+    if not params["packed"]:
+        u = quantized_filter(u, filter_step, params["operand_limit"])
+        u = conv_kernel.pack_filter(u, tap_blocks=blocks)
+    inverse_step, requant, scale = _factors(input_step, point_step, filter_step)
+    return conv_kernel.conv1d(
+        x,
+        u,
+        algorithm=algorithm,
+        tap_blocks=blocks,
+        dilation=params["dilation"],
+        padding=params["padding"],
+        out_length=_length(x, params),
+        inverse_step=jnp.broadcast_to(inverse_step, x.shape[-1:]),
+        requant=requant,
+        scale=scale,
+        bias=bias,
+        input_limit=params["input_limit"],
+        operand_limit=params["operand_limit"],
+        slope=params["slope"],
+        span=span[0] if span else None,
+    )
+
+
+def _factors(input_step, point_step, filter_step):
+    """What is multiplied with: of the input, of transformed inputs, of sums."""
+    scale = rounded(jnp.max(input_step) * point_step)[:, None] * filter_step
+    return rounded(1 / input_step), rounded(1 / point_step), rounded(scale)
+
+
+def _operand_dtype(operand_limit):
+    return jnp.int8 if operand_limit <= LARGEST_OPERAND["int8"] else jnp.int16
+
+
+def _filter_limit(operand_limit, depth):
+    return filter_limit("int8" if operand_limit <= LARGEST_OPERAND["int8"] else "int16", depth)
+
+
+def _round(z):
+    return lax.round(z, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _where(params):
+    return {key: params[key] for key in ("taps", "dilation", "padding")}
+
+
+def _length(x, params):
+    return output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
+
+
+def _check(x, u, input_step, point_step, filter_step, bias, *span, **params):
+    name = "winograd_conv1d"
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    if x.ndim != 3:
+        raise ValueError(f"{name}: x must be [batch, length, cin], got {x.shape}")
+    cin, cout = x.shape[-1], bias.shape[-1]
+    expected = {
+        "input_step": (input_step, (cin,) if input_step.ndim else ()),
+        "point_step": (point_step, (form.n,)),
+        "filter_step": (filter_step, (form.n, cout)),
+        "bias": (bias, (cout,)),
+    }
+    if not params["packed"]:
+        expected["u"] = (u, (form.n, blocks * cin, cout))
+    for argument, (operand, shape) in expected.items():
+        if operand.shape != shape:
+            raise ValueError(
+                f"{name}: {argument} must have shape {shape} for {form.name}, "
+                f"{params['taps']} taps, {cin} input and {cout} output channels, "
+                f"got {operand.shape}"
+            )
+    if params["dilation"] != 1 and form.name != "direct":
+        raise ValueError(
+            f"{name}: dilation {params['dilation']} needs algorithm='direct', got {form.name}"
+        )
+    if not 1 <= params["input_limit"] <= largest_input_limit(form.name):
+        raise ValueError(
+            f"{name}: input_limit must lie in 1..{largest_input_limit(form.name)} for {form.name}, "
+            f"got {params['input_limit']}"
+        )
+    if not 0 <= params["slope"] <= 1:
+        raise ValueError(f"{name}: activation slope must lie in [0, 1], got {params['slope']}")
+    if span:
+        check_span(name, span[0], x.shape[:1])
+    _filter_limit(params["operand_limit"], blocks * cin)
+
+
+def _surrogate(x, u, input_step, point_step, filter_step, bias, *span, **params):
+    """The formula before the activation in real numbers, each rounding a fake quantisation."""
+    form = ALGORITHMS[params["algorithm"]]
+    blocks = form.tap_blocks(params["taps"])
+    if params["packed"]:
+        u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=bias.shape[-1])
+    if jnp.issubdtype(u.dtype, jnp.floating):
+        limit = _filter_limit(params["operand_limit"], u.shape[1])
+        u = rsq_quantize(u, filter_step[:, None, :], limit=limit)
+    else:
+        u = u.astype(jnp.float32) * filter_step[:, None, :]
+    axis = -1 if input_step.ndim else None
+    unit = jnp.max(input_step)
+    x = rsq_quantize(x, input_step, limit=params["input_limit"], axis=axis)
+    if input_step.ndim:
+        x = x * (unit / input_step)
+    columns, tiles = windows(x, form, **_where(params))
+    points = mix_points(form.bt, jnp.stack(columns))
+    step = (unit * point_step)[:, None, None, None]
+    v = rsq_quantize(points, step, limit=params["operand_limit"])
+    meet = functools.partial(meet_blocks, tiles=tiles, blocks=blocks, dilation=params["dilation"])
+    products = jnp.einsum("pbtk,pko->pbto", jax.vmap(meet)(v), u)
+    y = interleave(list(mix_points(form.at, products)), _length(x, params)) + bias
+    return zero_outside(y, *span) if span else y
+
+
+def _jvp(p, primals, tangents, **params):
+    real = functools.partial(_surrogate, **params)
+    out, tangent = straight_through(real, p, primals, tangents, params)
+    if params["slope"] != 1:
+        tangent = jnp.where(out > 0, tangent, params["slope"] * tangent)
+    return out, tangent
+
+
+def _batch(args, dims, **params):
+    """A batch of signals joins the batch axis; filters or scales of their own run in turn."""
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    x, *shared = args[:_SPAN]
+    if all(d is None for d in dims[1:_SPAN]):
+        of_signals = [(x, dims[0]), *zip(args[_SPAN:], dims[_SPAN:], strict=True)]
+        moved = [batching.bdim_at_front(a, d, size) for a, d in of_signals]
+        x, *span = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in moved)
+        out = quantized_conv_p.bind(x, *shared, *span, **params)
+        return out.reshape(*moved[0].shape[:2], *out.shape[1:]), 0
+    mapped = tuple(
+        batching.bdim_at_front(a, d, size) if d is not None else None
+        for a, d in zip(args, dims, strict=True)
+    )
+
+    def one(row):
+        operands = [a if r is None else r for a, r in zip(args, row, strict=True)]
+        return quantized_conv_p.bind(*operands, **params)
+
+    return lax.map(one, mapped), 0
+
+
+quantized_conv_p = define(
+    "cm_quantized_conv1d", _reference, check=_check, jvp=_jvp, batch=_batch, native=_native
+)
+
+
+# Vector instructions around the products: per input frame scale, round and clip; per operand
+# rescale, round, clip and cast; per sum cast and scale; per output bias and activation.
+_QUANTISE, _REQUANTISE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
+
+
+@cost_rule(quantized_conv_p)
+def _cost(x, u, input_step, point_step, filter_step, bias, *span, out, mesh, **params) -> Work:
+    """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
+    form = ALGORITHMS[params["algorithm"]]
+    cin, cout = x.shape[-1], bias.shape[-1]
+    tiles = out[0].size / cout / form.m
+    depth = cin * float(form.tap_blocks(params["taps"]))
+    macs = tiles * depth * cout * float(form.n)
+    to_operands = transform_instructions(form.bt_program) + _REQUANTISE * form.n
+    to_outputs = transform_instructions(form.at_program) + _RESCALE * form.n
+    instructions = (
+        x.size * _QUANTISE
+        + tiles * cin * to_operands
+        + tiles * cout * to_outputs
+        + out[0].size * _FINISH
+    )
+    width = "8bit" if params["operand_limit"] <= 127 else "16bit"
+    return Work(
+        vector_bytes=instructions * 4.0,
+        flops=macs * 2.0,
+        **{f"cube_flops_{width}": macs * 2.0},
+    )

@@ -1,0 +1,1 @@
+"""The two readings of a program held against each other and against XLA."""

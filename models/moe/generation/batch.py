@@ -1,0 +1,211 @@
+"""The requests of a batch on the host: their prompts, random numbers and what they have so far."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.generation.chunked import ChunkInputs
+from cmjax.models.moe.steps import DecodeInputs, PrefillInputs, Sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How tokens are drawn from the model's scores."""
+
+    temperature: float = 0.0
+    """0: the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities reach this."""
+    seed: int = 0
+    """Of the uniform numbers; each request has its own stream."""
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must lie in 0..1, got {self.top_p}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def uniform(self, requests: int, count: int) -> np.ndarray:
+        """`[requests, count]` float32 in [0, 1); a request's do not depend on the others."""
+        streams = (np.random.default_rng((self.seed, request)) for request in range(requests))
+        return np.stack([stream.random(count, np.float32) for stream in streams])
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    tokens: list[int]
+    reason: Literal["end token", "length"]
+
+
+def check_prompts(
+    config: MoEConfig,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    context: int | None = None,
+) -> int:
+    """The tokens a request's cache is to hold, after checking that every request fits.
+
+    Raises: ValueError: see `Generator.generate`.
+    """
+    if not prompts:
+        raise ValueError("generate: no prompt given")
+    if new_tokens < 1:
+        raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}")
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise ValueError(f"generate: prompt {number} is empty")
+        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"generate: prompt {number} holds token {wrong[0]}; the model's are "
+                f"0..{config.vocab_size - 1}"
+            )
+    limit = config.max_position if context is None else context
+    if limit > config.max_position:
+        raise ValueError(
+            f"generate: a context of {limit} tokens is more than the {config.max_position} the "
+            "model is meant for (max_position)"
+        )
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    needed = len(prompts[longest]) + new_tokens
+    if needed > limit:
+        raise ValueError(
+            f"generate: prompt {longest + 1} has {len(prompts[longest])} tokens and is to get "
+            f"{new_tokens} more, the cache holds {limit} per request; shorten one of them"
+            + ("" if context is None else ", or enlarge the context")
+        )
+    return needed if context is None else context
+
+
+@dataclasses.dataclass
+class Batch:
+    """The requests of all ranks as arrays with a leading axis of ranks; those that fill the last
+    ranks up are one token long and nobody reads them."""
+
+    prompts: np.ndarray  # [ranks, requests, prompt] int32
+    lengths: np.ndarray  # [ranks, requests] int32
+    uniform: np.ndarray  # [ranks * requests, tokens]
+    sampler: Sampler
+    drafts: int
+    done: np.ndarray  # [ranks * requests] tokens generated
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        width: int,
+        ranks: int,
+        new_tokens: int,
+        drafts: int,
+        sampler: Sampler,
+    ) -> "Batch":
+        """Prompts padded on the right to `width`, in order over the ranks; each request may draw
+        `new_tokens`."""
+        each = -(-len(prompts) // ranks)
+        tokens = np.zeros((ranks * each, width), np.int32)
+        lengths = np.ones(ranks * each, np.int32)
+        for request, prompt in enumerate(prompts):
+            tokens[request, : len(prompt)] = prompt
+            lengths[request] = len(prompt)
+        uniform = sampler.uniform(ranks * each, new_tokens + drafts + 1)
+        shape = (ranks, each)
+        done = np.ones(ranks * each, int)
+        return cls(
+            tokens.reshape(*shape, width), lengths.reshape(shape), uniform, sampler, drafts, done
+        )
+
+    @property
+    def requests(self) -> int:
+        """Of all ranks, those that only fill up included."""
+        return self.lengths.size
+
+    def prefill_inputs(self) -> PrefillInputs:
+        """With the number that draws each request's first token."""
+        uniform = self.uniform[:, 0].reshape(self.lengths.shape)
+        return PrefillInputs(self.prompts, self.lengths, self._sampling(uniform))  # type: ignore
+
+    def chunk_inputs(self, start: int, chunk: int, found: np.ndarray) -> ChunkInputs:
+        """Tokens `start` to before `start + chunk` of the prompts, and what earlier chunks found
+        (`[ranks, requests, 1 or 2]`)."""
+        whole = self.prefill_inputs()
+        short = max(0, start + chunk + 1 - self.prompts.shape[-1])
+        padded = np.pad(self.prompts, [(0, 0), (0, 0), (0, short)])
+        tokens, following = (padded[..., at : at + chunk] for at in (start, start + 1))
+        starts = np.full_like(self.lengths, start)
+        arrays: tuple = (tokens, following, starts, self.lengths, found)
+        return ChunkInputs(*arrays, whole.sampling)  # type: ignore
+
+    def decode_inputs(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeInputs:
+        """With the numbers that draw each request's next tokens; the caches are the caller's."""
+        last = self.uniform.shape[1] - 1
+        # a finished request runs on until all are; its numbers no longer matter
+        slots = np.minimum(self.done[:, None] + np.arange(1 + self.drafts), last)
+        uniform = np.take_along_axis(self.uniform, slots, axis=1)
+        shape = (*self.lengths.shape, 1 + self.drafts)
+        sampling = self._sampling(uniform.reshape(shape))
+        return DecodeInputs(tokens, lengths, (), sampling)  # type: ignore
+
+    def advance(self, emitted: np.ndarray) -> None:
+        """A step gave this many tokens, per request."""
+        self.done += emitted
+
+    def _sampling(self, uniform) -> Sampling:
+        full = np.ones(self.lengths.shape, np.float32)
+        how = self.sampler
+        return Sampling(uniform, how.temperature * full, how.top_p * full)  # type: ignore
+
+
+class Tally:
+    """What each request has so far."""
+
+    def __init__(self, requests: int, new_tokens: int, end_tokens: Sequence[int]):
+        self.tokens: list[list[int]] = [[] for _ in range(requests)]
+        self.ended = [False] * requests
+        self.new_tokens, self.end_tokens = new_tokens, frozenset(end_tokens)
+        self.drafted = self.accepted = 0
+
+    def add(self, sampled: np.ndarray, emitted: np.ndarray, drafts: int = 0) -> None:
+        """Take in a step: `sampled [requests, new]`, of which `emitted` are a request's, and how
+        many were drafted for each."""
+        for request, tokens in enumerate(self.tokens):
+            if self._done(request):
+                continue
+            before = len(tokens)
+            for token in sampled[request, : emitted[request]].tolist():
+                tokens.append(token)
+                self.ended[request] = token in self.end_tokens
+                if self._done(request):
+                    break
+            self.drafted += drafts
+            self.accepted += len(tokens) - before - 1 if drafts else 0
+
+    def _done(self, request: int) -> bool:
+        return self.ended[request] or len(self.tokens[request]) >= self.new_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether every request has all its tokens, or ended."""
+        return all(map(self._done, range(len(self.tokens))))
+
+    @property
+    def count(self) -> int:
+        """Tokens so far."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def wanted(self) -> int:
+        """Tokens asked for."""
+        return self.new_tokens * len(self.tokens)
+
+    def completions(self) -> list[Completion]:
+        """What every request got."""
+        return [
+            Completion(tokens, "end token" if ended else "length")
+            for tokens, ended in zip(self.tokens, self.ended, strict=True)
+        ]

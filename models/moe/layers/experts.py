@@ -1,0 +1,102 @@
+"""SwiGLU feed-forward blocks: the experts in a rank's slots, and the dense (or shared) one.
+
+y = (silu(x W_gate) * (x W_up)) W_down
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from cmjax.models.moe.arithmetic import Format
+from cmjax.models.moe.layers.linear import Linear, Weight, observe
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from cmjax.primitives.exchange import quantize_rows
+from cmjax.primitives.msd.product import msd_dot
+from cmjax.primitives.msd.quantize_weight import QuantizedWeight
+from cmjax.program.mark import fused
+
+_BATCHED = (((2,), (1,)), ((0,), (0,)))  # [slots, rows, k] x [slots, k, n]
+
+
+class Experts(nnx.Module):
+    """One expert per slot, applied to the rows dispatched to that slot.
+
+    Parameters have a leading axis of slots: `gate_up [slots, hidden, 2 * ffn]` (gate first) and
+    `down [slots, ffn, hidden]`; few-bit ones are stored as in `Linear`.
+    """
+
+    def __init__(self, slots: int, hidden: int, ffn: int, *, format: Format, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, format=format, rngs=rngs, stack=(slots,))
+        self.gate_up = linear(hidden, 2 * ffn)
+        self.down = linear(ffn, hidden)
+
+    def __call__(
+        self, rows: Array, scale: Float32[Array, "slots rows"], dtype: jnp.dtype
+    ) -> Float[Array, "slots rows hidden"]:
+        """Outputs in `dtype`. `rows [slots, rows, hidden]` are int8 steps of `scale`, or floating
+        point (then `scale` is ones and not read)."""
+        up, down = self.gate_up.matrix, self.down.matrix
+        if up.scale is None or down.scale is None:
+            return _batched(_swiglu(_batched(rows, up)), down).astype(dtype)
+        assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
+        total = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=jnp.int32)
+        steps, step = _swiglu_int8(total, scale, up.scale)
+        return _grouped_matmul(dtype)(steps, step, down.value, down.scale)
+
+
+class SwiGLU(nnx.Module):
+    """The dense feed-forward block, also the shared expert; `ffn` is its inner width."""
+
+    def __init__(
+        self, hidden: int, ffn: int, *, format: Format, rngs: nnx.Rngs, bias: bool = False
+    ):
+        self.gate_up = Linear(hidden, 2 * ffn, format=format, rngs=rngs, bias=bias)
+        self.down = Linear(ffn, hidden, format=format, rngs=rngs, bias=bias)
+
+    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        return self.down(_swiglu(self.gate_up(x)))
+
+
+def _batched(x, weight: Weight):
+    """Each slot's rows by its matrix, in the dtype of the rows."""
+    observe(weight.name, x)
+    if isinstance(weight.value, QuantizedWeight):
+        return msd_dot(x, weight.value)
+    value = weight.value.astype(x.dtype)
+    return lax.dot_general(x, value, _BATCHED, preferred_element_type=x.dtype)
+
+
+def _activate(h):
+    gate, up = jnp.split(h, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+@functools.cache
+def _grouped_matmul(dtype: jnp.dtype):
+    """The down-projection of all slots: integers in, values in `dtype` out."""
+
+    @fused("GroupedMatmul")
+    def kernel(steps, step, weight, weight_scale):
+        total = lax.dot_general(steps, weight, _BATCHED, preferred_element_type=jnp.int32)
+        return _rescale(total, step, weight_scale).astype(dtype)
+
+    return kernel
+
+
+def _rescale(total, row_scale, column_scale):
+    """Integer sums [slots, rows, n] to values."""
+    return total.astype(jnp.float32) * row_scale[..., None] * column_scale[:, None, :]
+
+
+@fused("SwiGLU")
+def _swiglu(h):
+    return _activate(h.astype(jnp.float32)).astype(h.dtype)
+
+
+@fused("SwiGLU")
+def _swiglu_int8(total, row_scale, column_scale):
+    """Rescale, activate, and quantise again for the second matmul: the values stay on chip."""
+    return quantize_rows(_activate(_rescale(total, row_scale, column_scale)))

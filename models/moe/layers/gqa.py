@@ -1,0 +1,119 @@
+"""Grouped-query attention (Ainslie et al. 2023), as Mixtral and Qwen3-MoE use it.
+
+    q, k, v = split(norm(x) W_qkv);   y = W_o softmax(rot(q) rot(k)^T / sqrt(d) + mask) v
+
+Qwen3 normalises queries and keys per head before rotating them. With a window, a query sees only
+the newest keys. Every rank attends its own requests (data parallelism); heads are not split.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from cmjax.models.moe.arithmetic import Arithmetic, KVCache
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
+from cmjax.models.moe.layers.cache import GroupedCache
+from cmjax.models.moe.layers.linear import Linear
+from cmjax.models.moe.layers.norm import RMSNorm, rms_norm
+from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
+from cmjax.models.moe.sharding import Layout
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from cmjax.primitives.attention.exact import attention, visible_keys
+from cmjax.primitives.attention.pasa import pasa_attention
+from cmjax.program.mark import fused
+
+
+class GQA(nnx.Module):
+    """Attention of one layer, its input norm included; the residual is the caller's.
+
+    Columns of `qkv` are all query heads, all key heads, all value heads.
+    """
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        layout.heads(config)  # refuses to split them
+        assert isinstance(config.attention, GroupedAttention), "the caller chooses by this type"
+        self.config, self.sizes = config, config.attention
+        self.arithmetic = arithmetic
+        linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
+        hidden, dim, bias = config.hidden_size, self.sizes.head_dim, self.sizes.bias
+        columns = (config.heads + 2 * self.sizes.kv_heads) * dim
+        self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
+        self.qkv = linear(hidden, columns, bias=bias)
+        ones = jnp.ones((dim,), jnp.float32)
+        self.q_norm = nnx.Param(ones) if self.sizes.qk_norm else None
+        self.k_norm = nnx.Param(ones) if self.sizes.qk_norm else None
+        self.out = linear(config.heads * dim, hidden, bias=bias)
+
+    def decode(
+        self,
+        x: Float[Array, "requests new hidden"],
+        cache: GroupedCache,
+        lengths: Int[Array, "requests"],
+    ) -> tuple[Float[Array, "requests new hidden"], GroupedCache]:
+        """Attend the cache. `lengths` counts the cached tokens, not the new ones, which are
+        added."""
+        new = x.shape[1]
+        positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+        with jax.named_scope("prolog"):
+            q, k, v = self._project(x, positions)
+            cache = cache.write(k, v, positions)
+        with jax.named_scope("core"):
+            key, value = cache.read(q.dtype)
+            found = self._attend(q, key, value, lengths + new)
+        with jax.named_scope("output"):
+            return self.out(found.reshape(*found.shape[:2], -1)), cache
+
+    def prefill(
+        self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
+    ) -> tuple[Float[Array, "sequences prompt hidden"], GroupedCache]:
+        """Causal from position 0. Returns the cache entries of the prompt."""
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        with jax.named_scope("prolog"):
+            q, k, v = self._project(x, positions)
+            cache = GroupedCache.of(k, v, kind)
+        with jax.named_scope("core"):
+            found = self._attend(q, k, v, None)
+        with jax.named_scope("output"):
+            return self.out(found.reshape(*found.shape[:2], -1)), cache
+
+    def _project(self, x, positions):
+        q_norm = None if self.q_norm is None else self.q_norm[...]
+        k_norm = None if self.k_norm is None else self.k_norm[...]
+        return _heads(self.config)(self.qkv(self.norm(x)), positions, q_norm, k_norm)
+
+    def _attend(self, q, k, v, lengths):
+        scale, window = softmax_scale(self.config), self.sizes.window
+        if self.arithmetic.attention == "exact":
+            return attention(q, k, v, scale=scale, causal=True, lengths=lengths, window=window)
+        if lengths is None and window is None:
+            return pasa_attention(q, k, v, is_causal=True, scale=scale)
+        visible = visible_keys(q.shape[1], k.shape[1], lengths, causal=True, window=window)
+        assert visible is not None, "causal attention hides keys"
+        mask = jnp.broadcast_to(visible, (q.shape[0], *visible.shape[-2:]))[:, None]
+        return pasa_attention(q, k, v, mask=mask, scale=scale)
+
+
+@functools.cache
+def _heads(config: MoEConfig) -> Callable:
+    """From the projection's columns to rotated queries and keys, and values, per head."""
+    sizes = config.attention
+    assert isinstance(sizes, GroupedAttention)
+    splits = (config.heads, config.heads + sizes.kv_heads)
+
+    @fused("RotaryHeads")
+    def kernel(qkv, positions, q_norm, k_norm):
+        each = qkv.reshape(*qkv.shape[:-1], -1, sizes.head_dim)
+        q, k, v = jnp.split(each, splits, axis=-2)
+        if q_norm is not None:
+            q = rms_norm(q, q_norm, config.norm_eps)
+            k = rms_norm(k, k_norm, config.norm_eps)
+        cos, sin = angles(positions[..., None], config)  # alike for all heads
+        q, k = (rotate(y, cos, sin, interleave=config.rope.interleave) for y in (q, k))
+        return q, k, v
+
+    return kernel

@@ -1,0 +1,247 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1; CloudMatrix384 paper, sections 4.2, 4.3).
+
+Two forms of the same mathematics. *Expanded*, for prefill: keys and values are up-projected from
+the latent, attention is causal over the prompt. *Absorbed*, for decode: the key up-projection moves
+to the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
+over the latent cache itself.
+
+With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are
+computed for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged
+back.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from cmjax.models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
+from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.layers.cache import LatentCache
+from cmjax.models.moe.layers.linear import Linear, Weight, matmul
+from cmjax.models.moe.layers.norm import rms_norm
+from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
+from cmjax.models.moe.sharding import Layout
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cmjax.primitives.attention.exact import attention, latent_attention, visible_keys
+from cmjax.primitives.attention.pasa import pasa_attention
+from cmjax.primitives.exchange import gather_ranks
+from cmjax.program.mark import fused
+
+# DeepSeek's own code and transformers build these two norms without the config's epsilon.
+_LATENT_NORM_EPS = 1e-6
+
+
+class MLA(nnx.Module):
+    """Attention of one layer, its input norm included; the residual is the caller's.
+
+    The down-, query-up- and output-projections are in the arithmetic's format; the per-head
+    up-projections of the latent (`up_key`, `up_value`) stay in floating point, because absorbed
+    they act on activations.
+    """
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        self.config, self.layout, self.arithmetic = config, layout, arithmetic
+        sizes = _sizes(config)
+        heads, hidden = layout.heads(config), config.hidden_size
+        dtype = arithmetic.dtype
+        rank, q_rank = sizes.kv_lora_rank, sizes.q_lora_rank
+        linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
+        self.norm = nnx.Param(jnp.ones((hidden,), jnp.float32))
+        self.q_a = None if q_rank is None else linear(hidden, q_rank, bias=sizes.bias)
+        self.q_norm = None if q_rank is None else nnx.Param(jnp.ones((q_rank,), jnp.float32))
+        self.q_b = linear(q_rank or hidden, heads * sizes.qk_dim)
+        self.kv_a = linear(hidden, rank + sizes.qk_rope_dim, bias=sizes.bias)
+        self.kv_norm = nnx.Param(jnp.ones((rank,), jnp.float32))
+        random = functools.partial(jax.random.normal, dtype=jnp.float32)
+        up_key = random(rngs.params(), (heads, sizes.qk_nope_dim, rank)) * rank**-0.5
+        up_value = random(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
+        self.up_key = nnx.Param(up_key.astype(dtype))
+        self.up_value = nnx.Param(up_value.astype(dtype))
+        self.out = linear(config.heads * sizes.v_dim, hidden, bias=sizes.bias)
+
+    def decode(
+        self,
+        x: Float[Array, "requests new hidden"],
+        cache: LatentCache,
+        lengths: Int[Array, "requests"],
+    ) -> tuple[Float[Array, "requests new hidden"], LatentCache]:
+        """Absorbed form. `lengths` counts the cached tokens, not the new ones, which are added."""
+        new = x.shape[1]
+        positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+        with jax.named_scope("prolog"):
+            q_latent, q_rope, cache = _absorbed_prolog(self.config)(
+                x, positions, self._down, self.q_b.matrix, self.up_key[...], cache
+            )
+        with jax.named_scope("core"):
+            q_rope = q_rope.astype(cache.rope.dtype)
+            attend = _latent_kernel(self.config, self.arithmetic.attention)
+            query = q_latent.astype(cache.rope.dtype)
+            found = attend(query, q_rope, cache, lengths + new).astype(x.dtype)
+        with jax.named_scope("output"):
+            heads = jnp.einsum("bqhc,hcv->bqhv", found, self.up_value[...])
+            return self.out(heads.reshape(*heads.shape[:2], -1)), cache
+
+    def prefill(
+        self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
+    ) -> tuple[Float[Array, "sequences prompt hidden"], LatentCache]:
+        """Expanded form, causal from position 0. Returns the cache entries of the prompt."""
+        config, axes = self.config, self.layout.axes
+        share = self.layout.sequence_parallel and bool(axes)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        with jax.named_scope("prolog"):
+            if share:
+                q_low, latent, rope = _down_prolog(config)(x, positions, self._down)
+                cache = LatentCache.of(latent, rope, kind)
+                widths = (q_low.shape[-1], q_low.shape[-1] + latent.shape[-1])
+                gathered = gather_ranks(jnp.concatenate([q_low, latent, rope], axis=-1), axes)
+                q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
+                q_nope, q_rope = _up_prolog(config)(q_low, positions, self.q_b.matrix)
+            else:
+                q_nope, q_rope, latent, rope = _expanded_prolog(config)(
+                    x, positions, self._down, self.q_b.matrix
+                )
+                cache = LatentCache.of(latent, rope, kind)
+        with jax.named_scope("core"):
+            k_nope = jnp.einsum("bkc,hnc->bkhn", latent, self.up_key[...])
+            value = jnp.einsum("bkc,hcv->bkhv", latent, self.up_value[...])
+            heads = _attend_kernel(config, self.arithmetic.attention)(
+                q_nope, q_rope, k_nope, rope, value
+            )
+        with jax.named_scope("output"):
+            if share:
+                heads = lax.all_to_all(heads, axes, split_axis=0, concat_axis=2, tiled=True)
+            return self.out(heads.reshape(*heads.shape[:2], -1)), cache
+
+    @property
+    def _down(self) -> tuple[Array, Weight | None, Array | None, Weight, Array]:
+        return (
+            self.norm[...],
+            None if self.q_a is None else self.q_a.matrix,
+            None if self.q_norm is None else self.q_norm[...],
+            self.kv_a.matrix,
+            self.kv_norm[...],
+        )
+
+
+def _project_down(config, x, positions, down):
+    """Normalised query latent (without one: input), normalised key/value latent, rotated shared
+    key."""
+    norm, q_a, q_norm, kv_a, kv_norm = down
+    h = rms_norm(x, norm, config.norm_eps)
+    q_low = h if q_a is None else rms_norm(matmul(h, q_a), q_norm, _LATENT_NORM_EPS)
+    latent, rope = jnp.split(matmul(h, kv_a), [_sizes(config).kv_lora_rank], axis=-1)
+    cos, sin = angles(positions, config)
+    rope = rotate(rope, cos, sin, interleave=config.rope.interleave)
+    return q_low, rms_norm(latent, kv_norm, _LATENT_NORM_EPS), rope
+
+
+def _query(config, q_low, positions, q_b):
+    """Per-head queries, split into the part without position and the rotated part."""
+    q = matmul(q_low, q_b)
+    q = q.reshape(*q.shape[:2], -1, _sizes(config).qk_dim)
+    q_nope, q_rope = jnp.split(q, [_sizes(config).qk_nope_dim], axis=-1)
+    cos, sin = angles(positions[..., None], config)  # alike for all heads
+    return q_nope, rotate(q_rope, cos, sin, interleave=config.rope.interleave)
+
+
+def _sizes(config: MoEConfig) -> LatentAttention:
+    assert isinstance(config.attention, LatentAttention), "the caller chooses by this type"
+    return config.attention
+
+
+# MLAProlog is one kernel on the NPU: norm, projections and rotation never leave the chip. Which of
+# them a form needs differs, so there is a kernel per form, made once per config.
+
+
+@functools.cache
+def _down_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(x, positions, down):
+        return _project_down(config, x, positions, down)
+
+    return prolog
+
+
+@functools.cache
+def _up_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(q_low, positions, q_b):
+        return _query(config, q_low, positions, q_b)
+
+    return prolog
+
+
+@functools.cache
+def _latent_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
+    """Attention over the latent cache. An INT8 latent is dequantised in the kernel; so is an MXFP4
+    one, and PASA's float16 operands are made there."""
+
+    @fused("FlashAttention")
+    def attend(q_latent, q_rope, cache, lengths):
+        scale = softmax_scale(config)
+        if core == "exact" and cache.kind != "mxfp4":
+            return latent_attention(
+                q_latent, q_rope, cache.latent, cache.scale, cache.rope, lengths, scale=scale
+            )
+        latent = cache.read(q_latent.dtype)
+        if core == "exact":
+            return latent_attention(
+                q_latent, q_rope, latent, None, cache.rope, lengths, scale=scale
+            )
+        visible = visible_keys(q_latent.shape[1], latent.shape[1], lengths, causal=True)
+        assert visible is not None, "there are lengths"
+        key = jnp.concatenate([latent, cache.rope.astype(latent.dtype)], axis=-1)
+        return pasa_attention(
+            jnp.concatenate([q_latent, q_rope], axis=-1),
+            key[:, :, None],
+            latent[:, :, None],
+            mask=visible[:, None],
+            scale=scale,
+        )
+
+    return attend
+
+
+@functools.cache
+def _attend_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
+    """FA takes the rotated parts as operands of their own: nothing is concatenated in HBM."""
+
+    @fused("FlashAttention")
+    def attend(q_nope, q_rope, k_nope, k_rope, value):
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        scale = softmax_scale(config)
+        if core == "pasa_fp16":
+            return pasa_attention(q, k, value, is_causal=True, scale=scale)
+        return attention(q, k, value, scale=scale, causal=True)
+
+    return attend
+
+
+@functools.cache
+def _expanded_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(x, positions, down, q_b):
+        q_low, latent, rope = _project_down(config, x, positions, down)
+        return *_query(config, q_low, positions, q_b), latent, rope
+
+    return prolog
+
+
+@functools.cache
+def _absorbed_prolog(config: MoEConfig) -> Callable:
+    @fused("MLAProlog")
+    def prolog(x, positions, down, q_b, up_key, cache):
+        q_low, latent, rope = _project_down(config, x, positions, down)
+        q_nope, q_rope = _query(config, q_low, positions, q_b)
+        q_latent = jnp.einsum("bqhn,hnc->bqhc", q_nope, up_key)
+        return q_latent, q_rope, cache.write(latent, rope, positions)
+
+    return prolog

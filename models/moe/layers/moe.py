@@ -1,0 +1,136 @@
+"""The mixture-of-experts block of one layer on one rank: route, dispatch, experts, combine.
+
+The four stages are methods, so that a schedule can interleave those of several microbatches. The
+shared expert is computed by every rank for its own tokens, or, where the slot table has slots for
+it, dispatched to like a routed expert with weight 1 (CloudMatrix384 paper, section 4.2).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from cmjax.models.moe.arithmetic import Arithmetic
+from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.layers.experts import Experts, SwiGLU
+from cmjax.models.moe.layers.norm import RMSNorm
+from cmjax.models.moe.layers.router import Router
+from cmjax.models.moe.sharding import Layout
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from cmjax.primitives.exchange import Dispatched, combine, dispatch
+
+
+class Placement(nnx.Variable):
+    """Which slots hold an expert; integers, per layer, not trained."""
+
+
+class Routed(NamedTuple):
+    """Normalised tokens and where they go."""
+
+    x: Float[Array, "tokens hidden"]
+    slots: Int32[Array, "tokens copies"]
+    weights: Float32[Array, "tokens copies"]
+
+
+class MoE(nnx.Module):
+    """Experts of one layer, the input norm included; the residual is the caller's."""
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        table = layout.table
+        if table.n_experts != config.experts:
+            raise ValueError(
+                f"MoE: the slot table is for {table.n_experts} routed experts, the model has "
+                f"{config.experts}"
+            )
+        if table.has_shared and config.ffn_bias:
+            raise ValueError("MoE: a shared expert with biases cannot live in slots")
+        if table.has_shared and config.shared_experts != 1:
+            raise ValueError(
+                "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
+                f"size), the model has {config.shared_experts}; use shared_replicas=0"
+            )
+        self.layout, self.quantize = layout, arithmetic.experts == "w8a8"
+        hidden, ffn = config.hidden_size, config.expert_ffn_size
+        self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
+        self.router = Router(config, rngs=rngs)
+        slots, copies = table.arrays()
+        self.slots_of_expert = Placement(jnp.asarray(slots))
+        self.copies = Placement(jnp.asarray(copies))
+        self.experts = Experts(
+            table.slots_per_rank, hidden, ffn, format=arithmetic.experts, rngs=rngs
+        )
+        local = config.shared_experts and not table.has_shared
+        self.shared = (
+            SwiGLU(
+                hidden,
+                ffn * config.shared_experts,
+                format=arithmetic.dense,
+                rngs=rngs,
+                bias=config.ffn_bias,
+            )
+            if local
+            else None
+        )
+
+    def route(self, x: Float[Array, "tokens hidden"]) -> Routed:
+        """Normalise, choose experts and a replica of each, the shared one's included."""
+        x = self.norm(x)
+        rank = jnp.asarray(self.layout.rank, jnp.int32)
+        slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
+        return Routed(x, slots, weights)
+
+    def send(self, routed: Routed) -> Dispatched:
+        """Dispatch, in INT8 if the experts are."""
+        return dispatch(routed.x, routed.slots, quantize=self.quantize, **self._exchange)
+
+    def compute(self, sent: Dispatched, dtype: jnp.dtype) -> Float[Array, "slots rows hidden"]:
+        """Apply the experts in this rank's slots."""
+        return self.experts(sent.rows, sent.scale, dtype)
+
+    def receive(
+        self, rows: Float[Array, "slots rows hidden"], sent: Dispatched, routed: Routed
+    ) -> Float[Array, "tokens hidden"]:
+        """Combine the routed experts' outputs."""
+        return combine(rows, routed.slots, sent.position, routed.weights, **self._exchange)
+
+    def compute_shared(self, routed: Routed) -> Float[Array, "tokens hidden"] | None:
+        """The local shared expert on this rank's own tokens, if there is one."""
+        return None if self.shared is None else self.shared(routed.x)
+
+    @property
+    def _exchange(self) -> dict:
+        layout = self.layout
+        return {
+            "axes": layout.axes,
+            "ranks": layout.ranks,
+            "slots_per_rank": layout.table.slots_per_rank,
+            "capacity": layout.capacity,
+        }
+
+
+def run_moe(
+    moe: MoE, xs: tuple[Float[Array, "tokens hidden"], ...], routed: tuple[Routed, ...]
+) -> tuple[Float[Array, "tokens hidden"], ...]:
+    """The residual stream after the block, for several routed microbatches: each stage is issued
+    for all of them before the next. The shared expert runs while tokens travel."""
+    block = moe.layout.schedule.block
+    sent, shared, rows, out = [], [], [], []
+    for r in routed:
+        with block("dispatch"):
+            sent.append(moe.send(r))
+    for x, s in zip(xs, sent, strict=True):
+        with block("experts"):
+            rows.append(moe.compute(s, x.dtype))
+    for r in routed:
+        with block("experts", scope="shared"):
+            shared.append(moe.compute_shared(r))
+    for x, y, z, s, r in zip(xs, rows, shared, sent, routed, strict=True):
+        with block("combine"):
+            x = x + moe.receive(y, s, r)
+            out.append(x if z is None else x + z)
+    return tuple(out)
+
+
+__all__ = ["MoE", "Placement", "Routed", "run_moe"]

@@ -1,0 +1,232 @@
+"""The decoder: embedding, dense layers, MoE layers, norm and head.
+
+Layers of one kind are stacked (parameters have a leading axis of layers) and runs of them are
+scanned, so that tracing does not grow with depth. A layer takes the activations of all
+microbatches, and issues its blocks in the order the layout's schedule says. Attention is latent or
+grouped-query, as the config says.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from cmjax.models.moe.arithmetic import Arithmetic, KVCache
+from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.layers.cache import LayerCache, ModelCache
+from cmjax.models.moe.layers.experts import SwiGLU
+from cmjax.models.moe.layers.gqa import GQA
+from cmjax.models.moe.layers.linear import Linear, Weight, matmul
+from cmjax.models.moe.layers.mla import MLA
+from cmjax.models.moe.layers.moe import MoE, run_moe
+from cmjax.models.moe.layers.norm import RMSNorm
+from cmjax.models.moe.layers.rope import check_length
+from cmjax.models.moe.sharding import Layout
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+Activations = tuple[Float[Array, "sequences length hidden"], ...]
+Caches = tuple[LayerCache, ...]
+# attend(attention, microbatch, x, cache) -> (y, cache): how a layer's attention is to be run
+Attend = Callable[[MLA | GQA, int, Array, Any], tuple[Array, LayerCache]]
+
+
+class DenseLayer(nnx.Module):
+    """Attention and a dense feed-forward block."""
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        self.layout = layout
+        self.attention = _attention(config, layout, arithmetic=arithmetic, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.ffn = SwiGLU(
+            config.hidden_size,
+            config.ffn_size,
+            format=arithmetic.dense,
+            rngs=rngs,
+            bias=config.ffn_bias,
+        )
+
+    def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
+        out, new = [], []
+        for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
+            with self.layout.schedule.block("attention"):
+                y, written = attend(self.attention, number, x, cache)
+                x = x + y
+            with self.layout.schedule.block("experts", scope="dense_ffn"):
+                x = x + self.ffn(self.norm(x))
+            out.append(x)
+            new.append(written)
+        return tuple(out), tuple(new)
+
+
+class MoELayer(nnx.Module):
+    """Attention and a mixture of experts."""
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        self.layout = layout
+        self.attention = _attention(config, layout, arithmetic=arithmetic, rngs=rngs)
+        self.moe = MoE(config, layout, arithmetic=arithmetic, rngs=rngs)
+
+    def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
+        by_stage = self.layout.schedule.order == "stage"
+        out, new, waiting, routed = [], [], [], []
+        for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
+            with self.layout.schedule.block("attention"):
+                y, written = attend(self.attention, number, x, cache)
+                x = x + y
+            with self.layout.schedule.block("router"):
+                waiting.append(x.reshape(-1, x.shape[-1]))
+                routed.append(self.moe.route(waiting[-1]))
+            new.append(written)
+            if not by_stage or number == len(xs) - 1:
+                out += run_moe(self.moe, tuple(waiting), tuple(routed))
+                waiting, routed = [], []
+        out = tuple(y.reshape(x.shape) for x, y in zip(xs, out, strict=True))
+        return out, tuple(new)
+
+
+class Stack(nnx.Module):
+    """All `count` layers of one kind; runs of them are scanned."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
+        # every stream of the Rngs is split, so that layers differ
+        self.layers = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+    def __call__(
+        self, xs: Activations, caches: Any, attend: Attend, part: slice = slice(None)
+    ) -> tuple[Activations, Caches]:
+        """Run the layers of `part` (all). `caches`: per microbatch, stacked over these layers, or
+        `None` in prefill. A true part of the layers is copied out of the stack first."""
+        graph, state = nnx.split(self.layers)
+        state = _layers(state, part)
+
+        def one_layer(xs, layer):
+            state, caches = layer
+            return nnx.merge(graph, state)(xs, caches, attend)
+
+        return lax.scan(one_layer, xs, (state, caches))
+
+
+class Transformer(nnx.Module):
+    """The decoder, as one rank holds it.
+
+    Attributes: `dense` and `moe` stacks (None without such layers), `embed [vocab, hidden]`,
+    `norm`, `head` (None if it is the embedding). The embedding is in the dtype of the activations.
+    """
+
+    def __init__(
+        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+    ):
+        self.config, self.layout = config, layout
+        dtype = arithmetic.dtype
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32).astype(dtype))
+
+        def dense(rngs: nnx.Rngs) -> DenseLayer:
+            return DenseLayer(config, layout, arithmetic=arithmetic, rngs=rngs)
+
+        def moe(rngs: nnx.Rngs) -> MoELayer:
+            return MoELayer(config, layout, arithmetic=arithmetic, rngs=rngs)
+
+        count = len(config.dense_layers)
+        self.dense = Stack(dense, count, rngs=rngs) if count else None
+        count = config.moe_layers
+        self.moe = Stack(moe, count, rngs=rngs) if count else None
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.hidden_size, config.vocab_size, format=arithmetic.head, rngs=rngs)
+        )
+
+    def prefill(
+        self, tokens: tuple[Int[Array, "sequences prompt"], ...], kv_cache: KVCache
+    ) -> tuple[Activations, tuple[ModelCache, ...]]:
+        """Final normalised hidden states and caches of whole prompts, per microbatch."""
+        check_length(self.config, tokens[0].shape[1])
+        none = (ModelCache(None, None),) * len(tokens)
+        return self._run(tokens, none, prefill_attention(kv_cache))
+
+    def decode(
+        self,
+        tokens: tuple[Int[Array, "requests new"], ...],
+        caches: tuple[ModelCache, ...],
+        lengths: tuple[Int[Array, "requests"], ...],
+    ) -> tuple[Activations, tuple[ModelCache, ...]]:
+        """Final normalised hidden states of new tokens; caches with them written at `lengths`."""
+        check_length(self.config, jax.tree.leaves(caches)[0].shape[2])
+        return self._run(tokens, caches, decode_attention(lengths))
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Scores over the vocabulary, float32."""
+        with jax.named_scope("lm_head"):
+            if self.head is None:
+                return matmul(hidden, Weight(self.embed[...].T, None)).astype(jnp.float32)
+            return self.head(hidden).astype(jnp.float32)
+
+    def embedding(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+        """Embedded tokens."""
+        with jax.named_scope("embed"):
+            return jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+
+    def _run(self, tokens, caches, attend):
+        xs = tuple(self.embedding(t) for t in tokens)
+        written = {"dense": [], "moe": []}
+        for kind, layers in self.config.runs:
+            stack = self.dense if kind == "dense" else self.moe
+            assert stack is not None, "the config that has such layers made the stack"
+            part = slice(layers.start, layers.stop)
+            old = tuple(_layers(getattr(cache, kind), part) for cache in caches)
+            xs, new = stack(xs, old, attend, part)
+            written[kind].append(new)
+        dense, moe = (_joined(written[kind], len(tokens)) for kind in ("dense", "moe"))
+        new = tuple(
+            ModelCache(d, m, cache.mtp) for d, m, cache in zip(dense, moe, caches, strict=True)
+        )
+        return tuple(self.norm(x) for x in xs), new
+
+
+def prefill_attention(kv_cache: KVCache) -> Attend:
+    """Attend the prompt itself, and hand out its cache entries."""
+    return lambda attention, number, x, cache: attention.prefill(x, kv_cache)
+
+
+def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
+    """Attend the cache, microbatch `number` at its `lengths`."""
+
+    def attend(attention, number, x, cache):
+        assert cache is not None, "decoding needs a cache"
+        return attention.decode(x, cache, lengths[number])
+
+    return attend
+
+
+def _attention(config: MoEConfig, layout: Layout, **options: Any) -> MLA | GQA:
+    """The attention block the config asks for."""
+    latent = isinstance(config.attention, LatentAttention)
+    return (MLA if latent else GQA)(config, layout, **options)
+
+
+def _layers(tree: Any, part: slice) -> Any:
+    """Some layers of a stack; the tree itself if these are all."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves or range(leaves[0].shape[0])[part] == range(leaves[0].shape[0]):
+        return tree
+    return jax.tree.map(lambda x: x[part], tree)
+
+
+def _joined(runs: list[Caches], microbatches: int) -> tuple[LayerCache | None, ...]:
+    """Per microbatch, the caches of a kind's layers, from those of its runs."""
+    if not runs:
+        return (None,) * microbatches
+    if len(runs) == 1:
+        return runs[0]
+    return tuple(
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), *each)
+        for each in zip(*runs, strict=True)
+    )

@@ -1,0 +1,90 @@
+"""Loading takes the model's memory and little more, measured in a process of its own."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cmjax.models.moe.checkpoint.hf_config import config_json
+from cmjax.models.moe.checkpoint.safetensor_file import Spec, write_tensors
+from cmjax.models.moe.checkpoint.tensor_names import entries
+from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
+
+LARGE = MoEConfig(
+    vocab_size=16384,
+    hidden_size=1024,
+    layers=2,
+    dense_layers=(),
+    heads=8,
+    attention=GroupedAttention(kv_heads=2, head_dim=64),
+    ffn_size=2048,
+    expert_ffn_size=2048,
+    experts=8,
+    shared_experts=0,
+    experts_per_token=2,
+    expert_groups=1,
+    groups_per_token=1,
+    scoring="softmax",
+    score_bias=False,
+    group_best=1,
+    rope=Rope(interleave=False),
+    family="mixtral",
+)
+MEASURE = """
+import json, resource, sys
+import jax
+from cmjax.models.moe.checkpoint.load import load
+from cmjax.models.moe.model import parameters
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+load(sys.argv[1])                              # compiles and allocates what a process does once
+before = peak()
+model = load(sys.argv[2], precision=sys.argv[3])
+leaves = jax.tree.leaves(parameters(model))
+expert = parameters(model)["main"]["moe"]["layers"]["moe"]["experts"]["down"]["weight"]
+print(json.dumps({
+    "model": sum(leaf.nbytes for leaf in leaves),
+    "beyond": peak() - before - sum(leaf.nbytes for leaf in leaves),
+    "expert": float(expert[1, 7, 5, 3]),
+}))
+"""
+
+
+def _write(folder, config, dtype):
+    folder.mkdir()
+    listed = list(entries(config, mtp=False))
+    specs = {entry.name: Spec(dtype, entry.shape) for entry in listed}
+    tensors = ((e.name, np.full(e.shape, i % 97, dtype)) for i, e in enumerate(listed))
+    write_tensors(folder / "model.safetensors", specs, tensors)
+    (folder / "config.json").write_text(json.dumps(config_json(config)))
+    places = {entry.name: number % 97 for number, entry in enumerate(listed)}
+    return places, max(math.prod(entry.shape) for entry in listed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_loading_needs_at_most_three_times_the_largest_tensor_beyond_the_model(tmp_path, precision):
+
+    small = dataclasses.replace(
+        LARGE, vocab_size=64, hidden_size=64, ffn_size=32, expert_ffn_size=32
+    )
+    _write(tmp_path / "small", small, np.float32)
+    values, largest = _write(tmp_path / "large", LARGE, np.float32)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large", precision],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    print(found, largest * 4)
+    assert found["model"] > 250e6
+    assert found["beyond"] <= 3 * largest * 4
+    assert found["expert"] == values["model.layers.1.block_sparse_moe.experts.7.w2.weight"]

@@ -1,0 +1,456 @@
+"""Whole steps on the emulated mesh: sharded equals unsharded, schedules change nothing."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cmjax.models.moe.config import deepseek_r1, tiny
+from cmjax.models.moe.layers.cache import extend_cache
+from cmjax.models.moe.layers.linear import quantize_params
+from cmjax.models.moe.model import MoEModel
+from cmjax.models.moe.schedule import Schedule, two_stream_decode
+from cmjax.models.moe.sharding import Layout, one_rank, param_specs, shard_params
+from cmjax.models.moe.slots import SlotTable, ep_table
+from cmjax.models.moe.steps import (
+    DecodeInputs,
+    PrefillInputs,
+    Sampling,
+    abstract_decode,
+    abstract_params,
+    abstract_prefill,
+    decode_fn,
+    init_params,
+    prefill_fn,
+)
+from flax import nnx
+from jax import export
+
+from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
+
+CONFIG = tiny()
+MESHES = [RankMesh(2, 4), RankMesh(2, 2, 2)]
+TABLES = {
+    "redundant": ep_table(16, 8, redundant=8),
+    "redundant and shared replicas": ep_table(16, 8, redundant=4, shared_replicas=4),
+}
+
+
+@functools.cache
+def _params(precision="float32"):
+    params = init_params(CONFIG, "float32", mtp=True)
+    if precision == "float32":
+        return params
+    like = abstract_params(CONFIG, one_rank(CONFIG), precision, mtp=True)
+    return quantize_params(params, like)
+
+
+def _sampling(requests, *new):
+    ones = jnp.ones((requests,))
+    return Sampling(jnp.zeros((requests, *new)), 0 * ones, ones)
+
+
+def _prompts(sequences, prompt=6):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (sequences, prompt)), jnp.int32)
+    lengths = jnp.asarray(rng.integers(2, prompt + 1, (sequences,)), jnp.int32)
+    return PrefillInputs(tokens, lengths, _sampling(sequences))
+
+
+def _decode_inputs(inputs, prefilled, max_len=10):
+    caches = extend_cache(prefilled.caches, max_len)
+    requests = inputs.tokens.shape[0]
+    return DecodeInputs(prefilled.tokens, inputs.lengths, caches, _sampling(requests, 2))
+
+
+def _on_ranks(tree, ranks, axis=0):
+    """Split the requests of one rank over ranks."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(
+            x.reshape(*x.shape[:axis], ranks, x.shape[axis] // ranks, *x.shape[axis + 1 :]), axis, 0
+        ),
+        tree,
+    )
+
+
+@functools.cache
+def _unsharded(precision="float32", sequences=8):
+    inputs = _prompts(sequences)
+    layout = one_rank(CONFIG)
+    prefill = jax.jit(prefill_fn(CONFIG, layout, precision, "float32", mtp=True))
+    decode = jax.jit(decode_fn(CONFIG, layout, precision, mtp=True))
+    first = prefill(_params(precision), inputs)
+    state = _decode_inputs(inputs, first)
+    return inputs, first, state, decode(_params(precision), state)
+
+
+def _close(got, want, atol=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("table", TABLES)
+def test_sharded_steps_equal_the_unsharded_model(mesh, table):
+    inputs, first, state, second = _unsharded()
+    layout = Layout(table=TABLES[table], axes=mesh.axes)
+    params = shard_params(_params(), layout)
+    specs = (param_specs(params, layout), RANKED)
+
+    def run(fn, arguments):
+        lifted = on_every_rank(fn, mesh, specs, RANKED)
+        return jax.block_until_ready(jax.jit(lifted)(params, arguments))
+
+    got = run(
+        prefill_fn(CONFIG, layout, "float32", "float32", mtp=True), _on_ranks(inputs, mesh.ranks)
+    )
+    np.testing.assert_array_equal(got.tokens.reshape(first.tokens.shape), first.tokens)
+    _close(got.logits.reshape(first.logits.shape), first.logits)
+
+    ranked = dataclasses.replace(
+        _on_ranks(dataclasses.replace(state, caches=()), mesh.ranks),
+        caches=_on_ranks(state.caches, mesh.ranks, axis=1),
+    )
+    got = run(decode_fn(CONFIG, layout, "float32", mtp=True), ranked)
+    np.testing.assert_array_equal(got.sampled.reshape(second.sampled.shape), second.sampled)
+    np.testing.assert_array_equal(got.tokens.reshape(second.tokens.shape), second.tokens)
+    np.testing.assert_array_equal(got.lengths.reshape(-1), second.lengths)
+    _close(got.caches, _on_ranks(second.caches, mesh.ranks, axis=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_sequence_parallel_prefill_equals_the_unsharded_model(mesh):
+    inputs, first, _, _ = _unsharded()
+    layout = Layout(table=ep_table(16, 8, redundant=8), axes=mesh.axes, sequence_parallel=True)
+    params = shard_params(_params(), layout)
+    fn = prefill_fn(CONFIG, layout, "float32", "float32", mtp=True)
+    lifted = on_every_rank(fn, mesh, (param_specs(params, layout), RANKED), RANKED)
+    got = jax.block_until_ready(jax.jit(lifted)(params, _on_ranks(inputs, 8)))
+    _close(got.logits.reshape(first.logits.shape), first.logits)
+    _close(got.caches, _on_ranks(first.caches, 8, axis=1))
+
+
+@pytest.mark.slow
+def test_a_decode_step_has_consistent_types_on_a_plain_mesh():
+    _, _, state, second = _unsharded()
+    mesh = RankMesh(2, 4)
+    layout = Layout(table=TABLES["redundant and shared replicas"], axes=mesh.axes)
+    params = shard_params(_params(), layout)
+    fn = decode_fn(CONFIG, layout, "float32", mtp=True)
+    specs = (param_specs(params, layout), RANKED)
+    lifted = on_every_rank(fn, mesh, specs, RANKED, virtual=False)
+    ranked = dataclasses.replace(
+        _on_ranks(dataclasses.replace(state, caches=()), 8),
+        caches=_on_ranks(state.caches, 8, axis=1),
+    )
+    got = jax.block_until_ready(jax.jit(lifted)(params, ranked))
+    np.testing.assert_array_equal(got.sampled.reshape(second.sampled.shape), second.sampled)
+
+
+@pytest.mark.slow
+def test_per_layer_tables_move_experts_without_changing_the_result():
+    inputs, first, _, _ = _unsharded()
+    mesh = RankMesh(2, 4)
+    rng = np.random.default_rng(1)
+    tables = []
+    for _ in range(CONFIG.moe_layers + 1):
+        slots = [*range(16), *rng.choice(16, 8, replace=False)]
+        tables.append(SlotTable(tuple(rng.permutation(slots)), 8, 16))
+    layout = Layout(table=tables[0], axes=mesh.axes)
+    params = shard_params(_params(), layout, tables)
+    fn = prefill_fn(CONFIG, layout, "float32", "float32", mtp=True)
+    lifted = on_every_rank(fn, mesh, (param_specs(params, layout), RANKED), RANKED)
+    got = jax.block_until_ready(jax.jit(lifted)(params, _on_ranks(inputs, 8)))
+    _close(got.logits.reshape(first.logits.shape), first.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule",
+    [two_stream_decode(), Schedule(microbatches=2, order="stage")],
+    ids=["two streams", "stage order"],
+)
+def test_results_do_not_depend_on_the_schedule(schedule):
+    inputs, first, state, second = _unsharded()
+    layout = one_rank(CONFIG, schedule)
+    got = jax.jit(prefill_fn(CONFIG, layout, "float32", "float32", mtp=True))(_params(), inputs)
+    _close(got.logits, first.logits)
+    halves = tuple(
+        jax.tree.map(lambda x, at=at: x[:, at], state.caches[0]) for at in (slice(4), slice(4, 8))
+    )
+    state = dataclasses.replace(state, caches=halves)
+    got = jax.jit(decode_fn(CONFIG, layout, "float32", mtp=True))(_params(), state)
+    np.testing.assert_array_equal(got.sampled, second.sampled)
+    np.testing.assert_array_equal(got.tokens, second.tokens)
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *got.caches)
+    _close(joined, second.caches[0])
+
+
+@pytest.mark.slow
+def test_speculative_decoding_emits_what_plain_greedy_decoding_does():
+    inputs = _prompts(2)
+    layout = one_rank(CONFIG)
+    prefill = jax.jit(prefill_fn(CONFIG, layout, "float32", "float32", mtp=True))
+    first = prefill(_params(), inputs)
+    cache = extend_cache(first.caches, 32)
+    outputs = {}
+    for drafts in (0, 1, 3):
+        decode = jax.jit(decode_fn(CONFIG, layout, "float32", mtp=True))
+        start = jnp.concatenate([first.tokens, first.tokens[:, 1:], first.tokens[:, 1:]], axis=1)
+        state = DecodeInputs(
+            start[:, : 1 + drafts], inputs.lengths, cache, _sampling(2, 1 + drafts)
+        )
+        found = [[int(t)] for t in first.tokens[:, 0]]
+        for _ in range(8):
+            out = decode(_params(), state)
+            for request, (tokens, count) in enumerate(zip(out.sampled, out.emitted, strict=True)):
+                found[request] += [int(t) for t in tokens[:count]]
+            state = DecodeInputs(out.tokens, out.lengths, out.caches, state.sampling)
+        outputs[drafts] = [tokens[:9] for tokens in found]
+    assert outputs[1] == outputs[0]
+    assert outputs[3] == outputs[0]
+
+
+@pytest.mark.slow
+def test_drafting_after_prefill_and_after_decode_is_the_same_computation():
+    # prefill a prompt and decode one token, or prefill the prompt with that token appended
+    inputs, first, state, second = _unsharded()
+    full = inputs.tokens.shape[1]
+    room = jnp.pad(inputs.tokens, ((0, 0), (0, 1)))
+    request = jnp.arange(room.shape[0])
+    longer = PrefillInputs(
+        room.at[request, inputs.lengths].set(first.tokens[:, 0]),
+        inputs.lengths + 1,
+        inputs.sampling,
+    )
+    prefill = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "float32", "float32", mtp=True))
+    again = prefill(_params(), longer)
+    rejected = np.asarray(second.emitted) == 1
+    assert rejected.any()
+    np.testing.assert_array_equal(again.tokens[:, 0], second.sampled[:, 0])
+    np.testing.assert_array_equal(again.tokens[rejected, 1], second.tokens[rejected, 1])
+    real = (np.arange(full + 1) < np.asarray(longer.lengths)[:, None])[None, ..., None]
+    for got, want in zip(
+        jax.tree.leaves(second.caches[0]), jax.tree.leaves(again.caches[0]), strict=True
+    ):
+        np.testing.assert_allclose(got[:, :, : full + 1] * real, want * real, atol=1e-5)
+    assert state.caches[0].mtp is not None
+
+
+def test_a_correct_draft_is_accepted_and_a_wrong_one_is_not():
+    inputs, _, state, _ = _unsharded(sequences=2)
+    decode = jax.jit(decode_fn(CONFIG, one_rank(CONFIG), "float32", mtp=True))
+    sampled = decode(_params(), state).sampled
+    right = dataclasses.replace(state, tokens=state.tokens.at[:, 1].set(sampled[:, 0]))
+    wrong = dataclasses.replace(state, tokens=state.tokens.at[:, 1].set(sampled[:, 0] ^ 1))
+    np.testing.assert_array_equal(decode(_params(), right).emitted, [2, 2])
+    out = decode(_params(), wrong)
+    np.testing.assert_array_equal(out.emitted, [1, 1])
+    np.testing.assert_array_equal(out.lengths, inputs.lengths + 1)
+    np.testing.assert_array_equal(out.tokens[:, 0], sampled[:, 0])
+
+
+@pytest.mark.slow
+def test_int8_logits_stay_close_to_float32():
+    inputs, first, _, _ = _unsharded()
+    fn = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "int8", "int8", mtp=True))
+    got = fn(_params("int8"), inputs)
+    assert (
+        _params("int8")["main"]["moe"]["layers"]["moe"]["experts"]["down"]["weight"].dtype == "int8"
+    )
+    a, b = np.asarray(got.logits, np.float64).ravel(), np.asarray(first.logits, np.float64).ravel()
+    assert np.corrcoef(a, b)[0, 1] > 0.99
+
+
+@pytest.mark.slow
+def test_int8_cache_decodes_close_to_a_float_cache():
+    inputs, first, _, _ = _unsharded()
+    prefill = jax.jit(prefill_fn(CONFIG, one_rank(CONFIG), "float32", "int8", mtp=True))
+    quantized = prefill(_params(), inputs).caches[0].moe
+    assert quantized.latent.dtype == jnp.int8
+    exact = first.caches[0].moe.latent
+    error = jnp.abs(quantized.latent * quantized.scale[..., None] - exact)
+    assert float(jnp.max(error / quantized.scale[..., None])) <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("mtp", [0, 1, 2])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_steps_trace_with_whole_numbers_in_every_form(mtp, parallel):
+    mesh, table = RankMesh(2, 2, 2), TABLES["redundant"]
+    decode = abstract_decode(CONFIG, Schedule(), table, mesh, 3, 16, 2, "bfloat16", "int8", mtp=mtp)
+    prefill = abstract_prefill(
+        CONFIG, Schedule(), table, mesh, 3, 16, None, "float32", "float32", mtp, parallel
+    )
+    for step, new in ((decode, 1 + mtp), (prefill, 1 + bool(mtp))):
+        fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
+        assert jax.eval_shape(fn, *step.args).tokens.shape == (8, 3, new)
+
+
+FULL_SIZE = """
+import jax, numpy as np
+from cmjax.mesh import RankMesh, on_every_rank, prepare_devices
+prepare_devices(48)
+from cmjax.models.moe import *
+mesh, config, schedule = RankMesh(48, 8), tiny(), two_stream_decode()
+table = ep_table(config.experts, 384, redundant=384 - config.experts)
+layout = Layout(table=table, axes=mesh.axes, schedule=schedule, capacity=4)
+one = init_params(config, "float32", mtp=True)
+step = abstract_decode(config, schedule, table, mesh, 2, 8, 4, "float32", "float32", mtp=1)
+inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.args[1])
+tokens = np.random.default_rng(0).integers(0, config.vocab_size, inputs.tokens.shape)
+inputs.tokens[:] = tokens
+params = jax.tree.map(np.asarray, shard_params(one, layout))
+lifted = jax.jit(on_every_rank(step.fn, mesh, step.in_specs, step.out_specs))
+got = jax.block_until_ready(lifted(params, inputs))
+alone = jax.jit(decode_fn(config, one_rank(config, schedule), "float32", mtp=True))
+for rank in (0, 200, 383):
+    want = alone(one, jax.tree.map(lambda x: x[rank], inputs))
+    np.testing.assert_array_equal(got.sampled[rank], want.sampled)
+    np.testing.assert_array_equal(got.tokens[rank], want.tokens)
+print("decoded on", mesh.ranks)
+"""
+
+
+@pytest.mark.slow
+def test_a_two_stream_decode_step_runs_on_384_emulated_ranks():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_SIZE], env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "decoded on 384" in done.stdout
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_deepseek_r1_traces_on_320_ranks_with_symbolic_sizes(microbatches):
+    requests, context, capacity = export.symbolic_shape("b, n, c")
+    schedule = dataclasses.replace(two_stream_decode(), microbatches=microbatches)
+    mesh = RankMesh(20, 8, 2)
+    table = ep_table(256, 320, redundant=32, shared_replicas=32)
+    step = abstract_decode(deepseek_r1(), schedule, table, mesh, requests, context, capacity)
+    fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
+    jaxpr = jax.make_jaxpr(fn)(*step.args)
+    assert jaxpr.out_avals[0].shape == (320, microbatches * requests, 2)
+    text = str(jaxpr)
+    assert text.count("cm_dispatch") == 2 * microbatches  # one MoE stack and the MTP layer
+    assert "320*c" in text
+    parameters = sum(np.prod(x.shape, dtype=float) for x in jax.tree.leaves(step.args[0]))
+    # every expert slot of every layer counts, and the rest once
+    assert 0.75e12 < parameters < 0.9e12
+
+
+def test_one_rank_deepseek_v3_has_671_billion_parameters():
+    config = dataclasses.replace(deepseek_r1(), mtp_layers=0)
+    params = abstract_params(config, one_rank(config), "bfloat16")
+    count = sum(np.prod(x.shape, dtype=float) for x in jax.tree.leaves(params))
+    assert round(count / 1e9) == 671
+
+
+def test_prefill_traces_with_sequence_parallel_attention():
+    sequences, prompt, capacity = export.symbolic_shape("s, p, c")
+    mesh = RankMesh(2, 8, 2)
+    schedule = Schedule(microbatches=2, order="stage")
+    table = ep_table(256, 32, redundant=32)
+    step = abstract_prefill(deepseek_r1(), schedule, table, mesh, sequences, prompt, capacity)
+    fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
+    jaxpr = jax.make_jaxpr(fn)(*step.args)
+    assert "bf16[32*s,p,2112]" in str(jaxpr)  # the gathered latents
+    assert jaxpr.out_avals[1].shape == (32, 2 * sequences, 129280)
+
+
+def test_blocks_are_marked_with_their_scopes_and_streams():
+    mesh = RankMesh(2, 4)
+    step = abstract_decode(CONFIG, two_stream_decode(), TABLES["redundant"], mesh, 2, 8)
+    fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
+    stacks = set()
+
+    def walk(jaxpr, outer=""):
+        for eqn in jaxpr.eqns:
+            path = f"{outer}/{eqn.source_info.name_stack}"
+            stacks.add(path)
+            for inner in jax.tree.leaves(
+                list(eqn.params.values()),
+                is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    walk(inner, path)
+
+    walk(jax.make_jaxpr(fn)(*step.args).jaxpr)
+    parts = {part for path in stacks for part in path.split("/")}
+    assert {"attention", "prolog", "core", "output", "router", "dispatch", "experts"} <= parts
+    assert {"combine", "shared", "dense_ffn", "embed", "lm_head", "sample", "mtp"} <= parts
+    assert {"stream=attention,cube=16,vector=32", "stream=moe,cube=8,vector=16"} <= parts
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: abstract_decode(CONFIG, Schedule(), TABLES["redundant"], RankMesh(2, 8), 2, 8),
+            "slot table is for 8 ranks, the mesh has 16",
+        ),
+        (
+            lambda: abstract_prefill(
+                dataclasses.replace(CONFIG, heads=12),
+                Schedule(),
+                TABLES["redundant"],
+                RankMesh(1),
+                2,
+                8,
+            ),
+            "12 heads and 8 ranks",
+        ),
+        (
+            lambda: abstract_decode(
+                CONFIG, Schedule(), TABLES["redundant"], RankMesh(1), 2, 8, precision="int4"
+            ),
+            "arithmetic must be one of float32, bfloat16, int8, msd_w8a16.* got 'int4'",
+        ),
+        (
+            lambda: abstract_decode(
+                CONFIG, Schedule(), TABLES["redundant"], RankMesh(1), 2, 8, kv_cache="fp8"
+            ),
+            "kv_cache must be one of",
+        ),
+        (
+            lambda: abstract_decode(
+                dataclasses.replace(CONFIG, mtp_layers=0),
+                Schedule(),
+                TABLES["redundant"],
+                RankMesh(1),
+                2,
+                8,
+            ),
+            "mtp needs a config with mtp_layers >= 1",
+        ),
+        (
+            lambda: MoEModel(
+                dataclasses.replace(CONFIG, shared_experts=2),
+                Layout(table=ep_table(16, 1, shared_replicas=1)),
+                precision="float32",
+                rngs=nnx.Rngs(params=0),
+            ),
+            "shared replicas in slots need shared_experts = 1",
+        ),
+        (lambda: Layout(table=TABLES["redundant"]), "8 ranks needs the mesh axes"),
+    ],
+)
+def test_bad_inputs_are_refused_with_what_would_do(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_replicated_results_come_back_without_a_rank_axis():
+    mesh = RankMesh(2, 4)
+    total = on_every_rank(lambda x: jax.lax.psum(x, mesh.axes), mesh, RANKED, REPLICATED)
+    assert float(jax.jit(total)(jnp.arange(8.0))) == 28
