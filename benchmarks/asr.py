@@ -31,7 +31,7 @@ from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 from rich.table import Table
 
-from benchmarks.asr_onnx import quantised, session_call, to_onnx
+from benchmarks.asr_onnx import quantized, session_call, to_onnx
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.primitives.convolution.scales import calibrate
@@ -124,7 +124,7 @@ def candidates(name: str, options: Options) -> tuple[dict[str, dict[str, Run]], 
         return runs, None
     exported = to_onnx(model, length)
     sample = np.asarray(features)
-    peers = {"ONNX Runtime float32": exported, "ONNX Runtime int8": quantised(exported, [sample])}
+    peers = {"ONNX Runtime float32": exported, "ONNX Runtime int8": quantized(exported, [sample])}
     calls = {peer: session_call(network, options.threads) for peer, network in peers.items()}
     for peer, call in calls.items():
         runs["network"][peer] = functools.partial(call, sample)

@@ -45,7 +45,7 @@ def to_onnx(model: AcousticModel, length: int) -> bytes:
     return helper.make_model(made, opset_imports=[opset], ir_version=9).SerializeToString()
 
 
-def quantised(network: bytes, samples: Sequence[Features]) -> bytes:
+def quantized(network: bytes, samples: Sequence[Features]) -> bytes:
     """An ONNX network in int8, its ranges from samples of the features."""
     from onnxruntime.quantization import (  # pyright: ignore[reportMissingImports]
         CalibrationDataReader,

@@ -111,9 +111,9 @@ def ours() -> dict[str, Callable[[Shape], Run]]:
     """XLA's convolution and this library's, through their public functions."""
     return {
         XLA: _xla,
-        DIRECT: lambda shape: _quantised(shape, "direct", "int8"),
-        INT8: lambda shape: _quantised(shape, algorithm(shape.taps), "int8"),
-        INT16: lambda shape: _quantised(shape, algorithm(shape.taps), "int16"),
+        DIRECT: lambda shape: _quantized(shape, "direct", "int8"),
+        INT8: lambda shape: _quantized(shape, algorithm(shape.taps), "int8"),
+        INT16: lambda shape: _quantized(shape, algorithm(shape.taps), "int16"),
     }
 
 
@@ -189,7 +189,7 @@ def _xla(shape: Shape) -> Run:
     return lambda: conv(*operands).block_until_ready()
 
 
-def _quantised(shape: Shape, algorithm: str, domain: Literal["int8", "int16"]) -> Run:
+def _quantized(shape: Shape, algorithm: str, domain: Literal["int8", "int16"]) -> Run:
     x, w, bias = _float_operands(shape)
     stride = shape.stride
     scales = calibrate(x, w, algorithm=algorithm, domain=domain, method="max", stride=stride)

@@ -1,6 +1,6 @@
 """1-D convolution in other libraries, each ready to be called again and again on data of its own.
 
-Every int8 peer gets 8-bit activations and gives 8-bit activations: no quantisation is timed, which
+Every int8 peer gets 8-bit activations and gives 8-bit activations: no quantization is timed, which
 favours them over kernels that take and give float32. Activations are unsigned, which is the fast
 case of ONNX Runtime; weights are int8 per output channel, random, with ReLU in the clipping.
 """
@@ -89,7 +89,7 @@ def _attributes(shape: Shape) -> dict[str, Any]:
     return {"kernel_shape": [shape.taps], "strides": [shape.stride], "pads": list(shape.padding)}
 
 
-def _quantisation(shape: Shape, w: np.ndarray) -> dict[str, Any]:
+def _quantization(shape: Shape, w: np.ndarray) -> dict[str, Any]:
     return {
         "w": w,
         "x_scale": np.float32(0.02),
@@ -130,7 +130,7 @@ def _onnxruntime_int8(shape: Shape, threads: int) -> Run:
     x, w = _operands(shape)
     inputs = ["x", "x_scale", "x_zero", "w", "w_scale", "w_zero", "y_scale", "y_zero"]
     nodes = [helper.make_node("QLinearConv", inputs, ["y"], **_attributes(shape))]
-    model = _onnx_model(shape, nodes, TensorProto.UINT8, _quantisation(shape, w))
+    model = _onnx_model(shape, nodes, TensorProto.UINT8, _quantization(shape, w))
     return _onnxruntime(model, x, threads)
 
 
@@ -145,7 +145,7 @@ def _openvino_int8(shape: Shape, threads: int) -> Run:
         helper.make_node("Conv", ["xf", "wf"], ["c"], **_attributes(shape)),
         helper.make_node("QuantizeLinear", ["c", "y_scale", "y_zero"], ["y"]),
     ]
-    model = _onnx_model(shape, nodes, TensorProto.UINT8, _quantisation(shape, w))
+    model = _onnx_model(shape, nodes, TensorProto.UINT8, _quantization(shape, w))
     core = openvino.Core()
     config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()

@@ -79,7 +79,7 @@ class Candidates:
     Attributes:
       names: algorithms.
       time_s: priced time of each.
-      noise: amplification of quantisation noise of each; 1 for direct.
+      noise: amplification of quantization noise of each; 1 for direct.
     """
 
     names: tuple[str, ...]

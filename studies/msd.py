@@ -1,10 +1,10 @@
-"""Multi-scale dequantisation: what it costs in accuracy, and what it saves in time.
+"""Multi-scale dequantization: what it costs in accuracy, and what it saves in time.
 
     python -m studies.msd [--out out]
 
 Four questions on the method of Zheng et al., arXiv 2605.13915: how many bits do the parts keep, how
-far off are matrix products, how far off is attention over a quantised cache, and from how many rows
-on does splitting activations cost more than dequantising weights? Every row says whether its number
+far off are matrix products, how far off is attention over a quantized cache, and from how many rows
+on does splitting activations cost more than dequantizing weights? Every row says whether its number
 is the paper's (its abstract), derived (a formula worked out here), or measured (by this run).
 """
 
@@ -41,7 +41,7 @@ from cmjax.report.plots.figure import (
     save,
     set_title,
 )
-from studies.msd_closed_forms import crossover_rows, dequantised_product, kv_bytes, parts_product
+from studies.msd_closed_forms import crossover_rows, dequantized_product, kv_bytes, parts_product
 
 GAPS = (6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0, 13.0, 14.0)
 LAYERS = {  # DeepSeek-R1's matrix products by name: features, inner
@@ -136,7 +136,7 @@ def products(rng: np.random.Generator, path: Path) -> Section:
         wide, x = x.astype(np.float64), jnp.asarray(x)
         exact, exact4 = wide @ dense.T, wide @ dense4.T
         errors[name] = {
-            "dequantise to bfloat16": _relative(wide @ rounded.T, exact),
+            "dequantize to bfloat16": _relative(wide @ rounded.T, exact),
             "W8A16, two parts": _relative(msd_dot(x, weight), exact),
             "W8A8, one part": _relative(msd_dot(x, weight, passes=1), exact),
             "W4A16, two parts": _relative(msd_dot(x, small), exact4),
@@ -154,15 +154,15 @@ def products(rng: np.random.Generator, path: Path) -> Section:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
     set_title(
         figure,
-        "Two INT8 parts beat dequantising to bfloat16 on every kind of activation",
+        "Two INT8 parts beat dequantizing to bfloat16 on every kind of activation",
         "64 x 4,096 bfloat16 activations, 1,024 features, float32 results; same few-bit weights",
     )
     save(figure, path)
     return Section(
         "How far off matrix products are",
-        "Measured by this run, against float64 products of the very same quantised weights: the "
-        "error of quantising the weights is not in it (0.87 % for INT8 here). MXFP4 weights are "
-        "exact in bfloat16, so dequantising them has no error at all; W4A16 is a speed trade.",
+        "Measured by this run, against float64 products of the very same quantized weights: the "
+        "error of quantizing the weights is not in it (0.87 % for INT8 here). MXFP4 weights are "
+        "exact in bfloat16, so dequantizing them has no error at all; W4A16 is a speed trade.",
         ("activations", *methods),
         tuple((name, *(f"{e[m]:.1e}" for m in methods)) for name, e in errors.items()),
         image=path,
@@ -186,7 +186,7 @@ def attention(rng: np.random.Generator, path: Path) -> list[Section]:
     sink = [_attention_errors(*_sink(gap), "token") for gap in GAPS]
     figure = new_figure(3.6)
     axes = add_axes(figure, left=0.8)
-    names = ("dequantise to bfloat16", "two parts, fixed scale 127", "two parts, block maximum")
+    names = ("dequantize to bfloat16", "two parts, fixed scale 127", "two parts, block maximum")
     for i, (name, colour) in enumerate(zip(names, (GREY, VERMILION, BLUE), strict=True)):
         values = [max(s[i], 1e-7) for s in sink]
         axes.plot(GAPS, values, "o-", color=colour, markersize=4, label=name)
@@ -228,7 +228,7 @@ def time_and_traffic(path: Path) -> Section:
         parts = np.array([parts_product(m, n, k).seconds(chip) for m in counts])
 
         def gain(overlapped, through_memory, n=n, k=k, parts=parts):
-            rival = (dequantised_product(m, n, k, through_memory=through_memory) for m in counts)
+            rival = (dequantized_product(m, n, k, through_memory=through_memory) for m in counts)
             return np.array([r.seconds(chip, overlapped=overlapped) for r in rival]) / parts
 
         curves[name] = gain(False, True), gain(False, False), gain(True, False)
@@ -240,27 +240,27 @@ def time_and_traffic(path: Path) -> Section:
     axes = add_axes(figure, left=0.75, right=0.3)
     for curve, way, colour in zip(curves[shown], ways, (VERMILION, ORANGE, BLUE), strict=True):
         axes.plot(counts, curve, "o-", color=colour, markersize=3, label=way)
-    axes.set(xlabel="rows (tokens)", ylabel="time, dequantise / two parts", ylim=(0, 5.5))
+    axes.set(xlabel="rows (tokens)", ylabel="time, dequantize / two parts", ylim=(0, 5.5))
     axes.set_xscale("log", base=2)
-    axes.legend(frameon=False, fontsize=9, loc="upper right", title="weights dequantised")
+    axes.legend(frameon=False, fontsize=9, loc="upper right", title="weights dequantized")
     set_title(
         figure,
-        "On a 910C die, parts save the detour of dequantised weights through HBM",
+        "On a 910C die, parts save the detour of dequantized weights through HBM",
         f"{shown} of DeepSeek-R1, at the catalog's peak rates; 1: no gain",
     )
     save(figure, path)
-    direct = float(kv_bytes(1, 1, "dequantise"))
+    direct = float(kv_bytes(1, 1, "dequantize"))
     return Section(
         "Time and traffic on an Ascend 910C die",
         "Derived, from the catalog's peaks; the paper's own formulas and constants were not at "
-        "hand, and no hardware was measured. Time of dequantising (through HBM / on chip with the "
+        "hand, and no hardware was measured. Time of dequantizing (through HBM / on chip with the "
         "cube waiting / on chip and overlapped) over that of two parts; and the rows at which the "
-        "vector work of both is equal for unit costs. With dequantisation on chip, decoding is "
+        "vector work of both is equal for unit costs. With dequantization on chip, decoding is "
         "bound by HBM either way at these constants, and parts gain at most about a quarter. KV "
         f"cache traffic: {direct / float(kv_bytes(1, 1, 'parts')):g} times less with two passes "
         f"(the paper: up to 2.5), {direct / float(kv_bytes(1, 1, 'stacked')):g} times less with "
         "both parts in one product.",
-        ("layer", "dequantised", "1 row", "128 rows", "4,096 rows", "equal vector work, rows"),
+        ("layer", "dequantized", "1 row", "128 rows", "4,096 rows", "equal vector work, rows"),
         tuple(rows),
         image=path,
     )
@@ -315,7 +315,7 @@ def _sink(gap):
 
 
 def _attention_errors(q, k, v, per):
-    """Relative error of bfloat16 dequantisation, of the fixed scale and of block maxima."""
+    """Relative error of bfloat16 dequantization, of the fixed scale and of block maxima."""
     cache = quantize_kv(k, v, per=per)
     keys = np.asarray(cache.k, np.float64)[0, :, 0] * np.asarray(cache.k_scale, np.float64)[0, :, 0]
     values = np.asarray(cache.v, np.float64)[0, :, 0] * np.asarray(cache.v_scale, float)[0, :, 0]
@@ -329,7 +329,7 @@ def _attention_errors(q, k, v, per):
         return a.astype(ml_dtypes.bfloat16).astype(np.float64)
 
     exact = attend(keys, values, lambda a: a)
-    dequantised = attend(bfloat16(keys), bfloat16(values), bfloat16)
+    dequantized = attend(bfloat16(keys), bfloat16(values), bfloat16)
     parts = [
         msd_attention(
             jnp.asarray(q),
@@ -343,13 +343,13 @@ def _attention_errors(q, k, v, per):
         )[0, :, 0]
         for p_scale in ("fixed", "block")
     ]
-    return [_relative(got, exact) for got in (dequantised, *parts)]
+    return [_relative(got, exact) for got in (dequantized, *parts)]
 
 
 def main(study: Study) -> None:
     jax.config.update("jax_platforms", "cpu")
     sections = run(study.out, terminal(), study.seed)
-    write_page(study.out / "msd.html", "Multi-scale dequantisation", sections)
+    write_page(study.out / "msd.html", "Multi-scale dequantization", sections)
     print(f"wrote {study.out}/msd.html")
 
 

@@ -1,10 +1,10 @@
-"""Closed forms: a quantised product with its weights dequantised first, or by multi-scale parts.
+"""Closed forms: a quantized product with its weights dequantized first, or by multi-scale parts.
 
-    dequantise   vector: N K c_dq                      cube: 2 M N K at the 16-bit rate
+    dequantize   vector: N K c_dq                      cube: 2 M N K at the 16-bit rate
     parts        vector: M K c_dec + M N c_cmb         cube: 2 p M N K at the 8-bit rate
 
 for `[M, K] x [K, N]` with p parts. They follow the argument of Zheng et al., arXiv 2605.13915: on a
-chip whose vector cores dequantise for its cube cores, the vector work N K c_dq can be the longer
+chip whose vector cores dequantize for its cube cores, the vector work N K c_dq can be the longer
 one, and the parts' does not grow with the weights. The paper's printed formulas and constants were
 not at hand; these are derived, and agree with its "up to 2.5 times" less KV traffic (5 bytes per
 value to 2). `msd_dot`'s cost rule counts the same, and the tests compare the two.
@@ -21,10 +21,10 @@ from cmjax.hardware.machine import Scalar
 from cmjax.primitives.msd.decompose import decompose_instructions
 from cmjax.primitives.msd.product import recombine_instructions
 
-DEQUANTISE_INSTRUCTIONS = 2.0
+DEQUANTIZE_INSTRUCTIONS = 2.0
 """Vector instructions per weight: a cast and a product with its scale, in bfloat16."""
 
-Path = Literal["dequantise", "parts", "stacked"]
+Path = Literal["dequantize", "parts", "stacked"]
 
 
 @jax.tree_util.register_dataclass
@@ -49,10 +49,10 @@ class ProductCost:
         return jnp.maximum(compute, hbm)
 
 
-def dequantised_product(
+def dequantized_product(
     rows: Scalar, features: Scalar, inner: Scalar, *, through_memory: bool = False
 ) -> ProductCost:
-    """16-bit product with int8 weights dequantised by the vector cores.
+    """16-bit product with int8 weights dequantized by the vector cores.
 
     Args:
       rows, features, inner: M, N and K.
@@ -61,7 +61,7 @@ def dequantised_product(
     """
     weights = features * inner
     return ProductCost(
-        vector_bytes=weights * (2.0 * DEQUANTISE_INSTRUCTIONS),
+        vector_bytes=weights * (2.0 * DEQUANTIZE_INSTRUCTIONS),
         cube_flops_8bit=0.0,
         cube_flops_16bit=2.0 * rows * weights,
         hbm_bytes=weights * (5.0 if through_memory else 1.0) + 2.0 * rows * (inner + features),
@@ -101,10 +101,10 @@ def parts_product(
 def kv_bytes(keys: Scalar, head_dim: Scalar, path: Path, *, passes: int = 2) -> Scalar:
     """HBM bytes of one int8 tensor of keys or values in attention.
 
-    "dequantise" reads int8, writes and reads bfloat16: 5 per value; "parts" reads int8 once per
+    "dequantize" reads int8, writes and reads bfloat16: 5 per value; "parts" reads int8 once per
     part: 2; "stacked" reads it once for all parts: 1.
     """
-    per_value = {"dequantise": 5.0, "parts": float(passes), "stacked": 1.0}
+    per_value = {"dequantize": 5.0, "parts": float(passes), "stacked": 1.0}
     if path not in per_value:
         raise ValueError(f"kv_bytes: path must be one of {', '.join(per_value)}, got {path!r}")
     return keys * head_dim * per_value[path]
@@ -114,14 +114,14 @@ def crossover_rows(
     features: Scalar,
     inner: Scalar,
     *,
-    dequantise: Scalar = 1.0,
+    dequantize: Scalar = 1.0,
     decompose: Scalar = 1.0,
     recombine: Scalar = 1.0,
     passes: int = 2,
 ) -> Scalar:
     """Rows below which parts need less vector work: N K c_dq / (K c_dec + p N c_cmb).
 
-    `dequantise` is per weight, `decompose` per activation, `recombine` per result and part. With
+    `dequantize` is per weight, `decompose` per activation, `recombine` per result and part. With
     unit costs, two parts and N = K = 4096 it is 4096 / 3: decoding gains, long prompts do not.
     """
-    return features * inner * dequantise / (inner * decompose + passes * features * recombine)
+    return features * inner * dequantize / (inner * decompose + passes * features * recombine)

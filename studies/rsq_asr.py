@@ -1,11 +1,11 @@
-"""Int8 Winograd for speech recognition: what each way of quantising costs, and what it gains.
+"""Int8 Winograd for speech recognition: what each way of quantizing costs, and what it gains.
 
     taskset -c 1 python -m studies.rsq_asr [--base.data fsdd --base.data-dir FOLDER]
 
 Yao et al. (arXiv 2010.14841; ICASSP 2022, abstract) report for Wav2letter on ARMv7 phones 1.48x end
 to end and 1.92x on the backbone, at about 0.07 % absolute word error rate. Here, for each network
 and seed, one float32 network is trained and then made integer in nine ways: calibrated only (PTQ)
-or trained for it (QAT), with the ranges of `train.asr.quantise`. Two trainings expand the range of
+or trained for it (QAT), with the ranges of `train.asr.quantize`. Two trainings expand the range of
 integers: "RSQ, one range" lets inputs leave the safe range and transformed values saturate, as the
 abstract words it; "RSQ" has a range for every point of the transform. Every part is kept in the
 output folder: an interrupted study goes on where it stopped. Without `taskset` XLA takes every
@@ -40,7 +40,7 @@ from studies.rsq_asr_figure import plot_tradeoff
 from train import checkpoint
 from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage, Ranges
 from train.asr.learner import take_apart
-from train.asr.quantise import layer_inputs, layer_sqnr_db
+from train.asr.quantize import layer_inputs, layer_sqnr_db
 from train.asr.run import Run, measure, start, train
 from train.asr.task import prepare
 from train.data.batches import Batch, test_batches
@@ -287,10 +287,10 @@ def noise_table(network: str, found: list[dict[str, Any]]) -> Table:
     """Signal to noise of every layer, mean over seeds."""
     table = Table(title=f"{network}: SQNR of every convolution against float32, dB")
     table.add_column("layer", justify="right")
-    quantised = [row for row in found if row["sqnr_db"]]
-    for row in quantised:
+    quantized = [row for row in found if row["sqnr_db"]]
+    for row in quantized:
         table.add_column(row["variant"], justify="right")
-    for layer, noise in enumerate(zip(*(row["sqnr_db"] for row in quantised), strict=True)):
+    for layer, noise in enumerate(zip(*(row["sqnr_db"] for row in quantized), strict=True)):
         table.add_row(str(layer), *(f"{value:.1f}" for value in noise))
     return table
 

@@ -1,4 +1,4 @@
-"""int8 Winograd convolution: what each way of quantising costs, and what range scaling buys.
+"""int8 Winograd convolution: what each way of quantizing costs, and what range scaling buys.
 
     python -m studies.winograd [--out out]
 

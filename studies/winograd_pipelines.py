@@ -1,6 +1,6 @@
-"""Ways to quantise a Winograd convolution, each run by the library's own integer convolution.
+"""Ways to quantize a Winograd convolution, each run by the library's own integer convolution.
 
-P0 direct int8; P1 integers transformed and quantised again with one step per tensor; P2 one step
+P0 direct int8; P1 integers transformed and quantized again with one step per tensor; P2 one step
 per tensor, in the transformed domain only; P3 steps per point for signals, per point and output
 channel for filters (what MNN's engine stores); P3b per point for both; P4 as P3 with powers of two;
 P5 int8 signals, transformed exactly, one new step per point; P6 int8 signals so small that no

@@ -1,4 +1,4 @@
-"""Train a speech recogniser in float32, then quantisation-aware for int8-Winograd convolutions.
+"""Train a speech recogniser in float32, then quantization-aware for int8-Winograd convolutions.
 
     python -m train.rsq_asr                                        synthetic digits, a few minutes
     python -m train.rsq_asr --data fsdd --data-dir FOLDER          Free Spoken Digit Dataset

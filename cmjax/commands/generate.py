@@ -184,7 +184,7 @@ class Generate:
             arithmetic = dataclasses.replace(arithmetic, kv_cache=self.kv_cache)
         arithmetic.check(config)
         # weights are read as floats and converted where they are, unless they can be read as wanted
-        held: Precision = "float32" if arithmetic.quantised else "bfloat16"
+        held: Precision = "float32" if arithmetic.quantized else "bfloat16"
         if direct := self.arithmetic in get_args(Precision):
             held = cast(Precision, self.arithmetic)
         check_memory(config, layout, mesh, held, mtp)

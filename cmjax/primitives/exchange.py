@@ -3,7 +3,7 @@
 Follows FusedDispatch and FusedCombine of CloudMatrix-Infer (Zuo et al., "Serving Large Language
 Models on Huawei CloudMatrix384", section 4.2): receive buffers are static, one block of `capacity`
 rows for every (source rank, local slot); a row's place in its block is the running count of
-earlier rows for that slot; tokens are quantised to INT8 *before* they are sent; and one count per
+earlier rows for that slot; tokens are quantized to INT8 *before* they are sent; and one count per
 block (the paper's flag) tells the receiver how many rows are real.
 
 A *slot* is a place for one expert's weights; slots are numbered over all ranks, so the rank of a
@@ -29,8 +29,8 @@ class Dispatched(NamedTuple):
     Rows of block (source, slot) sit at `source * capacity ...`; unused rows are zero.
     """
 
-    rows: Array  # [slots_per_rank, ranks * capacity, hidden], int8 if quantised and not restored
-    scale: Float32[Array, "slots rows"]  # value of one int8 step of a row; ones if not quantised
+    rows: Array  # [slots_per_rank, ranks * capacity, hidden], int8 if quantized and not restored
+    scale: Float32[Array, "slots rows"]  # value of one int8 step of a row; ones if not quantized
     counts: Int32[Array, "ranks slots"]  # real rows in each block received
     position: Int32[Array, "tokens copies"]  # place of each copy in its block; >= capacity: dropped
     dropped: Int32[Array, ""]  # copies this rank could not send because their block was full
@@ -60,12 +60,12 @@ def dispatch(
         means `tokens`, which never drops where a token visits a slot at most once. A copy beyond
         capacity is not sent, counts in `dropped`, and gets weight zero in `combine`.
       quantize: send INT8 with one scale per token, `scale = max|x| / 127`.
-      restore: multiply quantised rows by their scale on arrival, into the dtype of `x`; for
+      restore: multiply quantized rows by their scale on arrival, into the dtype of `x`; for
         training through an INT8 exchange.
       priority: who keeps a place when a block is full: higher values first, then earlier tokens.
         Routing weights make it DeepSeek-V2's rule (Liu et al. 2024, section 2.2.3: the lowest
         affinities are dropped); `None` is GShard's, the latest tokens are dropped.
-    Gradient: that of a permutation, also through quantisation with `restore` (straight-through).
+    Gradient: that of a permutation, also through quantization with `restore` (straight-through).
       Rows that stay integers are constants: the gradient with respect to `x` is then zero.
     Raises: ValueError naming the argument for shapes, dtypes, a capacity below 1, ranks without
       axes, or `restore` without `quantize`.
@@ -171,7 +171,7 @@ def _dispatch_reference(
         return blocks.reshape(slots_per_rank, ranks * capacity, *values.shape[1:])
 
     rows = send(x)
-    # Without quantisation nothing but the rows crosses the network.
+    # Without quantization nothing but the rows crosses the network.
     scale = send(scale) if quantize else jnp.ones_like(rows[:, :, 0], jnp.float32)
     if restore:
         rows = (rows.astype(jnp.float32) * scale[..., None]).astype(dtype)
@@ -300,7 +300,7 @@ def _dispatch_cost(
 ) -> Work:
     """FusedDispatch on the slowest rank, which sends and receives as many rows as it holds.
 
-    Every copy of a token is read, quantised and written straight into the receiver's slot; the
+    Every copy of a token is read, quantized and written straight into the receiver's slot; the
     flags of every source rank are counted and polled. Slots are static and in the experts' order,
     so nothing is moved afterwards, unless rows are restored to floats.
     """
@@ -359,6 +359,6 @@ def _traffic(nbytes: Size, copies: float, axes, mesh) -> dict:
 def _message_bytes(hidden: float, quantize: bool, itemsize: float) -> float:
     """One token on the wire: INT8 with 44 bytes of scale and indices, in 512-byte blocks.
 
-    7,168 values make 7,680 bytes (paper section 4.2: 7.5 KB), or 14,336 unquantised (14 KB).
+    7,168 values make 7,680 bytes (paper section 4.2: 7.5 KB), or 14,336 unquantized (14 KB).
     """
     return math.ceil((hidden + 44) / 512) * 512 if quantize else hidden * itemsize

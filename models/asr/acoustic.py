@@ -146,7 +146,7 @@ class AcousticModel(nnx.Module):
             conv.switch(precision)
 
     def pack(self) -> None:
-        """Deploy: quantise every filter once. The integers stay the same; training ends here."""
+        """Deploy: quantize every filter once. The integers stay the same; training ends here."""
         for conv in self.convolutions():
             conv.pack()
 

@@ -33,7 +33,7 @@ Requantize = Literal["free", "none", "tied"]
 
 
 class Scale(nnx.Param):
-    """A step of quantisation: positive, learned at a pace of its own."""
+    """A step of quantization: positive, learned at a pace of its own."""
 
 
 class Packed(nnx.Variable):
@@ -43,7 +43,7 @@ class Packed(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a quantised layer saw of a batch, as sums over the frames of its utterances.
+    """What a quantized layer saw of a batch, as sums over the frames of its utterances.
 
     Attributes:
       error: squared distance of its output from that of the same layer in float32.
@@ -126,7 +126,7 @@ class Conv(nnx.Module):
         )
 
     def set_scales(self, scales: ConvScales, *, requantize: Requantize = "free") -> None:
-        """Quantise with these from now on, once switched to integers.
+        """Quantize with these from now on, once switched to integers.
 
         Args:
           scales: with `requantize="none"` all point steps are 1.
@@ -176,7 +176,7 @@ class Conv(nnx.Module):
         )
 
     def pack(self, *, for_kernels: bool | None = None) -> None:
-        """Quantise the filter once and for all; the layer computes the same integers as before.
+        """Quantize the filter once and for all; the layer computes the same integers as before.
 
         Args:
           for_kernels: lay it out for the C++ kernels; by default if they are enabled.

@@ -83,7 +83,7 @@ class Arithmetic:
         return jnp.dtype(self.activations)
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether any matrix is held in few bits."""
         formats = (self.projections, self.dense, self.experts, self.head)
         return not set(FLOATS).issuperset(formats)

@@ -94,7 +94,7 @@ def convert_params(
     Raises: ValueError: see `MoEModel.with_arithmetic`.
     """
     held, wanted = Arithmetic.of(held), Arithmetic.of(wanted)
-    if held.quantised:
+    if held.quantized:
         raise ValueError(
             "convert_params: the weights are rounded already; convert the float model instead"
         )

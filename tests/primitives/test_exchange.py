@@ -28,11 +28,11 @@ def _positions(slots):
     return np.array(places).reshape(slots.shape)
 
 
-def _round_trip(how, axes, **quantised):
+def _round_trip(how, axes, **quantized):
     """Each slot multiplies its rows by its number plus one."""
 
     def fn(x, slots, weights, gain):
-        sent = dispatch(x, slots, **quantised, **how)
+        sent = dispatch(x, slots, **quantized, **how)
         rank = jax.lax.axis_index(axes) if axes else 0
         held = how["slots_per_rank"]
         factor = (rank * held + jnp.arange(held) + 1.0) * gain
@@ -114,7 +114,7 @@ def test_gradients_equal_those_of_the_dense_sum(mesh, virtual):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)
 
 
-def test_quantised_rows_are_within_half_a_step_and_carry_no_gradient():
+def test_quantized_rows_are_within_half_a_step_and_carry_no_gradient():
     x, slots, _ = _case(1, 5, tokens=20, hidden=32)
     exact = dispatch(x[0], slots[0], **ALONE)
     coarse = dispatch(x[0], slots[0], quantize=True, **ALONE)
@@ -142,8 +142,8 @@ def test_restored_rows_are_floats_and_rounding_is_passed_straight_through(mesh, 
     x, slots, weights = _case(8, 2)
     how = {"axes": mesh.axes, "ranks": 8, "slots_per_rank": 2, "capacity": 2}
 
-    def lifted(**quantised):
-        fn = _round_trip(how, mesh.axes, **quantised)
+    def lifted(**quantized):
+        fn = _round_trip(how, mesh.axes, **quantized)
         return on_every_rank(lambda *a: fn(*a, 1.0)[0], mesh, RANKED, RANKED, virtual=virtual)
 
     restored = lifted(quantize=True, restore=True)
@@ -210,7 +210,7 @@ def test_gradients_go_through_jit_of_vmap_of_grad():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_a_row_of_zeros_quantises_to_zeros():
+def test_a_row_of_zeros_quantizes_to_zeros():
     steps, scale = quantize_rows(jnp.zeros((2, 3)))
     np.testing.assert_array_equal(steps, 0)
     assert bool((scale > 0).all())

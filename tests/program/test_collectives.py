@@ -162,7 +162,7 @@ def test_dispatch_and_combine_send_what_the_compiled_program_sends(quantize):
     wide = blocks * hidden * 4
     rest = [result for _, result in compiled if result != wide]
     wide_messages = len(compiled) - len(rest)
-    # Beside the rows, the quantised dispatch sends them as INT8, and one scale a row.
+    # Beside the rows, the quantized dispatch sends them as INT8, and one scale a row.
     assert wide_messages == (1 if quantize else 2)
     assert sorted(rest) == (sorted([blocks * hidden, blocks * 4]) if quantize else [])
 

@@ -9,7 +9,7 @@ from cmjax.cost.price import price
 from cmjax.hardware import load_machine
 from cmjax.primitives.msd.product import msd_dot
 from cmjax.program import trace
-from studies.msd_closed_forms import crossover_rows, dequantised_product, kv_bytes, parts_product
+from studies.msd_closed_forms import crossover_rows, dequantized_product, kv_bytes, parts_product
 
 N, K = 2048, 7168
 
@@ -44,7 +44,7 @@ def test_the_parts_closed_form_is_what_the_tracer_counts(rows, passes):
 
 
 @pytest.mark.parametrize("rows", [1.0, 4096.0])
-def test_the_dequantised_closed_form_is_what_the_tracer_counts(rows):
+def test_the_dequantized_closed_form_is_what_the_tracer_counts(rows):
     """Cast, then scale in bfloat16: one element-wise kernel that writes what the product reads."""
     (m,) = export.symbolic_shape("m")
 
@@ -53,7 +53,7 @@ def test_the_dequantised_closed_form_is_what_the_tracer_counts(rows):
 
     program = trace(dense, _bfloat16(m, K), _int8(N, K), _bfloat16(N))
     totals = program.totals({"m": rows})
-    closed = dequantised_product(rows, N, K, through_memory=True)
+    closed = dequantized_product(rows, N, K, through_memory=True)
     assert totals["cube_flops_16bit"] == closed.cube_flops_16bit
     assert totals["vector_bytes"] == closed.vector_bytes
     assert totals["read_bytes"] + totals["write_bytes"] == closed.hbm_bytes + 2 * N
@@ -61,8 +61,8 @@ def test_the_dequantised_closed_form_is_what_the_tracer_counts(rows):
 
 def test_attention_traffic_is_five_two_and_one_byte_per_value():
     keys, d = 4096.0, 128.0
-    assert kv_bytes(keys, d, "dequantise") / kv_bytes(keys, d, "parts") == 2.5
-    assert kv_bytes(keys, d, "dequantise") / kv_bytes(keys, d, "stacked") == 5
+    assert kv_bytes(keys, d, "dequantize") / kv_bytes(keys, d, "parts") == 2.5
+    assert kv_bytes(keys, d, "dequantize") / kv_bytes(keys, d, "stacked") == 5
 
 
 def test_attention_traffic_is_what_the_tracer_counts():
@@ -71,7 +71,7 @@ def test_attention_traffic_is_what_the_tracer_counts():
     d, keys = 128, 4096.0
     query, key = _bfloat16(1, d), _int8(n, d)
 
-    def dequantise(q, k, s):
+    def dequantize(q, k, s):
         return q @ (k.astype(jnp.bfloat16) * s).T
 
     def parts(q1, q2, k):
@@ -85,20 +85,20 @@ def test_attention_traffic_is_what_the_tracer_counts():
         totals = program.totals({"n": keys})
         return totals["read_bytes"] + totals["write_bytes"] - without
 
-    one = trace(dequantise, query, key, jax.ShapeDtypeStruct((), jnp.bfloat16))
+    one = trace(dequantize, query, key, jax.ShapeDtypeStruct((), jnp.bfloat16))
     two = trace(parts, _int8(1, d), _int8(1, d), key)
     stacked = trace(lambda q, k, s: msd_dot(q, k, w_scale=s), query, key, _scale(n))
-    assert traffic(one, 2 * d + 2 + 2 * keys) == kv_bytes(keys, d, "dequantise")
+    assert traffic(one, 2 * d + 2 + 2 * keys) == kv_bytes(keys, d, "dequantize")
     assert traffic(two, 2 * d + 5 * 4 * keys) == kv_bytes(keys, d, "parts")
     assert traffic(stacked, 2 * d + 4 * keys + 2 * keys) == kv_bytes(keys, d, "stacked")
 
 
 def test_vector_work_crosses_over_at_1365_rows_for_unit_costs():
     assert int(crossover_rows(4096, 4096)) == 1365
-    costs = {"dequantise": 2.0, "decompose": 10.0, "recombine": 3.5}
+    costs = {"dequantize": 2.0, "decompose": 10.0, "recombine": 3.5}
     rows = crossover_rows(N, K, **costs)
     before, after = (
-        dequantised_product(m, N, K).vector_bytes / 2 - parts_product(m, N, K).vector_bytes / 4
+        dequantized_product(m, N, K).vector_bytes / 2 - parts_product(m, N, K).vector_bytes / 4
         for m in (rows * 0.999, rows * 1.001)
     )
     assert before > 0 > after
@@ -124,8 +124,8 @@ def test_latency_has_gradients_to_the_machine_and_agrees_with_the_pricer():
         for f in ("cube_flops_8bit", "vector_bytes_per_s", "hbm_bytes_per_s")
     )
     assert abs(float(elasticity) + 1) < 1e-5
-    waiting = dequantised_product(rows, N, K).seconds(chip, overlapped=False)
-    assert waiting > dequantised_product(rows, N, K).seconds(chip)
+    waiting = dequantized_product(rows, N, K).seconds(chip, overlapped=False)
+    assert waiting > dequantized_product(rows, N, K).seconds(chip)
     program = trace(
         lambda x, w, s: msd_dot(x, w, w_scale=s), _bfloat16(4096, K), _int8(N, K), _scale(N)
     )
@@ -135,5 +135,5 @@ def test_latency_has_gradients_to_the_machine_and_agrees_with_the_pricer():
 
 
 def test_an_unknown_path_is_refused():
-    with pytest.raises(ValueError, match="path must be one of dequantise, parts, stacked"):
+    with pytest.raises(ValueError, match="path must be one of dequantize, parts, stacked"):
         kv_bytes(1, 1, "direct")  # type: ignore[arg-type]

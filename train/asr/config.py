@@ -33,7 +33,7 @@ class FloatStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantStage:
-    """Range-scaled quantisation-aware training, behind the float stage."""
+    """Range-scaled quantization-aware training, behind the float stage."""
 
     precision: Literal["int8-winograd", "int8", "float32"] = "int8-winograd"
     """Arithmetic to train for; float32 ends the run after the float stage."""
@@ -41,7 +41,7 @@ class QuantStage:
     """Short algorithm of the layers that have one, such as F(2,3). Or chosen per layer: "auto" for
     what is accurate without training too, "fast" for what training makes accurate enough."""
     ranges: Ranges = "per-tap"
-    """How integer ranges are chosen; see train.asr.quantise."""
+    """How integer ranges are chosen; see train.asr.quantize."""
     calibration_batches: int = 8
     """Batches on which scales and ranges are calibrated."""
     scale_steps: int = 100
@@ -56,7 +56,7 @@ class QuantStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Weights of the parts of the quantisation-aware loss; 0 switches a part off."""
+    """Weights of the parts of the quantization-aware loss; 0 switches a part off."""
 
     task: float = 1.0
     """CTC."""
@@ -81,7 +81,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a recogniser in float32, then quantisation-aware."""
+    """Train a recogniser in float32, then quantization-aware."""
 
     data: Layout | Literal["synthetic"] = "synthetic"
     """What to learn: a data set's layout, or digits synthesised in code."""
@@ -128,9 +128,9 @@ class Config:
     float_stage: FloatStage = dataclasses.field(default_factory=FloatStage)
     """Training in float32."""
     quant: QuantStage = dataclasses.field(default_factory=QuantStage)
-    """Quantisation-aware training."""
+    """Quantization-aware training."""
     loss: Loss = dataclasses.field(default_factory=Loss)
-    """Quantisation-aware loss."""
+    """Quantization-aware loss."""
     devices: int = 1
     """Emulated devices that share each batch."""
     beam: int = 0

@@ -1,4 +1,4 @@
-"""The loss of quantisation-aware training.
+"""The loss of quantization-aware training.
 
     L = task CTC + local sum_l |Y_l - Y_l^fp|^2 / |Y_l^fp|^2
         + teacher T^2 KL(softmax(z_fp / T) || softmax(z / T)) + saturation mean relu(|V| - q) / q
@@ -56,7 +56,7 @@ def shares(
     Args:
       logits, frames: of the network in training, and frames of each utterance.
       batch: what they were computed from.
-      records: what its quantised layers saw.
+      records: what its quantized layers saw.
       teacher: logits of the float32 network, or None.
       weights: parts of weight 0 are not computed.
       over_ranks: sums a value over all ranks.

@@ -27,7 +27,7 @@ from train import checkpoint
 from train.asr.config import FREE, Config, Loss
 from train.asr.evaluate import Result, evaluate
 from train.asr.learner import Learner, Network, Params, make_step, optimiser, take_apart
-from train.asr.quantise import calibrate, restore_plans, saved_plans
+from train.asr.quantize import calibrate, restore_plans, saved_plans
 from train.asr.task import Task, measure_statistics, prepare
 from train.data.batches import TrainingStream
 from train.metrics import LossNotFinite, MetricsLog

@@ -225,10 +225,10 @@ def _latent_attention_cost(
     keys = latent.shape[-2]
     scores = q_latent.size / q_latent.shape[-1] * keys
     flops = scores * 2.0 * (2.0 * q_latent.shape[-1] + q_rope.shape[-1])
-    dequantise = latent.size * (2.0 * q_latent.itemsize) if quantized else 0.0
+    dequantize = latent.size * (2.0 * q_latent.itemsize) if quantized else 0.0
     return Work(
         kind="attention",
         flops=flops,
-        vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS) + dequantise,
+        vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS) + dequantize,
         **matmul_flops(q_latent.dtype, flops),
     )

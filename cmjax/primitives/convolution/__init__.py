@@ -1,1 +1,1 @@
-"""Convolutions with few multiplications, and the quantisation they are trained with (RSQ)."""
+"""Convolutions with few multiplications, and the quantization they are trained with (RSQ)."""

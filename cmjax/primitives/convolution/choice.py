@@ -24,7 +24,7 @@ _INSTRUCTION_IN_MACS = 3.0
 
 
 def expected_sqnr_db(algorithm: str, taps: int, domain: str) -> float:
-    """Expected ratio of signal to quantisation noise of an algorithm in a domain, in dB."""
+    """Expected ratio of signal to quantization noise of an algorithm in a domain, in dB."""
     noise = ALGORITHMS[algorithm].amplification(taps)
     return BASE_SQNR_DB[domain] - 10 * math.log10(noise)
 

@@ -95,7 +95,7 @@ def conv1d(
     slope: float,
     span: Int32[Array, "batch 2"] | None = None,
 ) -> Float32[Array, "batch out_length cout"]:
-    """Quantise, transform, multiply, transform back, add the bias and activate, in one call.
+    """Quantize, transform, multiply, transform back, add the bias and activate, in one call.
 
     Only inside a primitive's `native` lowering: the kernels must be enabled. Operands that cannot
     be right are refused by the kernel with an error that begins with "conv1d:".
@@ -108,11 +108,11 @@ def conv1d(
       dilation: frames between taps; more than 1 is for "direct" only.
       padding: frames of zeros before and after x.
       out_length: frames of the result; those that start beyond x and its padding see zeros.
-      inverse_step: 1 / step of the input's quantisation, per channel.
+      inverse_step: 1 / step of the input's quantization, per channel.
       requant: factor on each point of the transformed input, before it is rounded to an operand.
       scale: what one unit of an accumulator is worth, per point and output channel.
       bias: added to the output.
-      input_limit: largest |quantised input|, at most 32767.
+      input_limit: largest |quantized input|, at most 32767.
       operand_limit: largest |operand|: at most 127 for an int8 filter, 32767 for int16. The caller
         makes sure that K times it times the largest |u| fits int32.
       slope: of the activation max(y, slope * y): 1 for none, 0 for ReLU.

@@ -1,4 +1,4 @@
-"""A filter made ready for the integer convolution: transformed, quantised and laid out.
+"""A filter made ready for the integer convolution: transformed, quantized and laid out.
 
 u = clip(round((G w) / filter_step)),    scale = input_step * point_step * filter_step
 """
@@ -147,7 +147,7 @@ def transform_for(
 ) -> PackedConv:
     """The operands with u still in float32, differentiable in `w` and `scales`.
 
-    An input range finer than the operands is no quantiser to speak of: the noise of its step's
+    An input range finer than the operands is no quantizer to speak of: the noise of its step's
     gradient would be all there is, so it has none.
     """
     _check(function, w, scales, stride, dilation)

@@ -259,7 +259,7 @@ def _check(x, u, input_step, point_step, filter_step, bias, *span, **params):
 
 
 def _surrogate(x, u, input_step, point_step, filter_step, bias, *span, **params):
-    """The formula before the activation in real numbers, each rounding a fake quantisation."""
+    """The formula before the activation in real numbers, each rounding a fake quantization."""
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
     if params["packed"]:
@@ -321,7 +321,7 @@ quantized_conv_p = define(
 
 # Vector instructions around the products: per input frame scale, round and clip; per operand
 # rescale, round, clip and cast; per sum cast and scale; per output bias and activation.
-_QUANTISE, _REQUANTISE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
+_QUANTIZE, _REQUANTIZE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
 
 
 @cost_rule(quantized_conv_p)
@@ -332,10 +332,10 @@ def _cost(x, u, input_step, point_step, filter_step, bias, *span, out, mesh, **p
     tiles = out[0].size / cout / form.m
     depth = cin * float(form.tap_blocks(params["taps"]))
     macs = tiles * depth * cout * float(form.n)
-    to_operands = transform_instructions(form.bt_program) + _REQUANTISE * form.n
+    to_operands = transform_instructions(form.bt_program) + _REQUANTIZE * form.n
     to_outputs = transform_instructions(form.at_program) + _RESCALE * form.n
     instructions = (
-        x.size * _QUANTISE
+        x.size * _QUANTIZE
         + tiles * cin * to_operands
         + tiles * cout * to_outputs
         + out[0].size * _FINISH

@@ -1,4 +1,4 @@
-"""Fake quantisation with a learned step and a chosen integer range, as one primitive.
+"""Fake quantization with a learned step and a chosen integer range, as one primitive.
 
     y = step * clip(round(x / step), low, high)
 

@@ -1,4 +1,4 @@
-"""Steps of a convolution's quantisers, and how to find them from samples.
+"""Steps of a convolution's quantizers, and how to find them from samples.
 
     x ~ input_step * xi,   B^T xi ~ point_step * v,   G w ~ filter_step * u
 
@@ -48,7 +48,7 @@ _HEADROOM = 2.0  # of a fine input range over the samples: what it costs is far 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvScales:
-    """Steps of one convolution's quantisers; a pytree whose leaves may be learned.
+    """Steps of one convolution's quantizers; a pytree whose leaves may be learned.
 
     Fields:
       input_step: value of one integer of the input, scalar or [cin].
@@ -99,7 +99,7 @@ def calibrate(
         transform carries beyond the operands, and a larger one is range scaling.
       requantize: "free" steps per point; "shift" makes them powers of two; "none" leaves all at 1.
       method: "max" covers the largest magnitude; "mse" takes the fraction of it, 0.35 to 1, of the
-        least squared error of the quantised values.
+        least squared error of the quantized values.
       pair_rule: keep every pair of neighbouring filter rows (positive and negative parts apart)
         within 128, which the fast int8 instructions of AVX2 need for exact sums; kernels take a
         slower path for filters that break it.
@@ -243,7 +243,7 @@ def least_error_step(
     """The step that represents values best, in squared error, by integers up to `limit`.
 
     Args:
-      values: what is quantised.
+      values: what is quantized.
       axes: values along these share a step.
       limit: largest integer.
       tried: ranges tried, from 0.35 to 1 of the largest magnitude; 1 covers that magnitude.

@@ -101,7 +101,7 @@ class Algorithm:
         return taps * self.m / (self.n * self.tap_blocks(taps))
 
     def amplification(self, taps: int) -> float:
-        """Power of the output's quantisation noise over that of direct convolution, in theory.
+        """Power of the output's quantization noise over that of direct convolution, in theory.
 
             mean over i of (1 / taps) sum_p A^T[i,p]^2 |G_p|^2 |B^T_p|^2
 

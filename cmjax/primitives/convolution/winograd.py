@@ -3,7 +3,7 @@
     y = A^T [(G w) * (B^T x)]                 float32 (Winograd 1980; Lavin and Gray, 2016)
     y = A^T [scale * (u v)],  u, v integers   int8, int16: see `quantized_conv`
 
-In the integer domains signals and filters are quantised *after* their transforms, each point with
+In the integer domains signals and filters are quantized *after* their transforms, each point with
 a step of its own, as Yao et al. (arXiv:2010.14841) and MNN's engine need for int8 Winograd in
 speech recognition. Called with a float filter and scales the function is differentiable in all of
 them and its value is the deployed integer pipeline's, bit for bit: that is training with RSQ.

@@ -1,1 +1,1 @@
-"""Multi-scale dequantisation: products and attention that read INT8 and MXFP4 as they are."""
+"""Multi-scale dequantization: products and attention that read INT8 and MXFP4 as they are."""

@@ -1,4 +1,4 @@
-"""Attention over an INT8 or MXFP4 cache that is never dequantised.
+"""Attention over an INT8 or MXFP4 cache that is never dequantized.
 
     S = scale * (M_q / 127) (q1 k^T + q2 k^T / 254) * k_scale
     O = sum over key blocks b of (M_b / 127) (p1 v_b + p2 v_b / 254) / l
@@ -73,7 +73,7 @@ def msd_attention(
       block_size: keys per block.
       rounding: see `msd_decompose`.
     Returns: dtype of `q`. A query that sees nothing gets zeros.
-    Gradient: straight-through, that of exact attention over the dequantised cache, for q and int8
+    Gradient: straight-through, that of exact attention over the dequantized cache, for q and int8
       scales.
     Under `jit`, a query with an infinity or NaN gives NaN.
     Raises: ValueError, TypeError: shapes and dtypes that do not fit; and where values are known, an
@@ -222,7 +222,7 @@ def _by_key(scale):
 
 
 def _exact(q, k, v, k_scale, v_scale, *rest, scale, causal, has_lengths, format):
-    """Attention over the dequantised cache, whose derivative stands for the rounded one's."""
+    """Attention over the dequantized cache, whose derivative stands for the rounded one's."""
     *lead, q_len, heads, d = q.shape
     kv_len, kv_heads = k.shape[-3:-1]
     grouped = q.astype(jnp.float32).reshape(*lead, q_len, kv_heads, heads // kv_heads, d)

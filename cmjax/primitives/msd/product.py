@@ -1,10 +1,10 @@
-"""Matrix products with INT8 or MXFP4 weights that are never dequantised (W8A16, W4A16).
+"""Matrix products with INT8 or MXFP4 weights that are never dequantized (W8A16, W4A16).
 
     int8, two passes    y = (M / 127) (a1 @ q.T + a2 @ q.T / 254) * scale + bias
     mxfp4, two passes   y = sum over blocks of (s1 p1 . w + s2 p2 . w) sw + bias
 
 Each row x of activations is split into low-precision parts (`msd_decompose`), each is multiplied
-with the quantised weights in integers, and the results are recombined: Zheng et al., arXiv
+with the quantized weights in integers, and the results are recombined: Zheng et al., arXiv
 2605.13915. The int8 recombination, with offset and bias, is that of the vendor's operator
 (`grouped_matmul_antiquant_a16w8_msd.h` in Huawei's open CANN sources).
 
@@ -57,7 +57,7 @@ def msd_dot(
     out_dtype: DTypeLike | None = None,
     rounding: Rounding = "away",
 ) -> Float[Array, "*rows n"]:
-    """`x @ W.T + bias` for few-bit weights, with x split into parts instead of W dequantised.
+    """`x @ W.T + bias` for few-bit weights, with x split into parts instead of W dequantized.
 
     Args:
       x: activations, float32, bfloat16 or float16.
@@ -318,7 +318,7 @@ def _check_scale(w_scale, format):
 
 
 def _exact(x, w, w_scale, *rest, format, has_offset, out_dtype):
-    """The product with dequantised weights, whose derivative stands for the rounded one's."""
+    """The product with dequantized weights, whose derivative stands for the rounded one's."""
     offset, bias = _optional(rest, has_offset)
     values = dequantize(w, w_scale, offset, format)
     lead = tuple(range(w.ndim - 2))

@@ -159,4 +159,4 @@ def _check(w, format, group_size, symmetric):
             f"got {group_size}"
         )
     if inner < 1:
-        raise ValueError("quantize_weight: w has no inner dimension to quantise, got 0 columns")
+        raise ValueError("quantize_weight: w has no inner dimension to quantize, got 0 columns")

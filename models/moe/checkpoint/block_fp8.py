@@ -24,7 +24,7 @@ def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 def dequantize(
     q: Float[Array, "rows columns"], scale: Float[Array, "r c"], block: Block
 ) -> Float32[Array, "rows columns"]:
-    """The values of a block-quantised matrix."""
+    """The values of a block-quantized matrix."""
     rows = jnp.repeat(scale.astype(jnp.float32), block[0], axis=0)[: q.shape[0]]
     return q.astype(jnp.float32) * jnp.repeat(rows, block[1], axis=1)[:, : q.shape[1]]
 

@@ -92,7 +92,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if method not in (None, "fp8"):
         raise ValueError(
             f"{file}: quantization_config has quant_method {method!r}; this reader knows 'fp8' "
-            "(block-wise) and unquantised weights"
+            "(block-wise) and unquantized weights"
         )
     rows, columns = quantization.get("weight_block_size") or (128, 128)
     return Checkpoint(folder, config, _listed(folder), (int(rows), int(columns)))

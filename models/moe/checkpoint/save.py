@@ -59,7 +59,7 @@ def save(
         an unknown dtype, or a folder with weights in it.
     """
     config, folder = model.config, Path(path)
-    if model.arithmetic.quantised:
+    if model.arithmetic.quantized:
         raise ValueError("save: a model of few-bit weights holds rounded ones; save the float one")
     if dtype is not None and dtype not in _TYPES:
         raise ValueError(f"save: dtype must be one of {', '.join(_TYPES)} or None, got {dtype!r}")

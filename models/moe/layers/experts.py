@@ -98,5 +98,5 @@ def _swiglu(h):
 
 @fused("SwiGLU")
 def _swiglu_int8(total, row_scale, column_scale):
-    """Rescale, activate, and quantise again for the second matmul: the values stay on chip."""
+    """Rescale, activate, and quantize again for the second matmul: the values stay on chip."""
     return quantize_rows(_activate(_rescale(total, row_scale, column_scale)))

@@ -179,7 +179,7 @@ def _up_prolog(config: MoEConfig) -> Callable:
 
 @functools.cache
 def _latent_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
-    """Attention over the latent cache. An INT8 latent is dequantised in the kernel; so is an MXFP4
+    """Attention over the latent cache. An INT8 latent is dequantized in the kernel; so is an MXFP4
     one, and PASA's float16 operands are made there."""
 
     @fused("FlashAttention")

@@ -1,4 +1,4 @@
-"""Arithmetics: what they compute, beside floats and beside their own dequantised weights."""
+"""Arithmetics: what they compute, beside floats and beside their own dequantized weights."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def _distance(got, want):
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
-def _dequantised(params, like):
+def _dequantized(params, like):
     """The float parameters that few-bit ones stand for."""
     if not isinstance(like, dict):
         return params
@@ -68,7 +68,7 @@ def _dequantised(params, like):
             values=params["values"], scale=params["scale"], format=form, group_size=group
         )
         return {"weight": jnp.swapaxes(dequantize_weight(held), -1, -2)}
-    return {key: _dequantised(params[key], like[key]) for key in like}
+    return {key: _dequantized(params[key], like[key]) for key in like}
 
 
 @pytest.mark.parametrize("config", [LATENT, GROUPED], ids=["latent", "grouped"])
@@ -78,7 +78,7 @@ def test_msd_models_equal_float_models_of_the_same_rounded_weights(config, form,
     some ten products follow one another."""
     coarse = _converted(config, _of(form))
     graph, like = abstract_model(config, one_rank(config), "float32")
-    same = assemble(graph, _dequantised(parameters(coarse), like))
+    same = assemble(graph, _dequantized(parameters(coarse), like))
     distance = _distance(_logits(coarse, TOKENS), _logits(same, TOKENS))
     assert 0 < distance < bound
 

@@ -1,4 +1,4 @@
-"""Fake quantisation against float64 NumPy, its chosen derivative, and every transformation."""
+"""Fake quantization against float64 NumPy, its chosen derivative, and every transformation."""
 
 import jax
 import jax.numpy as jnp

@@ -154,7 +154,7 @@ def test_the_training_forward_pass_is_the_deployed_convolution_bit_for_bit(algor
     of_scales = gradients[2]
     learned = [*gradients[:2], of_scales.point_step, of_scales.filter_step, gradients[3]]
     assert all(np.abs(g).max() > 0 for g in learned)
-    # a fine input range is no quantiser to learn
+    # a fine input range is no quantizer to learn
     assert (of_scales.input_step == 0) == (scales.input_limit > 2047)
 
 

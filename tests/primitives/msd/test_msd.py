@@ -80,7 +80,7 @@ def test_more_passes_are_more_accurate(passes, worst):
     exact = _exact(x, weight)
     error = np.linalg.norm(msd_dot(x, weight, passes=passes) - exact) / np.linalg.norm(exact)
     assert error < worst
-    if passes == 2:  # the rival: weights dequantised to bfloat16
+    if passes == 2:  # the rival: weights dequantized to bfloat16
         dense = np.asarray(jnp.asarray(dequantize_weight(weight), jnp.bfloat16), np.float64)
         rival = np.linalg.norm(x.astype(np.float64) @ dense.T - exact) / np.linalg.norm(exact)
         assert error < rival / 10

@@ -191,7 +191,7 @@ def test_half_precision_files_hold_rounded_values(tmp_path, dtype):
     np.testing.assert_array_equal(got["bias"], want["bias"])  # stays float32
 
 
-def test_int8_weights_are_those_of_the_quantised_float_model(tmp_path):
+def test_int8_weights_are_those_of_the_quantized_float_model(tmp_path):
     model = _random(SMALL)
     save(model, tmp_path)
     like = abstract_params(SMALL, one_rank(SMALL), "int8", mtp=True)
@@ -283,7 +283,7 @@ DAMAGES = {
         lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
         "model_type must be one of deepseek_v2, .* got 'llama'",
     ),
-    "other quantisation": (
+    "other quantization": (
         lambda folder: (folder / "config.json").write_text(
             json.dumps(config_json(SMALL) | {"quantization_config": {"quant_method": "awq"}})
         ),

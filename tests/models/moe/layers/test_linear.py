@@ -36,7 +36,7 @@ def test_low_precision_layers_stay_near_the_float32_layer(format, error):
     assert 0 < size < error
 
 
-def test_quantising_a_float_modules_parameters_fills_the_int8_module():
+def test_quantizing_a_float_modules_parameters_fills_the_int8_module():
     exact = Experts(3, 16, 8, format="float32", rngs=nnx.Rngs(params=0))
     coarse = Experts(3, 16, 8, format="w8a8", rngs=nnx.Rngs(params=5))
     params, like = (nnx.to_pure_dict(nnx.state(m)) for m in (exact, coarse))

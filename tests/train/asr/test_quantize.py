@@ -11,7 +11,7 @@ from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 
 from train.asr.learner import features_of
-from train.asr.quantise import calibrate, layer_sqnr_db, restore_plans, saved_plans
+from train.asr.quantize import calibrate, layer_sqnr_db, restore_plans, saved_plans
 from train.data.batches import Batch, Framing
 
 FRAMING = Framing(LogMel(), Alphabet("words", ("a", "b")), stride=2)
@@ -33,7 +33,7 @@ def _batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def noise():
-    """SQNR of every layer by way of quantising, dB; F(4,4) enlarges inputs 40 times."""
+    """SQNR of every layer by way of quantizing, dB; F(4,4) enlarges inputs 40 times."""
     found = {}
     for precision, ranges in (
         ("int8", "per-tap"),
