@@ -1,31 +1,12 @@
-"""cmjax: a differentiable performance-and-accuracy model of the CloudMatrix384 supernode."""
+"""cmjax: a differentiable performance-and-accuracy model of the CloudMatrix384 supernode.
 
-from cmjax.primitives import (
-    attention_numerics,
-    combine,
-    dispatch,
-    int8_conv1d,
-    msd_attention,
-    msd_decompose,
-    msd_dot,
-    pasa_attention,
-    quantize_kv,
-    quantize_weight,
-    rsq_quantize,
-    winograd_conv1d,
-)
+>>> import cmjax
+>>> prediction = cmjax.predict("tiny", "cloudmatrix384", phase="decode", npus=8)
+>>> print(f"{prediction.requests.batch:g} requests per NPU")
+96 requests per NPU
+"""
 
-__all__ = [
-    "attention_numerics",
-    "combine",
-    "dispatch",
-    "int8_conv1d",
-    "msd_attention",
-    "msd_decompose",
-    "msd_dot",
-    "pasa_attention",
-    "quantize_kv",
-    "quantize_weight",
-    "rsq_quantize",
-    "winograd_conv1d",
-]
+import lazy_loader
+
+# What there is, and where it is from, stands in __init__.pyi; nothing is imported before its use.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

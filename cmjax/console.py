@@ -1,5 +1,6 @@
 """How commands speak: a table for people, the same as JSON for machines, progress on stderr."""
 
+import html
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,17 @@ def track[Item](items: Sequence[Item], description: str) -> Iterator[Item]:
     """Iterate with a progress bar."""
     with bar(quiet=False) as progress:
         yield from progress.track(items, description=description)
+
+
+def html_table(title: str, rows: Iterable[Sequence[str]]) -> str:
+    """A small table for a notebook: a caption, then rows of text, the first column a heading."""
+    body = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(first)}</th>"
+        + "".join(f"<td style='text-align:right'>{html.escape(cell)}</td>" for cell in rest)
+        + "</tr>"
+        for first, *rest in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{body}</table>"
 
 
 def check_target(*paths: Path | str | None) -> None:

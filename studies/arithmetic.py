@@ -17,7 +17,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import exit_code
-from cmjax.deploy.deployment import Deployment
-from cmjax.deploy.predictor import Predictor, Requests, fastest
-from cmjax.hardware import load_machine
+from cmjax.deploy import Phase, predict
 from cmjax.report import terminal
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
 from train import checkpoint
@@ -135,22 +133,11 @@ def priced(name: str) -> dict[str, float]:
     the chip's matrix units do not have."""
     if name not in PRICED:
         return {}
-    machine = load_machine("cloudmatrix384")
-    found = {}
-    phases: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (
-        ("decode", 160, 96),
-        ("prefill", 16, 4),
-    )
-    for phase, npus, batch in phases:
-        predictors = [
-            Predictor.of(
-                Deployment(phase=phase, npus=npus, microbatches=count, **PRICED[name]), machine
-            )
-            for count in (1, 2)
-        ]
-        predictor, requests = fastest(predictors, Requests(batch=batch, prompt=4096, output=256))
-        found[f"{phase}_ms"] = 1e3 * float(predictor.step_s(predictor.timeline(requests)))
-    return found
+    phases: tuple[Phase, ...] = ("decode", "prefill")
+    return {
+        f"{phase}_ms": 1e3 * float(predict("deepseek-r1", phase=phase, **PRICED[name]).step_s)
+        for phase in phases
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

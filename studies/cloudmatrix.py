@@ -13,11 +13,11 @@ import tyro
 from rich.console import Console
 
 from cmjax import report
-from cmjax.commands.calibrate import compare
-from cmjax.commands.predict import Predict
 from cmjax.console import track
 from cmjax.cost.measured import measured_machines, read_measurements
-from cmjax.report import Section, ValidationRow, terminal
+from cmjax.deploy import predict, predictor_of
+from cmjax.deploy.validation import ValidationRow, validate
+from cmjax.report import Section, terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,32 +28,30 @@ class Study:
     """Folder for pictures and the page."""
 
 
-def validate() -> dict[str, list[ValidationRow]]:
+def validate_all() -> dict[str, list[ValidationRow]]:
     """Every built-in row of every machine: predicted beside measured."""
     return {
-        name: [compare(row, name) for row in track(read_measurements(name), name)]
-        for name in measured_machines()
+        name: validate(track(read_measurements(name), name), name) for name in measured_machines()
     }
 
 
 def run(out: Path, console: Console) -> list[Section]:
     """Print the tables, draw the pictures into `out`, return the page's sections."""
     out.mkdir(parents=True, exist_ok=True)
-    found = validate()
+    found = validate_all()
     for name, rows in found.items():
         console.rule(name)
         console.print(report.validation_table(rows))
 
-    decode = Predict(phase="decode", microbatches="2")
-    predictor, requests = decode.solve()
-    timeline = predictor.timeline(requests)
-    result = predictor.report(requests, timeline)
+    decode = predict("deepseek-r1", phase="decode", microbatches=2)
+    timeline = predictor_of(decode).timeline(decode.requests)
+    result = decode.to_dict()
     console.print(report.prediction_table(result))
     report.plot_step(result, out / "decode_step.png", timeline)
     report.plot_timeline(timeline, out / "decode_layer.png")
-    prefill_predictor, prefill_requests = Predict(phase="prefill").solve()
-    prefill_timeline = prefill_predictor.timeline(prefill_requests)
-    prefill = prefill_predictor.report(prefill_requests, prefill_timeline)
+    prefilled = predict("deepseek-r1", phase="prefill")
+    prefill_timeline = predictor_of(prefilled).timeline(prefilled.requests)
+    prefill = prefilled.to_dict()
     report.plot_step(prefill, out / "prefill_step.png", prefill_timeline)
     end_to_end = [
         row

@@ -15,8 +15,7 @@ from rich.console import Console
 
 from cmjax import placement, report
 from cmjax.commands.place import Place
-from cmjax.commands.predict import Predict
-from cmjax.deploy.predictor import fastest
+from cmjax.deploy import predict
 from cmjax.report import Section, terminal
 from studies import cloudmatrix
 
@@ -39,21 +38,14 @@ class MainJob:
 
 def sweep(out: Path, console: Console) -> Section:
     """Throughput against TPOT over batches, and the best batch under each SLO."""
-    alone, requests = Predict(phase="decode", microbatches="1").solve()
-    overlapped, _ = Predict(phase="decode", microbatches="2").solve()
-    predictors = (alone, overlapped)
-    results = []
-    for batch in BATCHES:
-        served = dataclasses.replace(requests, batch=float(batch))
-        best, _ = fastest(predictors, served)
-        results.append(best.predict(served))
+    results = [predict("deepseek-r1", phase="decode", batch=float(b)).to_dict() for b in BATCHES]
     (out / "batch_sweep.json").write_text(json.dumps(results, indent=1))
     points = [report.ThroughputPoint.of(result) for result in results]
     report.plot_throughput(points, out / "throughput.png", slo_ms=SLO_TPOT_MS)
     for slo in SLO_TPOT_MS:
         try:
-            _, found = fastest(predictors, requests, slo)
-            console.print(f"TPOT within {slo:g} ms: batch {found.batch:g} per NPU")
+            found = predict("deepseek-r1", phase="decode", slo_tpot_ms=slo)
+            console.print(f"TPOT within {slo:g} ms: batch {found.requests.batch:g} per NPU")
         except ValueError as error:
             console.print(f"TPOT within {slo:g} ms: {error}")
     return Section(

@@ -7,11 +7,10 @@ import tyro
 from rich.console import Console
 
 from cmjax import report
-from cmjax.commands.micro import Micro
-from cmjax.commands.predict import Predict
 from cmjax.console import check_target, emit, track
 from cmjax.cost.fit import fit, fitted_keys, write_back
-from cmjax.cost.measured import Measurement, measured_machines, read_measurements
+from cmjax.cost.measured import measured_machines, read_measurements
+from cmjax.deploy.validation import summary, validate
 from cmjax.hardware import load_machine
 
 
@@ -69,50 +68,13 @@ class Validate:
         else:
             names = [self.on] if self.on else measured_machines()
             todo = {name: read_measurements(name) for name in names}
-        found = {}
-        for name, rows in todo.items():
-            found[name] = [compare(row, name) for row in track(rows, name)]
+        found = {name: validate(track(rows, name), name) for name, rows in todo.items()}
         result = {
             name: {
                 "rows": [dataclasses.asdict(r) for r in rows],
-                "summary": {k: dataclasses.asdict(s) for k, s in report.summary(rows).items()},
+                "summary": {k: dataclasses.asdict(s) for k, s in summary(rows).items()},
             }
             for name, rows in found.items()
         }
         tables = [(name, report.validation_table(rows)) for name, rows in found.items()]
         emit(console, self.json, result, *(part for table in tables for part in table))
-
-
-def compare(row: Measurement, machine_name: str) -> report.ValidationRow:
-    """Run the command of a measurement and set its result beside the measured value.
-
-    Raises: ValueError: a command that cannot be run, or a key that its result does not have.
-    """
-    command = list(row.command)
-    if "--on" not in command:
-        command += ["--on", machine_name]
-    result = _result_of(command, row.row)
-    value = result.get(row.key)
-    if not isinstance(value, int | float):
-        known = ", ".join(k for k, v in result.items() if isinstance(v, int | float))
-        raise ValueError(f"row {row.row!r}: no key {row.key!r} in the result; it has {known}")
-    return report.ValidationRow(
-        row=row.row,
-        role=row.role,
-        predicted=float(value),
-        measured=row.value,
-        source=row.source,
-        key=row.key,
-    )
-
-
-def _result_of(command: list[str], row: str) -> dict:
-    kinds = {"micro": Micro, "predict": Predict}
-    try:
-        parsed = tyro.cli(kinds[command[0]], args=command[1:], console_outputs=False)
-    except SystemExit:
-        raise ValueError(f"row {row!r}: cannot read the command {' '.join(command)!r}") from None
-    if isinstance(parsed, Micro):
-        return parsed.measure(load_machine(parsed.on))
-    predictor, requests = parsed.solve()
-    return predictor.predict(requests)

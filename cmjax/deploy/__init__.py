@@ -1,6 +1,24 @@
 """The joins: a model on a machine under requests, and a layer's price for a placement."""
 
-from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.deployment import Deployment, Phase
 from cmjax.deploy.moe_step import MoEStep, build_layer, build_step, decode_step, prefill_step
+from cmjax.deploy.predict import predict, predictor_of
+from cmjax.deploy.prediction import Prediction, calibration
+from cmjax.deploy.predictor import Predictor
+from cmjax.deploy.requests import Requests
 
-__all__ = ["Deployment", "MoEStep", "build_layer", "build_step", "decode_step", "prefill_step"]
+__all__ = [
+    "Deployment",
+    "MoEStep",
+    "Phase",
+    "Prediction",
+    "Predictor",
+    "Requests",
+    "build_layer",
+    "build_step",
+    "calibration",
+    "decode_step",
+    "predict",
+    "predictor_of",
+    "prefill_step",
+]

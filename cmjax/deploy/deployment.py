@@ -1,47 +1,68 @@
 """What a user says about a deployment: one instance, its size and its arithmetic."""
 
 import dataclasses
+import typing
 from typing import Literal
+
+import tyro
+
+Phase = Literal["decode", "prefill"]
+_NPUS: dict[Phase, int] = {"decode": 160, "prefill": 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """One serving instance.
+    """One instance of a disaggregated serving system: its size and its arithmetic."""
 
-    Fields:
-      phase: `decode` or `prefill`.
-      model: preset name, or the path of a Hugging Face `config.json`.
-      npus: NPUs of the instance. ep: ranks (dies) per expert-parallel group; 0 means all.
-      microbatches: 1, or 2 to overlap.
-      quant: width of matrices and dispatched tokens (8-bit runs as FP8 where the chip has it).
-        `msd_w8a16` and `msd_w4a16` split 16-bit activations over INT8 and MXFP4 weights.
-      attention: `exact`, or `pasa_fp16`.
-      kv_cache: format of the latent cache. mtp: one draft token per request and step.
-    """
-
-    phase: Literal["decode", "prefill"]
+    phase: tyro.conf.Positional[Phase]
+    """Which half of a disaggregated system."""
     model: str = "deepseek-r1"
-    npus: int = 160
+    """Preset name, or the path of a Hugging Face config.json."""
+    npus: int | None = None
+    """NPUs of one instance (default: 160 for decode, 16 for prefill)."""
     ep: int = 0
-    microbatches: int = 2
-    quant: str = "int8"
+    """Ranks (dies) per expert-parallel group; 0 means all of the instance."""
+    microbatches: Literal["auto", 1, 2] = "auto"
+    """Overlapping microbatches; auto takes the faster."""
+    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16"] = "int8"
+    """Matrices and dispatched tokens (8-bit is FP8 on a chip that has it)."""
     attention: Literal["exact", "pasa_fp16"] = "exact"
-    kv_cache: str = "bf16"
+    """Softmax attention as it is, or in float16 with the shifted scores of PASA."""
+    kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
+    """Format of the latent cache."""
     mtp: bool = True
+    """Draft one token per request and step with the MTP module."""
 
     def __post_init__(self):
-        for name, allowed in (
-            ("phase", ("decode", "prefill")),
-            ("microbatches", (1, 2)),
-            ("quant", ("int8", "bf16", "msd_w8a16", "msd_w4a16")),
-            ("attention", ("exact", "pasa_fp16")),
-            ("kv_cache", ("bf16", "int8", "mxfp4")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}"
-                )
-        if self.npus < 1:
+        if self.npus is None:
+            object.__setattr__(self, "npus", _NPUS.get(self.phase))
+
+    def check(self) -> None:
+        """Raise ValueError, naming the field, for a value that it does not take."""
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            allowed = [str(value) for value in typing.get_args(annotation)]
+            value = getattr(self, name)
+            if typing.get_origin(annotation) is Literal and str(value) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value!r}")
+        if self.instance_npus < 1:
             raise ValueError(f"npus must be at least 1, got {self.npus}")
         if self.ep < 0:
             raise ValueError(f"ep must be at least 1 (or 0 for all ranks), got {self.ep}")
+
+    @property
+    def instance_npus(self) -> int:
+        """NPUs of the instance, the default of the phase where none were given."""
+        return _NPUS[self.phase] if self.npus is None else self.npus
+
+    @property
+    def decoding(self) -> bool:
+        return self.phase == "decode"
+
+    def choices(self) -> tuple["Deployment", ...]:
+        """This deployment with every number of microbatches that `microbatches` allows.
+
+        Raises: ValueError as `check` does.
+        """
+        self.check()
+        counts = (1, 2) if self.microbatches == "auto" else (self.microbatches,)
+        return tuple(dataclasses.replace(self, microbatches=count) for count in counts)

@@ -42,7 +42,9 @@ class MoEStep(Step):
       ranks: of the expert-parallel group.
       experts: number of routed experts. expert_slots: slots of all ranks; shared_slots: how many of
         those hold shared experts.
-      copies: slots that a token is sent to.
+      experts_per_token: routed experts of a token. copies: slots that it is sent to, that of a
+        shared expert included where there is one.
+      drafts: tokens that a request drafts in a step of decode.
     """
 
     layers: int = 1
@@ -51,38 +53,53 @@ class MoEStep(Step):
     experts: int
     expert_slots: int
     shared_slots: int = 0
+    experts_per_token: int
     copies: int
+    drafts: int = 0
 
 
 def decode_step(machine: Supernode) -> MoEStep:
     """The default decode instance: `cmjax price cmjax.deploy:decode_step --size batch=96 ...`."""
-    return build_step(Deployment(phase="decode"), machine)
+    return build_step(Deployment(phase="decode", microbatches=2), machine)
 
 
 def prefill_step(machine: Supernode) -> MoEStep:
     """The default prefill instance: `cmjax price cmjax.deploy:prefill_step --size batch=4 ...`."""
-    return build_step(Deployment(phase="prefill", npus=16), machine)
+    return build_step(Deployment(phase="prefill", microbatches=2), machine)
 
 
-def build_step(deployment: Deployment, machine: Supernode) -> MoEStep:
+def build_step(
+    deployment: Deployment, machine: Supernode, table: SlotTable | None = None
+) -> MoEStep:
     """The step of a deployment, its sizes named `batch` (requests per NPU), `context` or `prompt`,
     and `load` (rows on the slowest rank over the mean; one number, or one per MoE layer).
 
+    Args:
+      deployment: with 1 or 2 microbatches.
+      machine: its counts matter, its constants do not.
+      table: slots of the experts (default: those of the published deployments).
     Raises: ValueError: unknown model, an EP degree that the ranks or experts do not allow.
     """
+    deployment.check()
+    if deployment.microbatches == "auto":
+        raise ValueError("build_step: microbatches must be 1 or 2; 'auto' is decided by predict")
     config = load_config(deployment.model)
     if not config.moe_layers:
         raise ValueError(f"{deployment.model}: all layers are dense; there are no experts to place")
-    ranks = deployment.npus * machine.dies_per_npu
-    if deployment.npus > machine.npus:
-        raise ValueError(f"npus {deployment.npus}: {machine.name} has {machine.npus}")
+    npus = deployment.instance_npus
+    ranks = npus * machine.dies_per_npu
+    if npus > machine.npus:
+        raise ValueError(f"npus {npus}: {machine.name} has {machine.npus}")
     ep = deployment.ep or ranks
     if ep > ranks:
-        raise ValueError(f"ep {ep} is larger than the {ranks} ranks of {deployment.npus} NPUs")
+        raise ValueError(f"ep {ep} is larger than the {ranks} ranks of {npus} NPUs")
     if ranks % ep:
-        raise ValueError(f"ep {ep} does not divide the {ranks} ranks of {deployment.npus} NPUs")
+        raise ValueError(f"ep {ep} does not divide the {ranks} ranks of {npus} NPUs")
     mesh = mesh_for(ep, machine)
-    table = slot_table(config, ep, deployment)
+    if table is None:
+        table = slot_table(config, ep, deployment)
+    elif table.ranks != ep:
+        raise ValueError(f"plan: made for {table.ranks} ranks; the deployment has {ep}")
     schedule = schedule_for(machine, deployment)
     # Splitting heads over nodes pays where the scale-up network spans them.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
@@ -111,7 +128,7 @@ def build_step(deployment: Deployment, machine: Supernode) -> MoEStep:
             sequence_parallel=sequence_parallel,
             **common,
         )
-    sizes = _Sizes(deployment, machine, table, config, ep, drafts, sequence_parallel)
+    sizes = _Sizes(schedule.microbatches, machine, table, config, ep, drafts, sequence_parallel)
     params, inputs = ranked.args
     return MoEStep(
         fn=on_every_rank(ranked.fn, mesh, ranked.in_specs, ranked.out_specs, abstract=True),
@@ -124,7 +141,9 @@ def build_step(deployment: Deployment, machine: Supernode) -> MoEStep:
         expert_slots=table.slots,
         experts=config.experts,
         shared_slots=table.experts_of_slot.count(config.experts),
+        experts_per_token=config.experts_per_token,
         copies=config.experts_per_token + table.has_shared,
+        drafts=drafts,
         ranks=ep,
     )
 
@@ -176,6 +195,7 @@ def build_layer(
         sizes=lambda tokens, rows: {"tokens": tokens, "slot_rows": rows / table.slots},
         experts=experts,
         expert_slots=table.slots,
+        experts_per_token=copies,
         copies=copies,
         ranks=ranks,
     )
@@ -213,7 +233,7 @@ def schedule_for(machine: Supernode, deployment: Deployment) -> Schedule:
 class _Sizes:
     """From what a user gives to the symbols of the traced step."""
 
-    deployment: Deployment
+    microbatches: int
     machine: Supernode
     table: SlotTable
     config: MoEConfig
@@ -237,7 +257,7 @@ class _Sizes:
 
     def _per_microbatch(self, batch, *, whole: int):
         """Requests per rank and microbatch; `whole` ranks must share an integer number of them."""
-        parts = self.machine.dies_per_npu * self.deployment.microbatches
+        parts = self.machine.dies_per_npu * self.microbatches
         if not isinstance(batch, Tracer) and jnp.ndim(batch) == 0:
             total = float(batch) * whole / parts
             if batch <= 0 or not math.isclose(total, round(total), abs_tol=1e-6):
@@ -245,7 +265,7 @@ class _Sizes:
                 near = max(step, round(float(batch) / step) * step)
                 raise ValueError(
                     f"batch {float(batch):g} requests per NPU do not divide over "
-                    f"{self.machine.dies_per_npu} dies x {self.deployment.microbatches} "
+                    f"{self.machine.dies_per_npu} dies x {self.microbatches} "
                     f"microbatches; {near} would"
                 )
         return batch / parts

@@ -1,77 +1,80 @@
-"""Predict a deployment: step time, TPOT or TTFT, throughput, and what they are made of."""
+"""A traced deployment, which prices any requests on any machine of its shape."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.cost.fit import fitted_keys
 from cmjax.cost.load import sampling_imbalance
 from cmjax.cost.price import price
-from cmjax.cost.timeline import Timeline
+from cmjax.cost.timeline import LoopTime, Timeline
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import MoEStep, build_step
+from cmjax.deploy.prediction import Prediction
+from cmjax.deploy.requests import Requests
 from cmjax.hardware import Supernode
+from cmjax.models.moe.slots import SlotTable
 from cmjax.program import Program, Size
 
 MOST_REQUESTS = 4096
 """Where the search for a batch per NPU ends."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Requests:
-    """What the instance serves.
-
-    Fields:
-      batch: concurrent requests per NPU.
-      prompt, output: tokens per request; decode is priced at the middle of the output.
-      acceptance: probability that the MTP draft is accepted (ignored without MTP).
-      load: rows on the slowest rank over the mean, one number or one per MoE layer; `None` is a
-        load of equal expectation on all ranks, with the scatter of a finite batch.
-    """
-
-    batch: float
-    prompt: float
-    output: float = 0.0
-    acceptance: float = 0.0
-    load: np.ndarray | float | None = None
-
-    def __post_init__(self):
-        for name, least in (("batch", 0), ("prompt", 0)):
-            if not getattr(self, name) > least:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name):g}")
-        if self.output < 0:
-            raise ValueError(f"output must not be negative, got {self.output:g}")
-        if not 0 <= self.acceptance <= 1:
-            raise ValueError(f"mtp-acceptance must lie in 0..1, got {self.acceptance:g}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A traced deployment, ready to be priced for any requests."""
+    """A traced deployment on a machine, ready to be priced for any requests."""
 
     deployment: Deployment
     machine: Supernode
     step: MoEStep
     program: Program
+    _priced: Any = dataclasses.field(repr=False)
 
     @staticmethod
-    def of(deployment: Deployment, machine: Supernode) -> "Predictor":
-        """Trace the deployment's step (once; a few seconds at most)."""
-        step = build_step(deployment, machine)
-        return Predictor(deployment, machine, step, step.trace())
+    def of(
+        deployment: Deployment, machine: Supernode, table: SlotTable | None = None
+    ) -> "Predictor":
+        """Trace the deployment's step (once per deployment and shape of machine).
 
-    @property
-    def decoding(self) -> bool:
-        return self.deployment.phase == "decode"
+        Args:
+          deployment: with 1 or 2 microbatches.
+          machine: where it runs; its constants may be traced by JAX.
+          table: slots of the experts (default: those of the published deployments).
+        Raises: ValueError: the deployment makes no sense on the machine.
+        """
+        step, program, priced = _traced(
+            deployment, jax.tree.structure(machine), table, jax.config.read("jax_enable_x64")
+        )
+        return Predictor(deployment, machine, step, program, priced)
 
-    def symbols(self, requests: Requests) -> dict:
+    def predict(self, requests: Requests) -> Prediction:
+        """The step for these requests.
+
+        Raises: ValueError: a batch that does not divide over dies and microbatches.
+        """
+        requests = requests.of(self.deployment)
+        priced = self._priced.summary(self.machine, self.symbols(requests))
+        device_s, layer_s, streams_s, scopes_s, engines_s = priced
+        return Prediction(
+            deployment=self.deployment,
+            requests=requests,
+            machine=self.machine,
+            microbatches=self.step.microbatches,
+            step_s=device_s + self.machine.chip.host_step_s,
+            tokens_per_step=self.tokens_per_step(requests),
+            per_layer_s=layer_s,
+            streams_s={k: s / self.step.microbatches for k, s in streams_s.items()},
+            breakdown_s={k or "other": s for k, s in scopes_s.items()},
+            engines_busy_s=engines_s,
+            memory_bytes=self.memory_bytes(requests),
+        )
+
+    def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
-        length = requests.prompt + requests.output / 2 if self.decoding else requests.prompt
-        given = {"batch": requests.batch, "context" if self.decoding else "prompt": length}
+        given = self._given(requests.batch, requests.length(self.deployment.phase))
         load = requests.load
         if load is None:
             even = self.step.symbols(given | {"load": 1.0})
@@ -80,82 +83,31 @@ class Predictor:
         symbols = self.step.symbols(given | {"load": load})
         return {name: jnp.asarray(value, float) for name, value in symbols.items()}
 
-    def tokens_per_step(self, requests: Requests) -> float:
-        """Tokens a request gains per step: one, and each draft that is accepted."""
-        return 1 + requests.acceptance * (self.deployment.mtp and self.decoding)
+    def timeline(self, requests: Requests) -> Timeline:
+        """The priced step, operation by operation."""
+        symbols = self.symbols(requests.of(self.deployment))
+        return self._priced.timeline(self.machine, symbols)
 
-    def timeline(self, requests: Requests, machine: Supernode | None = None) -> Timeline:
-        """The priced step."""
-        return self._price(machine or self.machine, self.symbols(requests))
-
-    @functools.cached_property
-    def _price(self):
-        return jax.jit(lambda machine, symbols: price(self.program, machine, symbols))
-
-    def step_s(self, timeline: Timeline):
-        """Seconds from one step's start to the next: the NPU's time and the host's."""
-        return timeline.total_s + self.machine.chip.host_step_s
-
-    def predict(self, requests: Requests) -> dict:
-        """The result as plain numbers; its keys are the JSON output of `cmjax predict`."""
-        return self.report(requests, self.timeline(requests))
-
-    def report(self, requests: Requests, timeline: Timeline) -> dict:
-        """What `predict` returns, from a timeline already priced."""
-        step_s = float(self.step_s(timeline))
-        tokens_per_step = self.tokens_per_step(requests)
-        # The stack of MoE layers; a dense stack or a draft module may be as long, but not as slow.
-        layers = max(
-            (loop for loop in timeline.loops if loop.length == self.step.layers),
-            key=lambda loop: float(loop.each_s),
-        )
-        memory = self.memory_bytes(requests)
-        result: dict = {"step_ms": step_s * 1e3}
-        if self.decoding:
-            result["tpot_ms"] = step_s * 1e3 / tokens_per_step
-            result["tokens_per_s_per_npu"] = requests.batch * tokens_per_step / step_s
-        else:
-            result["ttft_ms"] = step_s * 1e3
-            result["tokens_per_s_per_npu"] = requests.batch * requests.prompt / step_s
-        return result | {
-            "per_layer_us": float(layers.each_s) * 1e6,
-            **{
-                f"{name}_stream_us": float(s) * 1e6 / self.step.microbatches
-                for name, s in layers.streams_s.items()
-            },
-            "breakdown": {k or "other": float(v) * 1e3 for k, v in timeline.scopes.items()},
-            "engines_busy_ms": {k: float(v) * 1e3 for k, v in timeline.engines.items()},
-            "hbm_gb_per_die": {k: v / 1e9 for k, v in memory.items()},
-            "hbm_capacity_gb_per_die": float(self.machine.chip.hbm_bytes) / 1e9,
-            "fits_hbm": sum(memory.values()) <= float(self.machine.chip.hbm_bytes),
-            "machine": self.machine.name,
-            "deployment": dataclasses.asdict(self.deployment),
-            "requests": {
-                k: np.asarray(v).tolist() for k, v in dataclasses.asdict(requests).items()
-            },
-            "calibration": calibration(self.machine),
-        }
-
-    def memory_bytes(self, requests: Requests) -> dict[str, float]:
+    def memory_bytes(self, requests: Requests) -> dict[str, Any]:
         """HBM of one die: weights, and caches with inputs at their largest."""
-        length = requests.prompt + (requests.output if self.decoding else 0)
-        given = {"batch": requests.batch, "context" if self.decoding else "prompt": length}
-        symbols = self.step.symbols(given)
-        weights = float(Size.of(self.step.weight_bytes).evaluate(symbols))
+        symbols = self.step.symbols(
+            self._given(requests.batch, requests.longest(self.deployment.phase))
+        )
         return {
-            "weights": weights,
-            "caches": float(Size.of(self.step.state_bytes).evaluate(symbols)),
+            "weights": Size.of(self.step.weight_bytes).evaluate(symbols),
+            "caches": Size.of(self.step.state_bytes).evaluate(symbols),
         }
 
     def sensitivity(self, requests: Requests) -> dict[str, float]:
         """Elasticity of the step time in each machine constant: percent change per percent."""
-        symbols = self.symbols(requests)
+        symbols = self.symbols(requests.of(self.deployment))
         total, gradient = jax.jit(
             jax.value_and_grad(lambda m: price(self.program, m, symbols).total_s)
         )(self.machine)
-        names = [jax.tree_util.keystr(path)[1:] for path, _ in _leaves(self.machine)]
-        values = [float(v) for _, v in _leaves(self.machine)]
-        slopes = [float(g) for _, g in _leaves(gradient)]
+        leaves = jax.tree_util.tree_leaves_with_path(self.machine)
+        names = [jax.tree_util.keystr(path)[1:] for path, _ in leaves]
+        values = [float(v) for _, v in leaves]
+        slopes = [float(g) for g in jax.tree.leaves(gradient)]
         found = {n: v * g / float(total) for n, v, g in zip(names, values, slopes, strict=True)}
         return dict(sorted(((n, e) for n, e in found.items() if e), key=lambda ne: -abs(ne[1])))
 
@@ -165,7 +117,7 @@ class Predictor:
 
         Raises: ValueError: not even the smallest batch does.
         """
-        step = self.machine.dies_per_npu * self.deployment.microbatches
+        step = self.machine.dies_per_npu * self.step.microbatches
         fits = []
         for batch in range(step, MOST_REQUESTS + 1, step):
             candidate = dataclasses.replace(requests, batch=float(batch))
@@ -176,7 +128,7 @@ class Predictor:
             raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
         symbols = [self.symbols(candidate) for candidate in fits]
         stacked = {k: jnp.stack([s[k] for s in symbols]) for k in symbols[0]}
-        total = jax.vmap(lambda s: self._price(self.machine, s).total_s)(stacked)
+        total = self._priced.totals(self.machine, stacked)
         step_ms = np.asarray(total + self.machine.chip.host_step_s) * 1e3
         tpot_ms = step_ms / self.tokens_per_step(requests)
         within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
@@ -187,41 +139,49 @@ class Predictor:
             )
         return within[-1]
 
+    def tokens_per_step(self, requests: Requests):
+        """Tokens that a request gains in a step: one, and each draft that is accepted."""
+        return 1 + requests.acceptance * self.step.drafts * self.deployment.decoding
 
-def fastest(
-    predictors: Sequence[Predictor], requests: Requests, slo_tpot_ms: float | None = None
-) -> tuple[Predictor, Requests]:
-    """The deployment that gives most tokens per second, and the requests it does so with.
-
-    Deployments that the requests do not divide over are left out. With `slo_tpot_ms`, each is taken
-    at the largest batch that keeps it.
-    Raises: ValueError: none of them can serve the requests.
-    """
-    found, reasons = [], []
-    for predictor in predictors:
-        try:
-            served = requests
-            if slo_tpot_ms is not None:
-                served = predictor.largest_batch(requests, slo_tpot_ms)
-            rate = served.batch / float(predictor.step_s(predictor.timeline(served)))
-            found.append((rate, predictor, served))
-        except ValueError as error:
-            reasons.append(error)
-    if not found:
-        raise reasons[0]
-    _, predictor, served = max(found, key=lambda entry: entry[0])
-    return predictor, served
+    def _given(self, batch, length) -> dict[str, Any]:
+        return {"batch": batch, "context" if self.deployment.decoding else "prompt": length}
 
 
-def calibration(machine: Supernode) -> dict[str, float]:
-    """The fitted constants that a prediction rests on, SI units."""
-    try:
-        keys = fitted_keys(machine.name)
-    except ValueError:  # a user's own file: nothing in it was fitted by cmjax
-        return {}
-    flat = {jax.tree_util.keystr(path)[1:]: float(v) for path, v in _leaves(machine)}
-    return {key: flat[key] for key in keys}
+class _Priced:
+    """The compiled prices of one program."""
+
+    def __init__(self, program: Program, layers: int):
+        def summary(machine, symbols):
+            timeline = price(program, machine, symbols)
+            loop = _layer_loop(timeline, layers)
+            layer = loop.each_s, loop.streams_s
+            return timeline.total_s, *layer, timeline.scopes, timeline.engines
+
+        def total_s(machine, symbols):
+            return price(program, machine, symbols).total_s
+
+        self.timeline = jax.jit(lambda machine, symbols: price(program, machine, symbols))
+        self.summary = jax.jit(summary)
+        self.totals = jax.jit(jax.vmap(total_s, in_axes=(None, 0)))
 
 
-def _leaves(tree):
-    return jax.tree_util.tree_leaves_with_path(tree)
+@functools.lru_cache(maxsize=64)
+def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
+    # What is built depends on the machine's counts and names, which its shape holds; constants of
+    # the program are made in one of JAX's two precisions.
+    machine = jax.tree.unflatten(shape, [np.nan] * shape.num_leaves)
+    step = build_step(deployment, machine, table)
+    program = step.trace()
+    return step, program, _Priced(program, step.layers)
+
+
+def _layer_loop(timeline: Timeline, layers: int) -> LoopTime:
+    """The loop over MoE layers: of the loops of that length, the one with most operations."""
+    sizes = [
+        len(op.loop.body.operations)
+        for level, _ in timeline.program.levels
+        for op in level.operations
+        if op.loop is not None
+    ]
+    loops = zip(sizes, timeline.loops, strict=True)
+    return max((found for found in loops if found[1].length == layers), key=lambda f: f[0])[1]

@@ -25,15 +25,12 @@ from cmjax.report.tables import (
     validation_table,
 )
 from cmjax.report.terminal import terminal
-from cmjax.report.validation import RoleSummary, ValidationRow, summary
 
 __all__ = [
     "BLOCKS",
     "PlacementPage",
-    "RoleSummary",
     "Section",
     "ThroughputPoint",
-    "ValidationRow",
     "block_of",
     "comparison_table",
     "key_value_table",
@@ -51,7 +48,6 @@ __all__ = [
     "residual_table",
     "roll_up",
     "sensitivity_table",
-    "summary",
     "terminal",
     "validation_table",
     "write_page",

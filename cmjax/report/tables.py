@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cmjax.cost.fit import Fit
+from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.placement import Evaluation, Judged
 from cmjax.report.blocks import BLOCKS, roll_up
 from cmjax.report.units import number, percent, quantity
-from cmjax.report.validation import ValidationRow, summary
 
 _HEADLINES = (
     ("tpot_ms", "time per output token (TPOT)"),

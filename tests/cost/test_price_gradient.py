@@ -21,7 +21,9 @@ def decode():
     for name in MACHINES:
         machine = load_machine(name)
         mtp = name == "cloudmatrix384"
-        step = build_step(Deployment(phase="decode", model="tiny", npus=8, mtp=mtp), machine)
+        step = build_step(
+            Deployment(phase="decode", model="tiny", npus=8, mtp=mtp, microbatches=2), machine
+        )
         found[name] = step, step.trace(), machine
     return found
 

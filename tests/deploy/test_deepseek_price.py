@@ -4,7 +4,8 @@ import pytest
 from cmjax.models.moe.config import deepseek_r1
 
 from cmjax.deploy.deployment import Deployment
-from cmjax.deploy.predictor import Predictor, Requests
+from cmjax.deploy.predictor import Predictor
+from cmjax.deploy.requests import Requests
 from cmjax.hardware import load_machine
 
 NPUS, RANKS = 160, 320
@@ -17,7 +18,7 @@ A = C.attention
 @pytest.fixture(scope="module")
 def decode():
     machine = load_machine("cloudmatrix384")
-    return Predictor.of(Deployment(phase="decode", npus=NPUS, mtp=False), machine)
+    return Predictor.of(Deployment(phase="decode", npus=NPUS, mtp=False, microbatches=2), machine)
 
 
 def products():
@@ -101,7 +102,7 @@ def test_the_step_is_slower_than_every_engines_peak_and_fits_memory(decode):
         "fabric": totals["supernode_bytes"] / decode.machine.fabric.supernode.bandwidth_bytes_per_s,
     }
     assert max(bounds.values()) < device_s < 5 * sum(bounds.values())
-    result = decode.predict(requests)
+    result = decode.predict(requests).to_dict()
     assert result["fits_hbm"]
     assert result["per_layer_us"] * 58 < result["step_ms"] * 1e3
     assert decode.step.layers == C.moe_layers

@@ -8,7 +8,9 @@ import pytest
 
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
-from cmjax.deploy.predictor import Predictor, Requests, calibration
+from cmjax.deploy.prediction import calibration
+from cmjax.deploy.predictor import Predictor
+from cmjax.deploy.requests import Requests
 from cmjax.hardware import load_machine
 
 M = load_machine("cloudmatrix384")
@@ -16,7 +18,7 @@ REQUESTS = Requests(batch=96, prompt=2048, output=512, acceptance=0.7)
 
 
 def predictor(phase="decode", **options):
-    options = {"model": "tiny", "npus": 8, "mtp": False} | options
+    options = {"model": "tiny", "npus": 8, "mtp": False, "microbatches": 2} | options
     return Predictor.of(Deployment(phase=phase, **options), M)
 
 
@@ -33,7 +35,7 @@ def prefill():
 def test_a_larger_batch_or_context_takes_longer_and_more_memory(decode):
     def at(**change):
         requests = dataclasses.replace(REQUESTS, **change)
-        return decode.predict(requests), sum(decode.memory_bytes(requests).values())
+        return decode.predict(requests).to_dict(), sum(decode.memory_bytes(requests).values())
 
     for name, values in (("batch", (8, 96, 960)), ("prompt", (256, 4096, 65536))):
         found = [at(**{name: v}) for v in values]
@@ -42,19 +44,21 @@ def test_a_larger_batch_or_context_takes_longer_and_more_memory(decode):
 
 
 def test_a_longer_prompt_takes_longer_to_prefill(prefill):
-    found = [prefill.predict(Requests(batch=4, prompt=p))["ttft_ms"] for p in (256, 1024, 4096)]
+    found = [
+        prefill.predict(Requests(batch=4, prompt=p)).to_dict()["ttft_ms"] for p in (256, 1024, 4096)
+    ]
     assert found == sorted(set(found))
 
 
 def test_results_follow_from_the_step_time(decode, prefill):
-    result = decode.predict(REQUESTS)
+    result = decode.predict(REQUESTS).to_dict()
     assert result["step_ms"] == result["tpot_ms"]  # without MTP a step is a token
     assert result["tokens_per_s_per_npu"] == pytest.approx(96 / result["step_ms"] * 1e3)
     host = M.chip.host_step_s * 1e3
     device = float(decode.timeline(REQUESTS).total_s) * 1e3
     assert result["step_ms"] == pytest.approx(device + host, rel=1e-6)
     assert result["calibration"] == calibration(M) and len(result["calibration"]) >= 5
-    first = prefill.predict(Requests(batch=4, prompt=1024))
+    first = prefill.predict(Requests(batch=4, prompt=1024)).to_dict()
     assert first["tokens_per_s_per_npu"] == pytest.approx(4 * 1024 / first["ttft_ms"] * 1e3)
 
 
@@ -64,10 +68,10 @@ def test_memory_is_weights_and_caches(decode):
     caches = REQUESTS.batch / M.dies_per_npu * (REQUESTS.prompt + REQUESTS.output) * per_token
     total = sum(memory.values())
     assert caches < total < 1.1 * caches + float(decode.step.weight_bytes.constant)
-    shown = decode.predict(REQUESTS)
+    shown = decode.predict(REQUESTS).to_dict()
     assert sum(shown["hbm_gb_per_die"].values()) == pytest.approx(total / 1e9)
     assert shown["fits_hbm"] is True
-    assert decode.predict(dataclasses.replace(REQUESTS, prompt=1e9))["fits_hbm"] is False
+    assert decode.predict(dataclasses.replace(REQUESTS, prompt=1e9)).to_dict()["fits_hbm"] is False
 
 
 def test_bf16_is_slower_and_larger_than_int8():
@@ -75,7 +79,10 @@ def test_bf16_is_slower_and_larger_than_int8():
     options = {"model": "deepseek-v3", "npus": 32, "microbatches": 1}
     int8, bf16 = (predictor(quant=q, **options) for q in ("int8", "bf16"))
     requests = Requests(batch=32, prompt=1024)
-    assert bf16.predict(requests)["step_ms"] > 1.2 * int8.predict(requests)["step_ms"]
+    assert (
+        bf16.predict(requests).to_dict()["step_ms"]
+        > 1.2 * int8.predict(requests).to_dict()["step_ms"]
+    )
     ratio = bf16.step.weight_bytes.constant / int8.step.weight_bytes.constant
     assert 1.7 < ratio <= 2.0
 
@@ -83,12 +90,16 @@ def test_bf16_is_slower_and_larger_than_int8():
 def test_the_largest_batch_meets_the_slo_and_the_next_one_does_not(decode):
     requests = dataclasses.replace(REQUESTS, prompt=65536)
     for factor in (1.05, 1.5):
-        slo = factor * decode.predict(requests)["tpot_ms"]
+        slo = factor * decode.predict(requests).to_dict()["tpot_ms"]
         found = decode.largest_batch(requests, slo)
         step = M.dies_per_npu * decode.deployment.microbatches
         following = dataclasses.replace(found, batch=found.batch + step)
         assert found.batch >= requests.batch
-        assert decode.predict(found)["tpot_ms"] <= slo < decode.predict(following)["tpot_ms"]
+        assert (
+            decode.predict(found).to_dict()["tpot_ms"]
+            <= slo
+            < decode.predict(following).to_dict()["tpot_ms"]
+        )
 
 
 def test_a_search_that_memory_ends_returns_the_last_batch_that_fits(decode):
@@ -113,7 +124,7 @@ def test_an_slo_that_no_batch_meets_is_refused(decode):
 
 def test_an_uneven_load_is_slower_and_one_per_layer_is_between(decode):
     def ms(load):
-        return decode.predict(dataclasses.replace(REQUESTS, load=load))["step_ms"]
+        return decode.predict(dataclasses.replace(REQUESTS, load=load)).to_dict()["step_ms"]
 
     # Large batches, so that rows and not start-up times count.
     even, layered, uneven = ms(1.0), ms(np.array([1.0, 6.0])), ms(6.0)
@@ -122,8 +133,8 @@ def test_an_uneven_load_is_slower_and_one_per_layer_is_between(decode):
 
 
 def test_without_a_load_the_scatter_of_a_finite_batch_counts(decode):
-    even = decode.predict(dataclasses.replace(REQUESTS, load=1.0))["step_ms"]
-    assert decode.predict(REQUESTS)["step_ms"] > even
+    even = decode.predict(dataclasses.replace(REQUESTS, load=1.0)).to_dict()["step_ms"]
+    assert decode.predict(REQUESTS).to_dict()["step_ms"] > even
 
 
 def test_sensitivities_name_what_the_step_waits_for(decode):
@@ -153,7 +164,7 @@ def test_sensitivities_name_what_the_step_waits_for(decode):
         ({"npus": 0}, "npus must be at least 1, got 0"),
         ({"ep": -1}, "ep must be at least 1 (or 0 for all ranks), got -1"),
         ({"phase": "both"}, "phase must be decode or prefill, got 'both'"),
-        ({"microbatches": 3}, "microbatches must be 1 or 2, got 3"),
+        ({"microbatches": 3}, "microbatches must be auto or 1 or 2, got 3"),
         ({"quant": "int3"}, "quant must be int8 or bf16 or msd_w8a16 or msd_w4a16, got 'int3'"),
         ({"kv_cache": "fp8"}, "kv_cache must be bf16 or int8 or mxfp4, got 'fp8'"),
         (
@@ -165,7 +176,8 @@ def test_sensitivities_name_what_the_step_waits_for(decode):
 )
 def test_a_deployment_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        build_step(Deployment(**{"phase": "decode", "model": "tiny", "npus": 8, **options}), M)
+        options = {"phase": "decode", "model": "tiny", "npus": 8, "microbatches": 2, **options}
+        build_step(Deployment(**options), M)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +191,12 @@ def test_a_deployment_that_makes_no_sense_is_refused(options, message):
         ({"acceptance": -0.1}, "mtp-acceptance must lie in 0..1, got -0.1"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(change, message):
+def test_requests_that_make_no_sense_are_refused(decode, change, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        dataclasses.replace(REQUESTS, **change)
+        decode.predict(dataclasses.replace(REQUESTS, **change))
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_would(decode):
     message = "batch 97 requests per NPU do not divide over 2 dies x 2 microbatches; 96 would"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        decode.predict(dataclasses.replace(REQUESTS, batch=97))
+        decode.predict(dataclasses.replace(REQUESTS, batch=97)).to_dict()

@@ -8,9 +8,9 @@ import matplotlib
 import numpy as np
 import pytest
 
+from cmjax.deploy.validation import ValidationRow
 from cmjax.report import (
     ThroughputPoint,
-    ValidationRow,
     plot_load_curve,
     plot_node_bytes,
     plot_placement,

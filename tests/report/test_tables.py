@@ -8,10 +8,10 @@ from rich.console import Console
 
 from cmjax.cost.fit import Fit, Residual
 from cmjax.cost.measured import Measurement
+from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.hardware import load_machine
 from cmjax.placement import BASELINES, Evaluation, Problem, Risk, Routes, compare
 from cmjax.report import (
-    ValidationRow,
     block_of,
     comparison_table,
     placement_table,
@@ -19,7 +19,6 @@ from cmjax.report import (
     residual_table,
     roll_up,
     sensitivity_table,
-    summary,
     validation_table,
 )
 from cmjax.report.units import number, percent, quantity

@@ -4,9 +4,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent, quantity
-from cmjax.report.validation import ValidationRow, summary
 
 _COLOURS = {"predict": fig.BLUE, "calibrate": "#A9A9A9"}
 _ROLES = {"predict": "predicted end to end", "calibrate": "calibrated"}

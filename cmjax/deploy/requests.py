@@ -1,0 +1,77 @@
+"""What an instance serves: how many requests at a time, how long, how many drafts are right."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import jax
+import tyro
+from jaxtyping import Array, Float
+
+from cmjax.deploy.deployment import Deployment, Phase
+
+if TYPE_CHECKING:
+    Number = float | Float[Array, "..."]
+else:
+    Number = float  # what a command line reads
+PREFILL_TOKENS = 16384
+"""Prompt tokens per NPU and step that a prefill instance batches by default."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What the instance serves. (A pytree: every number may be traced by JAX.)"""
+
+    batch: Number | None = None
+    """Requests per NPU (default: 96 for decode, 16384 / prompt for prefill)."""
+    prompt: Number = 4096.0
+    """Prompt tokens of a request."""
+    output: Number = 256.0
+    """Generated tokens of a request; decode is priced in the middle of them."""
+    context: Number | None = None
+    """Cached tokens of a request in decode, in place of prompt and output."""
+    acceptance: Annotated[Number, tyro.conf.arg(name="mtp-acceptance")] = 0.7
+    """Probability that a draft is accepted (ignored without drafts)."""
+    load: Annotated[Any, tyro.conf.Suppress] = None
+    """Rows on the slowest rank over the mean, one number or one per MoE layer; `None` is a load of
+    equal expectation on all ranks, with the scatter that routing a finite batch leaves."""
+
+    def of(self, deployment: Deployment) -> "Requests":
+        """These requests with the default batch of the deployment's phase, if none was given.
+
+        Raises: ValueError: a number out of its range, or cached tokens for a prefill.
+        """
+        self._check()
+        if self.context is not None and not deployment.decoding:
+            raise ValueError("context applies to decode; give prompt for a prefill")
+        if self.batch is not None:
+            return self
+        batch = 96.0 if deployment.decoding else PREFILL_TOKENS / self.prompt
+        return dataclasses.replace(self, batch=batch)
+
+    def _check(self) -> None:
+        for name in ("batch", "prompt", "context"):
+            value = getattr(self, name)
+            if _known(value) and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive, got {value:g}")
+        if _known(self.output) and not 0 <= self.output < float("inf"):
+            raise ValueError(f"output must not be negative, got {self.output:g}")
+        if _known(self.acceptance) and not 0 <= self.acceptance <= 1:
+            raise ValueError(f"mtp-acceptance must lie in 0..1, got {self.acceptance:g}")
+
+    def length(self, phase: Phase) -> Number:
+        """Tokens per request at which a step is priced."""
+        if phase == "prefill":
+            return self.prompt
+        return self.prompt + self.output / 2 if self.context is None else self.context
+
+    def longest(self, phase: Phase) -> Number:
+        """Tokens per request that the caches must hold."""
+        if phase == "prefill":
+            return self.prompt
+        return self.prompt + self.output if self.context is None else self.context
+
+
+def _known(value: Any) -> bool:
+    """Whether a field holds a number that can be compared now."""
+    return isinstance(value, int | float)
