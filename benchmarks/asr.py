@@ -34,8 +34,8 @@ from rich.table import Table
 from benchmarks.asr_onnx import quantized, session_call, to_onnx
 from benchmarks.timing import least_times
 from cmjax import native
+from cmjax.console import terminal
 from cmjax.primitives.convolution.scales import calibrate
-from cmjax.report import terminal
 
 WINOGRAD = "int8-winograd"
 PARTS = ("whole", "network", "backbone")

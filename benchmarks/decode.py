@@ -26,8 +26,7 @@ from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax import native
-from cmjax.console import exit_code
-from cmjax.report import terminal
+from cmjax.console import exit_code, terminal
 
 CONFIG = MoEConfig(
     vocab_size=512,

@@ -31,8 +31,7 @@ from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.commands.generate import parse_mesh
-from cmjax.console import exit_code
-from cmjax.report import terminal
+from cmjax.console import exit_code, terminal
 from train.data.text import Windows, grammar_text
 from train.moe.config import Config
 from train.moe.learner import initial, make_step

@@ -23,8 +23,8 @@ import tyro
 from rich.table import Table
 
 from benchmarks.timing import least_times
+from cmjax.console import terminal
 from cmjax.primitives import flash_attention, pasa_attention
-from cmjax.report import terminal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from jax import lax
 from rich.table import Table
 
 from benchmarks.timing import least_times
+from cmjax.console import terminal
 from cmjax.primitives.convolution.packed import prepack
 from cmjax.primitives.convolution.winograd import winograd_conv1d
-from cmjax.report import terminal
 
 SHAPES = (  # batch, frames, channels, taps
     (1, 400, 256, 3),

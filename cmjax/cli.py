@@ -1,33 +1,49 @@
-"""`cmjax`: price programs, predict deployments, calibrate, validate, place experts.
+"""`cmjax`: how fast a model runs on a supernode, where its experts live, and its text.
 
 Every command prints a table; `--json -` prints the same as JSON and nothing else. Exit code 0 is
 success, 1 a failure of the machine (a full disk, say), 2 bad input, with one line on stderr.
 """
 
+import argparse
 import sys
-from typing import Annotated
+from collections.abc import Sequence
 
 import tyro
 
-from cmjax.commands import Fit, Machines, Micro, Place, Predict, Price, Validate
-from cmjax.console import exit_code
-from cmjax.report import terminal
+from cmjax import commands
+from cmjax.console import exit_code, terminal
 
-_Command = (
-    Annotated[Price, tyro.conf.subcommand("price")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Micro, tyro.conf.subcommand("micro")]
-    | Annotated[Fit, tyro.conf.subcommand("fit")]
-    | Annotated[Validate, tyro.conf.subcommand("validate")]
-    | Annotated[Place, tyro.conf.subcommand("place")]
-    | Annotated[Machines, tyro.conf.subcommand("machines")]
-)
+_COMMANDS = {
+    "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
+    "place": ("Place", "where experts live, by the priced time of the MoE layer"),
+    "price": ("Price", "any JAX function, on any machine"),
+    "generate": ("Generate", "text from a model, on an emulated supernode"),
+    "xl3m": ("Read", "an answer from a text longer than the model's window"),
+    "validate": ("Validate", "predictions beside published measurements"),
+    "fit": ("Fit", "a machine's constants, from micro-measurements"),
+    "micro": ("Micro", "one kernel or one exchange, as vendors measure them"),
+    "machines": ("Machines", "the catalog, and the source of every number in it"),
+}
+"""Subcommand -> its class in `cmjax.commands`, and what it gives."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `cmjax` command; returns the exit code."""
-    command = tyro.cli(_Command, args=arguments, prog="cmjax", description=__doc__)
-    return exit_code(lambda: command.run(terminal()))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="cmjax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for name, (_, gives) in _COMMANDS.items():
+        parsers.add_parser(name, help=gives, add_help=False)
+    name = parser.parse_args(given[:1]).command
+
+    def run() -> None:
+        kind = getattr(commands, _COMMANDS[name][0])
+        command = tyro.cli(kind, args=given[1:], prog=f"cmjax {name}")
+        command.run(terminal())
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

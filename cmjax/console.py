@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cmjax.files import replace_text
+
+_WIDE = 150  # columns that the widest table needs
 
 
 def exit_code(run: Callable[[], None]) -> int:
@@ -24,6 +27,9 @@ def exit_code(run: Callable[[], None]) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `cmjax ... | head` has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that Python's own last flush is quiet
+        return 1
     except (OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -31,6 +37,13 @@ def exit_code(run: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def terminal() -> Console:
+    """A console on standard output: as wide as the terminal, or wide enough for every table where
+    output goes to a file or a pipe, which rich would cut at 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
 
 
 def emit(console: Console, target: str | None, result: Any, *tables: Any) -> None:

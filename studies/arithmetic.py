@@ -29,9 +29,8 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.console import exit_code
+from cmjax.console import exit_code, terminal
 from cmjax.deploy import Phase, predict
-from cmjax.report import terminal
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
 from train import checkpoint
 from train.moe.config import Config

@@ -33,12 +33,12 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.table import Table
 
+from cmjax.console import terminal
 from cmjax.cost import price
 from cmjax.hardware import Supernode, load_machine
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
 from cmjax.program.step import Step
-from cmjax.report import terminal
 
 NETWORKS = {"wav2letter": pricing.wav2letter, "dfsmn": pricing.dfsmn}
 _STEPS = 400

@@ -13,11 +13,11 @@ import tyro
 from rich.console import Console
 
 from cmjax import report
-from cmjax.console import track
+from cmjax.console import terminal, track
 from cmjax.cost.measured import measured_machines, read_measurements
 from cmjax.deploy import predict, predictor_of
 from cmjax.deploy.validation import ValidationRow, validate
-from cmjax.report import Section, terminal
+from cmjax.report import Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

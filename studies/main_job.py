@@ -15,8 +15,9 @@ from rich.console import Console
 
 from cmjax import placement, report
 from cmjax.commands.place import Place
+from cmjax.console import terminal
 from cmjax.deploy import predict
-from cmjax.report import Section, terminal
+from cmjax.report import Section
 from studies import cloudmatrix
 
 SLO_TPOT_MS = (15.0, 30.0, 50.0)

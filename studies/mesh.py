@@ -41,8 +41,7 @@ from rich.table import Table
 from cmjax import placement
 from cmjax.commands.generate import parse_mesh
 from cmjax.commands.place import Place
-from cmjax.console import check_target, emit, track
-from cmjax.report import terminal
+from cmjax.console import check_target, emit, terminal, track
 from studies.mesh_figure import plot_meshes
 from studies.mesh_worker import small_model
 

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cmjax.console import terminal
 from cmjax.hardware import load_machine
 from cmjax.primitives import (
     dequantize_weight,
@@ -29,7 +30,7 @@ from cmjax.primitives import (
     quantize_weight,
 )
 from cmjax.primitives.msd.decompose import STEP
-from cmjax.report import Section, terminal, write_page
+from cmjax.report import Section, write_page
 from cmjax.report.plots.figure import (
     BLUE,
     GREEN,

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import report
-from cmjax.console import track
+from cmjax.console import terminal, track
 from cmjax.primitives import AttentionNumerics, attention_numerics
 from cmjax.primitives.attention.numerics import FP16_OVERFLOW, VARIANTS
-from cmjax.report import Section, terminal
+from cmjax.report import Section
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent
 

@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.console import track
+from cmjax.console import terminal, track
 from cmjax.deploy.layer_price import row_time
 from cmjax.deploy.moe_step import build_layer
 from cmjax.hardware import load_machine
 from cmjax.placement.methods.greedy import greedy_on
 from cmjax.placement.methods.search import relative_loads
-from cmjax.report import terminal
 
 TOKENS = 96
 TOKEN_BYTES = 7_680 + 14_336

@@ -19,11 +19,11 @@ from rich import box
 from rich.table import Table
 
 from cmjax import placement
+from cmjax.console import terminal
 from cmjax.deploy.layer_price import row_time
 from cmjax.deploy.moe_step import build_layer
 from cmjax.hardware import Supernode, load_machine
 from cmjax.placement import Loads, MoveCost, Plan, Problem, Rebalancer
-from cmjax.report import terminal
 
 EXPERT_BYTES = 3 * 7168 * 2048  # DeepSeek-R1 in INT8
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data"))

@@ -32,10 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from cmjax.console import exit_code
+from cmjax.console import exit_code, terminal
 from cmjax.mesh import prepare_devices
 from cmjax.primitives.convolution.packed import prepack
-from cmjax.report import terminal
 from studies.rsq_asr_figure import plot_tradeoff
 from train import checkpoint
 from train.asr.config import FREE, Config, FloatStage, Loss, QuantStage, Ranges

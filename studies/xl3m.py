@@ -22,8 +22,7 @@ from cmjax.models.moe.xl3m import segment_starts
 from rich import box
 from rich.table import Table
 
-from cmjax.console import track
-from cmjax.report import terminal
+from cmjax.console import terminal, track
 from studies import xl3m_cost, xl3m_figure
 from studies.xl3m_methods import (
     SEGMENT,

@@ -26,13 +26,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cmjax.console import terminal
 from cmjax.cost import price
 from cmjax.cost.ranks import mesh_for
 from cmjax.hardware import Supernode, load_machine
 from cmjax.mesh import RANKED, REPLICATED, on_every_rank
 from cmjax.program import Program
 from cmjax.program.step import Step
-from cmjax.report import terminal
 
 MACHINE = "ascend-910b-x8"
 QUESTION, BATCH, BYTES = 128, 32, 2  # tokens; segments at a time on a card; per bfloat16

@@ -21,9 +21,8 @@ from jaxtyping import Int
 from rich.console import Console
 
 from cmjax.commands.generate import parse_mesh
-from cmjax.console import exit_code
+from cmjax.console import exit_code, terminal
 from cmjax.mesh import prepare_devices
-from cmjax.report import terminal
 from train.metrics import read_metrics
 from train.moe.config import Config
 from train.moe.run import start, train, trained_model

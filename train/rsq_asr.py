@@ -16,9 +16,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.console import exit_code
+from cmjax.console import exit_code, terminal
 from cmjax.mesh import prepare_devices
-from cmjax.report import terminal
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train

@@ -1,10 +1,9 @@
-"""The subcommands of `cmjax`: each a dataclass whose fields are its options, and a `run`."""
+"""The subcommands of `cmjax`: each a dataclass whose fields are its options, and a `run`.
 
-from cmjax.commands.calibrate import Fit, Validate
-from cmjax.commands.machines import Machines
-from cmjax.commands.micro import Micro
-from cmjax.commands.place import Place
-from cmjax.commands.predict import Predict
-from cmjax.commands.price import Price
+What is where stands in `__init__.pyi`: a command's module is imported when it is asked for, so that
+`cmjax --help` starts without JAX.
+"""
 
-__all__ = ["Fit", "Machines", "Micro", "Place", "Predict", "Price", "Validate"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 import tyro
 from rich.console import Console
 
-from cmjax.console import bar, check_target, emit, exit_code
+from cmjax.console import bar, check_target, emit, exit_code, terminal
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import slot_table
 from cmjax.mesh import RankMesh, prepare_devices
@@ -36,7 +36,6 @@ from cmjax.models.moe.sharding import Layout, shard_params
 from cmjax.models.moe.slots import plan_tables
 from cmjax.models.moe.steps import init_params
 from cmjax.placement import read_plan
-from cmjax.report import terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

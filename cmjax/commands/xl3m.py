@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from cmjax.commands.generate import Generate, parse_mesh
-from cmjax.console import bar, check_target, emit, exit_code
+from cmjax.console import bar, check_target, emit, exit_code, terminal
 from cmjax.mesh import prepare_devices
 from cmjax.models.moe.checkpoint.load import Checkpoint
 from cmjax.models.moe.config import MoEConfig
@@ -28,7 +28,6 @@ from cmjax.models.moe.generation.generator import Generator
 from cmjax.models.moe.generation.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from cmjax.models.moe.xl3m.context import KeyContext, XL3MConfig, key_context
 from cmjax.models.moe.xl3m.scorer import Scorer
-from cmjax.report import terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ from cmjax.report.tables import (
     sensitivity_table,
     validation_table,
 )
-from cmjax.report.terminal import terminal
 
 __all__ = [
     "BLOCKS",
@@ -48,7 +47,6 @@ __all__ = [
     "residual_table",
     "roll_up",
     "sensitivity_table",
-    "terminal",
     "validation_table",
     "write_page",
 ]

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from cmjax.report import terminal
+from cmjax.console import terminal
 
 
 def test_a_wide_table_is_whole_where_output_is_no_terminal(capsys):

@@ -1,0 +1,9 @@
+from .calibrate import Fit as Fit
+from .calibrate import Validate as Validate
+from .generate import Generate as Generate
+from .machines import Machines as Machines
+from .micro import Micro as Micro
+from .place import Place as Place
+from .predict import Predict as Predict
+from .price import Price as Price
+from .xl3m import Read as Read
