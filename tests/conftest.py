@@ -1,12 +1,15 @@
 """The test session's JAX: CPU, eight emulated devices, float64 available, no silent promotion."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Traced programs are shared by the session's processes, and by no other session.
+os.environ.setdefault("CMJAX_CACHE", tempfile.mkdtemp(prefix="cmjax-programs-"))
 
 import pytest
 from hypothesis import settings

@@ -33,7 +33,8 @@ from cmjax.commands.plan_output import (
 from cmjax.console import bar, check_target, emit
 from cmjax.cost.ranks import mesh_spread
 from cmjax.deploy.layer_price import row_time
-from cmjax.deploy.moe_step import MoEStep, build_layer
+from cmjax.deploy.moe_step import build_layer
+from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode, load_machine
 from cmjax.placement.methods.search import OnStep
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from cmjax import placement
-from cmjax.deploy.moe_step import MoEStep
+from cmjax.deploy.step import MoEStep
 
 
 def parse_windows(text: str, windows: int, option: str) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """The joins: a model on a machine under requests, and a layer's price for a placement."""
 
 from cmjax.deploy.deployment import Deployment, Phase
-from cmjax.deploy.moe_step import MoEStep, build_layer, build_step, decode_step, prefill_step
+from cmjax.deploy.moe_step import build_layer, build_step, decode_step, prefill_step
 from cmjax.deploy.predict import predict, predictor_of
 from cmjax.deploy.prediction import Prediction, calibration
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
+from cmjax.deploy.step import MoEStep
 
 __all__ = [
     "Deployment",

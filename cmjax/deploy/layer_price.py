@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.cost.price import price
-from cmjax.deploy.moe_step import MoEStep
+from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode
 
 _POINTS = 129

@@ -6,16 +6,15 @@ replicas in slots); elsewhere DeepSeek's own data-parallel attention with overla
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.export
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
 from cmjax.cost.ranks import mesh_for, mesh_over, mesh_spread
 from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.step import DecodeSizes, MoEStep, PrefillSizes
 from cmjax.hardware import Supernode
 from cmjax.mesh import RANKED, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
@@ -27,35 +26,9 @@ from cmjax.models.moe.sharding import Layout
 from cmjax.models.moe.slots import SlotTable, ep_table
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill
 from cmjax.program.size import Size
-from cmjax.program.step import Step
 
 _ARITHMETIC = {"int8": "int8", "bf16": "bfloat16"}
 _KV_CACHE: dict[str, KVCache] = {"bf16": "bfloat16", "int8": "int8", "mxfp4": "mxfp4"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEStep(Step):
-    """A step of a mixture-of-experts model, and how its experts lie.
-
-    Fields:
-      layers: MoE layers in the main loop; microbatches: independent chains in it.
-      ranks: of the expert-parallel group.
-      experts: number of routed experts. expert_slots: slots of all ranks; shared_slots: how many of
-        those hold shared experts.
-      experts_per_token: routed experts of a token. copies: slots that it is sent to, that of a
-        shared expert included where there is one.
-      drafts: tokens that a request drafts in a step of decode.
-    """
-
-    layers: int = 1
-    microbatches: int = 1
-    ranks: int
-    experts: int
-    expert_slots: int
-    shared_slots: int = 0
-    experts_per_token: int
-    copies: int
-    drafts: int = 0
 
 
 def decode_step(machine: Supernode) -> MoEStep:
@@ -128,12 +101,19 @@ def build_step(
             sequence_parallel=sequence_parallel,
             **common,
         )
-    sizes = _Sizes(schedule.microbatches, machine, table, config, ep, drafts, sequence_parallel)
+    sizes = DecodeSizes if deployment.decoding else PrefillSizes
     params, inputs = ranked.args
     return MoEStep(
         fn=on_every_rank(ranked.fn, mesh, ranked.in_specs, ranked.out_specs, abstract=True),
         args=ranked.args,
-        sizes=sizes.decode if deployment.phase == "decode" else sizes.prefill,
+        sizes=sizes(
+            microbatches=schedule.microbatches,
+            dies_per_npu=machine.dies_per_npu,
+            slots=table.slots,
+            copies=config.experts_per_token + table.has_shared,
+            spread=ep if sequence_parallel else 1,
+            drafts=drafts,
+        ),
         weight_bytes=_rank_bytes(params, ranked.in_specs[0]),
         state_bytes=_rank_bytes(inputs, ranked.in_specs[1]),
         layers=config.moe_layers,
@@ -227,48 +207,6 @@ def schedule_for(machine: Supernode, deployment: Deployment) -> Schedule:
     if deployment.phase == "decode" and chip.separate_vector_cores:
         return two_stream_decode(chip.cube_cores, chip.vector_cores)
     return overlapped_exchange()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """From what a user gives to the symbols of the traced step."""
-
-    microbatches: int
-    machine: Supernode
-    table: SlotTable
-    config: MoEConfig
-    ep: int
-    drafts: int
-    sequence_parallel: bool
-
-    def decode(self, batch, context, load=1.0) -> dict:
-        requests = self._per_microbatch(batch, whole=1)
-        return self._symbols(requests, context, requests * (1 + self.drafts), load)
-
-    def prefill(self, batch, prompt, load=1.0) -> dict:
-        # With sequence parallelism a prompt may spread over ranks: only the group's total counts.
-        requests = self._per_microbatch(batch, whole=self.ep if self.sequence_parallel else 1)
-        return self._symbols(requests, prompt, requests * prompt, load)
-
-    def _symbols(self, requests, length, tokens, load) -> dict:
-        copies = self.config.experts_per_token + self.table.has_shared
-        rows = tokens * copies / self.table.slots * jnp.asarray(load, float)
-        return {"requests": requests, "length": length, "slot_rows": rows}
-
-    def _per_microbatch(self, batch, *, whole: int):
-        """Requests per rank and microbatch; `whole` ranks must share an integer number of them."""
-        parts = self.machine.dies_per_npu * self.microbatches
-        if not isinstance(batch, Tracer) and jnp.ndim(batch) == 0:
-            total = float(batch) * whole / parts
-            if batch <= 0 or not math.isclose(total, round(total), abs_tol=1e-6):
-                step = parts // math.gcd(parts, whole)
-                near = max(step, round(float(batch) / step) * step)
-                raise ValueError(
-                    f"batch {float(batch):g} requests per NPU do not divide over "
-                    f"{self.machine.dies_per_npu} dies x {self.microbatches} "
-                    f"microbatches; {near} would"
-                )
-        return batch / parts
 
 
 def _rank_bytes(tree, specs) -> Size:

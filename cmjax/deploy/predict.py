@@ -11,10 +11,11 @@ from jaxtyping import Float
 from cmjax import placement
 from cmjax.cost.load import imbalance
 from cmjax.deploy.deployment import Deployment
-from cmjax.deploy.moe_step import MoEStep, slot_table
+from cmjax.deploy.moe_step import slot_table
 from cmjax.deploy.prediction import Prediction, fastest
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
+from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode, load_machine
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable, plan_tables

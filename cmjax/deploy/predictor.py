@@ -7,15 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from cmjax.cost.host import on_host
 from cmjax.cost.load import sampling_imbalance
 from cmjax.cost.price import price
 from cmjax.cost.timeline import LoopTime, Timeline
 from cmjax.deploy.deployment import Deployment
-from cmjax.deploy.moe_step import MoEStep, build_step
+from cmjax.deploy.moe_step import build_step
 from cmjax.deploy.prediction import Prediction
+from cmjax.deploy.program_cache import kept
 from cmjax.deploy.requests import Requests
+from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode
+from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable
 from cmjax.program import Program, Size
 
@@ -79,9 +84,9 @@ class Predictor:
         if load is None:
             even = self.step.symbols(given | {"load": 1.0})
             rows_per_rank = even["slot_rows"] * self.step.expert_slots
-            load = sampling_imbalance(rows_per_rank, self.step.ranks)
+            load = self._priced.scatter(rows_per_rank)
         symbols = self.step.symbols(given | {"load": load})
-        return {name: jnp.asarray(value, float) for name, value in symbols.items()}
+        return {name: _number(value) for name, value in symbols.items()}
 
     def timeline(self, requests: Requests) -> Timeline:
         """The priced step, operation by operation."""
@@ -127,7 +132,7 @@ class Predictor:
         if not fits:
             raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
         symbols = [self.symbols(candidate) for candidate in fits]
-        stacked = {k: jnp.stack([s[k] for s in symbols]) for k in symbols[0]}
+        stacked = {k: np.stack([s[k] for s in symbols]) for k in symbols[0]}
         total = self._priced.totals(self.machine, stacked)
         step_ms = np.asarray(total + self.machine.chip.host_step_s) * 1e3
         tpot_ms = step_ms / self.tokens_per_step(requests)
@@ -148,31 +153,43 @@ class Predictor:
 
 
 class _Priced:
-    """The compiled prices of one program."""
+    """The prices of one program: by NumPy where they are numbers, by XLA where JAX traces them."""
 
-    def __init__(self, program: Program, layers: int):
+    def __init__(self, program: Program, step: MoEStep):
         def summary(machine, symbols):
             timeline = price(program, machine, symbols)
-            loop = _layer_loop(timeline, layers)
+            loop = _layer_loop(timeline, step.layers)
             layer = loop.each_s, loop.streams_s
             return timeline.total_s, *layer, timeline.scopes, timeline.engines
 
         def total_s(machine, symbols):
             return price(program, machine, symbols).total_s
 
-        self.timeline = jax.jit(lambda machine, symbols: price(program, machine, symbols))
-        self.summary = jax.jit(summary)
-        self.totals = jax.jit(jax.vmap(total_s, in_axes=(None, 0)))
+        self.scatter = on_host(lambda rows: sampling_imbalance(rows, step.ranks))
+        self.timeline = on_host(lambda machine, symbols: price(program, machine, symbols))
+        self.summary = on_host(summary)
+        self.totals = on_host(jax.vmap(total_s, in_axes=(None, 0)))
 
 
 @functools.lru_cache(maxsize=64)
 def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
     # What is built depends on the machine's counts and names, which its shape holds; constants of
     # the program are made in one of JAX's two precisions.
-    machine = jax.tree.unflatten(shape, [np.nan] * shape.num_leaves)
-    step = build_step(deployment, machine, table)
-    program = step.trace()
-    return step, program, _Priced(program, step.layers)
+    def trace() -> tuple[MoEStep, Program]:
+        machine = jax.tree.unflatten(shape, [np.nan] * shape.num_leaves)
+        step = build_step(deployment, machine, table)
+        # A kept step is no longer run or traced: its function would drag the model along.
+        return dataclasses.replace(step, fn=dict, args=()), step.trace()
+
+    step, program = kept((deployment, load_config(deployment.model), shape, table, x64), trace)
+    return step, program, _Priced(program, step)
+
+
+def _number(value: Any) -> Any:
+    """In JAX's default precision, on the host unless JAX traces it."""
+    return jnp.asarray(value, float) if isinstance(value, Tracer) else np.asarray(
+        value, jax.dtypes.canonicalize_dtype(float)
+    )  # fmt: skip
 
 
 def _layer_loop(timeline: Timeline, layers: int) -> LoopTime:
