@@ -39,7 +39,7 @@ CONFIG = MoEConfig(
     ),
     ffn_size=8192,
     expert_ffn_size=4096,
-    experts=2,
+    routed_experts=2,
     shared_experts=1,
     experts_per_token=1,
     expert_groups=1,

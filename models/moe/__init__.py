@@ -20,8 +20,9 @@ from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.model import MoEModel, convert_params
+from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.schedule import Schedule, two_stream_decode
-from cmjax.models.moe.sharding import Layout, one_rank, param_specs, shard_params
+from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table
 from cmjax.models.moe.steps import (
     DecodeInputs,
@@ -48,9 +49,9 @@ __all__ = [
     "Generator",
     "GroupedAttention",
     "LatentAttention",
-    "Layout",
     "MoEConfig",
     "MoEModel",
+    "Parallelism",
     "PrefillInputs",
     "PrefillOutput",
     "RankStep",

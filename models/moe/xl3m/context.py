@@ -141,7 +141,7 @@ def key_context(
     next_logits: NextLogits,
     config: XL3MConfig,
     *,
-    on_segment: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> KeyContext:
     """Read `content` segment by segment, and keep what makes the model certain of its answer.
 
@@ -150,7 +150,7 @@ def key_context(
       question: the tokens that every segment is read with, at its end.
       next_logits: the model; called with batches `[config.batch, prefix + segment + question]`.
       config: lengths.
-      on_segment: called with the number of segments read and of all, as they are read.
+      progress: called as segments are read with their number, that of all, and what is being done.
     Returns: the key context; if everything fits into the window it is the whole input, and nothing
       is scored.
     Raises: ValueError if the question is empty or leaves no room for a segment.
@@ -169,8 +169,8 @@ def key_context(
     entropies = np.zeros(starts.size, np.float32)
     scores = score_segments([content], question, next_logits, config)
     for number, (_, entropies[number]) in enumerate(scores):
-        if on_segment is not None:
-            on_segment(number + 1, starts.size)
+        if progress is not None:
+            progress(number + 1, starts.size, "reading")
     return chosen_context(content, question, entropies, config)
 
 
