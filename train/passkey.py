@@ -23,8 +23,7 @@ from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.rope import angles, frequencies, rotate
 from cmjax.models.moe.layers.transformer import DenseLayer
-from cmjax.models.moe.model import MoEModel
-from cmjax.models.moe.parallelism import one_rank
+from cmjax.models.moe.model import MoEModel, from_config
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 from rich.console import Console
@@ -246,8 +245,7 @@ def initial_model(recall: Recall) -> MoEModel:
     second is learnt within a few hundred steps.
     """
     config = recall.model_config()
-    rngs = nnx.Rngs(params=recall.seed)
-    model = MoEModel(config, one_rank(config), precision="float32", rngs=rngs)
+    model = from_config(config, seed=recall.seed)
     embed = model.main.embed[...]
     model.main.embed[...] = embed.at[:, 0].set(2.0) * 0.5  # width 0 is the same for all tokens
     layers = model.main.dense and model.main.dense.layers

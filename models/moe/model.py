@@ -1,6 +1,6 @@
 """A whole model as an NNX module: the transformer and, if wanted, its multi-token-prediction head.
 
-model = load("path/of/a/checkpoint")
+model = load("path/of/a/checkpoint")       # or from_config(tiny()), with random parameters
 logits = model(tokens)                     # [sequences, length, vocab], float32
 """
 
@@ -13,7 +13,7 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.layers.mtp import MTPHead
 from cmjax.models.moe.layers.transformer import Transformer
-from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.parallelism import Parallelism, one_rank
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -53,6 +53,11 @@ class MoEModel(nnx.Module):
     ) -> "MoEModel":
         """This model computing in `arithmetic`; itself it stays as it is.
 
+            >>> from cmjax.models import moe
+            >>> model = moe.from_config(moe.tiny())
+            >>> model.with_arithmetic("int8").arithmetic.experts
+            'w8a8'
+
         Args:
           arithmetic: formats of the parts, or a name in `ARITHMETICS`.
           calibration: sample text to choose the steps of INT8 weights on, and for W8A8 to move
@@ -79,6 +84,28 @@ class MoEModel(nnx.Module):
             mtp=mtp,
         )
         return assemble(abstract_model(self.config, parallelism, arithmetic, mtp=mtp)[0], converted)
+
+
+def from_config(
+    config: MoEConfig, *, precision: Arithmetic | str = "float32", mtp: bool = False, seed: int = 0
+) -> MoEModel:
+    """A model of random parameters on one rank; `cmjax.models.moe.load` has trained ones.
+
+        >>> import jax.numpy as jnp
+        >>> from cmjax.models import moe
+        >>> model = moe.from_config(moe.tiny())
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 320)
+
+    Args:
+      config: sizes.
+      precision: what it computes in: an arithmetic, or its name in `ARITHMETICS`.
+      mtp: whether it has a draft module.
+      seed: of the parameters.
+    Raises: ValueError: widths that the arithmetic does not fit, or `mtp` of a model without it.
+    """
+    rngs = nnx.Rngs(params=seed)
+    return MoEModel(config, one_rank(config), precision=precision, mtp=mtp, rngs=rngs)
 
 
 def convert_params(

@@ -22,6 +22,10 @@ from cmjax.placement import Plan
 class SlotTable:
     """The physical slots of one MoE layer.
 
+        >>> table = SlotTable((0, 1, 2, 0), ranks=2, routed_experts=3)
+        >>> table.slots_per_rank, table.slots_of_expert
+        (2, ((0, 3), (1,), (2,)))
+
     Attributes:
       experts_of_slot: expert in each slot; slots are numbered over all ranks, rank-major. Routed
         experts are `0 .. routed_experts - 1`; number `routed_experts` is the shared expert.
@@ -97,7 +101,18 @@ def choose_slots(
     slots_of_expert: Int32[Array, "experts copies"],
     copies: Int32[Array, "experts"],
 ) -> Int32[Array, "tokens k"]:
-    """Physical slot of each choice: replica `(source rank + token position) mod copies`."""
+    """Physical slot of each choice: replica `(source rank + token position) mod copies`.
+
+        >>> slots, copies = map(jnp.asarray, SlotTable((0, 1, 2, 0), 2, 3).arrays())
+        >>> choose_slots(jnp.array([[0, 1], [0, 2]], jnp.int32), 0, slots, copies).tolist()
+        [[0, 1], [3, 2]]
+
+    Args:
+      experts: chosen by each token, the shared one (number `routed_experts`) included if it has
+        slots.
+      rank: the one that the tokens are on.
+      slots_of_expert, copies: of `SlotTable.arrays`.
+    """
     token = jnp.arange(experts.shape[0], dtype=jnp.int32)[:, None]
     replica = (token + rank) % copies[experts]
     return slots_of_expert[experts, replica]
@@ -109,8 +124,11 @@ def ep_table(
     """Expert parallelism over `ranks`: shared replicas, routed experts, then redundant copies.
 
     Redundant slots copy experts 0, 1, 2, ... in turn; a placement optimiser knows better ones.
-    `ep_table(256, 320, redundant=32, shared_replicas=32)` is the paper's decode (EP320: one expert
-    per die); `ep_table(256, 32, redundant=32)` its prefill (EP32: 8 + 1 per die, shared local).
+
+        >>> ep_table(256, 320, redundant=32, shared_replicas=32).slots_per_rank    # EP320: decode
+        1
+        >>> ep_table(256, 32, redundant=32).slots_per_rank          # EP32: prefill, shared local
+        9
 
     Raises:
       ValueError: the slots do not divide evenly over the ranks.
@@ -156,6 +174,14 @@ def published_table(
     rest redundant routed ones (EP320: 256 + 32 + 32, EP288: 256 + 32). Otherwise every rank has a
     local shared expert, and as many redundant slots as fill the last rank; prefill has one more
     redundant slot per rank (EP32: 8 + 1). Source: CloudMatrix384 paper, sections 4.2 and 4.3.
+
+        >>> from cmjax.models.moe.config import deepseek_r1
+        >>> decode = published_table(deepseek_r1(), 320)
+        >>> decode.slots_per_rank, decode.has_shared
+        (1, True)
+        >>> prefill = published_table(deepseek_r1(), 32, phase="prefill")
+        >>> prefill.slots_per_rank, prefill.has_shared
+        (9, False)
 
     Args:
       config: the model.

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.generation.sample import sample
 from cmjax.models.moe.layers.cache import ModelCache, empty_cache
 from cmjax.models.moe.layers.mtp import draft
 from cmjax.models.moe.layers.transformer import decode_attention, prefill_attention
-from cmjax.models.moe.model import MoEModel, abstract_model
-from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.model import MoEModel, abstract_model, from_config, parameters
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sample import sample
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.slots import SlotTable
@@ -151,9 +151,7 @@ def init_params(
     config: MoEConfig, precision: Arithmetic | str, *, mtp: bool = False, seed: int = 0
 ) -> dict[str, Any]:
     """Random parameters of the one-rank model."""
-    rngs = nnx.Rngs(params=seed)
-    model = MoEModel(config, one_rank(config), precision=precision, mtp=mtp, rngs=rngs)
-    return nnx.to_pure_dict(nnx.state(model))
+    return parameters(from_config(config, precision=precision, mtp=mtp, seed=seed))
 
 
 def abstract_params(

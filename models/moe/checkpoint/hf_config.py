@@ -36,6 +36,9 @@ ARCHITECTURES = {
 def load_config(name_or_path: str | Path) -> MoEConfig:
     """A preset by name, or a config.json by path.
 
+        >>> load_config("deepseek-r1").routed_experts
+        256
+
     Raises:
       ValueError: neither; says which presets exist and which is close.
     """

@@ -61,6 +61,13 @@ def load(
 ) -> MoEModel:
     """A model from a checkpoint folder, on the default device.
 
+        >>> import tempfile
+        >>> from cmjax.models import moe
+        >>> folder = tempfile.mkdtemp()
+        >>> moe.save(moe.from_config(moe.tiny()), folder)
+        >>> moe.load(folder).config.routed_experts
+        16
+
     Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), Qwen3-MoE and Mixtral; F32, F16, BF16 and
     block-FP8 (E4M3 with `weight_scale_inv`).
 

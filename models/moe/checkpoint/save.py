@@ -47,6 +47,13 @@ def save(
 ) -> None:
     """Write a model as a checkpoint that `load` and transformers read.
 
+        >>> import tempfile
+        >>> from cmjax.models import moe
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> moe.save(moe.from_config(moe.tiny()), folder, dtype="bfloat16")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['config.json', 'model.safetensors']
+
     Args:
       model: a one-rank model, float32 or bfloat16.
       path: folder, made if need be; it must not hold a checkpoint already.

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.generation.sample import sample
 from cmjax.models.moe.layers.cache import ModelCache
 from cmjax.models.moe.layers.mtp import draft
 from cmjax.models.moe.layers.transformer import decode_attention
 from cmjax.models.moe.model import MoEModel, abstract_model
 from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sample import sample
 from cmjax.models.moe.steps import Sampling
 from flax import nnx
 from jaxtyping import Array, Int32

@@ -63,10 +63,9 @@ def open_generator(
     """A model on its mesh, ready to generate.
 
         >>> from cmjax.models.moe import open_generator, tiny
-        >>> generator = open_generator(tiny())
-        >>> found = generator.generate([[1, 2, 3], [7]], new_tokens=4)
-        >>> [len(completion.tokens) for completion in found.completions]
-        [4, 4]
+        >>> generator = open_generator(tiny())  # random parameters on one rank
+        >>> generator.mesh, generator.drafts
+        (RankMesh(nodes=1, npus=1, dies=1), 1)
 
     Args:
       source: a checkpoint folder, what `open_checkpoint` gave, or a config: random parameters.

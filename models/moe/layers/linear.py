@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
+from cmjax.models.moe.layers.initial import normal
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
@@ -124,7 +125,7 @@ class Linear(nnx.Module):
         if format not in FORMATS:
             raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
         shape = (*stack, inputs, outputs)
-        value = jax.random.normal(rngs.params(), shape, jnp.float32) * inputs**-0.5
+        value = normal(rngs.params(), shape) * inputs**-0.5
         self.format, self.name = format, ""
         held = {name: nnx.Param(x) for name, x in encode_weight(value, format).items()}
         self.weight, self.values, self.scale = map(held.get, ("weight", "values", "scale"))

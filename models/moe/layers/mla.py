@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LatentCache
+from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.layers.linear import Linear, Weight, matmul
 from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
@@ -58,9 +59,8 @@ class MLA(nnx.Module):
         self.q_b = linear(q_rank or hidden, heads * sizes.qk_dim)
         self.kv_a = linear(hidden, rank + sizes.qk_rope_dim, bias=sizes.bias)
         self.kv_norm = nnx.Param(jnp.ones((rank,), jnp.float32))
-        random = functools.partial(jax.random.normal, dtype=jnp.float32)
-        up_key = random(rngs.params(), (heads, sizes.qk_nope_dim, rank)) * rank**-0.5
-        up_value = random(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
+        up_key = normal(rngs.params(), (heads, sizes.qk_nope_dim, rank)) * rank**-0.5
+        up_value = normal(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
         self.up_key = nnx.Param(up_key.astype(dtype))
         self.up_value = nnx.Param(up_value.astype(dtype))
         self.out = linear(config.heads * sizes.v_dim, hidden, bias=sizes.bias)

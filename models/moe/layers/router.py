@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.slots import choose_slots
 from flax import nnx
 from jax import lax
@@ -80,7 +81,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.routed_experts)
-        weight = jax.random.normal(rngs.params(), shape, jnp.float32)
+        weight = normal(rngs.params(), shape)
         self.weight = nnx.Param(weight * config.hidden_size**-0.5)
         biased = config.score_bias
         self.bias = nnx.Param(jnp.zeros((config.routed_experts,), jnp.float32)) if biased else None

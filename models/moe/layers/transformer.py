@@ -16,6 +16,7 @@ from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LayerCache, ModelCache
 from cmjax.models.moe.layers.experts import SwiGLU
 from cmjax.models.moe.layers.gqa import GQA
+from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.layers.linear import Linear, Weight, matmul
 from cmjax.models.moe.layers.mla import MLA
 from cmjax.models.moe.layers.moe import MoE, run_moe
@@ -125,7 +126,7 @@ class Transformer(nnx.Module):
         self.config, self.parallelism = config, parallelism
         dtype = arithmetic.dtype
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32).astype(dtype))
+        self.embed = nnx.Param(normal(rngs.params(), shape).astype(dtype))
 
         def dense(rngs: nnx.Rngs) -> DenseLayer:
             return DenseLayer(config, parallelism, arithmetic=arithmetic, rngs=rngs)

@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(whole):
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"capacity_factor": 0.5}, "--capacity-factor must be 0, or 1 or more: 0.5"),
         ({"mesh": "1x3"}, r"--batch \(4\) and --experts \(4\) must be multiples of the 3 ranks"),
-        ({"mesh": "two"}, "--mesh must be NODESxNPUS"),
+        ({"mesh": "two"}, "mesh must be NODESxNPUS"),
         ({"text": (Path("nowhere.txt"),)}, "--text nowhere.txt: cannot be read"),
         ({"length": 50_000}, "with a tenth held out need"),
     ],
