@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import tyro
-from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, one_rank
+from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, from_config
 from cmjax.models.moe.layers.cache import empty_cache
 from cmjax.models.moe.model import parameters
 from flax import nnx
@@ -39,7 +39,7 @@ CONFIG = MoEConfig(
     ),
     ffn_size=8192,
     expert_ffn_size=4096,
-    experts=2,
+    routed_experts=2,
     shared_experts=1,
     experts_per_token=1,
     expert_groups=1,
@@ -108,7 +108,7 @@ def decode_call(model: MoEModel, batch: int, context: int) -> Callable[[], objec
 
 
 def _models() -> dict[str, MoEModel]:
-    exact = MoEModel(CONFIG, one_rank(CONFIG), precision="float32", rngs=nnx.Rngs(params=0))
+    exact = from_config(CONFIG)
     return {
         "float32": exact,
         "bfloat16": exact.with_arithmetic("bfloat16"),

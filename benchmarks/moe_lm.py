@@ -30,11 +30,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from rich.table import Table
 
 from benchmarks.timing import least_times
-from cmjax.commands.generate import parse_mesh
 from cmjax.console import exit_code, terminal
+from cmjax.mesh import RankMesh
 from train.data.text import Windows, grammar_text
-from train.moe.config import Config
-from train.moe.learner import initial, make_step
+from train.moe.config import LanguageModelConfig
+from train.moe.train_step import initial, make_step
 
 STEP = "step"
 
@@ -77,21 +77,21 @@ class Product:
         return lambda: dot(x, y).block_until_ready()
 
 
-def main(config: Config, threads: int, seconds: float) -> None:
+def main(config: LanguageModelConfig, threads: int, seconds: float) -> None:
     """Time and print."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
-    mesh = parse_mesh(config.mesh)
+    mesh = RankMesh.parse(config.mesh)
     if mesh.ranks != 1:
         raise ValueError(f"--mesh {config.mesh}: one rank is measured; use 1x1")
     tokens = Windows(grammar_text(seed=config.seed), config.length, config.seed).batch(
         0, config.batch
     )
-    step, learner = make_step(config, mesh), initial(config, mesh)
-    counts = collections.Counter(products(jax.make_jaxpr(step)(learner, tokens).jaxpr))
+    step, state = make_step(config, mesh), initial(config, mesh)
+    counts = collections.Counter(products(jax.make_jaxpr(step)(state, tokens).jaxpr))
 
     def train_step():
-        nonlocal learner
-        learner, result = step(learner, tokens)
+        nonlocal state
+        state, result = step(state, tokens)
         result.loss.block_until_ready()
 
     least = least_times({STEP: train_step} | {p: p.run() for p in counts}, seconds, threads)
@@ -144,7 +144,11 @@ def _table(counts: "collections.Counter[Product]", least: dict) -> Table:
 
 if __name__ == "__main__":
 
-    def command(config: tyro.conf.OmitArgPrefixes[Config], threads: int = 1, seconds: float = 20.0):
+    def command(
+        config: tyro.conf.OmitArgPrefixes[LanguageModelConfig],
+        threads: int = 1,
+        seconds: float = 20.0,
+    ):
         """Training steps beside their matrix products."""
         main(config, threads, seconds)
 

@@ -18,7 +18,7 @@ _COMMANDS = {
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
     "price": ("Price", "any JAX function, on any machine"),
     "generate": ("Generate", "text from a model, on an emulated supernode"),
-    "xl3m": ("Read", "an answer from a text longer than the model's window"),
+    "xl3m": ("XL3M", "an answer from a text longer than the model's window"),
     "validate": ("Validate", "predictions beside published measurements"),
     "fit": ("Fit", "a machine's constants, from micro-measurements"),
     "micro": ("Micro", "one kernel or one exchange, as vendors measure them"),

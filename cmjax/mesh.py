@@ -66,6 +66,22 @@ class RankMesh:
                     f"RankMesh: {field.name} must be an integer of at least 1, got {value!r}"
                 )
 
+    @classmethod
+    def parse(cls, text: str) -> "RankMesh":
+        """The mesh that a text names: nodes x NPUs, or nodes x NPUs x dies.
+
+            >>> RankMesh.parse("48x8")
+            RankMesh(nodes=48, npus=8, dies=1)
+            >>> RankMesh.parse("8")                                     # one node
+            RankMesh(nodes=1, npus=8, dies=1)
+
+        Raises: ValueError: anything else.
+        """
+        if not re.fullmatch(r"\d+(x\d+){0,2}", text):
+            raise ValueError(f"mesh must be NODESxNPUS or NODESxNPUSxDIES, got {text!r}")
+        sizes = [int(part) for part in text.split("x")]
+        return cls(*(sizes if len(sizes) > 1 else [1, *sizes]))
+
     @property
     def axes(self) -> tuple[str, ...]:
         """Names to hand to collectives; the tuple enumerates ranks row-major."""

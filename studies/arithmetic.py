@@ -33,7 +33,7 @@ from cmjax.console import exit_code, terminal
 from cmjax.deploy import Phase, predict
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
 from train import checkpoint
-from train.moe.config import Config
+from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
 
 PRICED: dict[str, dict[str, Any]] = {
@@ -210,16 +210,16 @@ def _together(points, axes, reach: float = 22.0):
         yield (x, y), group
 
 
-def _config(study: Study) -> Config:
+def _config(study: Study) -> LanguageModelConfig:
     """The run's configuration, as its checkpoint remembers it."""
     if study.checkpoint is None:
-        return Config(out=study.out / "run", steps=study.steps)
+        return LanguageModelConfig(out=study.out / "run", steps=study.steps)
     found = checkpoint.latest(study.checkpoint / "checkpoints")
     if found is None:
         raise ValueError(f"--checkpoint {study.checkpoint}: no checkpoint in this folder")
     held = found.config | {"text": tuple(map(Path, found.config["text"])), "out": study.checkpoint}
     try:
-        config = Config(**held)
+        config = LanguageModelConfig(**held)
     except TypeError as error:
         raise ValueError(
             f"--checkpoint {study.checkpoint}: not of train.moe_lm ({error})"

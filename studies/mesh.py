@@ -39,9 +39,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.commands.generate import parse_mesh
 from cmjax.commands.place import Place
 from cmjax.console import check_target, emit, terminal, track
+from cmjax.mesh import RankMesh
 from studies.mesh_figure import plot_meshes
 from studies.mesh_worker import small_model
 
@@ -97,15 +97,17 @@ def write_plan(ranks: int, folder: Path) -> Path | None:
     ones have several slots. One rank needs none."""
     if ranks == 1:
         return None
-    config, mesh = small_model(), parse_mesh(MESHES[ranks])
-    loads = placement.example_loads(layers=config.moe_layers, experts=config.experts, windows=1)
+    config, mesh = small_model(), RankMesh.parse(MESHES[ranks])
+    loads = placement.example_loads(
+        layers=config.moe_layers, experts=config.routed_experts, windows=1
+    )
     np.save(folder / "loads.npy", loads.counts)
     path = folder / f"plan_{ranks}.json"
     Place(
         loads=str(folder / "loads.npy"),
         ranks=ranks,
         nodes=mesh.nodes,
-        redundant=-config.experts % ranks or ranks,
+        redundant=-config.routed_experts % ranks or ranks,
         shared=1,
         method="greedy",
         json=str(path),

@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from cmjax.models.moe.config import LatentAttention, MoEConfig
-from cmjax.models.moe.generation.batch import Batch, Sampler
-from cmjax.models.moe.generation.programs import Sizes, compile_programs, place_params
+from cmjax.models.moe.generation.batch import RequestBatch, Sampler
+from cmjax.models.moe.generation.programs import BatchShape, compile_programs, place_params
 from cmjax.models.moe.model import MoEModel, abstract_model
+from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.schedule import Schedule
-from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill, init_params
 from flax import nnx
 
-from cmjax.commands.generate import parse_mesh
 from cmjax.files import replace_text
 from cmjax.mesh import RANKED, RankMesh, on_every_rank, prepare_devices
 from cmjax.placement import read_plan
@@ -53,7 +53,7 @@ def small_model() -> MoEConfig:
         ),
         ffn_size=64,
         expert_ffn_size=32,
-        experts=256,
+        routed_experts=256,
         shared_experts=1,
         experts_per_token=8,
         expert_groups=8,
@@ -84,24 +84,24 @@ class Worker:
 def run(options: Worker) -> dict[str, Any]:
     """Start, compile and step; then count and compare. Times are seconds of wall clock and CPU."""
     clock = _Clock()
-    mesh, config = parse_mesh(options.mesh), small_model()
+    mesh, config = RankMesh.parse(options.mesh), small_model()
     prepare_devices(mesh.nodes)
-    layout, tables = _layout(config, mesh, options.plan)
+    parallelism, tables = _parallelism(config, mesh, options.plan)
     params = init_params(config, "float32")
-    placed = place_params(shard_params(params, layout, tables), layout, mesh)
+    placed = place_params(shard_params(params, parallelism, tables), parallelism, mesh)
     prompts = np.random.default_rng(0).integers(
         0, config.vocab_size, (mesh.ranks, options.prompt + 1)
     )
-    batch = Batch.of(prompts[:, :-1].tolist(), options.prompt, mesh.ranks, 1, 0, Sampler())
+    batch = RequestBatch.of(prompts[:, :-1].tolist(), options.prompt, mesh.ranks, 1, 0, Sampler())
     result: dict[str, Any] = {"mesh": options.mesh, "ranks": mesh.ranks, "start": clock.lap()}
 
-    sizes = Sizes(
+    sizes = BatchShape(
         requests=1,
         prompt=options.prompt,
         room=options.prompt + 1,
         sequence_parallel=mesh.ranks > 1,
     )
-    programs = compile_programs(config, layout, mesh, "float32", "float32", sizes)
+    programs = compile_programs(config, parallelism, mesh, "float32", "float32", sizes)
     result["compile"] = clock.lap()
 
     first = programs.prefill(placed, batch.prefill_inputs())
@@ -127,7 +127,7 @@ def run(options: Worker) -> dict[str, Any]:
     result["phases"] = {}
     for phase, args in arguments.items():
         program = getattr(programs, phase)
-        fn = program.fn if phase == "prefill" else _decode_logits(config, layout)
+        fn = program.fn if phase == "prefill" else _decode_logits(config, parallelism)
         counting = on_every_rank(count_traffic(fn, mesh), mesh, program.specs, RANKED)
         out, found = jax.block_until_ready(jax.jit(counting)(*args))
         logits = np.asarray(out.logits if phase == "prefill" else out)
@@ -137,7 +137,7 @@ def run(options: Worker) -> dict[str, Any]:
             "logits_difference": float(np.abs(logits.reshape(want.shape) - want).max()),
             "logits_largest": float(np.abs(want).max()),
             **_bytes(found, mesh),
-            **_priced(config, layout, mesh, phase, options.prompt, tokens),
+            **_priced(config, parallelism, mesh, phase, options.prompt, tokens),
             "device_bytes": device_bytes(program.compiled.as_text(), mesh.nodes),
         }
     result["peak_counting_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -167,20 +167,20 @@ class _Clock:
         }
 
 
-def _layout(
+def _parallelism(
     config: MoEConfig, mesh: RankMesh, plan: Path | None
-) -> tuple[Layout, list[SlotTable] | None]:
+) -> tuple[Parallelism, list[SlotTable] | None]:
     if plan is None:
-        table = ep_table(config.experts, mesh.ranks, -config.experts % mesh.ranks)
-        return Layout(table=table, axes=mesh.axes), None
+        table = ep_table(config.routed_experts, mesh.ranks, -config.routed_experts % mesh.ranks)
+        return Parallelism(table=table, axes=mesh.axes), None
     tables = plan_tables(read_plan(plan), config, mesh.ranks)
     widest = max(tables, key=lambda table: table.max_copies)
-    return Layout(table=widest, axes=mesh.axes), tables
+    return Parallelism(table=widest, axes=mesh.axes), tables
 
 
-def _decode_logits(config: MoEConfig, layout: Layout):
+def _decode_logits(config: MoEConfig, parallelism: Parallelism):
     """The decode step up to its scores: all that it exchanges, and what can be compared."""
-    graph, _ = abstract_model(config, layout, "float32")
+    graph, _ = abstract_model(config, parallelism, "float32")
 
     def logits(params, caches, inputs):
         model = nnx.merge(graph, params)
@@ -231,7 +231,12 @@ def _sum(tiers) -> dict[str, int]:
 
 
 def _priced(
-    config: MoEConfig, layout: Layout, mesh: RankMesh, phase: str, prompt: int, tokens: int
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    phase: str,
+    prompt: int,
+    tokens: int,
 ) -> dict[str, Any]:
     """What the price of the same step on the same mesh assumes: with full blocks, at a load of 1,
     and of the rows alone (that is, without collectives)."""
@@ -242,7 +247,7 @@ def _priced(
     step = build(
         config,
         Schedule(),
-        layout.table,
+        parallelism.table,
         mesh,
         requests,
         length,
@@ -253,7 +258,7 @@ def _priced(
     )
     lifted = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
     program = trace(lifted, *step.args)
-    copies = config.experts_per_token + layout.table.has_shared
+    copies = config.experts_per_token + parallelism.table.has_shared
     sizes = {"requests": 1.0, "length": float(prompt)}
     names = program.symbols
 
@@ -261,7 +266,7 @@ def _priced(
         given = {k: v for k, v in (sizes | {"slot_rows": slot_rows}).items() if k in names}
         return priced_bytes(program, given, mesh)
 
-    full, even, none = at(tokens), at(tokens * copies / layout.table.slots), at(0.0)
+    full, even, none = at(tokens), at(tokens * copies / parallelism.table.slots), at(0.0)
     return {
         "priced_moved": full,
         "priced_rows": {tier: even[tier] - none[tier] for tier in even},

@@ -20,7 +20,7 @@ import jax.export
 import jax.numpy as jnp
 from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
 from cmjax.models.moe.model import abstract_model, assemble
-from cmjax.models.moe.sharding import one_rank
+from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.xl3m import entropy, next_logits, segment_starts
 from rich import box
 from rich.console import Console
@@ -51,7 +51,7 @@ def llama2_7b() -> MoEConfig:
         attention=GroupedAttention(kv_heads=32, head_dim=128),
         ffn_size=11008,
         expert_ffn_size=1,
-        experts=1,
+        routed_experts=1,
         shared_experts=0,
         experts_per_token=1,
         expert_groups=1,

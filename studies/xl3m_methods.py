@@ -12,7 +12,8 @@ from cmjax.models.moe.config import GroupedAttention, LinearScaling, MoEConfig, 
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble, parameters
-from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.xl3m import Scorer, XL3MConfig, chosen_context, score_segments
 from jaxtyping import Bool, Float, Int
 
@@ -127,9 +128,9 @@ def by_xl3m(
 def scorer_of(model: MoEModel) -> Scorer:
     """A scorer of a model, on one rank."""
     mesh = RankMesh(1, 1)
-    layout = Layout(table=one_rank(model.config).table, axes=mesh.axes)
-    params = place_params(shard_params(parameters(model), layout), layout, mesh)
-    return Scorer(config=model.config, params=params, layout=layout, mesh=mesh)
+    parallelism = Parallelism(table=one_rank(model.config).table, axes=mesh.axes)
+    params = place_params(shard_params(parameters(model), parallelism), parallelism, mesh)
+    return Scorer(config=model.config, params=params, parallelism=parallelism, mesh=mesh)
 
 
 def _likeliest(scorer: Scorer, contexts: Sequence[np.ndarray]) -> Answers:

@@ -139,3 +139,11 @@ def test_dispatch_and_combine_make_a_round_trip(shape):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"round trip over {np.prod(shape)}" in done.stdout
+
+
+def test_a_text_names_a_mesh_of_nodes_by_npus_by_dies():
+    assert RankMesh.parse("48x8") == RankMesh(48, 8)
+    assert RankMesh.parse("2x3x2") == RankMesh(2, 3, 2)
+    assert RankMesh.parse("8") == RankMesh(1, 8)
+    with pytest.raises(ValueError, match=r"mesh must be NODESxNPUS .* got .8\*8"):
+        RankMesh.parse("8*8")

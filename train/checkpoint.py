@@ -26,8 +26,8 @@ class SaveFailed(OSError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk.
+class SavedRun:
+    """A run as a checkpoint on disk has it.
 
     Attributes:
       path: its folder.
@@ -100,13 +100,13 @@ def save(
     return target
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path) -> SavedRun | None:
     """The last complete checkpoint, or None; what a kill left half-written is not one."""
     complete = _complete(folder)
     if not complete:
         return None
     record = json.loads((complete[-1] / "run.json").read_text())
-    return Checkpoint(complete[-1], record["config"], record["progress"])
+    return SavedRun(complete[-1], record["config"], record["progress"])
 
 
 def _complete(folder: Path) -> list[Path]:

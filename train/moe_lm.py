@@ -20,17 +20,16 @@ from cmjax.models.moe.model import MoEModel
 from jaxtyping import Int
 from rich.console import Console
 
-from cmjax.commands.generate import parse_mesh
 from cmjax.console import exit_code, terminal
-from cmjax.mesh import prepare_devices
+from cmjax.mesh import RankMesh, prepare_devices
 from train.metrics import read_metrics
-from train.moe.config import Config
+from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
 
 
-def main(config: Config, console: Console) -> None:
+def main(config: LanguageModelConfig, console: Console) -> None:
     """Train what is left to train, and test."""
-    prepare_devices(parse_mesh(config.mesh).nodes)
+    prepare_devices(RankMesh.parse(config.mesh).nodes)
     run = start(config, console)
     train(run, console)
     loss = held_out_loss(trained_model(run), run.windows.held_out(config.test_windows))
@@ -54,4 +53,6 @@ def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(tyro.cli(Config, description=__doc__), terminal())))
+    sys.exit(
+        exit_code(lambda: main(tyro.cli(LanguageModelConfig, description=__doc__), terminal()))
+    )

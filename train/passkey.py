@@ -23,15 +23,14 @@ from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.rope import angles, frequencies, rotate
 from cmjax.models.moe.layers.transformer import DenseLayer
-from cmjax.models.moe.model import MoEModel
-from cmjax.models.moe.sharding import one_rank
+from cmjax.models.moe.model import MoEModel, from_config
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 from rich.console import Console
 
 from cmjax.console import bar
 from train import checkpoint
-from train.metrics import MetricsLog
+from train.metrics import LossNotFinite, MetricsLog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ class Recall:
             attention=GroupedAttention(kv_heads=2, head_dim=32),
             ffn_size=32,
             expert_ffn_size=16,
-            experts=4,
+            routed_experts=4,
             shared_experts=0,
             experts_per_token=2,
             expert_groups=1,
@@ -159,10 +158,6 @@ class Texts(NamedTuple):
     asked_at: Int32[np.ndarray, "questions"]  # where the asked keys stand; the answers follow
     answers: Int32[Array, "batch questions"]  # tokens
     answerable: Bool[Array, "batch questions"]
-
-
-class LossNotFinite(FloatingPointError):
-    """Training went out of hand."""
 
 
 def draw_texts(key: Array, stage: Stage, vocabulary: Vocabulary, unanswerable: float) -> Texts:
@@ -250,8 +245,7 @@ def initial_model(recall: Recall) -> MoEModel:
     second is learnt within a few hundred steps.
     """
     config = recall.model_config()
-    rngs = nnx.Rngs(params=recall.seed)
-    model = MoEModel(config, one_rank(config), precision="float32", rngs=rngs)
+    model = from_config(config, seed=recall.seed)
     embed = model.main.embed[...]
     model.main.embed[...] = embed.at[:, 0].set(2.0) * 0.5  # width 0 is the same for all tokens
     layers = model.main.dense and model.main.dense.layers

@@ -6,4 +6,4 @@ from .micro import Micro as Micro
 from .place import Place as Place
 from .predict import Predict as Predict
 from .price import Price as Price
-from .xl3m import Read as Read
+from .xl3m import XL3M as XL3M

@@ -1,38 +1,32 @@
-"""Answer a question about a text of any length, with a model of a short window, by XL3M.
-
-    python -m cmjax.models.moe.xl3m --weights DIR --text book.txt --question "Who wrote the letter?"
-    python -m cmjax.models.moe.xl3m --random tiny --text book.txt --question "Who?" --mesh 4x2
-
-The text is read segment by segment, each with the question; the answer is generated from the
-segments that leave the model least uncertain. It goes to standard output, progress to standard
-error. Exit code 2 is bad input.
-"""
+"""`cmjax xl3m`: a question about a text of any length, answered by a model of a short window."""
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
-from cmjax.commands.generate import Generate, parse_mesh
-from cmjax.console import bar, check_target, emit, exit_code, terminal
-from cmjax.mesh import prepare_devices
-from cmjax.models.moe.checkpoint.load import Checkpoint
+from cmjax.commands.generate import open_model, prepare_mesh, shown_progress
+from cmjax.console import check_target, emit
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import Sampler
 from cmjax.models.moe.generation.generator import Generator
+from cmjax.models.moe.generation.open import GeneratorOptions, open_generator
 from cmjax.models.moe.generation.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from cmjax.models.moe.xl3m.context import KeyContext, XL3MConfig, key_context
 from cmjax.models.moe.xl3m.scorer import Scorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Read:
-    """Options of a reading."""
+class XL3M:
+    """Answer a question about a text of any length, with a model of a short window.
+
+    The text is read segment by segment, each with the question; the answer is generated from the
+    segments that leave the model least uncertain. It goes to standard output, progress to standard
+    error.
+    """
 
     text: Path
     """The text, UTF-8."""
@@ -44,8 +38,8 @@ class Read:
     """Instead of weights: a preset (tiny), or a config.json, with random parameters."""
     mesh: str = "1x1"
     """Ranks, as nodes x npus (x dies); segments are spread over them. A node is one XLA device."""
-    precision: Literal["float32", "bfloat16", "int8"] = "float32"
-    """What the model computes in."""
+    arithmetic: str = GeneratorOptions.arithmetic
+    """What the model computes in: float32, bfloat16, int8, ... (as of `cmjax generate`)."""
     window: int | None = None
     """Longest input the model is trusted with (default: its max_position)."""
     segment: int | None = None
@@ -58,31 +52,24 @@ class Read:
     """Segments read at a time."""
     new_tokens: int = 64
     """Most tokens of the answer."""
-    temperature: float = 0.0
+    temperature: float = Sampler.temperature
     """0 takes the likeliest token."""
-    seed: int = 0
+    seed: int = Sampler.seed
     """Of the drawn tokens, and of random parameters."""
     json: str | None = None
     """Write the answer and what it was taken from as JSON to this file; `-` is standard output."""
 
-    def run(self, out: Console, log: Console) -> None:
+    def run(self, console: Console) -> None:
         """Read and answer.
 
         Raises: ValueError: bad input.
         """
         check_target(self.json)
+        log = Console(stderr=True)
         sampler = Sampler(temperature=self.temperature, seed=self.seed)
-        mesh = parse_mesh(self.mesh)
+        mesh = RankMesh.parse(self.mesh)
         text = _read_text(self.text)
-        options = Generate(
-            weights=self.weights,
-            random=self.random,
-            arithmetic=self.precision,
-            seed=self.seed,
-            drafts=0,
-        )
-        model = options.open_model()
-        config = model.config if isinstance(model, Checkpoint) else model
+        model, config = open_model(self.weights, self.random)
         tokenizer = open_tokenizer(self.weights, config.vocab_size)
         if isinstance(tokenizer, ByteTokenizer):
             log.print("no tokenizer.json: every byte is a token")
@@ -92,9 +79,16 @@ class Read:
         sizes = self._sizes(config, tuple(tokenizer.encode("")))
         sizes.room(question.size)  # before weights are read
         content = np.array(tokenizer.encode(text, special=False), np.int32)
-        prepare_devices(mesh.nodes)
-        longest = [0] * (sizes.window - self.new_tokens)
-        generator = options.build(model, config, mesh, [longest])
+        prepare_mesh(mesh, self.mesh)
+        with shown_progress() as progress:
+            generator = open_generator(
+                model,
+                mesh,
+                GeneratorOptions(arithmetic=self.arithmetic, drafts=0),
+                prompt_tokens=sizes.window - self.new_tokens,
+                seed=self.seed,
+                progress=progress,
+            )
         key = self._key_context(generator, sizes, content, question, log)
         found = generator.generate(
             [key.tokens.tolist()],
@@ -103,7 +97,7 @@ class Read:
             end_tokens=config.end_tokens,
         )
         answer = tokenizer.decode(found.completions[0].tokens)
-        self._show(out, key, content, tokenizer, answer)
+        self._show(console, key, content, tokenizer, answer)
 
     def _sizes(self, config: MoEConfig, prefix: tuple[int, ...]) -> XL3MConfig:
         window = config.max_position if self.window is None else self.window
@@ -134,20 +128,13 @@ class Read:
         scorer = Scorer(
             config=generator.config,
             params=generator.params,
-            layout=generator.layout,
+            parallelism=generator.parallelism,
             mesh=generator.mesh,
             precision=generator.precision,
         )
         started = time.perf_counter()
-        with bar(quiet=False) as progress:
-            task = progress.add_task("reading", total=None)
-            key = key_context(
-                content,
-                question,
-                scorer,
-                sizes,
-                on_segment=lambda done, total: progress.update(task, completed=done, total=total),
-            )
+        with shown_progress("compiling") as progress:
+            key = key_context(content, question, scorer, sizes, progress=progress)
         taken = time.perf_counter() - started
         if content.size <= sizes.room(question.size):
             log.print(f"{content.size:,} tokens: the text fits into the window", highlight=False)
@@ -161,7 +148,7 @@ class Read:
 
     def _show(
         self,
-        out: Console,
+        console: Console,
         key: KeyContext,
         content: np.ndarray,
         tokenizer: Tokenizer,
@@ -174,9 +161,9 @@ class Read:
             "segments": key.kept,
             "entropy_nats": [float(key.entropy[number]) for number in key.kept],
         }
-        emit(out, self.json, result)
+        emit(console, self.json, result)
         if self.json != "-":
-            out.print(answer, markup=False, highlight=False)
+            console.print(answer, markup=False, highlight=False)
 
 
 def _read_text(path: Path) -> str:
@@ -187,13 +174,3 @@ def _read_text(path: Path) -> str:
     if not text:
         raise ValueError(f"{path}: the text is empty")
     return text
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    command = tyro.cli(Read, args=arguments, prog="cmjax xl3m", description=__doc__)
-    return exit_code(lambda: command.run(terminal(), Console(stderr=True)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Deployments of the DeepSeek-V3 family: which experts sit where, which streams, as traced steps.
+"""Deployments of a mixture of experts: which experts sit where, which streams, as traced steps.
 
 The defaults are the published systems: on a fabric that spans nodes (Unified Bus) the prefill of
 CloudMatrix-Infer (EP32, SP -> TP -> SP attention) and its decode (EP320, one expert per die, shared
@@ -19,11 +19,11 @@ from cmjax.hardware import Supernode
 from cmjax.mesh import RANKED, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.checkpoint.hf_config import load_config
-from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.config import LatentAttention
 from cmjax.models.moe.layers.moe import MoE, run_moe
+from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
-from cmjax.models.moe.sharding import Layout
-from cmjax.models.moe.slots import SlotTable, ep_table
+from cmjax.models.moe.slots import SlotTable, ep_table, published_table
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill
 from cmjax.program.size import Size
 
@@ -70,7 +70,7 @@ def build_step(
         raise ValueError(f"ep {ep} does not divide the {ranks} ranks of {npus} NPUs")
     mesh = mesh_for(ep, machine)
     if table is None:
-        table = slot_table(config, ep, deployment)
+        table = published_table(config, ep, phase=deployment.phase)
     elif table.ranks != ep:
         raise ValueError(f"plan: made for {table.ranks} ranks; the deployment has {ep}")
     schedule = schedule_for(machine, deployment)
@@ -119,8 +119,8 @@ def build_step(
         layers=config.moe_layers,
         microbatches=schedule.microbatches,
         expert_slots=table.slots,
-        experts=config.experts,
-        shared_slots=table.experts_of_slot.count(config.experts),
+        experts=config.routed_experts,
+        shared_slots=table.experts_of_slot.count(config.routed_experts),
         experts_per_token=config.experts_per_token,
         copies=config.experts_per_token + table.has_shared,
         drafts=drafts,
@@ -145,7 +145,7 @@ def build_layer(
     copies = min(base.experts_per_token, experts)
     config = dataclasses.replace(
         base,
-        experts=experts,
+        routed_experts=experts,
         experts_per_token=copies,
         expert_groups=1,
         groups_per_token=1,
@@ -154,12 +154,14 @@ def build_layer(
     mesh = mesh_spread(ranks, machine) if nodes is None else mesh_over(nodes, ranks, machine)
     table = ep_table(experts, ranks, redundant)
     tokens, rows = jax.export.symbolic_shape("tokens, slot_rows")
-    layout = Layout(
+    parallelism = Parallelism(
         table=table, axes=mesh.axes, capacity=rows, schedule=Schedule(), sequence_parallel=False
     )
     graph, state = nnx.split(
         nnx.eval_shape(
-            lambda: MoE(config, layout, arithmetic=Arithmetic.of("int8"), rngs=nnx.Rngs(params=0))
+            lambda: MoE(
+                config, parallelism, arithmetic=Arithmetic.of("int8"), rngs=nnx.Rngs(params=0)
+            )
         )
     )
     per_rank = jax.tree.map(lambda x: jax.ShapeDtypeStruct((ranks, *x.shape), x.dtype), state)
@@ -179,24 +181,6 @@ def build_layer(
         copies=copies,
         ranks=ranks,
     )
-
-
-def slot_table(config: MoEConfig, ranks: int, deployment: Deployment) -> SlotTable:
-    """Slots of the published deployments, generalised to any EP degree.
-
-    More ranks than experts: one slot a rank; up to 32 of the spare ones hold the shared expert, the
-    rest redundant routed ones (EP320: 256 + 32 + 32, EP288: 256 + 32). Otherwise every rank has a
-    local shared expert, and as many redundant slots as fill the last rank; prefill has one more
-    redundant slot per rank (EP32: 8 + 1).
-    """
-    spare = ranks - config.experts
-    if spare > 0 and config.shared_experts == 1:
-        shared = min(32, spare)
-        return ep_table(config.experts, ranks, spare - shared, shared)
-    redundant = -config.experts % ranks
-    if deployment.phase == "prefill" and not redundant:
-        redundant = ranks
-    return ep_table(config.experts, ranks, redundant)
 
 
 def schedule_for(machine: Supernode, deployment: Deployment) -> Schedule:

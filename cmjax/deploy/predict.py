@@ -11,14 +11,13 @@ from jaxtyping import Float
 from cmjax import placement
 from cmjax.cost.load import imbalance
 from cmjax.deploy.deployment import Deployment
-from cmjax.deploy.moe_step import slot_table
 from cmjax.deploy.prediction import Prediction, fastest
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode, load_machine
 from cmjax.models.moe.checkpoint.hf_config import load_config
-from cmjax.models.moe.slots import SlotTable, plan_tables
+from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
 from cmjax.placement import Loads, Plan
 
 _DEPLOYMENT = {field.name for field in dataclasses.fields(Deployment)}
@@ -133,8 +132,8 @@ def plan_table(plan: Plan, deployment: Deployment, machine: Supernode) -> SlotTa
     config = load_config(deployment.model)
     ranks = _ep_ranks(deployment, machine)
     if plan.ranks != ranks:
-        published = slot_table(config, ranks, deployment)
-        routed = published.slots - published.experts_of_slot.count(config.experts)
+        published = published_table(config, ranks, phase=deployment.phase)
+        routed = published.slots - published.experts_of_slot.count(config.routed_experts)
         if (plan.ranks, plan.slots) == (routed // published.slots_per_rank, routed):
             return None
         raise ValueError(

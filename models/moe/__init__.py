@@ -1,10 +1,22 @@
 """Mixture-of-experts transformers (DeepSeek-V2 and V3, Qwen3-MoE, Mixtral), as one rank holds
-them; real weights in and out."""
+them; real weights in and out.
+
+    from cmjax.models import moe
+    model = moe.load("path/of/a/checkpoint")                     # or moe.from_config(moe.tiny())
+    logits = model(tokens)                                       # [sequences, length, vocab]
+    texts = moe.generate("path/of/a/checkpoint", ["The cat"], 32, mesh=RankMesh(2, 4))
+"""
 
 from cmjax.models.moe.arithmetic import ARITHMETICS, Arithmetic
-from cmjax.models.moe.checkpoint.hf_config import load_config, read_config
-from cmjax.models.moe.checkpoint.load import Checkpoint, load, load_params, open_checkpoint
-from cmjax.models.moe.checkpoint.save import save
+from cmjax.models.moe.checkpoint import (
+    Checkpoint,
+    load,
+    load_config,
+    load_params,
+    open_checkpoint,
+    read_config,
+    save,
+)
 from cmjax.models.moe.config import (
     PRESETS,
     GroupedAttention,
@@ -14,15 +26,23 @@ from cmjax.models.moe.config import (
     deepseek_v3,
     tiny,
 )
-from cmjax.models.moe.generation.batch import Sampler
-from cmjax.models.moe.generation.generator import Generator
-from cmjax.models.moe.generation.programs import place_params
-from cmjax.models.moe.layers.cache import extend_cache
-from cmjax.models.moe.layers.linear import quantize_params
-from cmjax.models.moe.model import MoEModel, convert_params
-from cmjax.models.moe.schedule import Schedule, two_stream_decode
-from cmjax.models.moe.sharding import Layout, one_rank, param_specs, shard_params
-from cmjax.models.moe.slots import SlotTable, ep_table
+from cmjax.models.moe.generation import (
+    Completion,
+    Generated,
+    Generator,
+    GeneratorOptions,
+    Sampler,
+    generate,
+    open_generator,
+    open_tokenizer,
+    place_params,
+)
+from cmjax.models.moe.layers import extend_cache, quantize_params
+from cmjax.models.moe.model import MoEModel, convert_params, from_config
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
+from cmjax.models.moe.sharding import param_specs, shard_params
+from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table
 from cmjax.models.moe.steps import (
     DecodeInputs,
     DecodeOutput,
@@ -43,14 +63,17 @@ __all__ = [
     "PRESETS",
     "Arithmetic",
     "Checkpoint",
+    "Completion",
     "DecodeInputs",
     "DecodeOutput",
+    "Generated",
     "Generator",
+    "GeneratorOptions",
     "GroupedAttention",
     "LatentAttention",
-    "Layout",
     "MoEConfig",
     "MoEModel",
+    "Parallelism",
     "PrefillInputs",
     "PrefillOutput",
     "RankStep",
@@ -67,15 +90,22 @@ __all__ = [
     "deepseek_v3",
     "ep_table",
     "extend_cache",
+    "from_config",
+    "generate",
     "init_params",
     "load",
     "load_config",
     "load_params",
     "one_rank",
     "open_checkpoint",
+    "open_generator",
+    "open_tokenizer",
+    "overlapped_exchange",
     "param_specs",
     "place_params",
+    "plan_tables",
     "prefill_fn",
+    "published_table",
     "quantize_params",
     "read_config",
     "save",

@@ -69,6 +69,9 @@ class Arithmetic:
     def of(given: "Arithmetic | str") -> "Arithmetic":
         """An arithmetic as it is, or by its name in `ARITHMETICS`.
 
+            >>> Arithmetic.of("int8").experts
+            'w8a8'
+
         Raises: ValueError: an unknown name; lists those that there are.
         """
         if isinstance(given, Arithmetic):

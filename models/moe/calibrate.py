@@ -117,27 +117,27 @@ def smooth(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"smooth: strength must lie in [0, 1], got {strength}")
-    moving = _Moving(jax.tree.map(lambda x: x, params), statistics, strength)
+    migration = _Migration(jax.tree.map(lambda x: x, params), statistics, strength)
     for kind in ("dense", "moe"):
         where = f"main/{kind}/layers"
-        if kind not in moving.params["main"]:
+        if kind not in migration.params["main"]:
             continue
         if arithmetic.projections == "w8a8":
-            moving.attention(f"{where}/attention")
+            migration.attention(f"{where}/attention")
         if kind == "dense" and arithmetic.dense == "w8a8":
-            moving.move(f"{where}/norm/gain", [f"{where}/ffn/gate_up"])
-            moving.swiglu(f"{where}/ffn")
+            migration.migrate(f"{where}/norm/gain", [f"{where}/ffn/gate_up"])
+            migration.swiglu(f"{where}/ffn")
         if kind == "moe":
-            moving.moe(f"{where}/moe", arithmetic)
+            migration.moe(f"{where}/moe", arithmetic)
     squares = {
-        name: jnp.asarray(s.mean_square) / jnp.square(moving.factors.get(name, 1.0))
+        name: jnp.asarray(s.mean_square) / jnp.square(migration.factors.get(name, 1.0))
         for name, s in statistics.items()
     }
-    return moving.params, {f"/{name}": square for name, square in squares.items()}
+    return migration.params, {f"/{name}": square for name, square in squares.items()}
 
 
-class _Moving:
-    """Parameters between which factors are moved."""
+class _Migration:
+    """Parameters between which quantization difficulty is migrated, as SmoothQuant calls it."""
 
     def __init__(self, params, statistics, strength):
         self.params, self.statistics, self.strength = params, statistics, strength
@@ -148,13 +148,13 @@ class _Moving:
         qkv."""
         held = self.at(where)
         if "qkv" in held:
-            self.move(f"{where}/norm/gain", [f"{where}/qkv"])
+            self.migrate(f"{where}/norm/gain", [f"{where}/qkv"])
             return
         if "q_a" in held:
-            self.move(f"{where}/norm", [f"{where}/q_a", f"{where}/kv_a"])
-            self.move(f"{where}/q_norm", [f"{where}/q_b"])
+            self.migrate(f"{where}/norm", [f"{where}/q_a", f"{where}/kv_a"])
+            self.migrate(f"{where}/q_norm", [f"{where}/q_b"])
         else:
-            self.move(f"{where}/norm", [f"{where}/q_b", f"{where}/kv_a"])
+            self.migrate(f"{where}/norm", [f"{where}/q_b", f"{where}/kv_a"])
         factor = self.factor([f"{where}/out"])
         up = held["up_value"]  # [layers, heads, rank, v]; `out` has a row per head and v
         each = factor.reshape(up.shape[0], up.shape[1], 1, up.shape[3])
@@ -168,7 +168,7 @@ class _Moving:
             readers = [f"{where}/experts/gate_up"]
             if "shared" in held:
                 readers.append(f"{where}/shared/gate_up")
-            factor = self.move(f"{where}/norm/gain", readers)
+            factor = self.migrate(f"{where}/norm/gain", readers)
             router = held["router"]
             router["weight"] = router["weight"] * factor[..., None]
             self.swiglu(f"{where}/experts")
@@ -185,7 +185,7 @@ class _Moving:
             gate_up["bias"] = gate_up["bias"] * both
         self.scale_rows(f"{where}/down", factor)
 
-    def move(self, norm: str, readers: list[str]) -> Array:
+    def migrate(self, norm: str, readers: list[str]) -> Array:
         """From a norm's weight to the matrices that read it."""
         factor = self.factor(readers)
         folder, _, name = norm.rpartition("/")

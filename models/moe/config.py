@@ -155,7 +155,7 @@ class MoEConfig:
     """Inner width of dense feed-forward blocks."""
     expert_ffn_size: int
     """Inner width of one expert."""
-    experts: int
+    routed_experts: int
     """Routed experts per layer."""
     shared_experts: int
     """Shared experts per layer, fused into one of `shared_experts * expert_ffn_size`."""
@@ -193,17 +193,17 @@ class MoEConfig:
     """`model_type` of a config.json, which also fixes how its tensors are named."""
 
     def __post_init__(self):
-        if self.experts % self.expert_groups:
+        if self.routed_experts % self.expert_groups:
             raise ValueError(
-                f"MoEConfig: experts must be a multiple of expert_groups, "
-                f"got {self.experts} and {self.expert_groups}"
+                f"MoEConfig: routed_experts must be a multiple of expert_groups, "
+                f"got {self.routed_experts} and {self.expert_groups}"
             )
         if not 1 <= self.groups_per_token <= self.expert_groups:
             raise ValueError(
                 f"MoEConfig: groups_per_token must lie in 1..{self.expert_groups} (expert_groups), "
                 f"got {self.groups_per_token}"
             )
-        choice = self.experts // self.expert_groups * self.groups_per_token
+        choice = self.routed_experts // self.expert_groups * self.groups_per_token
         if not 1 <= self.experts_per_token <= choice:
             raise ValueError(
                 f"MoEConfig: experts_per_token must lie in 1..{choice} (experts in the chosen "
@@ -269,7 +269,7 @@ def deepseek_v3() -> MoEConfig:
         ),
         ffn_size=18432,
         expert_ffn_size=2048,
-        experts=256,
+        routed_experts=256,
         shared_experts=1,
         experts_per_token=8,
         expert_groups=8,
@@ -307,7 +307,7 @@ def tiny() -> MoEConfig:
         ),
         ffn_size=96,
         expert_ffn_size=32,
-        experts=16,
+        routed_experts=16,
         shared_experts=1,
         experts_per_token=4,
         expert_groups=4,

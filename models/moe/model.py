@@ -1,6 +1,6 @@
 """A whole model as an NNX module: the transformer and, if wanted, its multi-token-prediction head.
 
-model = load("path/of/a/checkpoint")
+model = load("path/of/a/checkpoint")       # or from_config(tiny()), with random parameters
 logits = model(tokens)                     # [sequences, length, vocab], float32
 """
 
@@ -13,7 +13,7 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.layers.mtp import MTPHead
 from cmjax.models.moe.layers.transformer import Transformer
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism, one_rank
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -24,7 +24,7 @@ class MoEModel(nnx.Module):
     def __init__(
         self,
         config: MoEConfig,
-        layout: Layout,
+        parallelism: Parallelism,
         *,
         precision: Arithmetic | str,
         mtp: bool = False,
@@ -35,8 +35,8 @@ class MoEModel(nnx.Module):
         if mtp and not config.mtp_layers:
             raise ValueError("MoEModel: mtp needs a config with mtp_layers >= 1, got 0; use mtp=0")
         self.config, self.arithmetic = config, arithmetic
-        self.main = Transformer(config, layout, arithmetic=arithmetic, rngs=rngs)
-        self.mtp = MTPHead(config, layout, arithmetic=arithmetic, rngs=rngs) if mtp else None
+        self.main = Transformer(config, parallelism, arithmetic=arithmetic, rngs=rngs)
+        self.mtp = MTPHead(config, parallelism, arithmetic=arithmetic, rngs=rngs) if mtp else None
 
     def __call__(
         self, tokens: Int[Array, "sequences length"]
@@ -53,6 +53,11 @@ class MoEModel(nnx.Module):
     ) -> "MoEModel":
         """This model computing in `arithmetic`; itself it stays as it is.
 
+            >>> from cmjax.models import moe
+            >>> model = moe.from_config(moe.tiny())
+            >>> model.with_arithmetic("int8").arithmetic.experts
+            'w8a8'
+
         Args:
           arithmetic: formats of the parts, or a name in `ARITHMETICS`.
           calibration: sample text to choose the steps of INT8 weights on, and for W8A8 to move
@@ -63,22 +68,50 @@ class MoEModel(nnx.Module):
             are rounded already, or one of several ranks with `calibration`.
         """
         arithmetic = Arithmetic.of(arithmetic)
-        layout, mtp = self.main.layout, self.mtp is not None
-        if calibration is not None and layout.ranks > 1:
+        parallelism, mtp = self.main.parallelism, self.mtp is not None
+        if calibration is not None and parallelism.ranks > 1:
             raise ValueError(
                 f"with_arithmetic: calibration runs on a one-rank model, this one has "
-                f"{layout.ranks} ranks; convert first and shard_params then"
+                f"{parallelism.ranks} ranks; convert first and shard_params then"
             )
         converted = convert_params(
-            parameters(self), self.config, layout, self.arithmetic, arithmetic, calibration, mtp=mtp
+            parameters(self),
+            self.config,
+            parallelism,
+            self.arithmetic,
+            arithmetic,
+            calibration,
+            mtp=mtp,
         )
-        return assemble(abstract_model(self.config, layout, arithmetic, mtp=mtp)[0], converted)
+        return assemble(abstract_model(self.config, parallelism, arithmetic, mtp=mtp)[0], converted)
+
+
+def from_config(
+    config: MoEConfig, *, precision: Arithmetic | str = "float32", mtp: bool = False, seed: int = 0
+) -> MoEModel:
+    """A model of random parameters on one rank; `cmjax.models.moe.load` has trained ones.
+
+        >>> import jax.numpy as jnp
+        >>> from cmjax.models import moe
+        >>> model = moe.from_config(moe.tiny())
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 320)
+
+    Args:
+      config: sizes.
+      precision: what it computes in: an arithmetic, or its name in `ARITHMETICS`.
+      mtp: whether it has a draft module.
+      seed: of the parameters.
+    Raises: ValueError: widths that the arithmetic does not fit, or `mtp` of a model without it.
+    """
+    rngs = nnx.Rngs(params=seed)
+    return MoEModel(config, one_rank(config), precision=precision, mtp=mtp, rngs=rngs)
 
 
 def convert_params(
     params: dict[str, Any],
     config: MoEConfig,
-    layout: Layout,
+    parallelism: Parallelism,
     held: Arithmetic | str,
     wanted: Arithmetic | str,
     calibration: Int[Array | np.ndarray, "sequences length"] | None = None,
@@ -88,7 +121,7 @@ def convert_params(
     """Parameters of a float model in another arithmetic.
 
     Args:
-      params: of `layout`'s model, sharded ones too (they stay sharded as they are).
+      params: of `parallelism`'s model, sharded ones too (they stay sharded as they are).
       held: their arithmetic; no few-bit one.
       wanted: see `MoEModel.with_arithmetic`, as for `calibration`, which needs one rank.
     Raises: ValueError: see `MoEModel.with_arithmetic`.
@@ -98,20 +131,20 @@ def convert_params(
         raise ValueError(
             "convert_params: the weights are rounded already; convert the float model instead"
         )
-    like = abstract_model(config, layout, wanted, mtp=mtp)[1]
+    like = abstract_model(config, parallelism, wanted, mtp=mtp)[1]
     importance = None
     if calibration is not None:
-        plain, _ = abstract_model(config, layout, held, mtp=mtp)
+        plain, _ = abstract_model(config, parallelism, held, mtp=mtp)
         params, importance = smooth(params, input_statistics(plain, params, calibration), wanted)
     return quantize_params(params, like, importance)
 
 
 def abstract_model(
-    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
+    config: MoEConfig, parallelism: Parallelism, precision: Arithmetic | str, *, mtp: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """The graph of a model and the shapes of its parameters; nothing is allocated."""
     model = nnx.eval_shape(
-        lambda: MoEModel(config, layout, precision=precision, mtp=mtp, rngs=nnx.Rngs(params=0))
+        lambda: MoEModel(config, parallelism, precision=precision, mtp=mtp, rngs=nnx.Rngs(params=0))
     )
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)

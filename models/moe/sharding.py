@@ -1,15 +1,16 @@
-"""How one rank's program sits on the mesh, and one rank's share of a model's parameters."""
+"""One rank's part of a model's parameters: which ones ranks hold parts of, and spreading them.
 
-import dataclasses
+params = shard_params(init_params(config, "float32"), parallelism)     # a leading axis of ranks
+"""
+
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.moe.config import LatentAttention, MoEConfig
-from cmjax.models.moe.schedule import Schedule
-from cmjax.models.moe.slots import SlotTable, one_rank_table, stack_tables
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.slots import SlotTable, stack_tables
 from jax import lax
 
 from cmjax.mesh import RANKED, REPLICATED
@@ -17,68 +18,13 @@ from cmjax.mesh import RANKED, REPLICATED
 _HEADS = ("q_b", "up_key", "up_value")  # parameters of latent attention that are per head
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Everything about parallelism that a module needs to know. Static."""
-
-    table: SlotTable
-    """Slots of the experts (of every layer: tables may differ in content, not in size)."""
-    axes: tuple[str, ...] = ()
-    """Mesh axes that enumerate the ranks; `()` on one rank."""
-    capacity: Any = None
-    """Rows reserved per (source rank, slot) in dispatch; `None` never drops."""
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    """Issue order and streams."""
-    sequence_parallel: bool = False
-    """Prefill attention SP -> TP -> SP: latents are gathered, each rank attends a share of the
-    heads for all sequences, and heads are exchanged back for the rank's own sequences."""
-
-    def __post_init__(self):
-        if not self.axes and self.table.ranks != 1:
-            raise ValueError(
-                f"Layout: a table of {self.table.ranks} ranks needs the mesh axes that enumerate "
-                "them, got axes=()"
-            )
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return self.table.ranks
-
-    @property
-    def rank(self) -> jax.Array | int:
-        """This rank's number, inside the mesh."""
-        return lax.axis_index(self.axes) if self.axes else 0
-
-    def heads(self, config: MoEConfig) -> int:
-        """Attention heads whose up-projections this rank holds."""
-        if not self.sequence_parallel:
-            return config.heads
-        if not isinstance(config.attention, LatentAttention):
-            raise ValueError(
-                "Layout: sequence_parallel splits the heads of latent attention only; this model "
-                "has grouped-query attention, use sequence_parallel=False"
-            )
-        if config.heads % self.ranks:
-            raise ValueError(
-                f"Layout: sequence_parallel needs heads to divide over the ranks, got "
-                f"{config.heads} heads and {self.ranks} ranks"
-            )
-        return config.heads // self.ranks
-
-
-def one_rank(config: MoEConfig, schedule: Schedule | None = None) -> Layout:
-    """The layout of a checkpoint: every expert on one rank, no communication."""
-    return Layout(table=one_rank_table(config.experts), schedule=schedule or Schedule())
-
-
-def param_specs(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
+def param_specs(params: dict[str, Any], parallelism: Parallelism) -> dict[str, Any]:
     """`RANKED` for what ranks hold different parts of, `REPLICATED` for the rest."""
 
     def spec(path, _):
         keys = [str(entry.key) for entry in path]
         ranked = "experts" in keys or (
-            layout.sequence_parallel and not set(_HEADS).isdisjoint(keys)
+            parallelism.sequence_parallel and not set(_HEADS).isdisjoint(keys)
         )
         return RANKED if ranked else REPLICATED
 
@@ -87,23 +33,23 @@ def param_specs(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
 
 def shard_params(
     params: dict[str, Any],
-    layout: Layout,
+    parallelism: Parallelism,
     tables: Sequence[SlotTable] | None = None,
 ) -> dict[str, Any]:
-    """Spread the parameters of a `one_rank` model over the ranks of `layout`.
+    """Spread the parameters of a `one_rank` model over the ranks of `parallelism`.
 
     Args:
       params: nested dict of the one-rank model, any precision.
-      layout: where to.
+      parallelism: where to.
       tables: one table per MoE layer (then one for the MTP layer, if there is one); by default
-        `layout.table` for all.
-    Returns: parameters of `layout`'s model; those that `param_specs` calls RANKED have a leading
-      axis of ranks.
+        `parallelism.table` for all.
+    Returns: parameters of `parallelism`'s model; those that `param_specs` calls RANKED have a
+      leading axis of ranks.
     Raises:
-      ValueError: tables of another size than the layout's, or too few.
+      ValueError: tables of another size than the parallelism's, or too few.
     """
     counts = [len(part["moe"]["copies"]) for part in _moe_parts(params)]
-    given = iter(layer_tables(layout, sum(counts), tables))
+    given = iter(layer_tables(parallelism, sum(counts), tables))
 
     def spread(group: dict[str, Any]) -> dict[str, Any]:
         result = {}
@@ -111,12 +57,12 @@ def shard_params(
             part = group[name]
             if name == "layers":
                 part = dict(part)
-                if layout.sequence_parallel:
-                    part["attention"] = _split_heads(part["attention"], layout)
+                if parallelism.sequence_parallel:
+                    part["attention"] = _split_heads(part["attention"], parallelism)
                 if "moe" in part:
                     count = part["moe"]["copies"].shape[0]
                     own = list(itertools.islice(given, count))
-                    part["moe"] = _fill_slots(part["moe"], own, layout.table.max_copies)
+                    part["moe"] = _fill_slots(part["moe"], own, parallelism.table.max_copies)
             elif isinstance(part, dict):
                 part = spread(part)
             result[name] = part
@@ -125,25 +71,25 @@ def shard_params(
     return spread(params)
 
 
-def own_heads(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """A rank's parameters under a sequence-parallel `layout`, out of those with all heads.
+def own_heads(params: dict[str, Any], parallelism: Parallelism) -> dict[str, Any]:
+    """A rank's parameters under a sequence-parallel `parallelism`, out of those with all heads.
 
     For inside the mesh. It lets one set of parameters serve sequence-parallel prefill and
     data-parallel decode.
     """
 
-    def own(x):
-        return lax.dynamic_index_in_dim(x, layout.rank, 0, keepdims=False)
+    def take(x):
+        return lax.dynamic_index_in_dim(x, parallelism.rank, 0, keepdims=False)
 
-    def share(attention: dict[str, Any]) -> dict[str, Any]:
-        split = _split_heads(attention, layout)
-        return attention | {name: jax.tree.map(own, split[name]) for name in _HEADS}
+    def own_part(attention: dict[str, Any]) -> dict[str, Any]:
+        split = _split_heads(attention, parallelism)
+        return attention | {name: jax.tree.map(take, split[name]) for name in _HEADS}
 
     def each(group: dict[str, Any]) -> dict[str, Any]:
         return {
             name: part
             if not isinstance(part, dict)
-            else part | {"attention": share(part["attention"])}
+            else part | {"attention": own_part(part["attention"])}
             if name == "layers"
             else each(part)
             for name, part in group.items()
@@ -153,26 +99,26 @@ def own_heads(params: dict[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def layer_tables(
-    layout: Layout, layers: int, tables: Sequence[SlotTable] | None
+    parallelism: Parallelism, layers: int, tables: Sequence[SlotTable] | None
 ) -> list[SlotTable]:
-    """A table for each of `layers` MoE layers: the given ones, or the layout's for all.
+    """A table for each of `layers` MoE layers: the given ones, or the parallelism's for all.
 
     Raises:
-      ValueError: tables of another number or size than the layout's.
+      ValueError: tables of another number or size than the parallelism's.
     """
     if tables is None:
-        return [layout.table] * layers
+        return [parallelism.table] * layers
     if len(tables) != layers:
         raise ValueError(
             f"layer_tables: {len(tables)} tables for {layers} MoE layers (MTP included)"
         )
-    width = layout.table.max_copies
+    width = parallelism.table.max_copies
     for table in tables:
-        if _size(table) != _size(layout.table) or table.max_copies > width:
+        if _size(table) != _size(parallelism.table) or table.max_copies > width:
             raise ValueError(
                 "layer_tables: every table must have the ranks, slots and shared slots of "
-                f"layout.table, and at most its {width} copies of an expert; got "
-                f"{_size(table)} and {table.max_copies}, expected {_size(layout.table)}"
+                f"parallelism.table, and at most its {width} copies of an expert; got "
+                f"{_size(table)} and {table.max_copies}, expected {_size(parallelism.table)}"
             )
     return list(tables)
 
@@ -190,7 +136,7 @@ def _size(table: SlotTable) -> dict[str, Any]:
     return {
         "ranks": table.ranks,
         "slots": table.slots,
-        "n_experts": table.n_experts,
+        "routed_experts": table.routed_experts,
         "shared": table.has_shared,
     }
 
@@ -201,7 +147,7 @@ def _fill_slots(moe: dict[str, Any], tables: Sequence[SlotTable], width: int) ->
     held = moe["experts"]
     result = dict(moe)
     if tables[0].has_shared:
-        # The shared expert has the shape of a routed one, and becomes expert number n_experts.
+        # The shared expert has the shape of a routed one, and becomes expert number routed_experts.
         held = jax.tree.map(
             lambda routed, shared: jnp.concatenate([routed, shared[:, None]], axis=1),
             held,
@@ -220,9 +166,9 @@ def _fill_slots(moe: dict[str, Any], tables: Sequence[SlotTable], width: int) ->
     return result
 
 
-def _split_heads(attention: dict[str, Any], layout: Layout) -> dict[str, Any]:
+def _split_heads(attention: dict[str, Any], parallelism: Parallelism) -> dict[str, Any]:
     """Column-slice the up-projections: a rank holds `heads / ranks` heads."""
-    ranks = layout.ranks
+    ranks = parallelism.ranks
 
     def columns(x):  # [layers, ..., heads * width]
         return jnp.moveaxis(x.reshape(*x.shape[:-1], ranks, x.shape[-1] // ranks), -2, 0)

@@ -8,6 +8,7 @@ come from `ep_table`, or from a plan that `cmjax place --json` wrote.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +22,20 @@ from cmjax.placement import Plan
 class SlotTable:
     """The physical slots of one MoE layer.
 
+        >>> table = SlotTable((0, 1, 2, 0), ranks=2, routed_experts=3)
+        >>> table.slots_per_rank, table.slots_of_expert
+        (2, ((0, 3), (1,), (2,)))
+
     Attributes:
       experts_of_slot: expert in each slot; slots are numbered over all ranks, rank-major. Routed
-        experts are `0 .. n_experts - 1`; number `n_experts` is the shared expert.
+        experts are `0 .. routed_experts - 1`; number `routed_experts` is the shared expert.
       ranks: number of ranks; every rank holds equally many slots.
-      n_experts: number of routed experts; each occupies at least one slot.
+      routed_experts: number of routed experts; each occupies at least one slot.
     """
 
     experts_of_slot: tuple[int, ...]
     ranks: int
-    n_experts: int
+    routed_experts: int
 
     def __post_init__(self):
         object.__setattr__(self, "experts_of_slot", tuple(int(e) for e in self.experts_of_slot))
@@ -41,14 +46,14 @@ class SlotTable:
                 f"{self.ranks} ranks"
             )
         held = set(self.experts_of_slot)
-        missing = sorted(set(range(self.n_experts)) - held)
+        missing = sorted(set(range(self.routed_experts)) - held)
         if missing:
             raise ValueError(f"SlotTable: experts without a slot: {_shortened(missing)}")
-        unknown = sorted(held - set(range(self.n_experts + 1)))
+        unknown = sorted(held - set(range(self.routed_experts + 1)))
         if unknown:
             raise ValueError(
                 f"SlotTable: slots name unknown experts {_shortened(unknown)}; routed experts are "
-                f"0..{self.n_experts - 1}, the shared expert is {self.n_experts}"
+                f"0..{self.routed_experts - 1}, the shared expert is {self.routed_experts}"
             )
 
     @property
@@ -64,12 +69,12 @@ class SlotTable:
     @property
     def has_shared(self) -> bool:
         """Whether the shared expert lives in slots (else every rank computes it locally)."""
-        return self.n_experts in self.experts_of_slot
+        return self.routed_experts in self.experts_of_slot
 
     @functools.cached_property
     def slots_of_expert(self) -> tuple[tuple[int, ...], ...]:
         """Slots of each routed expert, then of the shared one if it has any."""
-        of: list[list[int]] = [[] for _ in range(self.n_experts + self.has_shared)]
+        of: list[list[int]] = [[] for _ in range(self.routed_experts + self.has_shared)]
         for slot, expert in enumerate(self.experts_of_slot):
             of[expert].append(slot)
         return tuple(map(tuple, of))
@@ -96,57 +101,106 @@ def choose_slots(
     slots_of_expert: Int32[Array, "experts copies"],
     copies: Int32[Array, "experts"],
 ) -> Int32[Array, "tokens k"]:
-    """Physical slot of each choice: replica `(source rank + token position) mod copies`."""
+    """Physical slot of each choice: replica `(source rank + token position) mod copies`.
+
+        >>> slots, copies = map(jnp.asarray, SlotTable((0, 1, 2, 0), 2, 3).arrays())
+        >>> choose_slots(jnp.array([[0, 1], [0, 2]], jnp.int32), 0, slots, copies).tolist()
+        [[0, 1], [3, 2]]
+
+    Args:
+      experts: chosen by each token, the shared one (number `routed_experts`) included if it has
+        slots.
+      rank: the one that the tokens are on.
+      slots_of_expert, copies: of `SlotTable.arrays`.
+    """
     token = jnp.arange(experts.shape[0], dtype=jnp.int32)[:, None]
     replica = (token + rank) % copies[experts]
     return slots_of_expert[experts, replica]
 
 
-def ep_table(n_experts: int, ranks: int, redundant: int = 0, shared_replicas: int = 0) -> SlotTable:
+def ep_table(
+    routed_experts: int, ranks: int, redundant: int = 0, shared_replicas: int = 0
+) -> SlotTable:
     """Expert parallelism over `ranks`: shared replicas, routed experts, then redundant copies.
 
     Redundant slots copy experts 0, 1, 2, ... in turn; a placement optimiser knows better ones.
-    `ep_table(256, 320, redundant=32, shared_replicas=32)` is the paper's decode (EP320: one expert
-    per die); `ep_table(256, 32, redundant=32)` its prefill (EP32: 8 + 1 per die, shared local).
+
+        >>> ep_table(256, 320, redundant=32, shared_replicas=32).slots_per_rank    # EP320: decode
+        1
+        >>> ep_table(256, 32, redundant=32).slots_per_rank          # EP32: prefill, shared local
+        9
 
     Raises:
       ValueError: the slots do not divide evenly over the ranks.
     """
     for name, value, least in (
-        ("n_experts", n_experts, 1),
+        ("routed_experts", routed_experts, 1),
         ("ranks", ranks, 1),
         ("redundant", redundant, 0),
         ("shared_replicas", shared_replicas, 0),
     ):
         if value < least:
             raise ValueError(f"ep_table: {name} must be at least {least}, got {value}")
-    slots = n_experts + redundant + shared_replicas
+    slots = routed_experts + redundant + shared_replicas
     if slots % ranks:
         raise ValueError(
-            f"ep_table: {n_experts} experts + {redundant} redundant + {shared_replicas} shared "
-            f"replicas = {slots} slots do not divide over {ranks} ranks; "
+            f"ep_table: {routed_experts} experts + {redundant} redundant + {shared_replicas} "
+            f"shared replicas = {slots} slots do not divide over {ranks} ranks; "
             f"{-slots % ranks} more redundant slots would"
         )
-    routed = [*range(n_experts), *(i % n_experts for i in range(redundant))]
+    routed = [*range(routed_experts), *(i % routed_experts for i in range(redundant))]
     if not shared_replicas:
         # Redundant copies are dealt one per rank at the end of each rank's slots.
-        base, extra = n_experts // ranks, redundant // ranks
-        if n_experts % ranks == 0 and redundant % ranks == 0:
+        base, extra = routed_experts // ranks, redundant // ranks
+        if routed_experts % ranks == 0 and redundant % ranks == 0:
             routed = [
                 expert
                 for rank in range(ranks)
                 for expert in (
                     *range(rank * base, (rank + 1) * base),
                     # of a neighbour's experts, so that a copy relieves another rank
-                    *(((rank + 1) * base + i) % n_experts for i in range(extra)),
+                    *(((rank + 1) * base + i) % routed_experts for i in range(extra)),
                 )
             ]
-    return SlotTable((*(n_experts,) * shared_replicas, *routed), ranks, n_experts)
+    return SlotTable((*(routed_experts,) * shared_replicas, *routed), ranks, routed_experts)
 
 
-def one_rank_table(n_experts: int) -> SlotTable:
-    """All experts on one rank, in order: the layout of a checkpoint."""
-    return SlotTable(tuple(range(n_experts)), 1, n_experts)
+def published_table(
+    config: MoEConfig, ranks: int, *, phase: Literal["prefill", "decode"] = "decode"
+) -> SlotTable:
+    """Slots of the published deployments, generalised to any number of ranks and experts.
+
+    More ranks than experts: one slot a rank; up to 32 of the spare ones hold the shared expert, the
+    rest redundant routed ones (EP320: 256 + 32 + 32, EP288: 256 + 32). Otherwise every rank has a
+    local shared expert, and as many redundant slots as fill the last rank; prefill has one more
+    redundant slot per rank (EP32: 8 + 1). Source: CloudMatrix384 paper, sections 4.2 and 4.3.
+
+        >>> from cmjax.models.moe.config import deepseek_r1
+        >>> decode = published_table(deepseek_r1(), 320)
+        >>> decode.slots_per_rank, decode.has_shared
+        (1, True)
+        >>> prefill = published_table(deepseek_r1(), 32, phase="prefill")
+        >>> prefill.slots_per_rank, prefill.has_shared
+        (9, False)
+
+    Args:
+      config: the model.
+      ranks: of the expert-parallel group.
+      phase: which half of a disaggregated system.
+    """
+    spare = ranks - config.routed_experts
+    if spare > 0 and config.shared_experts == 1:
+        shared = min(32, spare)
+        return ep_table(config.routed_experts, ranks, spare - shared, shared)
+    redundant = -config.routed_experts % ranks
+    if phase == "prefill" and not redundant:
+        redundant = ranks
+    return ep_table(config.routed_experts, ranks, redundant)
+
+
+def one_rank_table(routed_experts: int) -> SlotTable:
+    """All experts on one rank, in order, as a checkpoint has them."""
+    return SlotTable(tuple(range(routed_experts)), 1, routed_experts)
 
 
 def plan_tables(plan: Plan, config: MoEConfig, ranks: int, *, mtp: bool = False) -> list[SlotTable]:
@@ -166,11 +220,11 @@ def plan_tables(plan: Plan, config: MoEConfig, ranks: int, *, mtp: bool = False)
         shares per slot.
     """
     layers = config.moe_layers
-    in_slots = plan.expert_count - config.experts == 1 == config.shared_experts
+    in_slots = plan.expert_count - config.routed_experts == 1 == config.shared_experts
     wrong = [
         f"{name}: plan {planned}, {what} {wanted}"
         for name, planned, what, wanted in (
-            ("experts per layer", plan.expert_count - in_slots, "model", config.experts),
+            ("experts per layer", plan.expert_count - in_slots, "model", config.routed_experts),
             ("ranks", plan.ranks, "mesh", ranks),
         )
         if planned != wanted
@@ -187,7 +241,7 @@ def plan_tables(plan: Plan, config: MoEConfig, ranks: int, *, mtp: bool = False)
     rows = [tuple(row) for row in plan.experts.tolist()]
     if mtp and len(rows) == layers:
         rows.append(rows[-1])
-    return [SlotTable(row, ranks, config.experts) for row in rows[: layers + mtp]]
+    return [SlotTable(row, ranks, config.routed_experts) for row in rows[: layers + mtp]]
 
 
 def stack_tables(

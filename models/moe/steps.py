@@ -4,7 +4,7 @@
     lifted = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
     jaxpr = jax.make_jaxpr(lifted)(*step.args)         # nothing is allocated
 
-The same `fn` runs: give it `shard_params(init_params(...), layout)` and real inputs.
+The same `fn` runs: give it `shard_params(init_params(...), parallelism)` and real inputs.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.generation.sample import sample
 from cmjax.models.moe.layers.cache import ModelCache, empty_cache
 from cmjax.models.moe.layers.mtp import draft
 from cmjax.models.moe.layers.transformer import decode_attention, prefill_attention
-from cmjax.models.moe.model import MoEModel, abstract_model
+from cmjax.models.moe.model import MoEModel, abstract_model, from_config, parameters
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sample import sample
 from cmjax.models.moe.schedule import Schedule
-from cmjax.models.moe.sharding import Layout, one_rank, param_specs
+from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.slots import SlotTable
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
@@ -122,7 +123,7 @@ def decode_step(model: MoEModel, inputs: DecodeInputs) -> DecodeOutput:
 
 def prefill_step(model: MoEModel, inputs: PrefillInputs, kv_cache: KVCache) -> PrefillOutput:
     """Run whole prompts: the first token of each and the caches to decode on."""
-    count = model.main.layout.schedule.microbatches
+    count = model.main.parallelism.schedule.microbatches
     lengths, tokens = _split(inputs.lengths, count), _split(inputs.tokens, count)
     hidden, caches = model.main.prefill(tokens, kv_cache)
     last = inputs.lengths - 1
@@ -150,36 +151,34 @@ def init_params(
     config: MoEConfig, precision: Arithmetic | str, *, mtp: bool = False, seed: int = 0
 ) -> dict[str, Any]:
     """Random parameters of the one-rank model."""
-    rngs = nnx.Rngs(params=seed)
-    model = MoEModel(config, one_rank(config), precision=precision, mtp=mtp, rngs=rngs)
-    return nnx.to_pure_dict(nnx.state(model))
+    return parameters(from_config(config, precision=precision, mtp=mtp, seed=seed))
 
 
 def abstract_params(
-    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
+    config: MoEConfig, parallelism: Parallelism, precision: Arithmetic | str, *, mtp: bool = False
 ) -> dict[str, Any]:
     """Shapes of one rank's parameters."""
-    return abstract_model(config, layout, precision, mtp=mtp)[1]
+    return abstract_model(config, parallelism, precision, mtp=mtp)[1]
 
 
 def decode_fn(
-    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
+    config: MoEConfig, parallelism: Parallelism, precision: Arithmetic | str, *, mtp: bool = False
 ) -> Callable[[dict[str, Any], DecodeInputs], DecodeOutput]:
     """`decode_step` as a function of a rank's parameters and inputs."""
-    graph, _ = abstract_model(config, layout, precision, mtp=mtp)
+    graph, _ = abstract_model(config, parallelism, precision, mtp=mtp)
     return lambda params, inputs: decode_step(nnx.merge(graph, params), inputs)
 
 
 def prefill_fn(
     config: MoEConfig,
-    layout: Layout,
+    parallelism: Parallelism,
     precision: Arithmetic | str,
     kv_cache: KVCache,
     *,
     mtp: bool = False,
 ) -> Callable[[dict[str, Any], PrefillInputs], PrefillOutput]:
     """`prefill_step` as a function of a rank's parameters and inputs."""
-    graph, _ = abstract_model(config, layout, precision, mtp=mtp)
+    graph, _ = abstract_model(config, parallelism, precision, mtp=mtp)
     return lambda params, inputs: prefill_step(nnx.merge(graph, params), inputs, kv_cache)
 
 
@@ -209,7 +208,7 @@ def abstract_decode(
       kv_cache: format of the latent cache.
       mtp: drafts per request and step; 0 for plain decoding.
     """
-    layout = _layout(schedule, table, mesh, capacity, sequence_parallel=False)
+    parallelism = _parallelism(schedule, table, mesh, capacity, sequence_parallel=False)
     total, count = schedule.microbatches * requests, schedule.microbatches
 
     def inputs():
@@ -220,8 +219,10 @@ def abstract_decode(
             sampling=_no_sampling(total, (1 + mtp,)),
         )
 
-    fn = decode_fn(config, layout, precision, mtp=bool(mtp))
-    return _step(fn, abstract_params(config, layout, precision, mtp=bool(mtp)), inputs, layout)
+    fn = decode_fn(config, parallelism, precision, mtp=bool(mtp))
+    return _step(
+        fn, abstract_params(config, parallelism, precision, mtp=bool(mtp)), inputs, parallelism
+    )
 
 
 def abstract_prefill(
@@ -243,10 +244,10 @@ def abstract_prefill(
       sequences: prompts per microbatch per rank; an int or a symbolic dimension.
       prompt: padded prompt length in tokens; likewise.
       mtp: 0 to leave the draft module out.
-      sequence_parallel: see `Layout`.
+      sequence_parallel: see `Parallelism`.
       The rest as in `abstract_decode`.
     """
-    layout = _layout(schedule, table, mesh, capacity, sequence_parallel=sequence_parallel)
+    parallelism = _parallelism(schedule, table, mesh, capacity, sequence_parallel=sequence_parallel)
     total = schedule.microbatches * sequences
 
     def inputs():
@@ -256,8 +257,10 @@ def abstract_prefill(
             sampling=_no_sampling(total, ()),
         )
 
-    fn = prefill_fn(config, layout, precision, kv_cache, mtp=bool(mtp))
-    return _step(fn, abstract_params(config, layout, precision, mtp=bool(mtp)), inputs, layout)
+    fn = prefill_fn(config, parallelism, precision, kv_cache, mtp=bool(mtp))
+    return _step(
+        fn, abstract_params(config, parallelism, precision, mtp=bool(mtp)), inputs, parallelism
+    )
 
 
 def _draft_all(model, hidden, sampled, caches, lengths, accepted, drafts):
@@ -309,13 +312,13 @@ def _split(x, count):
     return tuple(x[i * size : (i + 1) * size] for i in range(count))
 
 
-def _layout(schedule, table, mesh, capacity, *, sequence_parallel):
+def _parallelism(schedule, table, mesh, capacity, *, sequence_parallel):
     if table.ranks != mesh.ranks:
         raise ValueError(
             f"the slot table is for {table.ranks} ranks, the mesh has {mesh.ranks} "
             f"({' x '.join(map(str, mesh.shape))}); build it with ep_table(..., {mesh.ranks})"
         )
-    return Layout(
+    return Parallelism(
         table=table,
         axes=mesh.axes,
         capacity=capacity,
@@ -329,11 +332,11 @@ def _no_sampling(total, extra):
     return Sampling(jnp.zeros((total, *extra), jnp.float32), each, each)
 
 
-def _step(fn, params, inputs, layout):
-    specs = param_specs(params, layout)
+def _step(fn, params, inputs, parallelism):
+    specs = param_specs(params, parallelism)
 
     def ranked(x):
-        return jax.ShapeDtypeStruct((layout.ranks, *x.shape), x.dtype)
+        return jax.ShapeDtypeStruct((parallelism.ranks, *x.shape), x.dtype)
 
     params = jax.tree.map(lambda spec, x: ranked(x) if spec is RANKED else x, specs, params)
     inputs = jax.tree.map(ranked, jax.eval_shape(inputs))

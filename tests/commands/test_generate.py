@@ -5,19 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from cmjax.commands.generate import main, parse_mesh
-from cmjax.mesh import RankMesh
+from cmjax.cli import main
 from cmjax.placement import Plan, write_plan
 
 RANDOM = ["--random", "tiny", "--prompt", "a"]
 
 
-def test_meshes_are_nodes_by_npus_by_dies():
-    assert parse_mesh("48x8") == RankMesh(48, 8)
-    assert parse_mesh("2x3x2") == RankMesh(2, 3, 2)
-    assert parse_mesh("8") == RankMesh(1, 8)
-    with pytest.raises(ValueError, match=r"--mesh must be NODESxNPUS .* got .8\*8"):
-        parse_mesh("8*8")
+def _run(arguments):
+    return main(["generate", *arguments])
 
 
 def _plan(experts=16, layers=2, ranks=4, extra=0):
@@ -37,7 +32,7 @@ def _plan(experts=16, layers=2, ranks=4, extra=0):
 def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, message):
     path = tmp_path / "plan.json"
     write_plan(path, plan)
-    assert main([*RANDOM, "--mesh", "2x2", "--plan", str(path)]) == 2
+    assert _run([*RANDOM, "--mesh", "2x2", "--plan", str(path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(ValueError, match=message):
         raise ValueError(error)
@@ -51,7 +46,7 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
         (["--random", "tiny", "--prompt", "a", "--weights", "x"], "give either"),
         (["--weights", "no/such", "--prompt", "a"], "no/such: no such folder"),
         (["--random", "tinny", "--prompt", "a"], "did you mean 'tiny'"),
-        ([*RANDOM, "--mesh", "4y4"], "--mesh must be"),
+        ([*RANDOM, "--mesh", "4y4"], "mesh must be NODESxNPUS"),
         ([*RANDOM, "--mesh", "300x8"], "devices must be 1 to 256, got 300"),
         ([*RANDOM, "--new-tokens", "256"], "prompt 1 has 1 tokens and is to get 256 more"),
         ([*RANDOM, "--context", "10"], "prompt 1 has 1 tokens .* the cache holds 10"),
@@ -74,7 +69,7 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
-    assert main(arguments) == 2
+    assert _run(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
     line = output.err.strip().splitlines()[-1]
@@ -89,7 +84,7 @@ def test_greedy_tokens_of_a_checkpoint_on_a_mesh_equal_hugging_face(data, capsys
     prompt = ",".join(map(str, reference["greedy_prompt"][0]))
     options = ["--new-tokens", "16", "--mesh", "2x2", "--ignore-end", "--json", "-"]
     given = ["--weights", str(folder), "--prompt", "Hi", "--prompt-tokens", prompt]
-    assert main([*given, *options]) == 0
+    assert _run([*given, *options]) == 0
     output = capsys.readouterr()
     found = json.loads(output.out)
     text, tokens = found["requests"]

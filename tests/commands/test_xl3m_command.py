@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cmjax.commands.xl3m import main
+from cmjax.cli import main
 
 SENTENCES = "".join(f"The cat sat on mat {n}. " for n in range(40))
 
@@ -17,7 +17,9 @@ def text(tmp_path):
 
 
 def _run(text, *more):
-    return main(["--random", "tiny", "--text", str(text), "--question", "Which mat?", *more])
+    return main(
+        ["xl3m", "--random", "tiny", "--text", str(text), "--question", "Which mat?", *more]
+    )
 
 
 def test_an_answer_comes_with_the_passages_it_was_taken_from(text, tmp_path, capsys):
@@ -50,7 +52,7 @@ def test_a_text_that_fits_is_read_whole(text, capsys):
         (["--segment", "250"], "use a segment of at most 182"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--window", "0"], "window must be at least 1, got 0"),
-        (["--mesh", "8*8"], "--mesh must be NODESxNPUS"),
+        (["--mesh", "8*8"], "mesh must be NODESxNPUS"),
         (["--random", "tiny2"], "did you mean 'tiny'"),
         (["--weights", "nowhere"], "give either --weights FOLDER or --random PRESET"),
     ],

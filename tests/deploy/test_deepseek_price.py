@@ -36,7 +36,7 @@ def products():
         "absorbed": C.layers * absorbed,
         "latent": C.layers * latent,
         "dense": len(C.dense_layers) * 3 * C.hidden_size * C.ffn_size,
-        "router": C.moe_layers * C.hidden_size * C.experts,
+        "router": C.moe_layers * C.hidden_size * C.routed_experts,
         "expert": C.moe_layers * 3 * C.hidden_size * C.expert_ffn_size,
         "head": C.hidden_size * C.vocab_size,
     }

@@ -61,14 +61,15 @@ def test_the_head_looks_at_the_token_before_whatever_the_other_widths_hold():
     random = rng.normal(size=(64, 6 * 32)).astype(np.float32)
     x = rng.normal(size=(64, 64)).astype(np.float32)
     x[:, 0] = 2.0
-    qkv = x @ look_back(jnp.asarray(random), config)
+    made = look_back(jnp.asarray(random), config)
+    qkv = x @ made
     cos, sin = angles(jnp.arange(64), config)
     q, k = (rotate(qkv[:, at : at + dim], cos, sin, interleave=True) for at in (0, 2 * dim))
     scores = np.asarray(q @ k.T) * dim**-0.5
     for query in range(1, 64):
         weights = np.exp(scores[query, : query + 1] - scores[query, : query + 1].max())
         assert weights[query - 1] / weights.sum() > 0.95
-    np.testing.assert_array_equal(qkv[:, 4 * dim :], x @ random[:, 4 * dim :])  # values: as before
+    np.testing.assert_array_equal(made[:, 4 * dim :], random[:, 4 * dim :])  # values: as before
 
 
 def test_a_run_goes_on_to_the_same_parameters_where_it_was_stopped(tmp_path, monkeypatch):

@@ -276,7 +276,7 @@ def _save(run: Run) -> None:
     )
 
 
-def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
+def _restore(run: Run, found: checkpoint.SavedRun) -> None:
     """Fill a new run from a checkpoint."""
     network, params = take_apart(run.model)
     like: dict[str, Any] = {"constants": network.constants}

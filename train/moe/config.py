@@ -11,7 +11,7 @@ FREE = ("out", "checkpoint_every", "test_windows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class LanguageModelConfig:
     """Train a byte-level mixture-of-experts language model."""
 
     text: tuple[Path, ...] = ()
@@ -83,7 +83,7 @@ class Config:
             attention=attention,
             ffn_size=3 * self.hidden,
             expert_ffn_size=self.expert_ffn,
-            experts=self.experts,
+            routed_experts=self.experts,
             shared_experts=1,
             experts_per_token=self.experts_per_token,
             expert_groups=1,

@@ -9,61 +9,60 @@ import jax
 import numpy as np
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
-from cmjax.models.moe.sharding import one_rank
+from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.steps import abstract_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmjax.commands.generate import parse_mesh
 from cmjax.mesh import RankMesh
 from train import checkpoint
 from train.data.text import Windows, grammar_text, read_text
 from train.metrics import LossNotFinite, MetricsLog
-from train.moe.config import FREE, Config
-from train.moe.learner import Learner, initial, layout_of, make_step, one_rank_params
+from train.moe.config import FREE, LanguageModelConfig
+from train.moe.train_step import TrainState, initial, make_step, one_rank_params, parallelism_of
 
 
 @dataclasses.dataclass
-class Run:
+class LanguageModelRun:
     """A run in its folder.
 
     Attributes:
       config, mesh, windows: what to learn, on which ranks, from which text.
-      learner: parameters and optimiser.
+      state: parameters and optimizer.
       step: steps made.
     """
 
-    config: Config
+    config: LanguageModelConfig
     mesh: RankMesh
     windows: Windows
-    learner: Learner
+    state: TrainState
     step: int = 0
 
 
-def start(config: Config, console: Console) -> Run:
+def start(config: LanguageModelConfig, console: Console) -> LanguageModelRun:
     """Read the text, and the last checkpoint of the folder if there is one.
 
     Raises:
       ValueError: a text too short or unreadable, a mesh that does not fit, a checkpoint of another
         configuration.
     """
-    mesh = parse_mesh(config.mesh)
+    mesh = RankMesh.parse(config.mesh)
     text = read_text(config.text) if config.text else grammar_text(seed=config.seed)
     windows = Windows(text, config.length, config.seed)
     found = checkpoint.latest(config.out / "checkpoints")
     if found is not None:
         found.check_config(config.record(), ignore=FREE)
-    run = Run(config, mesh, windows, initial(config, mesh))
+    run = LanguageModelRun(config, mesh, windows, initial(config, mesh))
     if found is not None:
-        arrays = found.arrays(run.learner)
-        layout = layout_of(config, mesh)
-        run.learner = Learner(place_params(arrays.params, layout, mesh), arrays.optimiser)
+        arrays = found.arrays(run.state)
+        parallelism = parallelism_of(config, mesh)
+        run.state = TrainState(place_params(arrays.params, parallelism, mesh), arrays.optimizer)
         run.step = found.progress["step"]
         console.print(f"going on from {found.path}")
     return run
 
 
-def train(run: Run, console: Console) -> None:
+def train(run: LanguageModelRun, console: Console) -> None:
     """Every step that is left.
 
     Raises:
@@ -80,7 +79,7 @@ def train(run: Run, console: Console) -> None:
         while run.step < config.steps:
             tokens = run.windows.batch(run.step, config.batch)
             began = time.perf_counter()
-            learner, result = jax.block_until_ready(step(run.learner, tokens))
+            state, result = jax.block_until_ready(step(run.state, tokens))
             seconds = time.perf_counter() - began
             loss, norm = float(result.loss), float(result.gradient_norm)
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -99,31 +98,31 @@ def train(run: Run, console: Console) -> None:
                 tokens_per_s=round(config.batch * config.length / seconds, 1),
                 resident_bytes=resident_bytes(),
             )
-            run.learner, run.step = learner, run.step + 1
+            run.state, run.step = state, run.step + 1
             bar.update(task, advance=1, loss=loss)
             if run.step % config.checkpoint_every == 0 or run.step == config.steps:
                 save(run)
 
 
-def save(run: Run) -> Path:
+def save(run: LanguageModelRun) -> Path:
     """Write a checkpoint."""
     return checkpoint.save(
         run.config.out / "checkpoints",
-        run.learner,
+        run.state,
         config=run.config.record(),
         progress={"step": run.step},
     )
 
 
-def trained_model(run: Run) -> MoEModel:
+def trained_model(run: LanguageModelRun) -> MoEModel:
     """The model on one rank."""
     config = run.config.model
-    layout = one_rank(config)
-    params = one_rank_params(run.learner.params, run.config)
+    parallelism = one_rank(config)
+    params = one_rank_params(run.state.params, run.config)
     assert jax.tree.structure(params) == jax.tree.structure(
-        abstract_params(config, layout, "float32")
+        abstract_params(config, parallelism, "float32")
     )
-    return assemble(abstract_model(config, layout, "float32")[0], params)
+    return assemble(abstract_model(config, parallelism, "float32")[0], params)
 
 
 def resident_bytes() -> int:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.checkpoint import block_fp8
-from cmjax.models.moe.checkpoint.tensor_names import SHARED, Entry, Form, Path
+from cmjax.models.moe.checkpoint.tensor_names import SHARED, Form, Path, WeightMapping
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.layers.linear import quantize_weight
+from cmjax.models.moe.layers.linear import quantize_columns
 from cmjax.models.moe.model import abstract_model
-from cmjax.models.moe.sharding import Layout, param_specs
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.slots import SlotTable, stack_tables
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -25,61 +26,62 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cmjax.mesh import RANKED, RankMesh
 
 
-class _Place(NamedTuple):
+class _Destination(NamedTuple):
     """Where a part of a tensor goes."""
 
     path: Path
     index: tuple[int, ...]  # in the leading axes of a rank's parameter
     rank: int | None = None  # None: a parameter that all ranks share
-    share: int | None = None  # of the ranks' shares of heads
+    heads_of: int | None = None  # the rank whose part of the heads it is
 
 
-class Filling:
+class ParameterBuffers:
     """Parameters in the making: `place` every tensor, `place_tables`, then `finish`."""
 
     def __init__(
         self,
         config: MoEConfig,
-        layout: Layout,
+        parallelism: Parallelism,
         precision: Precision,
         mtp: bool,
         mesh: RankMesh | None,
     ):
-        if layout.ranks != (mesh.ranks if mesh else 1):
+        if parallelism.ranks != (mesh.ranks if mesh else 1):
             raise ValueError(
-                f"load_params: a layout of {layout.ranks} ranks needs a mesh of as many, got {mesh}"
+                f"load_params: a parallelism over {parallelism.ranks} ranks needs a mesh of "
+                f"as many, got {mesh}"
             )
-        self.config, self.layout, self.mesh = config, layout, mesh
-        _, self.shapes = abstract_model(config, layout, precision, mtp=mtp)
-        self.specs = param_specs(self.shapes, layout)
+        self.config, self.parallelism, self.mesh = config, parallelism, mesh
+        _, self.shapes = abstract_model(config, parallelism, precision, mtp=mtp)
+        self.specs = param_specs(self.shapes, parallelism)
         self.mtp = mtp
-        self.buffers: dict[tuple[Path, int], jax.Array] = {}
+        self.held: dict[tuple[Path, int], jax.Array] = {}
         devices = jax.devices()[:1] if mesh is None else list(mesh.concrete().devices.flat)
         self.devices = devices
-        self.ranks_per_device = layout.ranks // len(devices)
+        self.ranks_per_device = parallelism.ranks // len(devices)
 
     def place(
         self,
-        entry: Entry,
+        mapping: WeightMapping,
         tables: Sequence[SlotTable],
         tensor: np.ndarray,
         scale: np.ndarray | None,
         block: block_fp8.Block,
     ) -> None:
         """Write one tensor of a checkpoint to wherever it belongs; waits until it is there."""
-        for which, path in enumerate(entry.paths):
-            by_device: dict[int, list[_Place]] = {}
-            for place in self._places(entry, path, tables):
+        for which, path in enumerate(mapping.paths):
+            by_device: dict[int, list[_Destination]] = {}
+            for place in self._places(mapping, path, tables):
                 node = 0 if place.rank is None else place.rank // self.ranks_per_device
                 by_device.setdefault(node, []).append(place)
             for node, places in by_device.items():
                 values = jax.device_put((tensor, scale), self.devices[node])
                 for place in places:
-                    self._write(place, node, values, entry, which, block)
+                    self._write(place, node, values, mapping, which, block)
 
     def place_tables(self, tables: Sequence[SlotTable]) -> None:
         """Write which slots hold which expert, per layer."""
-        width = self.layout.table.max_copies
+        width = self.parallelism.table.max_copies
         count = self.config.moe_layers
         groups = [(("main", "moe", "layers", "moe"), tables[:count])] if count else []
         if self.mtp:
@@ -88,7 +90,7 @@ class Filling:
             for name, values in zip(
                 ("slots_of_expert", "copies"), stack_tables(own, width), strict=True
             ):
-                self.buffers[(*path, name), 0] = jax.device_put(values, self.devices[0])
+                self.held[(*path, name), 0] = jax.device_put(values, self.devices[0])
 
     def finish(self) -> dict[str, Any]:
         """The parameters; with a mesh, as global arrays on it."""
@@ -96,37 +98,43 @@ class Filling:
         def whole(path, shape):
             keys = tuple(str(entry.key) for entry in path)
             if self.mesh is None:
-                return self.buffers.pop((keys, 0))
+                return self.held.pop((keys, 0))
             mesh = self.mesh.concrete()
             if not self._is_ranked(keys):
                 return jax.device_put(
-                    self.buffers.pop((keys, 0)), NamedSharding(mesh, PartitionSpec())
+                    self.held.pop((keys, 0)), NamedSharding(mesh, PartitionSpec())
                 )
-            shards = [self.buffers.pop((keys, node)) for node in range(len(self.devices))]
-            shape = (self.layout.ranks, *shape.shape)
+            shards = [self.held.pop((keys, node)) for node in range(len(self.devices))]
+            shape = (self.parallelism.ranks, *shape.shape)
             split = NamedSharding(mesh, PartitionSpec("node"))
             return jax.make_array_from_single_device_arrays(shape, split, shards)
 
         return jax.tree_util.tree_map_with_path(whole, self.shapes)
 
-    def _places(self, entry: Entry, path: Path, tables: Sequence[SlotTable]) -> Iterator[_Place]:
-        shared_in_slots = entry.expert == SHARED and self.layout.table.has_shared
-        if shared_in_slots or entry.expert not in (None, SHARED):
-            layer = self.config.moe_layers if path[0] == "mtp" else entry.index[0]
+    def _places(
+        self, mapping: WeightMapping, path: Path, tables: Sequence[SlotTable]
+    ) -> Iterator[_Destination]:
+        shared_in_slots = mapping.expert == SHARED and self.parallelism.table.has_shared
+        if shared_in_slots or mapping.expert not in (None, SHARED):
+            layer = self.config.moe_layers if path[0] == "mtp" else mapping.index[0]
             table = tables[layer]
-            expert = table.n_experts if shared_in_slots else entry.expert
+            expert = table.routed_experts if shared_in_slots else mapping.expert
             assert expert is not None, "the condition above"
             path = tuple("experts" if key == "shared" else key for key in path)
             for slot in table.slots_of_expert[expert]:
                 rank, local = divmod(slot, table.slots_per_rank)
-                yield _Place(path, (*entry.index, local), rank if self._is_ranked(path) else None)
+                yield _Destination(
+                    path, (*mapping.index, local), rank if self._is_ranked(path) else None
+                )
         elif self._is_ranked(path):  # heads are split over the ranks
-            for rank in range(self.layout.ranks):
-                yield _Place(path, entry.index, rank, share=rank)
+            for rank in range(self.parallelism.ranks):
+                yield _Destination(path, mapping.index, rank, heads_of=rank)
         else:
-            yield _Place(path, entry.index)
+            yield _Destination(path, mapping.index)
 
-    def _write(self, place: _Place, node: int, values, entry: Entry, which: int, block) -> None:
+    def _write(
+        self, place: _Destination, node: int, values, mapping: WeightMapping, which: int, block
+    ) -> None:
         names = [place.path]
         if place.path[-1] == "weight" and "scale" in _at(self.shapes, place.path[:-1]):
             names.append((*place.path[:-1], "scale"))
@@ -134,30 +142,30 @@ class Filling:
         index, axis = place.index, None
         if place.rank is not None:
             index = (place.rank % self.ranks_per_device, *index)
-        if place.share is not None:
+        if place.heads_of is not None:
             axis = -1 if place.path[-1] == "weight" else 0  # columns of q_b, heads of the others
-        start = np.array([place.share or 0, *index], np.int32)
+        start = np.array([place.heads_of or 0, *index], np.int32)
         written = _write(
             targets,
             *values,
             start,
-            form=entry.form,
+            form=mapping.form,
             which=which,
-            column=entry.column,
+            column=mapping.column,
             block=block,
-            split=None if axis is None else (axis, self.layout.ranks),
+            split=None if axis is None else (axis, self.parallelism.ranks),
         )
         # Awaited, or tensors would be read faster than written and pile up.
         for name, buffer in zip(names, jax.block_until_ready(written), strict=True):
-            self.buffers[name, node] = buffer
+            self.held[name, node] = buffer
 
     def _buffer(self, path: Path, node: int) -> jax.Array:
-        if (path, node) not in self.buffers:
+        if (path, node) not in self.held:
             leaf = _at(self.shapes, path)
             lead = (self.ranks_per_device,) if self._is_ranked(path) else ()
             zeros = jnp.zeros((*lead, *leaf.shape), leaf.dtype, device=self.devices[node])
-            self.buffers[path, node] = zeros
-        return self.buffers.pop((path, node))  # donated: nobody else may hold it
+            self.held[path, node] = zeros
+        return self.held.pop((path, node))  # donated: nobody else may hold it
 
     def _is_ranked(self, path: Path) -> bool:
         return self.mesh is not None and _at(self.specs, path) is RANKED
@@ -188,17 +196,17 @@ def _write(
 ) -> tuple[jax.Array, ...]:
     """Part `which` of a file's tensor, written into `targets` (a parameter, and its INT8 scale).
 
-    `start` is which share of the heads to take (with `split`: axis, number of shares), then the
+    `start` is which share of the heads to take (with `split`: axis, number of parts), then the
     place in the target's leading axes.
     """
     if scale is not None:
         tensor = block_fp8.dequantize(tensor, scale, block)
     value = form.split(tensor)[which]
     if split is not None:
-        axis, shares = split
-        size = value.shape[axis] // shares
+        axis, parts = split
+        size = value.shape[axis] // parts
         value = lax.dynamic_slice_in_dim(value, start[0] * size, size, axis % value.ndim)
-    values = (value,) if len(targets) == 1 else quantize_weight(value.astype(jnp.float32))
+    values = (value,) if len(targets) == 1 else quantize_columns(value.astype(jnp.float32))
     results = []
     for target, part in zip(targets, values, strict=True):
         lead = start.shape[0] - 1

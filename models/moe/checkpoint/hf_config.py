@@ -36,6 +36,9 @@ ARCHITECTURES = {
 def load_config(name_or_path: str | Path) -> MoEConfig:
     """A preset by name, or a config.json by path.
 
+        >>> load_config("deepseek-r1").routed_experts
+        256
+
     Raises:
       ValueError: neither; says which presets exist and which is close.
     """
@@ -136,7 +139,7 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
             "attention_bias": attention.bias,
             "moe_intermediate_size": config.expert_ffn_size,
             "first_k_dense_replace": len(config.dense_layers),
-            "n_routed_experts": config.experts,
+            "n_routed_experts": config.routed_experts,
             "n_shared_experts": config.shared_experts,
             "n_group": config.expert_groups,
             "topk_group": config.groups_per_token,
@@ -153,10 +156,10 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
             }
     else:
         raw |= {"head_dim": attention.head_dim, "sliding_window": attention.window}
-        raw["num_local_experts"] = config.experts
+        raw["num_local_experts"] = config.routed_experts
         if config.family == "qwen3_moe":
             raw |= {
-                "num_experts": config.experts,
+                "num_experts": config.routed_experts,
                 "moe_intermediate_size": config.expert_ffn_size,
                 "norm_topk_prob": config.normalize_weights,
                 "attention_bias": attention.bias,
@@ -229,7 +232,7 @@ def _deepseek(keys: _Keys) -> dict[str, Any]:
         ),
         "ffn_size": keys.integer("intermediate_size"),
         "expert_ffn_size": keys.integer("moe_intermediate_size"),
-        "experts": keys.integer("n_routed_experts"),
+        "routed_experts": keys.integer("n_routed_experts"),
         "shared_experts": keys.integer("n_shared_experts", 0),
         "routed_scale": keys.number("routed_scaling_factor"),
     }
@@ -278,7 +281,7 @@ def _grouped(keys: _Keys, **options: Any) -> dict[str, Any]:
             **options,
         ),
         "ffn_size": keys.integer("intermediate_size"),
-        "experts": keys.integer(experts),
+        "routed_experts": keys.integer(experts),
         "shared_experts": 0,
         "expert_groups": 1,
         "groups_per_token": 1,

@@ -15,19 +15,24 @@ from typing import Any, get_args
 
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.checkpoint import block_fp8
-from cmjax.models.moe.checkpoint.buffers import Filling
+from cmjax.models.moe.checkpoint.buffers import ParameterBuffers
 from cmjax.models.moe.checkpoint.hf_config import parse_config, read_json
 from cmjax.models.moe.checkpoint.safetensor_file import StoredTensor, list_tensors
-from cmjax.models.moe.checkpoint.tensor_names import Entry, entries, is_known, mtp_marker
+from cmjax.models.moe.checkpoint.tensor_names import (
+    WeightMapping,
+    is_known,
+    mtp_marker,
+    weight_mappings,
+)
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
-from cmjax.models.moe.sharding import Layout, layer_tables, one_rank
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.sharding import layer_tables
 from cmjax.models.moe.slots import SlotTable
 
 from cmjax.mesh import RankMesh
 
 INDEX = "model.safetensors.index.json"
-Progress = Callable[[int, int], None]
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
@@ -52,9 +57,16 @@ def load(
     *,
     precision: Precision = "float32",
     mtp: bool | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> MoEModel:
     """A model from a checkpoint folder, on the default device.
+
+        >>> import tempfile
+        >>> from cmjax.models import moe
+        >>> folder = tempfile.mkdtemp()
+        >>> moe.save(moe.from_config(moe.tiny()), folder)
+        >>> moe.load(folder).config.routed_experts
+        16
 
     Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), Qwen3-MoE and Mixtral; F32, F16, BF16 and
     block-FP8 (E4M3 with `weight_scale_inv`).
@@ -63,17 +75,17 @@ def load(
       path: folder with config.json and model.safetensors, or shards and their index.
       precision: what the model computes in; weights are converted as they are read.
       mtp: whether to load the draft module; `None`: if the checkpoint has one.
-      progress: called with the bytes read so far and in all.
+      progress: called with the bytes read so far, in all, and what is being done.
     Raises:
       ValueError: something is missing, truncated, unknown or of the wrong shape; names it. Nothing
         is read before everything is known to be there.
     """
     checkpoint = open_checkpoint(path)
     mtp = checkpoint.has_mtp if mtp is None else mtp
-    layout = one_rank(checkpoint.config)
-    graph, _ = abstract_model(checkpoint.config, layout, precision, mtp=mtp)
+    parallelism = one_rank(checkpoint.config)
+    graph, _ = abstract_model(checkpoint.config, parallelism, precision, mtp=mtp)
     return assemble(
-        graph, load_params(checkpoint, layout, precision=precision, mtp=mtp, progress=progress)
+        graph, load_params(checkpoint, parallelism, precision=precision, mtp=mtp, progress=progress)
     )
 
 
@@ -100,22 +112,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def load_params(
     checkpoint: Checkpoint,
-    layout: Layout,
+    parallelism: Parallelism,
     *,
     precision: Precision = "float32",
     mtp: bool = False,
     mesh: RankMesh | None = None,
     tables: Sequence[SlotTable] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Parameters of `layout`'s model, as `shard_params` would give them.
+    """Parameters of `parallelism`'s model, as `shard_params` would give them.
 
     Args:
-      mesh: the ranks; each tensor goes to the devices whose ranks hold it. `None` for a layout of
-        one rank, without a mesh.
+      mesh: the ranks; each tensor goes to the devices whose ranks hold it. `None` for one rank,
+        without a mesh.
       tables: one per MoE layer (then one for the MTP layer, if it is loaded); by default
-        `layout.table` for all.
-    Raises: ValueError: see `load`; or tables that do not fit the layout.
+        `parallelism.table` for all.
+    Raises: ValueError: see `load`; or tables that do not fit `parallelism.table`.
     """
     config = checkpoint.config
     if precision not in get_args(Precision):
@@ -123,22 +135,22 @@ def load_params(
             f"load_params: weights are read as {', '.join(get_args(Precision))}, got "
             f"{precision!r}; for another arithmetic read floats and convert them"
         )
-    wanted = list(entries(config, mtp=mtp))
+    wanted = list(weight_mappings(config, mtp=mtp))
     _check(checkpoint, wanted, mtp)
-    tables = layer_tables(layout, config.moe_layers + mtp, tables)
-    filling = Filling(config, layout, precision, mtp, mesh)
-    total = sum(checkpoint.tensors[entry.name].nbytes for entry in wanted)
+    tables = layer_tables(parallelism, config.moe_layers + mtp, tables)
+    buffers = ParameterBuffers(config, parallelism, precision, mtp, mesh)
+    total = sum(checkpoint.tensors[mapping.name].nbytes for mapping in wanted)
     done = 0
-    for entry in wanted:
-        stored = checkpoint.tensors[entry.name]
-        scale = checkpoint.tensors.get(entry.name + block_fp8.SCALE_SUFFIX)
+    for mapping in wanted:
+        stored = checkpoint.tensors[mapping.name]
+        scale = checkpoint.tensors.get(mapping.name + block_fp8.SCALE_SUFFIX)
         values = stored.read(), None if scale is None else scale.read()
-        filling.place(entry, tables, *values, checkpoint.block)
+        buffers.place(mapping, tables, *values, checkpoint.block)
         done += stored.nbytes
         if progress is not None:
-            progress(done, total)
-    filling.place_tables(tables)
-    return filling.finish()
+            progress(done, total, "loading")
+    buffers.place_tables(tables)
+    return buffers.finish()
 
 
 def _listed(folder: Path) -> dict[str, StoredTensor]:
@@ -174,7 +186,7 @@ def _listed(folder: Path) -> dict[str, StoredTensor]:
     return {name: headers[file][name] for name, file in places.items()}
 
 
-def _check(checkpoint: Checkpoint, wanted: list[Entry], mtp: bool) -> None:
+def _check(checkpoint: Checkpoint, wanted: list[WeightMapping], mtp: bool) -> None:
     """Everything wanted is there and as it should be, and nothing else is."""
     config, tensors, folder = checkpoint.config, checkpoint.tensors, checkpoint.folder
     if mtp and not checkpoint.has_mtp:
@@ -182,27 +194,27 @@ def _check(checkpoint: Checkpoint, wanted: list[Entry], mtp: bool) -> None:
             f"{folder}: no multi-token-prediction weights ({mtp_marker(config)!r} is absent); "
             "load with mtp=False"
         )
-    missing = [entry.name for entry in wanted if entry.name not in tensors]
+    missing = [mapping.name for mapping in wanted if mapping.name not in tensors]
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(wanted)} tensors of this {config.family} model are "
             f"missing: {_shortened(missing)}"
         )
     scales = set()
-    for entry in wanted:
-        stored = tensors[entry.name]
-        if stored.shape != entry.shape:
+    for mapping in wanted:
+        stored = tensors[mapping.name]
+        if stored.shape != mapping.shape:
             raise ValueError(
-                f"{stored.path}: tensor {entry.name!r} has shape {list(stored.shape)}, config.json "
-                f"makes it {list(entry.shape)}"
+                f"{stored.path}: tensor {mapping.name!r} has shape {list(stored.shape)}, "
+                f"config.json makes it {list(mapping.shape)}"
             )
         if stored.dtype.name not in _FLOATS:
             raise ValueError(
-                f"{stored.path}: tensor {entry.name!r} has type {stored.dtype}; weights are "
+                f"{stored.path}: tensor {mapping.name!r} has type {stored.dtype}; weights are "
                 f"{', '.join(_FLOATS)} here"
             )
         scales |= _check_scale(checkpoint, stored)
-    listed = {entry.name for entry in wanted} | scales
+    listed = {mapping.name for mapping in wanted} | scales
     unknown = [
         name
         for name, stored in tensors.items()

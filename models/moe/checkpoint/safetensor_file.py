@@ -112,7 +112,7 @@ def list_tensors(path: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """Type and shape of a tensor to be written."""
 
     dtype: Any
@@ -126,7 +126,7 @@ class Spec(NamedTuple):
 
 def write_tensors(
     path: str | Path,
-    specs: Mapping[str, Spec],
+    specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
     """Write one file; `tensors` come in the order of `specs` and are not kept.

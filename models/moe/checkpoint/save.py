@@ -15,8 +15,8 @@ import numpy as np
 from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.hf_config import config_json
 from cmjax.models.moe.checkpoint.load import INDEX
-from cmjax.models.moe.checkpoint.safetensor_file import Spec, write_tensors
-from cmjax.models.moe.checkpoint.tensor_names import Entry, entries
+from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, write_tensors
+from cmjax.models.moe.checkpoint.tensor_names import WeightMapping, weight_mappings
 from cmjax.models.moe.model import MoEModel, parameters
 
 StoredType = Literal["float32", "bfloat16", "float16", "float8"]
@@ -33,8 +33,8 @@ _TYPES: dict[str, Any] = {
 class _Planned:
     """One tensor of a file to be written."""
 
-    entry: Entry
-    spec: Spec
+    mapping: WeightMapping
+    spec: TensorSpec
     part: Literal["values", "fp8 values", "fp8 scales"] = "values"
 
 
@@ -46,6 +46,13 @@ def save(
     most_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a model as a checkpoint that `load` and transformers read.
+
+        >>> import tempfile
+        >>> from cmjax.models import moe
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> moe.save(moe.from_config(moe.tiny()), folder, dtype="bfloat16")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['config.json', 'model.safetensors']
 
     Args:
       model: a one-rank model, float32 or bfloat16.
@@ -81,8 +88,8 @@ def save(
             "weight_block_size": list(_BLOCK),
         }
     planned: dict[str, _Planned] = {}
-    for entry in entries(config, mtp=model.mtp is not None):
-        planned |= _plan(entry, _at(params, entry.paths[0]).dtype, dtype)
+    for mapping in weight_mappings(config, mtp=model.mtp is not None):
+        planned |= _plan(mapping, _at(params, mapping.paths[0]).dtype, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     files = _files(planned, most_bytes)
     for file, names in files.items():
@@ -97,19 +104,19 @@ def save(
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
-def _plan(entry: Entry, held: Any, dtype: StoredType | None) -> dict[str, _Planned]:
-    """The tensors of a file that hold an entry."""
-    router_or_end = {"embed", "head", "router", "project"} & set(entry.paths[0])
-    if entry.paths[0][-2:] == ("router", "bias"):
-        return {entry.name: _Planned(entry, Spec(np.float32, entry.shape))}
-    if dtype == "float8" and entry.form.kind != "as is" and not router_or_end:
-        scales = Spec(np.float32, block_fp8.scale_shape(entry.shape, _BLOCK))
+def _plan(mapping: WeightMapping, held: Any, dtype: StoredType | None) -> dict[str, _Planned]:
+    """The tensors of a file that hold a weight."""
+    router_or_end = {"embed", "head", "router", "project"} & set(mapping.paths[0])
+    if mapping.paths[0][-2:] == ("router", "bias"):
+        return {mapping.name: _Planned(mapping, TensorSpec(np.float32, mapping.shape))}
+    if dtype == "float8" and mapping.form.kind != "as is" and not router_or_end:
+        scales = TensorSpec(np.float32, block_fp8.scale_shape(mapping.shape, _BLOCK))
         return {
-            entry.name: _Planned(entry, Spec(_TYPES[dtype], entry.shape), "fp8 values"),
-            entry.name + block_fp8.SCALE_SUFFIX: _Planned(entry, scales, "fp8 scales"),
+            mapping.name: _Planned(mapping, TensorSpec(_TYPES[dtype], mapping.shape), "fp8 values"),
+            mapping.name + block_fp8.SCALE_SUFFIX: _Planned(mapping, scales, "fp8 scales"),
         }
     stored = held if dtype is None else _TYPES["bfloat16" if dtype == "float8" else dtype]
-    return {entry.name: _Planned(entry, Spec(stored, entry.shape))}
+    return {mapping.name: _Planned(mapping, TensorSpec(stored, mapping.shape))}
 
 
 def _files(planned: dict[str, _Planned], most_bytes: int) -> dict[str, list[str]]:
@@ -133,22 +140,24 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
         item = planned[name]
-        tensor = item.entry.form.join(*(_taken(params, item.entry, p) for p in item.entry.paths))
+        tensor = item.mapping.form.join(
+            *(_taken(params, item.mapping, p) for p in item.mapping.paths)
+        )
         if item.part != "values":
             both = jax.jit(block_fp8.quantize, static_argnums=1)(tensor, _BLOCK)
             tensor = both[item.part == "fp8 scales"]
         yield name, np.asarray(tensor.astype(item.spec.dtype))
 
 
-def _taken(params: dict[str, Any], entry: Entry, path: tuple[str, ...]) -> jax.Array:
-    """The part of a parameter that an entry is."""
-    expert = () if entry.expert is None or entry.expert < 0 else (entry.expert,)
-    value = _at(params, path)[(*entry.index, *expert)]
-    if entry.form.kind == "up-projection":
+def _taken(params: dict[str, Any], mapping: WeightMapping, path: tuple[str, ...]) -> jax.Array:
+    """The part of a parameter that a tensor of the file is."""
+    expert = () if mapping.expert is None or mapping.expert < 0 else (mapping.expert,)
+    value = _at(params, path)[(*mapping.index, *expert)]
+    if mapping.form.kind == "up-projection":
         return value
     # of joined columns, the file's first axis says how many are this tensor's
-    width = entry.shape[0] if path[-1] in ("weight", "bias") else value.shape[-1]
-    return value[..., entry.column : entry.column + width]
+    width = mapping.shape[0] if path[-1] in ("weight", "bias") else value.shape[-1]
+    return value[..., mapping.column : mapping.column + width]
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

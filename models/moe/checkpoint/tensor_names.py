@@ -15,11 +15,11 @@ from jaxtyping import Array
 
 Path = tuple[str, ...]
 SHARED = -1
-"""`Entry.expert` of a shared expert."""
+"""`WeightMapping.expert` of a shared expert."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class WeightMapping:
     """One tensor of a checkpoint."""
 
     name: str
@@ -69,26 +69,26 @@ class Form:
 _VECTOR, _MATRIX = Form("as is"), Form("transposed")
 
 
-def entries(config: MoEConfig, *, mtp: bool) -> Iterator[Entry]:
+def weight_mappings(config: MoEConfig, *, mtp: bool) -> Iterator[WeightMapping]:
     """Every tensor of a checkpoint of `config`, in the order of its layers."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield Entry("model.embed_tokens.weight", (vocab, hidden), _VECTOR, (("main", "embed"),))
+    yield WeightMapping("model.embed_tokens.weight", (vocab, hidden), _VECTOR, (("main", "embed"),))
     place = {"dense": 0, "moe": 0}
     for layer in range(config.layers):
         kind = config.kind(layer)
         stack = ("main", kind, "layers")
         yield from _layer(config, layer, kind, stack, (place[kind],))
         place[kind] += 1
-    yield Entry("model.norm.weight", (hidden,), _VECTOR, (("main", "norm", "gain"),))
+    yield WeightMapping("model.norm.weight", (hidden,), _VECTOR, (("main", "norm", "gain"),))
     if not config.tie_embeddings:
         head = (("main", "head", "weight"),)
-        yield Entry("lm_head.weight", (vocab, hidden), _MATRIX, head)
+        yield WeightMapping("lm_head.weight", (vocab, hidden), _MATRIX, head)
     if mtp:
         yield from _mtp(config)
 
 
 def is_known(name: str, config: MoEConfig) -> bool:
-    """Whether a tensor that `entries` does not list may be in a checkpoint and be left out.
+    """Whether a tensor that `weight_mappings` does not list may be in a checkpoint and be left out.
 
     These are MTP layers (of which a model may hold the first, without its copies of the embedding
     and head), tables of rotary frequencies, and the head of a model that ties it.
@@ -106,7 +106,7 @@ def mtp_marker(config: MoEConfig) -> str:
     return f"model.layers.{config.layers}.eh_proj.weight"
 
 
-def _layer(config: MoEConfig, layer: int, kind: str, stack: Path, index) -> Iterator[Entry]:
+def _layer(config: MoEConfig, layer: int, kind: str, stack: Path, index) -> Iterator[WeightMapping]:
     prefix, hidden = f"model.layers.{layer}", config.hidden_size
     attention = config.attention
     if isinstance(attention, LatentAttention):
@@ -115,22 +115,24 @@ def _layer(config: MoEConfig, layer: int, kind: str, stack: Path, index) -> Iter
         yield from _grouped(config, attention, prefix, (*stack, "attention"), index)
     norm = f"{prefix}.post_attention_layernorm.weight"
     block = (*stack, "moe") if kind == "moe" else stack
-    yield Entry(norm, (hidden,), _VECTOR, ((*block, "norm", "gain"),), index)
+    yield WeightMapping(norm, (hidden,), _VECTOR, ((*block, "norm", "gain"),), index)
     if kind == "dense":
         yield from _swiglu(config, f"{prefix}.mlp", config.ffn_size, (*stack, "ffn"), index)
     else:
         yield from _moe(config, prefix, block, index)
 
 
-def _moe(config: MoEConfig, prefix: str, block: Path, index) -> Iterator[Entry]:
+def _moe(config: MoEConfig, prefix: str, block: Path, index) -> Iterator[WeightMapping]:
     mixtral = config.family == "mixtral"
     name = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
-    shape = (config.experts, config.hidden_size)
-    yield Entry(f"{name}.gate.weight", shape, _MATRIX, ((*block, "router", "weight"),), index)
+    shape = (config.routed_experts, config.hidden_size)
+    yield WeightMapping(
+        f"{name}.gate.weight", shape, _MATRIX, ((*block, "router", "weight"),), index
+    )
     if config.score_bias:
         bias = f"{name}.gate.e_score_correction_bias"
-        yield Entry(bias, shape[:1], _VECTOR, ((*block, "router", "bias"),), index)
-    for expert in range(config.experts):
+        yield WeightMapping(bias, shape[:1], _VECTOR, ((*block, "router", "bias"),), index)
+    for expert in range(config.routed_experts):
         experts = (*block, "experts")
         yield from _matrices(
             config, f"{name}.experts.{expert}", config.expert_ffn_size, experts, index, expert
@@ -141,40 +143,46 @@ def _moe(config: MoEConfig, prefix: str, block: Path, index) -> Iterator[Entry]:
         yield from _swiglu(config, f"{name}.shared_experts", width, shared, index, SHARED)
 
 
-def _swiglu(config, name, width, path, index, expert=None) -> Iterator[Entry]:
+def _swiglu(config, name, width, path, index, expert=None) -> Iterator[WeightMapping]:
     yield from _matrices(config, name, width, path, index, expert)
     if config.ffn_bias:
         gate_up, down = ((*path, "gate_up", "bias"),), ((*path, "down", "bias"),)
-        yield Entry(f"{name}.gate_proj.bias", (width,), _VECTOR, gate_up, index)
-        yield Entry(f"{name}.up_proj.bias", (width,), _VECTOR, gate_up, index, width)
-        yield Entry(f"{name}.down_proj.bias", (config.hidden_size,), _VECTOR, down, index)
+        yield WeightMapping(f"{name}.gate_proj.bias", (width,), _VECTOR, gate_up, index)
+        yield WeightMapping(f"{name}.up_proj.bias", (width,), _VECTOR, gate_up, index, width)
+        yield WeightMapping(f"{name}.down_proj.bias", (config.hidden_size,), _VECTOR, down, index)
 
 
-def _matrices(config, name, width, path, index, expert) -> Iterator[Entry]:
+def _matrices(config, name, width, path, index, expert) -> Iterator[WeightMapping]:
     hidden = config.hidden_size
     mixtral = config.family == "mixtral"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     gate_up = ((*path, "gate_up", "weight"),)
     for part, column in ((gate, 0), (up, width)):
         shape = (width, hidden)
-        yield Entry(f"{name}.{part}.weight", shape, _MATRIX, gate_up, index, column, expert)
+        yield WeightMapping(f"{name}.{part}.weight", shape, _MATRIX, gate_up, index, column, expert)
     out = ((*path, "down", "weight"),)
-    yield Entry(f"{name}.{down}.weight", (hidden, width), _MATRIX, out, index, 0, expert)
+    yield WeightMapping(f"{name}.{down}.weight", (hidden, width), _MATRIX, out, index, 0, expert)
 
 
 def _latent(
     config: MoEConfig, sizes: LatentAttention, prefix: str, path: Path, index
-) -> Iterator[Entry]:
+) -> Iterator[WeightMapping]:
     hidden, heads, name = config.hidden_size, config.heads, f"{prefix}.self_attn"
     rank, q_rank = sizes.kv_lora_rank, sizes.q_lora_rank
 
-    def linear(own: str, theirs: str, shape: tuple[int, int], bias: bool) -> Iterator[Entry]:
-        yield Entry(f"{name}.{theirs}.weight", shape, _MATRIX, ((*path, own, "weight"),), index)
+    def linear(
+        own: str, theirs: str, shape: tuple[int, int], bias: bool
+    ) -> Iterator[WeightMapping]:
+        yield WeightMapping(
+            f"{name}.{theirs}.weight", shape, _MATRIX, ((*path, own, "weight"),), index
+        )
         if bias:
-            yield Entry(f"{name}.{theirs}.bias", shape[:1], _VECTOR, ((*path, own, "bias"),), index)
+            yield WeightMapping(
+                f"{name}.{theirs}.bias", shape[:1], _VECTOR, ((*path, own, "bias"),), index
+            )
 
-    def norm(own: str, theirs: str, width: int) -> Entry:
-        return Entry(f"{theirs}.weight", (width,), _VECTOR, ((*path, own),), index)
+    def norm(own: str, theirs: str, width: int) -> WeightMapping:
+        return WeightMapping(f"{theirs}.weight", (width,), _VECTOR, ((*path, own),), index)
 
     yield norm("norm", f"{prefix}.input_layernorm", hidden)
     if q_rank is None:
@@ -189,35 +197,37 @@ def _latent(
     form = Form("up-projection", (heads, sizes.qk_nope_dim, sizes.v_dim))
     shape = (heads * (sizes.qk_nope_dim + sizes.v_dim), rank)
     ups = ((*path, "up_key"), (*path, "up_value"))
-    yield Entry(f"{name}.kv_b_proj.weight", shape, form, ups, index)
+    yield WeightMapping(f"{name}.kv_b_proj.weight", shape, form, ups, index)
     yield from linear("out", "o_proj", (hidden, heads * sizes.v_dim), sizes.bias)
 
 
 def _grouped(
     config: MoEConfig, sizes: GroupedAttention, prefix: str, path: Path, index
-) -> Iterator[Entry]:
+) -> Iterator[WeightMapping]:
     hidden, dim, name = config.hidden_size, sizes.head_dim, f"{prefix}.self_attn"
     norm = ((*path, "norm", "gain"),)
-    yield Entry(f"{prefix}.input_layernorm.weight", (hidden,), _VECTOR, norm, index)
+    yield WeightMapping(f"{prefix}.input_layernorm.weight", (hidden,), _VECTOR, norm, index)
     column = 0
     for part, heads in (("q", config.heads), ("k", sizes.kv_heads), ("v", sizes.kv_heads)):
         width, qkv = heads * dim, (*path, "qkv")
         weight, bias = ((*qkv, "weight"),), ((*qkv, "bias"),)
         proj = f"{name}.{part}_proj"
-        yield Entry(f"{proj}.weight", (width, hidden), _MATRIX, weight, index, column)
+        yield WeightMapping(f"{proj}.weight", (width, hidden), _MATRIX, weight, index, column)
         if sizes.bias:
-            yield Entry(f"{proj}.bias", (width,), _VECTOR, bias, index, column)
+            yield WeightMapping(f"{proj}.bias", (width,), _VECTOR, bias, index, column)
         column += width
     if sizes.qk_norm:
         for part in ("q_norm", "k_norm"):
-            yield Entry(f"{name}.{part}.weight", (dim,), _VECTOR, ((*path, part),), index)
+            yield WeightMapping(f"{name}.{part}.weight", (dim,), _VECTOR, ((*path, part),), index)
     out = (hidden, config.heads * dim)
-    yield Entry(f"{name}.o_proj.weight", out, _MATRIX, ((*path, "out", "weight"),), index)
+    yield WeightMapping(f"{name}.o_proj.weight", out, _MATRIX, ((*path, "out", "weight"),), index)
     if sizes.bias:
-        yield Entry(f"{name}.o_proj.bias", (hidden,), _VECTOR, ((*path, "out", "bias"),), index)
+        yield WeightMapping(
+            f"{name}.o_proj.bias", (hidden,), _VECTOR, ((*path, "out", "bias"),), index
+        )
 
 
-def _mtp(config: MoEConfig) -> Iterator[Entry]:
+def _mtp(config: MoEConfig) -> Iterator[WeightMapping]:
     """The first multi-token-prediction module: one more layer, and what joins it to the model."""
     hidden, prefix = config.hidden_size, f"model.layers.{config.layers}"
     for own, theirs in (
@@ -225,7 +235,9 @@ def _mtp(config: MoEConfig) -> Iterator[Entry]:
         ("norm_hidden", "hnorm"),
         ("norm", "shared_head.norm"),
     ):
-        yield Entry(f"{prefix}.{theirs}.weight", (hidden,), _VECTOR, (("mtp", own, "gain"),))
+        yield WeightMapping(
+            f"{prefix}.{theirs}.weight", (hidden,), _VECTOR, (("mtp", own, "gain"),)
+        )
     project = (("mtp", "project", "weight"),)
-    yield Entry(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), _MATRIX, project)
+    yield WeightMapping(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), _MATRIX, project)
     yield from _layer(config, config.layers, "moe", ("mtp", "stack", "layers"), (0,))

@@ -84,7 +84,7 @@ def check_prompts(
 
 
 @dataclasses.dataclass
-class Batch:
+class RequestBatch:
     """The requests of all ranks as arrays with a leading axis of ranks; those that fill the last
     ranks up are one token long and nobody reads them."""
 
@@ -104,7 +104,7 @@ class Batch:
         new_tokens: int,
         drafts: int,
         sampler: Sampler,
-    ) -> "Batch":
+    ) -> "RequestBatch":
         """Prompts padded on the right to `width`, in order over the ranks; each request may draw
         `new_tokens`."""
         each = -(-len(prompts) // ranks)
@@ -161,7 +161,7 @@ class Batch:
         return Sampling(uniform, how.temperature * full, how.top_p * full)  # type: ignore
 
 
-class Tally:
+class CompletionTally:
     """What each request has so far."""
 
     def __init__(self, requests: int, new_tokens: int, end_tokens: Sequence[int]):

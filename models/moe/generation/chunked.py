@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.generation.sample import sample
 from cmjax.models.moe.layers.cache import ModelCache
 from cmjax.models.moe.layers.mtp import draft
 from cmjax.models.moe.layers.transformer import decode_attention
 from cmjax.models.moe.model import MoEModel, abstract_model
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sample import sample
 from cmjax.models.moe.steps import Sampling
 from flax import nnx
 from jaxtyping import Array, Int32
@@ -71,8 +71,8 @@ def chunk_step(
 
 
 def chunk_fn(
-    config: MoEConfig, layout: Layout, precision: Arithmetic | str, *, mtp: bool = False
+    config: MoEConfig, parallelism: Parallelism, precision: Arithmetic | str, *, mtp: bool = False
 ) -> Callable[[dict[str, Any], ModelCache, ChunkInputs], tuple[Array, ModelCache]]:
     """`chunk_step` as a function of a rank's parameters, cache and inputs."""
-    graph, _ = abstract_model(config, layout, precision, mtp=mtp)
+    graph, _ = abstract_model(config, parallelism, precision, mtp=mtp)
     return lambda params, cache, inputs: chunk_step(nnx.merge(graph, params), cache, inputs)

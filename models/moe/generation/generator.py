@@ -16,14 +16,24 @@ from typing import Any
 import numpy as np
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.generation.batch import Batch, Completion, Sampler, Tally, check_prompts
-from cmjax.models.moe.generation.programs import Programs, Sizes, check_prefill, compile_programs
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.generation.batch import (
+    Completion,
+    CompletionTally,
+    RequestBatch,
+    Sampler,
+    check_prompts,
+)
+from cmjax.models.moe.generation.programs import (
+    BatchShape,
+    Programs,
+    check_prefill,
+    compile_programs,
+)
+from cmjax.models.moe.parallelism import Parallelism
 
 from cmjax.mesh import RankMesh
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
-OnStep = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Generator:
     Attributes:
       config: the model.
       params: its parameters on the mesh, as `load_params` or `place_params` gives them.
-      layout: of the parameters; `layout.axes` are the mesh's.
+      parallelism: of the parameters; `parallelism.axes` are the mesh's.
       mesh: the ranks.
       precision: of the parameters.
       kv_cache: format of the cache.
@@ -71,7 +81,7 @@ class Generator:
 
     config: MoEConfig
     params: dict[str, Any]
-    layout: Layout
+    parallelism: Parallelism
     mesh: RankMesh
     precision: Arithmetic | str = "float32"
     kv_cache: KVCache = "float32"
@@ -80,7 +90,7 @@ class Generator:
     sequence_parallel: bool = False
 
     def __post_init__(self):
-        check_prefill(self.config, self.layout, self.prefill_chunk, self.sequence_parallel)
+        check_prefill(self.config, self.parallelism, self.prefill_chunk, self.sequence_parallel)
         if self.drafts < 0:
             raise ValueError(f"Generator: drafts must be at least 0, got {self.drafts}")
         if self.drafts and "mtp" not in self.params:
@@ -97,7 +107,7 @@ class Generator:
         sampler: Sampler | None = None,
         context: int | None = None,
         end_tokens: Sequence[int] = (),
-        on_step: OnStep | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
     ) -> Generated:
         """Continue each prompt by up to `new_tokens` tokens.
 
@@ -106,18 +116,20 @@ class Generator:
           sampler: by default greedy.
           context: tokens the cache holds per request; by default what the longest request needs.
           end_tokens: a request stops after one of these.
-          on_step: called after prefill and every step with tokens generated and asked for.
+          progress: called after prefill and every step with the tokens generated, those asked
+            for, and what is being done.
         Raises:
           ValueError: no prompt, an empty one, tokens outside the vocabulary, or more tokens than
             the cache holds or the model is meant for; names the prompt and the sizes.
         """
         sampler = sampler or Sampler()
         context = check_prompts(self.config, prompts, new_tokens, context)
-        width = padded_length(self.config, prompts)
-        batch = Batch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
+        longest = max(map(len, prompts))
+        width = padded_length(self.config, longest)
+        batch = RequestBatch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
         compiling = time.perf_counter()
         chunk = self.prefill_chunk and min(self.prefill_chunk, width)
-        sizes = Sizes(
+        sizes = BatchShape(
             requests=batch.lengths.shape[1],
             prompt=chunk or width,
             # a padded prompt may be longer than the context; what is written beyond it is dropped
@@ -127,19 +139,19 @@ class Generator:
             sequence_parallel=self.sequence_parallel,
         )
         programs = compile_programs(
-            self.config, self.layout, self.mesh, self.precision, self.kv_cache, sizes
+            self.config, self.parallelism, self.mesh, self.precision, self.kv_cache, sizes
         )
         started = time.perf_counter()
-        tokens, caches = self._prefill(programs, batch, chunk, max(map(len, prompts)))
+        tokens, caches = self._prefill(programs, batch, chunk, longest)
         prefill_s = time.perf_counter() - started
-        tally = Tally(len(prompts), new_tokens, end_tokens)
+        tally = CompletionTally(len(prompts), new_tokens, end_tokens)
         tally.add(_flat(tokens)[:, :1], np.ones(batch.requests, int))
         tokens = np.concatenate([tokens, *[tokens[..., -1:]] * self.drafts], -1)
         tokens, lengths = tokens[..., : 1 + self.drafts], batch.lengths
         steps, step_started = 0, time.perf_counter()
         while not tally.finished:
-            if on_step is not None:
-                on_step(tally.count, tally.wanted)
+            if progress is not None:
+                progress(tally.count, tally.wanted, "generating")
             inputs = batch.decode_inputs(tokens, lengths)
             step = programs.decode(self._used, caches, inputs)
             tokens, lengths = np.asarray(step.tokens), np.asarray(step.lengths)
@@ -148,8 +160,8 @@ class Generator:
             tally.add(_flat(step.sampled), emitted, drafts=self.drafts)
             batch.advance(emitted)
             steps += 1
-        if on_step is not None:
-            on_step(tally.count, tally.wanted)
+        if progress is not None:
+            progress(tally.count, tally.wanted, "generating")
         return Generated(
             tally.completions(),
             sum(map(len, prompts)),
@@ -162,7 +174,7 @@ class Generator:
         )
 
     def _prefill(
-        self, programs: Programs, batch: Batch, chunk: int | None, longest: int
+        self, programs: Programs, batch: RequestBatch, chunk: int | None, longest: int
     ) -> tuple[np.ndarray, tuple[Any, ...]]:
         """The first token of each request (and a draft), `[ranks, requests, new]`; the caches."""
         if chunk is None:
@@ -182,10 +194,9 @@ class Generator:
         return self.params if self.drafts else {"main": self.params["main"]}
 
 
-def padded_length(config: MoEConfig, prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that whole prompts are padded to."""
-    width = -(-max(map(len, prompts)) // _PROMPT_STEP) * _PROMPT_STEP
-    return min(width, config.max_position)
+def padded_length(config: MoEConfig, prompt_tokens: int) -> int:
+    """Tokens that whole prompts are padded to, if the longest has `prompt_tokens`."""
+    return min(-(-prompt_tokens // _PROMPT_STEP) * _PROMPT_STEP, config.max_position)
 
 
 def _flat(x) -> np.ndarray:

@@ -6,17 +6,18 @@ import os
 import jax
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.sharding import Layout, param_specs
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.steps import abstract_params
 
 from cmjax.mesh import RANKED, RankMesh
 
-_SHARE = 0.25
-"""Of the memory that exchange buffers may take; the rest is parameters, caches and the system."""
+_EXCHANGE_FRACTION = 0.25
+"""Of the memory, what exchange buffers may take; the rest is parameters, caches and the system."""
 
 
 def check_memory(
-    config: MoEConfig, layout: Layout, mesh: RankMesh, precision: Precision, mtp: bool
+    config: MoEConfig, parallelism: Parallelism, mesh: RankMesh, precision: Precision, mtp: bool
 ) -> None:
     """Refuse parameters that cannot fit this machine before making any.
 
@@ -24,11 +25,11 @@ def check_memory(
     """
     if jax.default_backend() != "cpu":
         return
-    shapes = abstract_params(config, layout, precision, mtp=mtp)
-    specs = param_specs(shapes, layout)
+    shapes = abstract_params(config, parallelism, precision, mtp=mtp)
+    specs = param_specs(shapes, parallelism)
     needed = 0
     for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True):
-        copies = layout.ranks if spec is RANKED else mesh.nodes
+        copies = parallelism.ranks if spec is RANKED else mesh.nodes
         needed += copies * math.prod(leaf.shape) * leaf.dtype.itemsize
     there = _machine_bytes()
     if needed > there:
@@ -38,18 +39,20 @@ def check_memory(
         )
 
 
-def exchange_bytes(config: MoEConfig, layout: Layout, tokens: int) -> int:
+def exchange_bytes(config: MoEConfig, parallelism: Parallelism, tokens: int) -> int:
     """About the most that the buffers of one MoE block take on all ranks, `tokens` on each.
 
     Dispatch reserves a row per token for every (source rank, slot), so they grow with the square of
     the ranks. Of a row, sent and received copies, both halves of the SwiGLU and its product live at
     once, in float32.
     """
-    rows = layout.ranks * layout.table.slots * tokens
+    rows = parallelism.ranks * parallelism.table.slots * tokens
     return 4 * rows * (2 * config.hidden_size + 3 * config.expert_ffn_size)
 
 
-def chunk_that_fits(config: MoEConfig, layout: Layout, requests: int, prompt: int) -> int | None:
+def chunk_that_fits(
+    config: MoEConfig, parallelism: Parallelism, requests: int, prompt: int
+) -> int | None:
     """`None` if whole prompts can be dispatched at once, else how many tokens of each (a power of
     two).
 
@@ -58,15 +61,15 @@ def chunk_that_fits(config: MoEConfig, layout: Layout, requests: int, prompt: in
     Raises:
       ValueError: one token of each is too much; names the bytes needed and there.
     """
-    room = _SHARE * _machine_bytes()
-    each = exchange_bytes(config, layout, requests)
+    room = _EXCHANGE_FRACTION * _machine_bytes()
+    each = exchange_bytes(config, parallelism, requests)
     if jax.default_backend() != "cpu" or each * prompt <= room:
         return None
     if each > room:
         raise ValueError(
-            f"dispatching one token of {requests} request(s) on each of {layout.ranks} ranks takes "
-            f"{each / 1e9:,.1f} GB, {room / 1e9:,.1f} GB are to be had here; give fewer prompts, "
-            "or choose a smaller model or mesh"
+            f"dispatching one token of {requests} request(s) on each of {parallelism.ranks} ranks "
+            f"takes {each / 1e9:,.1f} GB, {room / 1e9:,.1f} GB are to be had here; give fewer "
+            "prompts, or choose a smaller model or mesh"
         )
     return 2 ** int(math.log2(room // each))
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.generation.batch import Batch, Sampler
+from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.chunked import chunk_fn
 from cmjax.models.moe.layers.cache import empty_cache, extend_cache
-from cmjax.models.moe.sharding import Layout, own_heads, param_specs
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sharding import own_heads, param_specs
 from cmjax.models.moe.steps import abstract_params, decode_fn, prefill_fn
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -26,7 +27,7 @@ from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
+class BatchShape:
     """What the shapes of a generation's programs follow from.
 
     Fields:
@@ -70,10 +71,12 @@ class Programs:
     empty_cache: Callable[[], Any]
 
 
-def place_params(params: dict[str, Any], layout: Layout, mesh: RankMesh) -> dict[str, Any]:
+def place_params(
+    params: dict[str, Any], parallelism: Parallelism, mesh: RankMesh
+) -> dict[str, Any]:
     """Parameters that `shard_params` gave, on the mesh's devices."""
     where = _shardings(mesh)
-    specs = param_specs(params, layout)
+    specs = param_specs(params, parallelism)
     # from NumPy: JAX moves an array of one device to many slowly
     return jax.tree.map(lambda spec, x: jax.device_put(np.asarray(x), where[spec]), specs, params)
 
@@ -81,11 +84,11 @@ def place_params(params: dict[str, Any], layout: Layout, mesh: RankMesh) -> dict
 @functools.lru_cache(maxsize=16)
 def compile_programs(
     config: MoEConfig,
-    layout: Layout,
+    parallelism: Parallelism,
     mesh: RankMesh,
     precision: Arithmetic | str,
     kv_cache: KVCache,
-    sizes: Sizes,
+    sizes: BatchShape,
 ) -> Programs:
     """Compile, or give what was compiled for a batch of these sizes before.
 
@@ -93,19 +96,19 @@ def compile_programs(
       ValueError: sequence-parallel prefill in chunks, of grouped-query attention, or of heads that
         do not divide over the ranks.
     """
-    prefill_layout = check_prefill(config, layout, sizes.chunk, sizes.sequence_parallel)
+    prefill_parallelism = check_prefill(config, parallelism, sizes.chunk, sizes.sequence_parallel)
     mtp = sizes.drafts > 0
     where = _shardings(mesh)
-    shapes = abstract_params(config, layout, precision, mtp=mtp)
-    specs = param_specs(shapes, layout)
+    shapes = abstract_params(config, parallelism, precision, mtp=mtp)
+    specs = param_specs(shapes, parallelism)
 
     def on_mesh(spec, leaf):
-        shape = (layout.ranks, *leaf.shape) if spec is RANKED else leaf.shape
+        shape = (parallelism.ranks, *leaf.shape) if spec is RANKED else leaf.shape
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
 
     params = jax.tree.map(on_mesh, specs, shapes)
     ranks, each = mesh.ranks, sizes.requests
-    like = Batch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, Sampler())
+    like = RequestBatch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, Sampler())
 
     def compiled(fn, *args, donate=()):
         rest = (RANKED,) * (len(args) - 1)
@@ -118,22 +121,22 @@ def compile_programs(
     if sizes.chunk is not None:
         found = np.zeros((ranks, each, 1 + mtp), np.int32)
         prefill = compiled(
-            chunk_fn(config, layout, precision, mtp=mtp),
+            chunk_fn(config, parallelism, precision, mtp=mtp),
             params,
             cache,
             like.chunk_inputs(0, sizes.chunk, found),
             donate=1,
         )
     else:
-        whole = prefill_fn(config, prefill_layout, precision, kv_cache, mtp=mtp)
+        whole = prefill_fn(config, prefill_parallelism, precision, kv_cache, mtp=mtp)
 
         def first(params, inputs):
-            own = own_heads(params, prefill_layout) if sizes.sequence_parallel else params
+            own = own_heads(params, prefill_parallelism) if sizes.sequence_parallel else params
             out = whole(own, inputs)
             return dataclasses.replace(out, caches=extend_cache(out.caches, sizes.room))
 
         prefill = compiled(first, params, like.prefill_inputs())
-    decode_one = decode_fn(config, layout, precision, mtp=mtp)
+    decode_one = decode_fn(config, parallelism, precision, mtp=mtp)
 
     def step(params, caches, inputs):
         return decode_one(params, dataclasses.replace(inputs, caches=caches))
@@ -151,24 +154,24 @@ def compile_programs(
 
 
 def check_prefill(
-    config: MoEConfig, layout: Layout, chunk: int | None, sequence_parallel: bool
-) -> Layout:
-    """The layout of prefill.
+    config: MoEConfig, parallelism: Parallelism, chunk: int | None, sequence_parallel: bool
+) -> Parallelism:
+    """The parallelism of prefill.
 
     Raises: ValueError: see `compile_programs`.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill_chunk must be at least 1 token, got {chunk}")
     if not sequence_parallel:
-        return layout
+        return parallelism
     if chunk is not None:
         raise ValueError(
             f"prefill in chunks of {chunk} tokens attends the cache of its own rank: choose either "
             "prefill_chunk or sequence_parallel"
         )
-    prefill_layout = dataclasses.replace(layout, sequence_parallel=True)
-    prefill_layout.heads(config)
-    return prefill_layout
+    prefill_parallelism = dataclasses.replace(parallelism, sequence_parallel=True)
+    prefill_parallelism.heads(config)
+    return prefill_parallelism
 
 
 def _shardings(mesh: RankMesh) -> dict[Spec, NamedSharding]:

@@ -39,7 +39,13 @@ class FileTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """Each byte of the UTF-8 text is a token; tokens beyond 255 are shown as `<number>`."""
+    """Each byte of the UTF-8 text is a token; tokens beyond 255 are shown as `<number>`.
+
+    >>> ByteTokenizer().encode("Hi")
+    [72, 105]
+    >>> ByteTokenizer().decode([72, 105, 300])
+    'Hi<300>'
+    """
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The bytes of the text; there are no special ones."""

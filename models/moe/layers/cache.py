@@ -106,7 +106,12 @@ class ModelCache:
 def empty_cache(
     config: MoEConfig, requests: Any, max_len: Any, kind: KVCache, *, mtp: bool = False
 ) -> ModelCache:
-    """A cache of zeros for `requests` requests of up to `max_len` tokens."""
+    """A cache of zeros for `requests` requests of up to `max_len` tokens.
+
+    >>> from cmjax.models.moe.config import tiny
+    >>> empty_cache(tiny(), 2, 8, "int8").moe.latent.shape      # two MoE layers
+    (2, 2, 8, 16)
+    """
     sizes = config.attention
 
     def group(layers: int) -> LayerCache | None:

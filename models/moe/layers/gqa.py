@@ -17,7 +17,7 @@ from cmjax.models.moe.layers.cache import GroupedCache
 from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.norm import RMSNorm, rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -33,9 +33,9 @@ class GQA(nnx.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        layout.heads(config)  # refuses to split them
+        parallelism.heads(config)  # refuses to split them
         assert isinstance(config.attention, GroupedAttention), "the caller chooses by this type"
         self.config, self.sizes = config, config.attention
         self.arithmetic = arithmetic

@@ -18,14 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
+from cmjax.models.moe.layers.initial import normal
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.msd.product import msd_dot
-from cmjax.primitives.msd.quantize_weight import QuantizedWeight, WeightFormat
-from cmjax.primitives.msd.quantize_weight import quantize_weight as quantize_features
+from cmjax.primitives.msd.quantize_weight import QuantizedWeight, WeightFormat, quantize_weight
 from cmjax.program.mark import fused
 
 _MSD: dict[str, WeightFormat] = {"msd_w8a16": "int8", "msd_w4a16": "mxfp4"}
@@ -96,10 +96,10 @@ def observe(name: str, x: Array) -> None:
         observer(name, x)
 
 
-def quantize_weight(
+def quantize_columns(
     value: Float[Array, "*stack k n"],
 ) -> tuple[Int8[Array, "*stack k n"], Float32[Array, "*stack n"]]:
-    """INT8 with one scale per output channel, `max|w| / 127`."""
+    """INT8 with one scale per output channel (the last axis), `max|w| / 127`."""
     steps, scale = quantize_rows(jnp.swapaxes(value, -1, -2))
     return jnp.swapaxes(steps, -1, -2), scale
 
@@ -125,7 +125,7 @@ class Linear(nnx.Module):
         if format not in FORMATS:
             raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
         shape = (*stack, inputs, outputs)
-        value = jax.random.normal(rngs.params(), shape, jnp.float32) * inputs**-0.5
+        value = normal(rngs.params(), shape) * inputs**-0.5
         self.format, self.name = format, ""
         held = {name: nnx.Param(x) for name, x in encode_weight(value, format).items()}
         self.weight, self.values, self.scale = map(held.get, ("weight", "values", "scale"))
@@ -165,10 +165,10 @@ def encode_weight(
         return {"weight": value.astype(format)}
     value = value.astype(jnp.float32)
     if format == "msd_w4a16":
-        packed = quantize_features(jnp.swapaxes(value, -1, -2), format="mxfp4")
+        packed = quantize_weight(jnp.swapaxes(value, -1, -2), format="mxfp4")
         return {"values": packed.values, "scale": packed.scale}
     if importance is None:
-        steps, scale = quantize_weight(value)
+        steps, scale = quantize_columns(value)
     else:
         scale = clipped_scale(value, importance)
         steps = _steps(value, scale).astype(jnp.int8)

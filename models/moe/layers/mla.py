@@ -5,7 +5,7 @@ the latent, attention is causal over the prompt. *Absorbed*, for decode: the key
 to the query (`q_latent = W_uk q_nope`) and the value up-projection to the output, so attention runs
 over the latent cache itself.
 
-With `Layout.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are
+With `Parallelism.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are
 computed for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged
 back.
 """
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from cmjax.models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LatentCache
+from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.layers.linear import Linear, Weight, matmul
 from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -44,11 +45,11 @@ class MLA(nnx.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        self.config, self.layout, self.arithmetic = config, layout, arithmetic
+        self.config, self.parallelism, self.arithmetic = config, parallelism, arithmetic
         sizes = _sizes(config)
-        heads, hidden = layout.heads(config), config.hidden_size
+        heads, hidden = parallelism.heads(config), config.hidden_size
         dtype = arithmetic.dtype
         rank, q_rank = sizes.kv_lora_rank, sizes.q_lora_rank
         linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
@@ -58,9 +59,8 @@ class MLA(nnx.Module):
         self.q_b = linear(q_rank or hidden, heads * sizes.qk_dim)
         self.kv_a = linear(hidden, rank + sizes.qk_rope_dim, bias=sizes.bias)
         self.kv_norm = nnx.Param(jnp.ones((rank,), jnp.float32))
-        random = functools.partial(jax.random.normal, dtype=jnp.float32)
-        up_key = random(rngs.params(), (heads, sizes.qk_nope_dim, rank)) * rank**-0.5
-        up_value = random(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
+        up_key = normal(rngs.params(), (heads, sizes.qk_nope_dim, rank)) * rank**-0.5
+        up_value = normal(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
         self.up_key = nnx.Param(up_key.astype(dtype))
         self.up_value = nnx.Param(up_value.astype(dtype))
         self.out = linear(config.heads * sizes.v_dim, hidden, bias=sizes.bias)
@@ -91,11 +91,11 @@ class MLA(nnx.Module):
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
     ) -> tuple[Float[Array, "sequences prompt hidden"], LatentCache]:
         """Expanded form, causal from position 0. Returns the cache entries of the prompt."""
-        config, axes = self.config, self.layout.axes
-        share = self.layout.sequence_parallel and bool(axes)
+        config, axes = self.config, self.parallelism.axes
+        splits_heads = self.parallelism.sequence_parallel and bool(axes)
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
-            if share:
+            if splits_heads:
                 q_low, latent, rope = _down_prolog(config)(x, positions, self._down)
                 cache = LatentCache.of(latent, rope, kind)
                 widths = (q_low.shape[-1], q_low.shape[-1] + latent.shape[-1])
@@ -114,7 +114,7 @@ class MLA(nnx.Module):
                 q_nope, q_rope, k_nope, rope, value
             )
         with jax.named_scope("output"):
-            if share:
+            if splits_heads:
                 heads = lax.all_to_all(heads, axes, split_axis=0, concat_axis=2, tiled=True)
             return self.out(heads.reshape(*heads.shape[:2], -1)), cache
 

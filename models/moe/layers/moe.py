@@ -13,14 +13,14 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.router import Router
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
 
 
-class Placement(nnx.Variable):
+class SlotVariable(nnx.Variable):
     """Which slots hold an expert; integers, per layer, not trained."""
 
 
@@ -36,13 +36,13 @@ class MoE(nnx.Module):
     """Experts of one layer, the input norm included; the residual is the caller's."""
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        table = layout.table
-        if table.n_experts != config.experts:
+        table = parallelism.table
+        if table.routed_experts != config.routed_experts:
             raise ValueError(
-                f"MoE: the slot table is for {table.n_experts} routed experts, the model has "
-                f"{config.experts}"
+                f"MoE: the slot table is for {table.routed_experts} routed experts, the model has "
+                f"{config.routed_experts}"
             )
         if table.has_shared and config.ffn_bias:
             raise ValueError("MoE: a shared expert with biases cannot live in slots")
@@ -51,13 +51,13 @@ class MoE(nnx.Module):
                 "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
                 f"size), the model has {config.shared_experts}; use shared_replicas=0"
             )
-        self.layout, self.quantize = layout, arithmetic.experts == "w8a8"
+        self.parallelism, self.quantize = parallelism, arithmetic.experts == "w8a8"
         hidden, ffn = config.hidden_size, config.expert_ffn_size
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.router = Router(config, rngs=rngs)
         slots, copies = table.arrays()
-        self.slots_of_expert = Placement(jnp.asarray(slots))
-        self.copies = Placement(jnp.asarray(copies))
+        self.slots_of_expert = SlotVariable(jnp.asarray(slots))
+        self.copies = SlotVariable(jnp.asarray(copies))
         self.experts = Experts(
             table.slots_per_rank, hidden, ffn, format=arithmetic.experts, rngs=rngs
         )
@@ -77,7 +77,7 @@ class MoE(nnx.Module):
     def route(self, x: Float[Array, "tokens hidden"]) -> Routed:
         """Normalise, choose experts and a replica of each, the shared one's included."""
         x = self.norm(x)
-        rank = jnp.asarray(self.layout.rank, jnp.int32)
+        rank = jnp.asarray(self.parallelism.rank, jnp.int32)
         slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
         return Routed(x, slots, weights)
 
@@ -101,12 +101,12 @@ class MoE(nnx.Module):
 
     @property
     def _exchange(self) -> dict:
-        layout = self.layout
+        parallelism = self.parallelism
         return {
-            "axes": layout.axes,
-            "ranks": layout.ranks,
-            "slots_per_rank": layout.table.slots_per_rank,
-            "capacity": layout.capacity,
+            "axes": parallelism.axes,
+            "ranks": parallelism.ranks,
+            "slots_per_rank": parallelism.table.slots_per_rank,
+            "capacity": parallelism.capacity,
         }
 
 
@@ -115,7 +115,7 @@ def run_moe(
 ) -> tuple[Float[Array, "tokens hidden"], ...]:
     """The residual stream after the block, for several routed microbatches: each stage is issued
     for all of them before the next. The shared expert runs while tokens travel."""
-    block = moe.layout.schedule.block
+    block = moe.parallelism.schedule.block
     sent, shared, rows, out = [], [], [], []
     for r in routed:
         with block("dispatch"):
@@ -133,4 +133,4 @@ def run_moe(
     return tuple(out)
 
 
-__all__ = ["MoE", "Placement", "Routed", "run_moe"]
+__all__ = ["MoE", "Routed", "SlotVariable", "run_moe"]

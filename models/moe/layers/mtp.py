@@ -13,7 +13,7 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.transformer import Activations, Attend, MoELayer, Stack, Transformer
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -22,14 +22,16 @@ class MTPHead(nnx.Module):
     """The MTP module of one rank."""
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
         hidden = config.hidden_size
         self.norm_embed = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.norm_hidden = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.project = Linear(2 * hidden, hidden, format=arithmetic.projections, rngs=rngs)
         self.stack = Stack(
-            lambda rngs: MoELayer(config, layout, arithmetic=arithmetic, rngs=rngs), 1, rngs=rngs
+            lambda rngs: MoELayer(config, parallelism, arithmetic=arithmetic, rngs=rngs),
+            1,
+            rngs=rngs,
         )
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
 

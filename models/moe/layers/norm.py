@@ -11,7 +11,11 @@ from cmjax.program.mark import fused
 def rms_norm(
     x: Float[Array, "*batch dim"], gain: Float[Array, "dim"], eps: float
 ) -> Float[Array, "*batch dim"]:
-    """Normalise the last axis in float32; dtype of `x`."""
+    """Normalise the last axis in float32; dtype of `x`.
+
+    >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0)
+        Array([0.8485281, 1.1313709], dtype=float32)
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (gain.astype(jnp.float32) * y).astype(x.dtype)

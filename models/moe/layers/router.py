@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.slots import choose_slots
 from flax import nnx
 from jax import lax
@@ -79,11 +80,11 @@ class Router(nnx.Module):
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
-        shape = (config.hidden_size, config.experts)
-        weight = jax.random.normal(rngs.params(), shape, jnp.float32)
+        shape = (config.hidden_size, config.routed_experts)
+        weight = normal(rngs.params(), shape)
         self.weight = nnx.Param(weight * config.hidden_size**-0.5)
         biased = config.score_bias
-        self.bias = nnx.Param(jnp.zeros((config.experts,), jnp.float32)) if biased else None
+        self.bias = nnx.Param(jnp.zeros((config.routed_experts,), jnp.float32)) if biased else None
         self.config = config
 
     def __call__(
@@ -108,8 +109,8 @@ def _gating(config: MoEConfig) -> Callable:
     @fused("GatingTopK")
     def kernel(logits, bias, rank, slots_of_expert, copies):
         experts, weights = gate(logits, bias, config)
-        if slots_of_expert.shape[0] > config.experts:
-            shared = jnp.full_like(experts[:, :1], config.experts)
+        if slots_of_expert.shape[0] > config.routed_experts:
+            shared = jnp.full_like(experts[:, :1], config.routed_experts)
             experts = jnp.concatenate([experts, shared], axis=1)
             weights = jnp.concatenate([weights, jnp.ones_like(weights[:, :1])], axis=1)
         return choose_slots(experts, rank, slots_of_expert, copies), weights

@@ -2,7 +2,7 @@
 
 Layers of one kind are stacked (parameters have a leading axis of layers) and runs of them are
 scanned, so that tracing does not grow with depth. A layer takes the activations of all
-microbatches, and issues its blocks in the order the layout's schedule says. Attention is latent or
+microbatches, and issues its blocks in the order the schedule says. Attention is latent or
 grouped-query, as the config says.
 """
 
@@ -16,12 +16,13 @@ from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LayerCache, ModelCache
 from cmjax.models.moe.layers.experts import SwiGLU
 from cmjax.models.moe.layers.gqa import GQA
+from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.layers.linear import Linear, Weight, matmul
 from cmjax.models.moe.layers.mla import MLA
 from cmjax.models.moe.layers.moe import MoE, run_moe
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.rope import check_length
-from cmjax.models.moe.sharding import Layout
+from cmjax.models.moe.parallelism import Parallelism
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -36,10 +37,10 @@ class DenseLayer(nnx.Module):
     """Attention and a dense feed-forward block."""
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        self.layout = layout
-        self.attention = _attention(config, layout, arithmetic=arithmetic, rngs=rngs)
+        self.parallelism = parallelism
+        self.attention = _attention(config, parallelism, arithmetic=arithmetic, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
         self.ffn = SwiGLU(
             config.hidden_size,
@@ -52,10 +53,10 @@ class DenseLayer(nnx.Module):
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
         out, new = [], []
         for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
-            with self.layout.schedule.block("attention"):
+            with self.parallelism.schedule.block("attention"):
                 y, written = attend(self.attention, number, x, cache)
                 x = x + y
-            with self.layout.schedule.block("experts", scope="dense_ffn"):
+            with self.parallelism.schedule.block("experts", scope="dense_ffn"):
                 x = x + self.ffn(self.norm(x))
             out.append(x)
             new.append(written)
@@ -66,20 +67,20 @@ class MoELayer(nnx.Module):
     """Attention and a mixture of experts."""
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        self.layout = layout
-        self.attention = _attention(config, layout, arithmetic=arithmetic, rngs=rngs)
-        self.moe = MoE(config, layout, arithmetic=arithmetic, rngs=rngs)
+        self.parallelism = parallelism
+        self.attention = _attention(config, parallelism, arithmetic=arithmetic, rngs=rngs)
+        self.moe = MoE(config, parallelism, arithmetic=arithmetic, rngs=rngs)
 
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
-        by_stage = self.layout.schedule.order == "stage"
+        by_stage = self.parallelism.schedule.order == "stage"
         out, new, waiting, routed = [], [], [], []
         for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
-            with self.layout.schedule.block("attention"):
+            with self.parallelism.schedule.block("attention"):
                 y, written = attend(self.attention, number, x, cache)
                 x = x + y
-            with self.layout.schedule.block("router"):
+            with self.parallelism.schedule.block("router"):
                 waiting.append(x.reshape(-1, x.shape[-1]))
                 routed.append(self.moe.route(waiting[-1]))
             new.append(written)
@@ -120,18 +121,18 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, layout: Layout, *, arithmetic: Arithmetic, rngs: nnx.Rngs
+        self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        self.config, self.layout = config, layout
+        self.config, self.parallelism = config, parallelism
         dtype = arithmetic.dtype
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32).astype(dtype))
+        self.embed = nnx.Param(normal(rngs.params(), shape).astype(dtype))
 
         def dense(rngs: nnx.Rngs) -> DenseLayer:
-            return DenseLayer(config, layout, arithmetic=arithmetic, rngs=rngs)
+            return DenseLayer(config, parallelism, arithmetic=arithmetic, rngs=rngs)
 
         def moe(rngs: nnx.Rngs) -> MoELayer:
-            return MoELayer(config, layout, arithmetic=arithmetic, rngs=rngs)
+            return MoELayer(config, parallelism, arithmetic=arithmetic, rngs=rngs)
 
         count = len(config.dense_layers)
         self.dense = Stack(dense, count, rngs=rngs) if count else None
@@ -206,10 +207,10 @@ def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
     return attend
 
 
-def _attention(config: MoEConfig, layout: Layout, **options: Any) -> MLA | GQA:
+def _attention(config: MoEConfig, parallelism: Parallelism, **options: Any) -> MLA | GQA:
     """The attention block the config asks for."""
     latent = isinstance(config.attention, LatentAttention)
-    return (MLA if latent else GQA)(config, layout, **options)
+    return (MLA if latent else GQA)(config, parallelism, **options)
 
 
 def _layers(tree: Any, part: slice) -> Any:

@@ -88,7 +88,11 @@ class KeyContext:
 
 
 def entropy(logits: Float[Array, "*batch vocab"]) -> Float32[Array, "*batch"]:
-    """Entropy of `softmax(logits)` in nats; logits of -inf contribute 0."""
+    """Entropy of `softmax(logits)` in nats; logits of -inf contribute 0.
+
+    >>> entropy(jnp.zeros((1, 8)))  # log 8
+    Array([2.0794415], dtype=float32)
+    """
     logits = logits.astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.sum(jnp.where(log_p == -jnp.inf, 0, jnp.exp(log_p) * log_p), axis=-1)
@@ -97,7 +101,8 @@ def entropy(logits: Float[Array, "*batch vocab"]) -> Float32[Array, "*batch"]:
 def segment_starts(content: int, segment: int, stride: int) -> np.ndarray:
     """Starts of the segments of a text of `content` tokens; the last one is right-aligned.
 
-    (13, 4, 2) -> 0 2 4 6 8 9
+    >>> segment_starts(13, 4, 2).tolist()
+    [0, 2, 4, 6, 8, 9]
     """
     if content <= segment:
         return np.zeros(1, np.int64)
@@ -116,6 +121,9 @@ def select(
     keep: int | None = None,
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """The segments to keep, and the intervals of the text they cover.
+
+        >>> select([0.9, 0.2, 0.1, 0.8], [0, 2, 4, 6], 4, room=6)
+        ((1, 2), ((2, 8),))
 
     Segments are taken in order of entropy (equal ones in the text's order) while the union of
     their intervals, of `length` tokens each, stays within `room`; at most `keep` of them.
@@ -141,7 +149,7 @@ def key_context(
     next_logits: NextLogits,
     config: XL3MConfig,
     *,
-    on_segment: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> KeyContext:
     """Read `content` segment by segment, and keep what makes the model certain of its answer.
 
@@ -150,7 +158,7 @@ def key_context(
       question: the tokens that every segment is read with, at its end.
       next_logits: the model; called with batches `[config.batch, prefix + segment + question]`.
       config: lengths.
-      on_segment: called with the number of segments read and of all, as they are read.
+      progress: called as segments are read with their number, that of all, and what is being done.
     Returns: the key context; if everything fits into the window it is the whole input, and nothing
       is scored.
     Raises: ValueError if the question is empty or leaves no room for a segment.
@@ -169,8 +177,8 @@ def key_context(
     entropies = np.zeros(starts.size, np.float32)
     scores = score_segments([content], question, next_logits, config)
     for number, (_, entropies[number]) in enumerate(scores):
-        if on_segment is not None:
-            on_segment(number + 1, starts.size)
+        if progress is not None:
+            progress(number + 1, starts.size, "reading")
     return chosen_context(content, question, entropies, config)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
-from cmjax.models.moe.sharding import Layout, param_specs
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sharding import param_specs
 from jaxtyping import Array, Float32, Int, Int32
 
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
@@ -30,14 +31,14 @@ class Scorer:
     Attributes:
       config: the model.
       params: its parameters on the mesh, as `load_params` or `place_params` gives them.
-      layout: of the parameters; `layout.axes` are the mesh's.
+      parallelism: of the parameters; `parallelism.axes` are the mesh's.
       mesh: the ranks; each takes an equal share of the rows.
       precision: of the parameters.
     """
 
     config: MoEConfig
     params: dict[str, Any]
-    layout: Layout
+    parallelism: Parallelism
     mesh: RankMesh
     precision: Arithmetic | str = "float32"
 
@@ -56,7 +57,7 @@ class Scorer:
         each = -(-rows // ranks)
         # rows that fill the last ranks up repeat the last one
         take = np.minimum(np.arange(ranks * each), rows - 1)
-        found = _on_mesh(self.config, self.layout, self.mesh, self.precision)(
+        found = _on_mesh(self.config, self.parallelism, self.mesh, self.precision)(
             {"main": self.params["main"]},
             tokens[take].reshape(ranks, each, -1).astype(np.int32),
             lengths[take].reshape(ranks, each).astype(np.int32),
@@ -99,11 +100,11 @@ def next_logits(
 
 @functools.lru_cache(maxsize=16)
 def _on_mesh(
-    config: MoEConfig, layout: Layout, mesh: RankMesh, precision: Arithmetic | str
+    config: MoEConfig, parallelism: Parallelism, mesh: RankMesh, precision: Arithmetic | str
 ) -> Callable:
     """`next_logits` of every rank's share of the rows."""
-    graph, shapes = abstract_model(config, layout, precision)
-    specs = (param_specs(shapes, layout), RANKED, RANKED)
+    graph, shapes = abstract_model(config, parallelism, precision)
+    specs = (param_specs(shapes, parallelism), RANKED, RANKED)
 
     def score(params, tokens, lengths):
         return next_logits(assemble(graph, params), tokens, lengths)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cmjax.models.moe import ARITHMETICS, Arithmetic, Layout, MoEModel, ep_table, one_rank, tiny
+from cmjax.models.moe import (
+    ARITHMETICS,
+    Arithmetic,
+    MoEModel,
+    Parallelism,
+    ep_table,
+    one_rank,
+    tiny,
+)
 from cmjax.models.moe.calibrate import input_statistics, smooth
 from cmjax.models.moe.config import GroupedAttention, LatentAttention
 from cmjax.models.moe.layers.cache import extend_cache
@@ -133,10 +141,12 @@ def test_decoding_equals_whole_prompts(config, arithmetic, bound):
 def test_converted_models_give_the_same_logits_on_a_mesh(form, sequence_parallel):
     arithmetic, mesh = _of(form), RankMesh(1, 4)
     want = _logits(_converted(LATENT, arithmetic), np.repeat(TOKENS, 2, 0))
-    layout = Layout(table=ep_table(16, 4), axes=mesh.axes, sequence_parallel=sequence_parallel)
-    graph, like = abstract_model(LATENT, layout, arithmetic)
-    sharded = shard_params(parameters(_converted(LATENT, arithmetic)), layout)
-    specs = param_specs(like, layout)
+    parallelism = Parallelism(
+        table=ep_table(16, 4), axes=mesh.axes, sequence_parallel=sequence_parallel
+    )
+    graph, like = abstract_model(LATENT, parallelism, arithmetic)
+    sharded = shard_params(parameters(_converted(LATENT, arithmetic)), parallelism)
+    specs = param_specs(like, parallelism)
 
     def rank(params, tokens):
         return nnx.merge(graph, params)(tokens)
@@ -144,8 +154,8 @@ def test_converted_models_give_the_same_logits_on_a_mesh(form, sequence_parallel
     lifted = jax.jit(on_every_rank(rank, mesh, (specs, RANKED), RANKED))
     got = lifted(sharded, np.repeat(TOKENS, 2, 0)[:, None])
     assert _distance(got[:, 0], want) < 1e-5
-    floats = shard_params(parameters(_model(LATENT)), layout)
-    here = convert_params(floats, LATENT, layout, "float32", arithmetic)
+    floats = shard_params(parameters(_model(LATENT)), parallelism)
+    here = convert_params(floats, LATENT, parallelism, "float32", arithmetic)
     jax.tree.map(np.testing.assert_array_equal, here, sharded)
 
 

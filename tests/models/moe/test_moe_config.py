@@ -83,7 +83,7 @@ def test_the_transformers_5_layout_reads_alike(tmp_path):
 
 def test_the_fixtures_are_read(data):
     plain = load_config(data / "hf_fixtures" / "deepseek_v3_tiny")
-    assert (plain.layers, plain.experts, plain.heads, plain.rope.scaling) == (3, 16, 4, None)
+    assert (plain.layers, plain.routed_experts, plain.heads, plain.rope.scaling) == (3, 16, 4, None)
     yarn = load_config(data / "hf_fixtures" / "deepseek_v3_yarn_tiny").rope.scaling
     assert isinstance(yarn, YarnConfig)
     assert (yarn.factor, yarn.original_max_position) == (40, 64)
@@ -129,7 +129,7 @@ def test_an_unknown_preset_suggests_a_close_one():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experts": 15}, "multiple of expert_groups, got 15 and 4"),
+        ({"routed_experts": 15}, "multiple of expert_groups, got 15 and 4"),
         ({"groups_per_token": 5}, r"must lie in 1..4 \(expert_groups\), got 5"),
         ({"experts_per_token": 9}, "must lie in 1..8"),
         ({"dense_layers": (3,)}, r"ascending layer numbers in 0..2, got \(3,\)"),
@@ -176,7 +176,7 @@ def _parsed(base, **changes):
 def test_qwen3_reads_as_grouped_attention_and_softmax_routing():
     config = _parsed(QWEN3)
     assert config.attention == GroupedAttention(kv_heads=4, head_dim=128, qk_norm=True)
-    assert (config.experts, config.experts_per_token, config.shared_experts) == (128, 8, 0)
+    assert (config.routed_experts, config.experts_per_token, config.shared_experts) == (128, 8, 0)
     assert (config.scoring, config.score_bias, config.normalize_weights) == ("softmax", False, True)
     assert (config.rope.theta, config.rope.interleave) == (1e6, False)
     assert (config.dense_layers, config.end_tokens) == ((), (151645,))

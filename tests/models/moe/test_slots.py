@@ -102,7 +102,7 @@ def test_a_plan_gives_every_layer_its_slots_and_the_draft_layer_the_last():
 def test_a_plan_with_one_expert_more_gives_the_shared_expert_its_slots():
     rows = np.array([[*range(17), 16, 16, 0]] * 2)
     tables = plan_tables(Plan(rows, 17, 4), tiny(), 4)
-    assert all(table.has_shared and table.n_experts == 16 for table in tables)
+    assert all(table.has_shared and table.routed_experts == 16 for table in tables)
     assert tables[0].slots_of_expert[16] == (16, 17, 18)
 
 

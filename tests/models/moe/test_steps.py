@@ -15,8 +15,9 @@ from cmjax.models.moe.config import deepseek_r1, tiny
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.model import MoEModel
+from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.schedule import Schedule, two_stream_decode
-from cmjax.models.moe.sharding import Layout, one_rank, param_specs, shard_params
+from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table
 from cmjax.models.moe.steps import (
     DecodeInputs,
@@ -82,9 +83,9 @@ def _on_ranks(tree, ranks, axis=0):
 @functools.cache
 def _unsharded(precision="float32", sequences=8):
     inputs = _prompts(sequences)
-    layout = one_rank(CONFIG)
-    prefill = jax.jit(prefill_fn(CONFIG, layout, precision, "float32", mtp=True))
-    decode = jax.jit(decode_fn(CONFIG, layout, precision, mtp=True))
+    parallelism = one_rank(CONFIG)
+    prefill = jax.jit(prefill_fn(CONFIG, parallelism, precision, "float32", mtp=True))
+    decode = jax.jit(decode_fn(CONFIG, parallelism, precision, mtp=True))
     first = prefill(_params(precision), inputs)
     state = _decode_inputs(inputs, first)
     return inputs, first, state, decode(_params(precision), state)
@@ -100,16 +101,17 @@ def _close(got, want, atol=1e-5):
 @pytest.mark.parametrize("table", TABLES)
 def test_sharded_steps_equal_the_unsharded_model(mesh, table):
     inputs, first, state, second = _unsharded()
-    layout = Layout(table=TABLES[table], axes=mesh.axes)
-    params = shard_params(_params(), layout)
-    specs = (param_specs(params, layout), RANKED)
+    parallelism = Parallelism(table=TABLES[table], axes=mesh.axes)
+    params = shard_params(_params(), parallelism)
+    specs = (param_specs(params, parallelism), RANKED)
 
     def run(fn, arguments):
         lifted = on_every_rank(fn, mesh, specs, RANKED)
         return jax.block_until_ready(jax.jit(lifted)(params, arguments))
 
     got = run(
-        prefill_fn(CONFIG, layout, "float32", "float32", mtp=True), _on_ranks(inputs, mesh.ranks)
+        prefill_fn(CONFIG, parallelism, "float32", "float32", mtp=True),
+        _on_ranks(inputs, mesh.ranks),
     )
     np.testing.assert_array_equal(got.tokens.reshape(first.tokens.shape), first.tokens)
     _close(got.logits.reshape(first.logits.shape), first.logits)
@@ -118,7 +120,7 @@ def test_sharded_steps_equal_the_unsharded_model(mesh, table):
         _on_ranks(dataclasses.replace(state, caches=()), mesh.ranks),
         caches=_on_ranks(state.caches, mesh.ranks, axis=1),
     )
-    got = run(decode_fn(CONFIG, layout, "float32", mtp=True), ranked)
+    got = run(decode_fn(CONFIG, parallelism, "float32", mtp=True), ranked)
     np.testing.assert_array_equal(got.sampled.reshape(second.sampled.shape), second.sampled)
     np.testing.assert_array_equal(got.tokens.reshape(second.tokens.shape), second.tokens)
     np.testing.assert_array_equal(got.lengths.reshape(-1), second.lengths)
@@ -129,10 +131,12 @@ def test_sharded_steps_equal_the_unsharded_model(mesh, table):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_sequence_parallel_prefill_equals_the_unsharded_model(mesh):
     inputs, first, _, _ = _unsharded()
-    layout = Layout(table=ep_table(16, 8, redundant=8), axes=mesh.axes, sequence_parallel=True)
-    params = shard_params(_params(), layout)
-    fn = prefill_fn(CONFIG, layout, "float32", "float32", mtp=True)
-    lifted = on_every_rank(fn, mesh, (param_specs(params, layout), RANKED), RANKED)
+    parallelism = Parallelism(
+        table=ep_table(16, 8, redundant=8), axes=mesh.axes, sequence_parallel=True
+    )
+    params = shard_params(_params(), parallelism)
+    fn = prefill_fn(CONFIG, parallelism, "float32", "float32", mtp=True)
+    lifted = on_every_rank(fn, mesh, (param_specs(params, parallelism), RANKED), RANKED)
     got = jax.block_until_ready(jax.jit(lifted)(params, _on_ranks(inputs, 8)))
     _close(got.logits.reshape(first.logits.shape), first.logits)
     _close(got.caches, _on_ranks(first.caches, 8, axis=1))
@@ -142,10 +146,10 @@ def test_sequence_parallel_prefill_equals_the_unsharded_model(mesh):
 def test_a_decode_step_has_consistent_types_on_a_plain_mesh():
     _, _, state, second = _unsharded()
     mesh = RankMesh(2, 4)
-    layout = Layout(table=TABLES["redundant and shared replicas"], axes=mesh.axes)
-    params = shard_params(_params(), layout)
-    fn = decode_fn(CONFIG, layout, "float32", mtp=True)
-    specs = (param_specs(params, layout), RANKED)
+    parallelism = Parallelism(table=TABLES["redundant and shared replicas"], axes=mesh.axes)
+    params = shard_params(_params(), parallelism)
+    fn = decode_fn(CONFIG, parallelism, "float32", mtp=True)
+    specs = (param_specs(params, parallelism), RANKED)
     lifted = on_every_rank(fn, mesh, specs, RANKED, virtual=False)
     ranked = dataclasses.replace(
         _on_ranks(dataclasses.replace(state, caches=()), 8),
@@ -164,10 +168,10 @@ def test_per_layer_tables_move_experts_without_changing_the_result():
     for _ in range(CONFIG.moe_layers + 1):
         slots = [*range(16), *rng.choice(16, 8, replace=False)]
         tables.append(SlotTable(tuple(rng.permutation(slots)), 8, 16))
-    layout = Layout(table=tables[0], axes=mesh.axes)
-    params = shard_params(_params(), layout, tables)
-    fn = prefill_fn(CONFIG, layout, "float32", "float32", mtp=True)
-    lifted = on_every_rank(fn, mesh, (param_specs(params, layout), RANKED), RANKED)
+    parallelism = Parallelism(table=tables[0], axes=mesh.axes)
+    params = shard_params(_params(), parallelism, tables)
+    fn = prefill_fn(CONFIG, parallelism, "float32", "float32", mtp=True)
+    lifted = on_every_rank(fn, mesh, (param_specs(params, parallelism), RANKED), RANKED)
     got = jax.block_until_ready(jax.jit(lifted)(params, _on_ranks(inputs, 8)))
     _close(got.logits.reshape(first.logits.shape), first.logits)
 
@@ -180,14 +184,16 @@ def test_per_layer_tables_move_experts_without_changing_the_result():
 )
 def test_results_do_not_depend_on_the_schedule(schedule):
     inputs, first, state, second = _unsharded()
-    layout = one_rank(CONFIG, schedule)
-    got = jax.jit(prefill_fn(CONFIG, layout, "float32", "float32", mtp=True))(_params(), inputs)
+    parallelism = one_rank(CONFIG, schedule)
+    got = jax.jit(prefill_fn(CONFIG, parallelism, "float32", "float32", mtp=True))(
+        _params(), inputs
+    )
     _close(got.logits, first.logits)
     halves = tuple(
         jax.tree.map(lambda x, at=at: x[:, at], state.caches[0]) for at in (slice(4), slice(4, 8))
     )
     state = dataclasses.replace(state, caches=halves)
-    got = jax.jit(decode_fn(CONFIG, layout, "float32", mtp=True))(_params(), state)
+    got = jax.jit(decode_fn(CONFIG, parallelism, "float32", mtp=True))(_params(), state)
     np.testing.assert_array_equal(got.sampled, second.sampled)
     np.testing.assert_array_equal(got.tokens, second.tokens)
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *got.caches)
@@ -197,13 +203,13 @@ def test_results_do_not_depend_on_the_schedule(schedule):
 @pytest.mark.slow
 def test_speculative_decoding_emits_what_plain_greedy_decoding_does():
     inputs = _prompts(2)
-    layout = one_rank(CONFIG)
-    prefill = jax.jit(prefill_fn(CONFIG, layout, "float32", "float32", mtp=True))
+    parallelism = one_rank(CONFIG)
+    prefill = jax.jit(prefill_fn(CONFIG, parallelism, "float32", "float32", mtp=True))
     first = prefill(_params(), inputs)
     cache = extend_cache(first.caches, 32)
     outputs = {}
     for drafts in (0, 1, 3):
-        decode = jax.jit(decode_fn(CONFIG, layout, "float32", mtp=True))
+        decode = jax.jit(decode_fn(CONFIG, parallelism, "float32", mtp=True))
         start = jnp.concatenate([first.tokens, first.tokens[:, 1:], first.tokens[:, 1:]], axis=1)
         state = DecodeInputs(
             start[:, : 1 + drafts], inputs.lengths, cache, _sampling(2, 1 + drafts)
@@ -300,14 +306,14 @@ from cmjax.mesh import RankMesh, on_every_rank, prepare_devices
 prepare_devices(48)
 from cmjax.models.moe import *
 mesh, config, schedule = RankMesh(48, 8), tiny(), two_stream_decode()
-table = ep_table(config.experts, 384, redundant=384 - config.experts)
-layout = Layout(table=table, axes=mesh.axes, schedule=schedule, capacity=4)
+table = ep_table(config.routed_experts, 384, redundant=384 - config.routed_experts)
+parallelism = Parallelism(table=table, axes=mesh.axes, schedule=schedule, capacity=4)
 one = init_params(config, "float32", mtp=True)
 step = abstract_decode(config, schedule, table, mesh, 2, 8, 4, "float32", "float32", mtp=1)
 inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.args[1])
 tokens = np.random.default_rng(0).integers(0, config.vocab_size, inputs.tokens.shape)
 inputs.tokens[:] = tokens
-params = jax.tree.map(np.asarray, shard_params(one, layout))
+params = jax.tree.map(np.asarray, shard_params(one, parallelism))
 lifted = jax.jit(on_every_rank(step.fn, mesh, step.in_specs, step.out_specs))
 got = jax.block_until_ready(lifted(params, inputs))
 alone = jax.jit(decode_fn(config, one_rank(config, schedule), "float32", mtp=True))
@@ -436,13 +442,13 @@ def test_blocks_are_marked_with_their_scopes_and_streams():
         (
             lambda: MoEModel(
                 dataclasses.replace(CONFIG, shared_experts=2),
-                Layout(table=ep_table(16, 1, shared_replicas=1)),
+                Parallelism(table=ep_table(16, 1, shared_replicas=1)),
                 precision="float32",
                 rngs=nnx.Rngs(params=0),
             ),
             "shared replicas in slots need shared_experts = 1",
         ),
-        (lambda: Layout(table=TABLES["redundant"]), "8 ranks needs the mesh axes"),
+        (lambda: Parallelism(table=TABLES["redundant"]), "8 ranks needs the mesh axes"),
     ],
 )
 def test_bad_inputs_are_refused_with_what_would_do(build, message):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cmjax.commands.generate import parse_mesh
+from cmjax.mesh import RankMesh
 from train.data.text import Windows, grammar_text
 from train.metrics import LossNotFinite, read_metrics
 from train.moe import run as module
-from train.moe.config import Config
-from train.moe.learner import initial, layout_of, make_gradient, make_step, one_rank_params
+from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
+from train.moe.train_step import initial, make_gradient, make_step, one_rank_params, parallelism_of
 from train.moe_lm import held_out_loss, main
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 QUIET = Console(quiet=True)
 
 
-def _config(out: Path = Path("unused"), **changed) -> Config:
+def _config(out: Path = Path("unused"), **changed) -> LanguageModelConfig:
     options = {
         "hidden": 32,
         "layers": 2,
@@ -39,7 +39,7 @@ def _config(out: Path = Path("unused"), **changed) -> Config:
         "test_windows": 2,
         "out": out,
     }
-    return Config(**{**options, **changed})
+    return LanguageModelConfig(**{**options, **changed})
 
 
 def _lines(out: Path) -> list[dict]:
@@ -64,9 +64,9 @@ def test_loss_and_gradient_are_those_of_one_rank_on_every_mesh(attention):
     tokens = Windows(grammar_text(20_000), config.length).batch(0, config.batch)
     found = {}
     for mesh in ("1x1", "2x2"):
-        on_mesh, ranks = dataclasses.replace(config, mesh=mesh), parse_mesh(mesh)
-        learner = initial(on_mesh, ranks)
-        loss, grads = jax.jit(make_gradient(on_mesh, ranks))(learner.params, tokens)
+        on_mesh, ranks = dataclasses.replace(config, mesh=mesh), RankMesh.parse(mesh)
+        state = initial(on_mesh, ranks)
+        loss, grads = jax.jit(make_gradient(on_mesh, ranks))(state.params, tokens)
         found[mesh] = loss, grads
     (want, want_grads), (got, got_grads) = found["1x1"], found["2x2"]
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, whole, monk
     assert run.step == config.checkpoint_every
     train(run, QUIET)
     assert _losses(tmp_path) == _losses(whole.config.out)
-    jax.tree.map(np.testing.assert_array_equal, run.learner.params, whole.learner.params)
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
 
 
 def test_a_finished_run_is_only_tested(whole, capsys):
@@ -112,14 +112,14 @@ def test_a_finished_run_is_only_tested(whole, capsys):
 
 
 def test_the_balancing_bias_steps_against_the_load():
-    config, mesh = _config(bias_rate=0.25), parse_mesh("1x1")
+    config, mesh = _config(bias_rate=0.25), RankMesh.parse("1x1")
     tokens = Windows(grammar_text(20_000), config.length).batch(0, config.batch)
-    learner = initial(config, mesh)
-    before = _bias(learner.params)
-    _, grads = jax.jit(make_gradient(config, mesh))(learner.params, tokens)
+    state = initial(config, mesh)
+    before = _bias(state.params)
+    _, grads = jax.jit(make_gradient(config, mesh))(state.params, tokens)
     load = _bias(grads)
     assert load.sum() == config.batch * config.length * config.experts_per_token
-    after, result = make_step(config, mesh)(learner, tokens)
+    after, result = make_step(config, mesh)(state, tokens)
     np.testing.assert_array_equal(_bias(after.params), before - 0.25 * np.sign(load - load.mean()))
     assert float(result.load) == pytest.approx(load.max() / load.mean())
 
@@ -129,15 +129,15 @@ def _bias(params):
 
 
 def test_rows_beyond_the_capacity_are_dropped():
-    config, mesh = _config(capacity_factor=1.0), parse_mesh("1x1")
+    config, mesh = _config(capacity_factor=1.0), RankMesh.parse("1x1")
     mean = config.batch * config.length * config.experts_per_token // config.experts
-    assert layout_of(config, mesh).capacity == mean
+    assert parallelism_of(config, mesh).capacity == mean
     tokens = Windows(grammar_text(20_000), config.length).batch(0, config.batch)
-    learner = initial(config, mesh)
+    state = initial(config, mesh)
     losses = [
         float(
             jax.jit(make_gradient(dataclasses.replace(config, capacity_factor=factor), mesh))(
-                learner.params, tokens
+                state.params, tokens
             )[0]
         )
         for factor in (0.0, 1.0)
@@ -147,7 +147,7 @@ def test_rows_beyond_the_capacity_are_dropped():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path, whole):
     run = start(dataclasses.replace(whole.config, out=tmp_path), QUIET)
-    run.learner.params["main"]["embed"] *= np.nan
+    run.state.params["main"]["embed"] *= np.nan
     with pytest.raises(LossNotFinite, match=r"the batch is in .*bad_batch\.npz"):
         train(run, QUIET)
     with np.load(tmp_path / "bad_batch.npz") as saved:
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(whole):
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"capacity_factor": 0.5}, "--capacity-factor must be 0, or 1 or more: 0.5"),
         ({"mesh": "1x3"}, r"--batch \(4\) and --experts \(4\) must be multiples of the 3 ranks"),
-        ({"mesh": "two"}, "--mesh must be NODESxNPUS"),
+        ({"mesh": "two"}, "mesh must be NODESxNPUS"),
         ({"text": (Path("nowhere.txt"),)}, "--text nowhere.txt: cannot be read"),
         ({"length": 50_000}, "with a tenth held out need"),
     ],

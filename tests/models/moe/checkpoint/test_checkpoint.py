@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from cmjax.models.moe.checkpoint.hf_config import config_json, parse_config, read_config
 from cmjax.models.moe.checkpoint.load import load, load_params, open_checkpoint
-from cmjax.models.moe.checkpoint.safetensor_file import Spec, list_tensors, write_tensors
+from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
 from cmjax.models.moe.checkpoint.save import save
-from cmjax.models.moe.checkpoint.tensor_names import entries
+from cmjax.models.moe.checkpoint.tensor_names import weight_mappings
 from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.model import abstract_model, assemble, parameters
-from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table
 from cmjax.models.moe.steps import abstract_params
 from flax import nnx
@@ -34,7 +35,7 @@ SMALL = MoEConfig(
     ),
     ffn_size=12,
     expert_ffn_size=6,
-    experts=4,
+    routed_experts=4,
     shared_experts=1,
     experts_per_token=2,
     expert_groups=2,
@@ -200,30 +201,32 @@ def test_int8_weights_are_those_of_the_quantized_float_model(tmp_path):
 
 
 MESH = RankMesh(2, 2)
-LAYOUTS = {
-    "redundant": Layout(table=ep_table(4, 4, redundant=4), axes=MESH.axes),
-    "shared in slots": Layout(table=ep_table(4, 4, 2, shared_replicas=2), axes=MESH.axes),
-    "heads split": Layout(table=ep_table(4, 4), axes=MESH.axes, sequence_parallel=True),
+PARALLELISMS = {
+    "redundant": Parallelism(table=ep_table(4, 4, redundant=4), axes=MESH.axes),
+    "shared in slots": Parallelism(table=ep_table(4, 4, 2, shared_replicas=2), axes=MESH.axes),
+    "heads split": Parallelism(table=ep_table(4, 4), axes=MESH.axes, sequence_parallel=True),
 }
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"),
+    ("parallelism", "precision"),
     [("redundant", "float32"), ("shared in slots", "int8"), ("heads split", "float32")],
 )
-def test_tensors_go_where_sharding_the_whole_model_puts_them(tmp_path, layout, precision):
-    layout = LAYOUTS[layout]
+def test_tensors_go_where_sharding_the_whole_model_puts_them(tmp_path, parallelism, precision):
+    parallelism = PARALLELISMS[parallelism]
     config = dataclasses.replace(SMALL, attention=dataclasses.replace(SMALL.attention, bias=False))
     save(_random(config), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     options = {"precision": precision, "mtp": True}
     whole = load_params(checkpoint, one_rank(config), **options)
     tables = None
-    if not layout.table.has_shared and not layout.sequence_parallel:
+    if not parallelism.table.has_shared and not parallelism.sequence_parallel:
         order = np.random.default_rng(0).permutation
-        tables = [SlotTable(tuple(order(layout.table.experts_of_slot)), 4, 4) for _ in range(3)]
-    want = shard_params(whole, layout, tables)
-    got = load_params(checkpoint, layout, mesh=MESH, tables=tables, **options)
+        tables = [
+            SlotTable(tuple(order(parallelism.table.experts_of_slot)), 4, 4) for _ in range(3)
+        ]
+    want = shard_params(whole, parallelism, tables)
+    got = load_params(checkpoint, parallelism, mesh=MESH, tables=tables, **options)
     experts = got["main"]["moe"]["layers"]["moe"]["experts"]["down"]["weight"]
     assert [s.data.shape[0] for s in experts.addressable_shards] == [2, 2]
     _same(got, want)
@@ -243,7 +246,7 @@ def _rewrite(folder, change):
     """A checkpoint with other tensors: `change` gets and gives name -> array."""
     stored = {name: t.read() for name, t in list_tensors(folder / "model.safetensors").items()}
     tensors = change(stored)
-    specs = {name: Spec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / "model.safetensors", specs, tensors.items())
 
 
@@ -367,9 +370,9 @@ def test_every_parameter_is_some_tensors_and_no_two_tensors_overlap():
             for stack in placed
             for name in ("slots_of_expert", "copies")
         )
-        listed = list(entries(config, mtp=mtp))
-        assert sum(int(np.prod(entry.shape)) for entry in listed) == held - tables
-        assert len({entry.name for entry in listed}) == len(listed)
+        listed = list(weight_mappings(config, mtp=mtp))
+        assert sum(int(np.prod(mapping.shape)) for mapping in listed) == held - tables
+        assert len({mapping.name for mapping in listed}) == len(listed)
 
 
 def test_a_loaded_model_is_an_nnx_module(data):

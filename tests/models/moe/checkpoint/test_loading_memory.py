@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cmjax.models.moe.checkpoint.hf_config import config_json
-from cmjax.models.moe.checkpoint.safetensor_file import Spec, write_tensors
-from cmjax.models.moe.checkpoint.tensor_names import entries
+from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, write_tensors
+from cmjax.models.moe.checkpoint.tensor_names import weight_mappings
 from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
 
 LARGE = MoEConfig(
@@ -24,7 +24,7 @@ LARGE = MoEConfig(
     attention=GroupedAttention(kv_heads=2, head_dim=64),
     ffn_size=2048,
     expert_ffn_size=2048,
-    experts=8,
+    routed_experts=8,
     shared_experts=0,
     experts_per_token=2,
     expert_groups=1,
@@ -56,13 +56,13 @@ print(json.dumps({
 
 def _write(folder, config, dtype):
     folder.mkdir()
-    listed = list(entries(config, mtp=False))
-    specs = {entry.name: Spec(dtype, entry.shape) for entry in listed}
+    listed = list(weight_mappings(config, mtp=False))
+    specs = {mapping.name: TensorSpec(dtype, mapping.shape) for mapping in listed}
     tensors = ((e.name, np.full(e.shape, i % 97, dtype)) for i, e in enumerate(listed))
     write_tensors(folder / "model.safetensors", specs, tensors)
     (folder / "config.json").write_text(json.dumps(config_json(config)))
-    places = {entry.name: number % 97 for number, entry in enumerate(listed)}
-    return places, max(math.prod(entry.shape) for entry in listed)
+    places = {mapping.name: number % 97 for number, mapping in enumerate(listed)}
+    return places, max(math.prod(mapping.shape) for mapping in listed)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from cmjax.models.moe.checkpoint.safetensor_file import Spec, list_tensors, write_tensors
+from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
 from safetensors.numpy import load_file, save_file
 
 RNG = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def test_tensors_equal_those_the_library_wrote(tmp_path):
 
 
 def test_the_library_reads_what_was_written(tmp_path):
-    specs = {name: Spec(tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()}
+    specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()}
     write_tensors(tmp_path / "a.safetensors", specs, iter(TENSORS.items()))
     _equal(load_file(tmp_path / "a.safetensors"), TENSORS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -43,20 +43,20 @@ def test_the_library_reads_what_was_written(tmp_path):
 def test_fp8_values_survive(tmp_path):
     values = np.array([0.0, 1.0, -448.0, 0.0625], ml_dtypes.float8_e4m3fn)
     path = tmp_path / "a.safetensors"
-    write_tensors(path, {"w": Spec(values.dtype, (4,))}, [("w", values)])
+    write_tensors(path, {"w": TensorSpec(values.dtype, (4,))}, [("w", values)])
     assert list_tensors(path)["w"].read().astype(np.float32).tolist() == [0, 1, -448, 0.0625]
 
 
 def test_a_tensor_that_is_not_the_announced_one_leaves_no_file(tmp_path):
-    specs = {"w": Spec(np.float32, (2,))}
+    specs = {"w": TensorSpec(np.float32, (2,))}
     with pytest.raises(ValueError, match=r"expected 'w' as float32\[2\], got 'w' as float32\[3\]"):
         write_tensors(tmp_path / "a.safetensors", specs, [("w", np.zeros(3, np.float32))])
     assert not (tmp_path / "a.safetensors").exists()
 
 
 def _file(path, dtype, offsets, shape=(2,), content=8):
-    entry = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-    header = json.dumps({"w": entry}).encode()
+    mapping = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+    header = json.dumps({"w": mapping}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(content))
     return path
 

@@ -10,7 +10,8 @@ from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.batch import Sampler
 from cmjax.models.moe.generation.generator import Generator
 from cmjax.models.moe.generation.programs import place_params
-from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import abstract_params
 
@@ -25,7 +26,7 @@ CONFIG = MoEConfig(
     attention=LatentAttention(q_lora_rank=4, kv_lora_rank=4, qk_nope_dim=4, qk_rope_dim=2, v_dim=4),
     ffn_size=8,
     expert_ffn_size=6,
-    experts=4,
+    routed_experts=4,
     shared_experts=1,
     experts_per_token=2,
     expert_groups=1,
@@ -42,8 +43,8 @@ CONTEXT = 24  # one for all: batches of the same sizes share their compiled prog
 def _params(config=CONFIG, mtp=True):
     """Random parameters, large enough that attention and experts matter."""
     rng = np.random.default_rng(0)
-    layout = one_rank(config)
-    slots, copies = layout.table.arrays()
+    parallelism = one_rank(config)
+    slots, copies = parallelism.table.arrays()
     tables = {"slots_of_expert": slots, "copies": copies}
 
     def draw(path, leaf):
@@ -53,15 +54,15 @@ def _params(config=CONFIG, mtp=True):
         return jnp.asarray(gain + rng.normal(size=leaf.shape) * (0.1 if gain else 0.7), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(
-        draw, abstract_params(config, layout, "float32", mtp=mtp)
+        draw, abstract_params(config, parallelism, "float32", mtp=mtp)
     )
 
 
 def _generator(mesh=ALONE, params=None, config=CONFIG, **options):
     params = _params() if params is None else params
-    layout = Layout(table=ep_table(4, mesh.ranks, -4 % mesh.ranks), axes=mesh.axes)
-    placed = place_params(shard_params(params, layout), layout, mesh)
-    return Generator(config=config, params=placed, layout=layout, mesh=mesh, **options)
+    parallelism = Parallelism(table=ep_table(4, mesh.ranks, -4 % mesh.ranks), axes=mesh.axes)
+    placed = place_params(shard_params(params, parallelism), parallelism, mesh)
+    return Generator(config=config, params=placed, parallelism=parallelism, mesh=mesh, **options)
 
 
 def _run(generator, prompts, new_tokens, **options):
@@ -164,8 +165,8 @@ def test_one_new_token_needs_no_decode_step(plain):
 
 def test_progress_goes_from_prefill_to_all_that_was_asked_for():
     seen = []
-    _run(_generator(), PROMPTS, 4, on_step=lambda done, wanted: seen.append((done, wanted)))
-    assert seen == [(3, 12), (6, 12), (9, 12), (12, 12)]
+    _run(_generator(), PROMPTS, 4, progress=lambda *step: seen.append(step))
+    assert seen == [(done, 12, "generating") for done in (3, 6, 9, 12)]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_requests_that_do_not_fit_are_refused_with_their_sizes(arguments, messag
     prompts, new_tokens, *rest = arguments
     options = dict(zip(("sampler", "context"), rest, strict=False))
     params = {"main": {}}
-    generator = Generator(config=CONFIG, params=params, layout=one_rank(CONFIG), mesh=ALONE)
+    generator = Generator(config=CONFIG, params=params, parallelism=one_rank(CONFIG), mesh=ALONE)
     with pytest.raises(ValueError, match=message):
         generator.generate(prompts, new_tokens, **options)
 
@@ -199,7 +200,7 @@ def test_requests_that_do_not_fit_are_refused_with_their_sizes(arguments, messag
             lambda: Generator(
                 config=CONFIG,
                 params={"main": {}},
-                layout=one_rank(CONFIG),
+                parallelism=one_rank(CONFIG),
                 mesh=ALONE,
                 drafts=2,
             ),

@@ -4,12 +4,12 @@ import pytest
 from cmjax.models.moe.config import deepseek_r1, tiny
 from cmjax.models.moe.generation import memory
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits, exchange_bytes
-from cmjax.models.moe.sharding import Layout, one_rank
+from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.slots import ep_table
 
 from cmjax.mesh import RankMesh
 
-LAYOUT = Layout(table=ep_table(16, 8, redundant=8), axes=("node", "npu"))
+PARALLELISM = Parallelism(table=ep_table(16, 8, redundant=8), axes=("node", "npu"))
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_made():
@@ -20,17 +20,19 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made():
 
 def test_exchange_buffers_grow_with_ranks_slots_and_tokens():
     # per row: 64 values sent, 64 received, 2 x 32 in the SwiGLU and 32 out of it, float32
-    assert exchange_bytes(tiny(), LAYOUT, 5) == 8 * 24 * 5 * (64 + 64 + 96) * 4
+    assert exchange_bytes(tiny(), PARALLELISM, 5) == 8 * 24 * 5 * (64 + 64 + 96) * 4
 
 
 @pytest.mark.parametrize(("room", "chunk"), [(16, None), (15.9, 8), (8, 8), (7.9, 4), (1, 1)])
 def test_a_chunk_is_the_largest_power_of_two_that_fits(monkeypatch, room, chunk):
-    each = exchange_bytes(tiny(), LAYOUT, 3)
-    monkeypatch.setattr(memory, "_machine_bytes", lambda: room * each / memory._SHARE + 1)
-    assert chunk_that_fits(tiny(), LAYOUT, 3, 16) == chunk
+    each = exchange_bytes(tiny(), PARALLELISM, 3)
+    monkeypatch.setattr(
+        memory, "_machine_bytes", lambda: room * each / memory._EXCHANGE_FRACTION + 1
+    )
+    assert chunk_that_fits(tiny(), PARALLELISM, 3, 16) == chunk
 
 
 def test_a_single_token_that_does_not_fit_is_refused_with_the_bytes(monkeypatch):
     monkeypatch.setattr(memory, "_machine_bytes", lambda: 10**6)
     with pytest.raises(ValueError, match=r"3 request\(s\) on each of 8 ranks takes 0\.0 GB, 0\.0"):
-        chunk_that_fits(tiny(), LAYOUT, 3, 16)
+        chunk_that_fits(tiny(), PARALLELISM, 3, 16)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cmjax.models.moe.layers.experts import Experts
-from cmjax.models.moe.layers.linear import Linear, Weight, matmul, quantize_params, quantize_weight
+from cmjax.models.moe.layers.linear import Linear, Weight, matmul, quantize_columns, quantize_params
 from flax import nnx
 
 from cmjax.primitives.exchange import quantize_rows
@@ -14,7 +14,7 @@ from cmjax.primitives.exchange import quantize_rows
 def test_int8_matmul_is_the_exact_product_of_the_rounded_operands():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 64)).astype(np.float32)
-    weight, w_scale = quantize_weight(jnp.asarray(rng.normal(size=(64, 7)), jnp.float32))
+    weight, w_scale = quantize_columns(jnp.asarray(rng.normal(size=(64, 7)), jnp.float32))
     steps, x_scale = quantize_rows(jnp.asarray(x))
     exact = np.asarray(steps, np.int64) @ np.asarray(weight, np.int64)
     want = exact * np.asarray(x_scale, np.float64)[:, None] * np.asarray(w_scale, np.float64)

@@ -11,7 +11,7 @@ from cmjax.models.moe.layers.router import gate
 
 def _numpy(logits, bias, config):
     chosen, weights = [], []
-    size = config.experts // config.expert_groups
+    size = config.routed_experts // config.expert_groups
     for row in logits.astype(np.float64):
         scores = 1 / (1 + np.exp(-row))
         if config.scoring == "softmax":
@@ -22,7 +22,7 @@ def _numpy(logits, bias, config):
             for g in range(config.expert_groups)
         ]
         groups = np.argsort(strength)[::-1][: config.groups_per_token]
-        allowed = [e for e in range(config.experts) if e // size in groups]
+        allowed = [e for e in range(config.routed_experts) if e // size in groups]
         best = sorted(allowed, key=lambda e: -biased[e])[: config.experts_per_token]
         weight = scores[best]
         if config.normalize_weights:
@@ -45,8 +45,8 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_routing_equals_numpy(config):
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(200, config.experts)).astype(np.float32)
-    bias = rng.normal(size=config.experts).astype(np.float32) * 0.1 * config.score_bias
+    logits = rng.normal(size=(200, config.routed_experts)).astype(np.float32)
+    bias = rng.normal(size=config.routed_experts).astype(np.float32) * 0.1 * config.score_bias
     given = jnp.asarray(bias) if config.score_bias else None
     chosen, weights = gate(jnp.asarray(logits), given, config)
     want, want_weights = _numpy(logits, bias, config)

@@ -8,7 +8,8 @@ import pytest
 from cmjax.models.moe.config import MoEConfig, tiny
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import abstract_model, assemble
-from cmjax.models.moe.sharding import Layout, one_rank, shard_params
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
 from cmjax.models.moe.xl3m.context import XL3MConfig, score_segments
@@ -27,9 +28,9 @@ CLOSE = 1e-5
 
 
 def _scorer(mesh: RankMesh, config: MoEConfig = CONFIG) -> Scorer:
-    layout = Layout(table=ep_table(config.experts, mesh.ranks), axes=mesh.axes)
-    params = place_params(shard_params(PARAMS, layout), layout, mesh)
-    return Scorer(config=config, params=params, layout=layout, mesh=mesh)
+    parallelism = Parallelism(table=ep_table(config.routed_experts, mesh.ranks), axes=mesh.axes)
+    params = place_params(shard_params(PARAMS, parallelism), parallelism, mesh)
+    return Scorer(config=config, params=params, parallelism=parallelism, mesh=mesh)
 
 
 ALONE = _scorer(RankMesh(1, 1))

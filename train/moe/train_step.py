@@ -1,4 +1,4 @@
-"""One step of training: loss and gradient on every rank, one optimiser for all of them.
+"""One step of training: loss and gradient on every rank, one optimizer for all of them.
 
 Data and experts are spread over the same ranks. A rank's gradient of its own mean loss holds, for
 its experts, what the tokens of *all* ranks say (the exchanges' transposes bring it); for shared
@@ -22,7 +22,8 @@ import numpy as np
 import optax
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import abstract_model
-from cmjax.models.moe.sharding import Layout, param_specs, shard_params
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
 from flax import nnx
@@ -30,23 +31,23 @@ from jax import lax
 from jaxtyping import Array, Float32, Int
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
-from train.moe.config import Config
+from train.moe.config import LanguageModelConfig
 
 Params = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class TrainState:
     """What a run carries from step to step.
 
     Attributes:
       params: parameters on the mesh; experts have a leading axis of ranks.
-      optimiser: state of the optimiser.
+      optimizer: state of the optimizer.
     """
 
     params: Params
-    optimiser: Any
+    optimizer: Any
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,7 @@ class StepResult:
     load: Float32[Array, ""]
 
 
-def layout_of(config: Config, mesh: RankMesh) -> Layout:
+def parallelism_of(config: LanguageModelConfig, mesh: RankMesh) -> Parallelism:
     """Experts over the ranks, and the rows reserved for them.
 
     Raises: ValueError: a batch or experts that the ranks do not divide.
@@ -81,18 +82,18 @@ def layout_of(config: Config, mesh: RankMesh) -> Layout:
         mean = tokens * config.experts_per_token / config.experts
         capacity = min(tokens, math.ceil(config.capacity_factor * mean))
     axes = mesh.axes if mesh.ranks > 1 else ()
-    return Layout(table=ep_table(config.experts, mesh.ranks), axes=axes, capacity=capacity)
+    return Parallelism(table=ep_table(config.experts, mesh.ranks), axes=axes, capacity=capacity)
 
 
-def initial(config: Config, mesh: RankMesh) -> Learner:
-    """Random parameters, the same on every mesh, and the optimiser's first state."""
-    layout = layout_of(config, mesh)
+def initial(config: LanguageModelConfig, mesh: RankMesh) -> TrainState:
+    """Random parameters, the same on every mesh, and the optimizer's first state."""
+    parallelism = parallelism_of(config, mesh)
     one = init_params(config.model, "float32", seed=config.seed)
-    params = place_params(shard_params(one, layout), layout, mesh)
-    return Learner(params, optimiser(config).init(_trained(params)))
+    params = place_params(shard_params(one, parallelism), parallelism, mesh)
+    return TrainState(params, optimizer(config).init(_trained(params)))
 
 
-def one_rank_params(params: Params, config: Config) -> Params:
+def one_rank_params(params: Params, config: LanguageModelConfig) -> Params:
     """Parameters of the one-rank model, from those of a mesh."""
 
     def gather(path, x):
@@ -106,7 +107,7 @@ def one_rank_params(params: Params, config: Config) -> Params:
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def optimiser(config: Config) -> optax.GradientTransformation:
+def optimizer(config: LanguageModelConfig) -> optax.GradientTransformation:
     """AdamW for all but the balancing bias, which takes steps of one size."""
     warm = max(1, config.steps // 10)
     peak = config.learning_rate
@@ -127,31 +128,33 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.partition({"adam": adam, "balance": optax.stateless(balance)}, _labels)
 
 
-def make_step(config: Config, mesh: RankMesh) -> Callable:
-    """`step(learner, tokens [batch, length + 1]) -> (learner, StepResult)`, compiled; the learner
+def make_step(config: LanguageModelConfig, mesh: RankMesh) -> Callable:
+    """`step(state, tokens [batch, length + 1]) -> (state, StepResult)`, compiled; the state
     is donated."""
-    gradient, transform = make_gradient(config, mesh), optimiser(config)
+    gradient, transform = make_gradient(config, mesh), optimizer(config)
 
-    def step(learner: Learner, tokens: Int[Array, "batch length"]):
-        loss, grads = gradient(learner.params, tokens)
-        trained = _trained(learner.params)
-        updates, state = transform.update(grads, learner.optimiser, trained)
-        params = _whole(optax.apply_updates(trained, updates), learner.params)
+    def step(state: TrainState, tokens: Int[Array, "batch length"]):
+        loss, grads = gradient(state.params, tokens)
+        trained = _trained(state.params)
+        updates, optimizer_state = transform.update(grads, state.optimizer, trained)
+        params = _whole(optax.apply_updates(trained, updates), state.params)
         labels = jax.tree.leaves(_labels(grads))
         leaves = list(zip(labels, jax.tree.leaves(grads), strict=True))
         norm = optax.tree.norm([g for label, g in leaves if label == "adam"])
         loads = [jnp.max(g / jnp.mean(g, axis=-1, keepdims=True)) for b, g in leaves if b != "adam"]
-        return Learner(params, state), StepResult(loss, norm, jnp.max(jnp.stack(loads)))
+        return TrainState(params, optimizer_state), StepResult(
+            loss, norm, jnp.max(jnp.stack(loads))
+        )
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_gradient(config: Config, mesh: RankMesh) -> Callable:
+def make_gradient(config: LanguageModelConfig, mesh: RankMesh) -> Callable:
     """`gradient(params, tokens) -> (mean loss, gradient)` over the mesh; of a balancing bias, the
     rows of every expert."""
-    layout = layout_of(config, mesh)
-    graph, shapes = abstract_model(config.model, layout, "float32")
-    specs = param_specs(shapes, layout)
+    parallelism = parallelism_of(config, mesh)
+    graph, shapes = abstract_model(config.model, parallelism, "float32")
+    specs = param_specs(shapes, parallelism)
     trained_specs = _trained(specs, like=shapes)
 
     def of_rank(params, tokens):
@@ -159,15 +162,15 @@ def make_gradient(config: Config, mesh: RankMesh) -> Callable:
             return _loss(nnx.merge(graph, _whole(trained, params)), tokens)
 
         loss, grads = jax.value_and_grad(loss_of)(_trained(params))
-        if layout.axes:
-            loss = lax.pmean(loss, layout.axes)
+        if parallelism.axes:
+            loss = lax.pmean(loss, parallelism.axes)
             grads = jax.tree.map(
-                lambda spec, g: g if spec is RANKED else lax.psum(g, layout.axes),
+                lambda spec, g: g if spec is RANKED else lax.psum(g, parallelism.axes),
                 trained_specs,
                 grads,
             )
         mean = jax.tree.map(
-            lambda label, g: g / layout.ranks if label == "adam" else g, _labels(grads), grads
+            lambda label, g: g / parallelism.ranks if label == "adam" else g, _labels(grads), grads
         )
         return loss, mean
 

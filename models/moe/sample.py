@@ -18,6 +18,12 @@ def sample(
 ) -> Int32[Array, "*batch"]:
     """Draw a token by inverse transform from the nucleus of `softmax(logits / temperature)`.
 
+        >>> logits, half = jnp.array([[0.0, 2.0, 1.0]]), jnp.array([0.5])
+        >>> sample(logits, half, temperature=jnp.zeros(1), top_p=jnp.ones(1)).tolist()
+        [1]
+        >>> sample(logits, jnp.array([0.9]), temperature=jnp.ones(1), top_p=jnp.ones(1)).tolist()
+        [2]
+
     Args:
       logits: scores.
       uniform: numbers in [0, 1), one per draw.

@@ -1,0 +1,160 @@
+"""From a checkpoint folder, or a config and random numbers, to a generator on a mesh of ranks.
+
+    generator = open_generator("path/of/a/checkpoint", RankMesh(2, 4))
+    found = generator.generate([[1, 2, 3]], new_tokens=16)
+
+Everything that can be wrong is found before a weight is read or made: experts without a slot,
+widths that a format does not divide, more bytes than this machine has.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from cmjax.models.moe.arithmetic import Arithmetic, KVCache, Precision
+from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_checkpoint
+from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.generation.generator import Generator, padded_length
+from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits
+from cmjax.models.moe.generation.programs import check_prefill, place_params
+from cmjax.models.moe.model import convert_params
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.sharding import shard_params
+from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
+from cmjax.models.moe.steps import init_params
+
+from cmjax.mesh import RankMesh
+from cmjax.placement import read_plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorOptions:
+    """What a generator computes in, and how it is spread over its ranks."""
+
+    arithmetic: str = "float32"
+    """What the model computes in: float32, bfloat16, int8 (W8A8), msd_w8a16, msd_w4a16 (MXFP4),
+    msd_w4a16_kv4, pasa_fp16, int8_pasa_fp16."""
+    kv_cache: KVCache | None = None
+    """Format of the cache (default: the arithmetic's)."""
+    plan: Path | None = None
+    """Where experts live: a plan written by `cmjax place --json` (default: as in the published
+    deployments)."""
+    prefill: Literal["auto", "data-parallel", "sequence-parallel"] = "auto"
+    """How prompts are run: each by its rank, or all by all ranks, a part of the heads each (auto:
+    where latent attention's heads divide over the ranks)."""
+    prefill_chunk: int | None = None
+    """Run prompts this many tokens at a time (default: whole, or in chunks where dispatching whole
+    prompts would not fit this machine's memory)."""
+    drafts: int | None = None
+    """Tokens drafted per step by multi-token prediction (default: 1 if the model can)."""
+
+
+def open_generator(
+    source: str | Path | Checkpoint | MoEConfig,
+    mesh: RankMesh | None = None,
+    options: GeneratorOptions | None = None,
+    *,
+    requests: int = 1,
+    prompt_tokens: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Generator:
+    """A model on its mesh, ready to generate.
+
+        >>> from cmjax.models.moe import open_generator, tiny
+        >>> generator = open_generator(tiny())  # random parameters on one rank
+        >>> generator.mesh, generator.drafts
+        (RankMesh(nodes=1, npus=1, dies=1), 1)
+
+    Args:
+      source: a checkpoint folder, what `open_checkpoint` gave, or a config: random parameters.
+      mesh: the ranks; by default one. Its devices must be there (`cmjax.mesh.prepare_devices`).
+      options: arithmetic, placement of the experts, and parallelism; by default float32 and the
+        slots of the published deployments.
+      requests, prompt_tokens: how many prompts there will be and how long the longest is, which
+        decides whether prefill runs in chunks; by default as long as the model is meant for.
+      seed: of random parameters.
+      progress: called with the bytes read so far, in all, and what is being done.
+    Raises:
+      ValueError: a folder that is no checkpoint of a known family; a plan of another model or mesh;
+        drafts without the weights to draft; an arithmetic that does not fit the model's widths;
+        parameters or exchange buffers that this machine has no memory for.
+    """
+    mesh, options = mesh or RankMesh(1, 1), options or GeneratorOptions()
+    model = open_checkpoint(source) if isinstance(source, str | Path) else source
+    config = model.config if isinstance(model, Checkpoint) else model
+    drafts = _drafts(model, options.drafts)
+    mtp = drafts > 0
+    parallelism, tables = _placed_experts(config, mesh, options.plan, mtp)
+    arithmetic = Arithmetic.of(options.arithmetic)
+    if options.kv_cache is not None:
+        arithmetic = dataclasses.replace(arithmetic, kv_cache=options.kv_cache)
+    arithmetic.check(config)
+    # weights are read as floats and converted where they are, unless they can be read as wanted
+    held: Precision = "float32" if arithmetic.quantized else "bfloat16"
+    if direct := options.arithmetic in get_args(Precision):
+        held = cast(Precision, options.arithmetic)
+    check_memory(config, parallelism, mesh, held, mtp)
+    longest = config.max_position if prompt_tokens is None else prompt_tokens
+    chunk = options.prefill_chunk
+    if chunk is None:
+        each = -(-requests // mesh.ranks)
+        chunk = chunk_that_fits(config, parallelism, each, padded_length(config, longest))
+    sequence_parallel = _sequence_parallel(config, mesh, options.prefill, chunk)
+    check_prefill(config, parallelism, chunk, sequence_parallel)
+    if isinstance(model, Checkpoint):
+        params = load_params(
+            model,
+            parallelism,
+            precision=held,
+            mtp=mtp,
+            mesh=mesh,
+            tables=tables,
+            progress=progress,
+        )
+    else:
+        one = init_params(config, held, mtp=mtp, seed=seed)
+        params = place_params(shard_params(one, parallelism, tables), parallelism, mesh)
+    if not direct:
+        params = convert_params(params, config, parallelism, held, arithmetic, mtp=mtp)
+    return Generator(
+        config=config,
+        params=params,
+        parallelism=parallelism,
+        mesh=mesh,
+        precision=arithmetic,
+        kv_cache=arithmetic.kv_cache,
+        drafts=drafts,
+        prefill_chunk=chunk,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def _drafts(model: Checkpoint | MoEConfig, wanted: int | None) -> int:
+    """Drafts per step: the wanted number, or one where the model can."""
+    possible = model.has_mtp if isinstance(model, Checkpoint) else model.mtp_layers > 0
+    drafts = int(possible) if wanted is None else wanted
+    if drafts and not possible:
+        raise ValueError(
+            f"drafts {drafts}: this model has no multi-token-prediction module to draft with; use 0"
+        )
+    return drafts
+
+
+def _placed_experts(
+    config: MoEConfig, mesh: RankMesh, plan: Path | None, mtp: bool
+) -> tuple[Parallelism, Sequence[SlotTable] | None]:
+    """Slots of the experts on the ranks, and the table of each layer where they differ."""
+    if plan is None:
+        return Parallelism(table=published_table(config, mesh.ranks), axes=mesh.axes), None
+    tables = plan_tables(read_plan(plan), config, mesh.ranks, mtp=mtp)
+    widest = max(tables, key=lambda table: table.max_copies)
+    return Parallelism(table=widest, axes=mesh.axes), tables
+
+
+def _sequence_parallel(config: MoEConfig, mesh: RankMesh, prefill: str, chunk: int | None) -> bool:
+    if prefill != "auto":
+        return prefill == "sequence-parallel"
+    splits = isinstance(config.attention, LatentAttention) and config.heads % mesh.ranks == 0
+    return mesh.ranks > 1 and splits and chunk is None
