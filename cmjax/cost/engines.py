@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from cmjax.cost.fabric import COLUMN, exchange_s
 from cmjax.hardware import Supernode
 from cmjax.program import Program
+from cmjax.program.work import COMPUTE
 
 PIPELINE_TILES = 8.0
 """Tiles a fused kernel passes between cube and vector cores; 1/8 of the shorter one is exposed."""
@@ -146,7 +147,7 @@ def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
         vector_cores=vector,
         vector_share=vector / vector_cores,
         attention=kinds == "attention",
-        compute=np.isin(kinds, ["gemm", "attention"]),
+        compute=np.isin(kinds, COMPUTE),
         kind=kinds,
         reach=np.array([op.work.reach for op in operations], int),
         stream=np.array([[op.stream.name == s for op in operations] for s in streams], float),

@@ -3,6 +3,9 @@
 The jaxpr is walked down through jit, shard_map, custom derivatives, remat, cond and while; a scan
 becomes one `Loop` over its body, so a program does not grow with depth. Element-wise chains are
 merged into kernels (`fuse.py`), so that HBM is charged once per chain.
+
+A program is what *one rank* does. Inside a `shard_map` arrays are what a rank holds of them; what
+stands outside is priced as done by every rank, whole.
 """
 
 import dataclasses
@@ -12,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.extend.core import Literal
 
+from cmjax.hardware import Supernode
 from cmjax.program import fuse
+from cmjax.program.choice import Choices
 from cmjax.program.mark import FUSED_PREFIX, parse_stream
 from cmjax.program.operation import MAIN, Loop, Node, Program, Stream, Value
 from cmjax.program.rules import (
@@ -25,7 +30,8 @@ from cmjax.program.rules import (
     reduction_work,
 )
 from cmjax.program.size import Size
-from cmjax.program.work import Operand, Work
+from cmjax.program.tiers import Axes, Tiers
+from cmjax.program.work import COMPUTE, Operand, Work
 
 INLINED = {
     "jit": "jaxpr",
@@ -40,6 +46,8 @@ INLINED = {
     "checkpoint": "jaxpr",
     "shard_map": "jaxpr",
     "custom_lin": "jaxpr",
+    "custom_vmap_call": "call",
+    "composite": "jaxpr",
 }
 """Primitives that call a jaxpr, and the parameter that holds it."""
 
@@ -48,7 +56,25 @@ _TRANSFORMED = re.compile(r"\w+\((.*)\)")  # transpose(jvp(name)): `name`, diffe
 _VIEWS = FREE - {"iota", "axis_index", "dim_as_value", "platform_index"}
 
 
-def trace(fn: Callable, *args, axis_sizes: Mapping[str, int] | None = None) -> Program:
+class SymbolicSize(ValueError):
+    """A program needs a size as a number while it is traced: a loop's length, a Python branch.
+
+    `symbols` are the sizes that would have to be numbers; empty if it is not known which.
+    """
+
+    def __init__(self, message: str, symbols: frozenset[str] = frozenset()):
+        super().__init__(message)
+        self.symbols = symbols
+
+
+def trace(
+    fn: Callable,
+    *args,
+    axis_sizes: Mapping[str, int] | None = None,
+    tiers: Tiers | None = None,
+    machine: Supernode | None = None,
+    at: Mapping[str, float] | None = None,
+) -> Program:
     """Read `fn` as a program to price; nothing is allocated or run.
 
     Args:
@@ -56,32 +82,72 @@ def trace(fn: Callable, *args, axis_sizes: Mapping[str, int] | None = None) -> P
       *args: pytrees of arrays or `jax.ShapeDtypeStruct`s; dimensions may be symbolic
         (`jax.export.symbolic_shape`).
       axis_sizes: sizes of the mesh axes that `fn` names outside any `shard_map`.
+      tiers: mesh axis -> the link tier its ranks lie on (`"die"`, `"node"`, `"supernode"`), or how
+        many of them lie on which. Axes named `die`, `npu` and `node` need none.
+      machine: lays the axes of which nothing else says where they lie, row-major (`tiers.py`).
+      at: sizes at which kernels and branches are chosen where that depends on them; a symbol
+        without one counts as 1024.
     Raises:
       UnpricedPrimitive: a primitive without cost rule, with its name and how to register one.
-      ValueError: a `while` without declared trip count; a collective or loop inside a fused kernel.
+      SymbolicSize: the function needs a symbolic size as a number.
+      ValueError: a `while` without declared trip count; a collective or loop inside a fused
+        kernel; a collective over an axis of which nothing says where it lies.
+
+    >>> import jax.numpy as jnp
+    >>> (n,) = jax.export.symbolic_shape("n")
+    >>> program = trace(lambda x: jnp.tanh(x) * 2, jax.ShapeDtypeStruct((n, 64), jnp.float32))
+    >>> program.totals({"n": 1000})["read_bytes"]
+    256000.0
     """
     axis_env = list((axis_sizes or {}).items())
-    closed = jax.make_jaxpr(fn, axis_env=axis_env)(*args)
-    return trace_jaxpr(closed.jaxpr, dict(axis_env))
+    inputs = frozenset().union(
+        *(Size.of(d).symbols() for x in jax.tree.leaves(args) for d in getattr(x, "shape", ()))
+    )
+    try:
+        closed = jax.make_jaxpr(fn, axis_env=axis_env)(*args)
+    except Exception as error:
+        if inputs and _needs_numbers(error):
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise SymbolicSize(f"the program needs its sizes as numbers: {reason}") from error
+        raise
+    axes = Axes(dict(axis_env), tiers, machine)
+    program, seen = _trace(closed.jaxpr, axes, at, inputs)
+    if unknown := sorted(set(tiers or ()) - seen):
+        known = f"its axes are {', '.join(sorted(seen))}" if seen else "it has none"
+        raise ValueError(f"tiers: the program has no mesh axis {unknown[0]!r}; {known}")
+    return program
 
 
-def trace_jaxpr(jaxpr, mesh: Mapping[str, int]) -> Program:
-    """Read a jaxpr as a program; `mesh` gives the sizes of axis names already bound."""
-    walker = _Walker(mesh)
-    env = {}
-    for variable in (*jaxpr.constvars, *jaxpr.invars):
-        env[variable] = walker.external(variable.aval, ("const", 0))
-    outputs = walker.walk(jaxpr, env, _Place())
-    return walker.program(outputs, carried=0)
+def _trace(jaxpr, axes: Axes, at, inputs: frozenset[str]) -> tuple[Program, set[str]]:
+    """The program of a whole jaxpr, and the mesh axes met in it."""
+    choices, seen = Choices(at), set(axes)
+    walker = _Walker(axes, choices, seen)
+    outputs = walker.walk(jaxpr, walker.constants(jaxpr, jaxpr.invars), _Place())
+    program = dataclasses.replace(
+        walker.program(outputs, carried=0),
+        inputs=inputs,
+        assumed=tuple(choices.assumed),
+        retrace=lambda sizes: _trace(jaxpr, axes, sizes, inputs)[0],
+    )
+    return program, seen
+
+
+def _needs_numbers(error: Exception) -> bool:
+    """Whether JAX failed because a dimension is a symbol."""
+    symbolic = ("_DimExpr", "non-constant size", "Symbolic dimension", "symbolic dimension")
+    return isinstance(error, jax.errors.InconclusiveDimensionOperation) or any(
+        word in str(error) for word in symbolic
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where an equation stands: named scopes, stream, fused kernel, declared trip count."""
+    """Where an equation stands: named scopes, stream, fused kernel, `shard_map`, declared trips."""
 
     scope: tuple[str, ...] = ()
     stream: Stream = MAIN
     region: int | None = None
+    shard_map: int | None = None
 
     def enter(self, name_stack: str) -> "_Place":
         scope, stream = self.scope, self.stream
@@ -106,17 +172,23 @@ class _Place:
 class _Walker:
     """Builds the nodes of one program level (the top, or a loop body)."""
 
-    def __init__(self, mesh: Mapping[str, int]):
-        self.mesh = dict(mesh)
+    def __init__(self, axes: Axes, choices: Choices, seen: set[str]):
+        self.axes = axes
+        self.choices = choices
+        self.seen = seen  # names of all mesh axes met, shared by all levels
         self.nodes: list[Node] = []
-        self.regions = 0
+        self.calls = 0
+
+    def constants(self, jaxpr, more=()) -> dict:
+        """Constants of a jaxpr, and other variables, as arrays that are there at the start."""
+        return {v: self.external(v.aval, ("const", 0)) for v in (*jaxpr.constvars, *more)}
 
     def external(self, aval, source: tuple[str, int]) -> Value:
         operand = Operand.of(aval)
         return Value(operand=operand, nbytes=operand.nbytes, external=source)
 
     def program(self, outputs: Sequence[Value | None], carried: int) -> Program:
-        return fuse.assemble(self.nodes, outputs, carried)
+        return fuse.assemble(self.nodes, outputs, carried, self.choices)
 
     def walk(self, jaxpr, env: dict, place: _Place) -> list[Value | None]:
         def read(atom) -> Value | None:
@@ -139,13 +211,18 @@ class _Walker:
             return self._while(equation, inputs, here)
         if name == "cond":
             return self._cond(equation, inputs, here)
+        if name == "custom_linear_solve":
+            return self._linear_solve(equation, inputs, here)
         outs = [Operand.of(variable.aval) for variable in equation.outvars]
         if name in _VIEWS:
             piece = (name, *map(str, equation.params.values()))
-            return [_view(inputs[0], out, (*piece, k)) for k, out in enumerate(outs)]
+            # A barrier passes several arrays on; a split views one of them several times.
+            viewed = inputs if len(inputs) == len(outs) else inputs[:1] * len(outs)
+            pairs = zip(viewed, outs, strict=True)
+            return [_view(value, out, (*piece, k)) for k, (value, out) in enumerate(pairs)]
         arguments = [Operand.of(atom.aval) for atom in equation.invars]
-        kind, work = _classify(name, arguments, outs, equation.params, self.mesh)
-        if here.region is not None and work.kind not in ("gemm", "attention"):
+        kind, work = _classify(name, arguments, outs, equation.params, self.axes)
+        if here.region is not None and work.kind not in COMPUTE:
             raise ValueError(f"{name} inside a fused kernel ({'/'.join(here.scope)}): move it out")
         node = self._append(kind, name, inputs, outs, work, here)
         if name in _INDEXED:
@@ -168,6 +245,7 @@ class _Walker:
             scope=here.scope,
             stream=here.stream,
             region=here.region,
+            shard_map=here.shard_map,
         )
         node.outputs = [
             Value(operand=out, nbytes=out.nbytes, producer=(node.index, k))
@@ -180,25 +258,60 @@ class _Walker:
         jaxpr = equation.params[INLINED[equation.primitive.name]]
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         if equation.primitive.name == "shard_map":
-            self.mesh |= dict(equation.params["mesh"].shape)
+            return self._shard_map(equation, jaxpr, inputs, here)
         kernel = str(equation.params.get("name", ""))
         if kernel.startswith(FUSED_PREFIX) and here.region is None:
-            self.regions += 1
+            self.calls += 1
             scope = (*here.scope, kernel.removeprefix(FUSED_PREFIX))
-            here = dataclasses.replace(here, region=self.regions, scope=scope)
-        env = {v: self.external(v.aval, ("const", 0)) for v in jaxpr.constvars}
-        for variable, value, atom in zip(jaxpr.invars, inputs, equation.invars, strict=True):
-            env[variable] = self.external(atom.aval, ("const", 0)) if value is None else value
+            here = dataclasses.replace(here, region=self.calls, scope=scope)
+        return self._inline(equation, jaxpr, inputs, here)
+
+    def _inline(self, equation, jaxpr, inputs, here: _Place) -> list[Value]:
+        """Results of a jaxpr that the equation calls once."""
+        env = self.constants(jaxpr)
+        for variable, value in zip(jaxpr.invars, inputs, strict=True):
+            env[variable] = value or self.external(variable.aval, ("const", 0))
         results = self.walk(jaxpr, env, here)
         pairs = zip(results, equation.outvars, strict=True)
         return [self.external(v.aval, ("const", 0)) if r is None else r for r, v in pairs]
 
+    def _shard_map(self, equation, jaxpr, inputs, here: _Place) -> list[Value]:
+        """A program of one rank, on what this rank holds of the arguments."""
+        outer, sizes = self.axes, dict(equation.params["mesh"].shape)
+        self.axes = outer.within(sizes)
+        self.seen |= set(sizes)
+        specs = [str(spec) for spec in equation.params["in_specs"]]
+        shards = [
+            value and _shard(value, Operand.of(variable.aval), spec, self.choices)
+            for value, variable, spec in zip(inputs, jaxpr.invars, specs, strict=True)
+        ]
+        self.calls += 1
+        here = dataclasses.replace(here, shard_map=self.calls)
+        results = self._inline(equation, jaxpr, shards, here)
+        self.axes = outer
+        pairs = zip(results, equation.outvars, strict=True)
+        return [_gathered(value, Operand.of(variable.aval)) for value, variable in pairs]
+
+    def _linear_solve(self, equation, inputs, here: _Place) -> list[Value]:
+        """A solve whose derivative is another solve: the solver that is run."""
+        counts, jaxprs = equation.params["const_lengths"], equation.params["jaxprs"]
+        first = counts.matvec + counts.vecmat
+        known = first + counts.solve + counts.transpose_solve
+        arguments = [*inputs[first : first + counts.solve], *inputs[known:]]
+        return self._inline(equation, jaxprs.solve.jaxpr, arguments, here)
+
     def _scan(self, equation, inputs, here: _Place) -> list[Value]:
         jaxpr = equation.params["jaxpr"]
         consts, carried = scan_counts(equation)
-        return self._loop(
-            equation, inputs, here, jaxpr, consts, carried, int(equation.params["length"])
-        )
+        length = Size.of(equation.params["length"])
+        if length.constant is None:
+            names = sorted(length.symbols())
+            raise SymbolicSize(
+                f"scan or map in scope {'/'.join(here.scope) or 'top'} over {length} elements: the "
+                f"length of a loop must be a number; trace with one for {', '.join(names)}",
+                frozenset(names),
+            )
+        return self._loop(equation, inputs, here, jaxpr, consts, carried, int(length.constant))
 
     def _while(self, equation, inputs, here: _Place) -> list[Value]:
         if here.trips is None:
@@ -218,8 +331,8 @@ class _Walker:
                 "priced as kernels of their own; move it out, or write it without a loop"
             )
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        body = _Walker(self.mesh)
-        env = {v: body.external(v.aval, ("const", 0)) for v in jaxpr.constvars}
+        body = _Walker(self.axes, self.choices, self.seen)
+        env = body.constants(jaxpr)
         for i, variable in enumerate(jaxpr.invars):
             is_carry = consts <= i < consts + carried
             source = ("carry", i - consts) if is_carry else ("const", 0)
@@ -237,20 +350,15 @@ class _Walker:
         return node.outputs
 
     def _cond(self, equation, inputs, here: _Place) -> list[Value]:
-        """The branch with the most FLOPs and bytes (all symbols at 1024) is charged."""
+        """The branch with the most FLOPs and bytes is charged."""
+        branches = [getattr(b, "jaxpr", b) for b in equation.params["branches"]]
+        costliest = self.choices.largest([self._weight(jaxpr) for jaxpr in branches])
+        return self._inline(equation, branches[costliest], inputs[1:], here)
 
-        def weight(closed) -> float:
-            totals = trace_jaxpr(getattr(closed, "jaxpr", closed), self.mesh).totals(None)
-            return float(totals["flops"] + totals["read_bytes"] + totals["write_bytes"])
-
-        branch = max(equation.params["branches"], key=weight)
-        jaxpr = getattr(branch, "jaxpr", branch)
-        env = {v: self.external(v.aval, ("const", 0)) for v in jaxpr.constvars}
-        for variable, value in zip(jaxpr.invars, inputs[1:], strict=True):
-            env[variable] = value or self.external(variable.aval, ("const", 0))
-        results = self.walk(jaxpr, env, here)
-        pairs = zip(results, equation.outvars, strict=True)
-        return [self.external(v.aval, ("const", 0)) if r is None else r for r, v in pairs]
+    def _weight(self, jaxpr) -> Size:
+        walker = _Walker(self.axes, self.choices, self.seen)
+        outputs = walker.walk(jaxpr, walker.constants(jaxpr, jaxpr.invars), _Place())
+        return walker.program(outputs, carried=0).total("flops", "read_bytes", "write_bytes")
 
 
 def scan_counts(equation) -> tuple[int, int]:
@@ -275,13 +383,43 @@ def _view(value: Value | None, out: Operand, piece: tuple) -> Value:
     return dataclasses.replace(value, operand=out, nbytes=nbytes, base=value.root, part=seen)
 
 
+def _shard(value: Value, local: Operand, spec: str, choices: Choices) -> Value:
+    """What a rank holds of an array that enters a `shard_map`."""
+    if local.size == value.operand.size:
+        return dataclasses.replace(value, operand=local, base=value.root, part=value.bytes_seen)
+    # A broadcast array has fewer bytes behind it than its shape says, on every rank.
+    fits = choices.at_most(value.nbytes, local.nbytes)
+    return dataclasses.replace(
+        value,
+        operand=local,
+        nbytes=value.nbytes if fits else local.nbytes,
+        base=value.root,
+        part=(value.bytes_seen, ("shard_map", spec)),
+        shard=value.held * (local.size / value.operand.size),
+    )
+
+
+def _gathered(value: Value, whole: Operand) -> Value:
+    """The array that the shards of all ranks make up, as it is seen outside their `shard_map`."""
+    if whole.size == value.operand.size:
+        return dataclasses.replace(value, operand=whole, base=value.root, part=value.bytes_seen)
+    return dataclasses.replace(
+        value,
+        operand=whole,
+        nbytes=whole.nbytes,
+        base=value.root,
+        part=(value.bytes_seen, "shards of all ranks"),
+        shard=whole.nbytes,
+    )
+
+
 def _classify(name: str, arguments: list[Operand], outs: list[Operand], params, mesh):
     if name in RULES:
         return "anchor", RULES[name](*arguments, out=tuple(outs), mesh=mesh, **params)
     if name in ELEMENTWISE:
         return "elementwise", elementwise_work(name, arguments, outs)
     if name in REDUCTIONS:
-        return "reduce", reduction_work(arguments)
+        return "reduce", reduction_work(name, arguments)
     if name in FREE:
         return "elementwise", Work()
     raise UnpricedPrimitive(
