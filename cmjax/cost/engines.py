@@ -29,13 +29,16 @@ PIPELINE_TILES = 8.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Seconds of every operation of one program level, by engine, and as scheduled."""
+    """Seconds of every operation of one program level, by engine, and as scheduled.
 
-    cube: Float[Array, "operations"]
-    vector: Float[Array, "operations"]
-    hbm: Float[Array, "operations"]
-    fabric: Float[Array, "operations"]
-    total: Float[Array, "operations"]
+    Leading axes are those of a batch, and of the loops around the level whose iterations differ.
+    """
+
+    cube: Float[Array, "*loops operations"]
+    vector: Float[Array, "*loops operations"]
+    hbm: Float[Array, "*loops operations"]
+    fabric: Float[Array, "*loops operations"]
+    total: Float[Array, "*loops operations"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Axes(Mapping[str, int]):
     def _packed(self, machine: Supernode) -> dict[str, dict[str, int]]:
         """Every axis that nothing else places, laid on what the others leave, last one first."""
         counts = machine.dies_per_npu, machine.npus_per_node, machine.nodes
-        has = dict(zip(TIERS, counts, strict=True))
+        has: dict[str, int] = dict(zip(TIERS, counts, strict=True))
         free, placed = dict(has), {}
         for name in self._sizes:
             for tier, count in (self._said(name) or {}).items():
