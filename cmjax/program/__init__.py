@@ -3,9 +3,10 @@
 from cmjax.program.mark import fused, stream, trip_count
 from cmjax.program.operation import Loop, Operation, Program, Source, Stream
 from cmjax.program.rules import UnpricedPrimitive, cost_rule, exchange
+from cmjax.program.shapes import SymbolicSize
 from cmjax.program.size import Size, maximum, minimum
 from cmjax.program.tiers import Axes, Tiers, ranks_on_tiers, tier_shares
-from cmjax.program.trace import SymbolicSize, trace
+from cmjax.program.trace import trace
 from cmjax.program.work import FIELDS, Operand, Work, matmul_flops
 
 __all__ = [

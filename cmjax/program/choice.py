@@ -3,7 +3,8 @@
 What fuses with what, and which branch of a `cond` costs more, hangs on which of two sizes is the
 larger. Most pairs are ordered whatever the symbols are (`8*n <= 128*n`); the others are ordered at
 the sizes given, else with every symbol at `PROBE`, and kept as assumptions of the program, so that
-a price at sizes that order them otherwise can say so.
+a price at sizes that order them otherwise can say so. A size below 1 (the mean of a load) is a
+relaxation of the sizes from 1 on, and chooses as 1 does.
 """
 
 from collections.abc import Mapping
@@ -49,15 +50,16 @@ class Choices:
         return best
 
     def _value(self, size: Size) -> float:
-        return float(size.evaluate({s: self.at.get(s, PROBE) for s in size.symbols()}))
+        return float(size.evaluate({s: max(1.0, self.at.get(s, PROBE)) for s in size.symbols()}))
 
 
 def broken(assumed: tuple[tuple[Size, Size], ...], sizes: Mapping[str, float]) -> list[str]:
     """The assumptions `left <= right` that do not hold at `sizes`, as text."""
+    point = {name: max(1.0, value) for name, value in sizes.items()}
     found = []
     for left, right in assumed:
-        if (left.symbols() | right.symbols()) <= set(sizes):
-            low, high = float(left.evaluate(sizes)), float(right.evaluate(sizes))
+        if (left.symbols() | right.symbols()) <= set(point):
+            low, high = float(left.evaluate(point)), float(right.evaluate(point))
             if low > high + _ROUNDING * abs(high):
                 found.append(f"{left} <= {right}")
     return found

@@ -167,7 +167,7 @@ class Program:
         traced; itself, if that makes no difference."""
         if self.retrace is None or not self.broken_assumptions(sizes):
             return self
-        return self.retrace(sizes)
+        return dataclasses.replace(self.retrace(sizes), inputs=self.inputs)
 
     @property
     def streams(self) -> tuple[str, ...]:

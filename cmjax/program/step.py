@@ -1,10 +1,10 @@
 """A step that is ready to be traced, and what a user calls its sizes."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import os
-import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -12,13 +12,11 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, cast
 
-import jax
-import jax.export
-import jax.numpy as jnp
-
 from cmjax.hardware import Supernode
 from cmjax.program.operation import Program
+from cmjax.program.shapes import annotated_arguments
 from cmjax.program.size import Size
+from cmjax.program.tiers import Tiers
 from cmjax.program.trace import trace
 
 
@@ -41,8 +39,15 @@ class Step:
     weight_bytes: Size | float = 0.0
     state_bytes: Size | float = 0.0
 
-    def trace(self) -> Program:
-        return trace(self.fn, *self.args)
+    def trace(
+        self,
+        at: Mapping[str, float] | None = None,
+        *,
+        tiers: Tiers | None = None,
+        machine: Supernode | None = None,
+    ) -> Program:
+        """Read the step as a program; `at` are values of its symbols, the rest as in `trace`."""
+        return trace(self.fn, *self.args, at=at, tiers=tiers, machine=machine)
 
     def symbols(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The program's symbols at the sizes `given`; ValueError names a missing or unknown one."""
@@ -67,15 +72,10 @@ def import_from_here(module_name: str) -> ModuleType:
     return importlib.import_module(module_name)
 
 
-def load_step(target: str, machine: Supernode) -> Step:
-    """Find what `module:function` names and make it a step.
+def load_function(target: str) -> Callable:
+    """Find what `module:function` names, from the working folder too.
 
-    The function is a step builder (it takes a machine and its return annotation is `Step` or a
-    subclass), or is any JAX function whose parameters carry jaxtyping shapes, such as
-    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
-
-    Raises:
-      ValueError: no such module or function (with the closest names), or unreadable annotations.
+    Raises: ValueError: no such module or function (with the closest names).
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
@@ -96,17 +96,72 @@ def load_step(target: str, machine: Supernode) -> Step:
         raise ValueError(
             f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
         )
-    if _builds_step(function):
-        return cast(Step, function(machine))
-    return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
+    return function
 
 
-def _builds_step(function: Callable) -> bool:
+def load_step(target: str, machine: Supernode, static: Mapping[str, Any] | None = None) -> Step:
+    """Find what `module:function` names and make it a step.
+
+    The function is a step builder (it takes a machine and its return annotation is `Step` or a
+    subclass), or is any JAX function whose parameters carry jaxtyping shapes, such as
+    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
+
+    Args:
+      target: module:function.
+      machine: what a builder builds for.
+      static: arguments with fixed values, by name.
+    Raises:
+      ValueError: no such module or function (with the closest names), unreadable annotations, or a
+        static argument that the function does not take.
+    """
+    function = load_function(target)
+    if builds_step(function):
+        return cast(Step, with_static(function, target, static)(machine))
+    return function_step(function, target, static=static)
+
+
+def function_step(
+    function: Callable,
+    name: str,
+    *,
+    args: tuple | None = None,
+    static: Mapping[str, Any] | None = None,
+) -> Step:
+    """A JAX function as a step whose sizes are the symbols in the shapes of its arguments.
+
+    Args:
+      function: what to price.
+      name: what to call it in an error.
+      args: abstract arguments; `None` reads them from jaxtyping annotations.
+      static: arguments with fixed values, by name.
+    Raises: ValueError: a parameter without a shape; a static argument that is none of its own.
+    """
+    function = with_static(function, name, static)
+    if args is None:
+        args = annotated_arguments(function, name)
+    return Step(fn=function, args=args, sizes=_as_given)
+
+
+def builds_step(function: Callable) -> bool:
+    """Whether a function takes a machine and returns a `Step`, by its annotation."""
     try:
         returned = typing.get_type_hints(function).get("return")
     except (NameError, TypeError):  # annotations that only a type checker can read
         return False
     return isinstance(returned, type) and issubclass(returned, Step)
+
+
+def with_static(function: Callable, name: str, static: Mapping[str, Any] | None) -> Callable:
+    """The function with some arguments fixed; ValueError, naming `name`, if it has none such."""
+    if not static:
+        return function
+    parameters = inspect.signature(function).parameters
+    if unknown := sorted(set(static) - set(parameters)):
+        close = get_close_matches(unknown[0], parameters, n=1) or list(parameters)
+        raise ValueError(
+            f"program {name!r}: no parameter {unknown[0]!r} to fix; it takes {', '.join(close)}"
+        )
+    return functools.partial(function, **static)
 
 
 def _as_given(**sizes):
@@ -124,36 +179,3 @@ def _closest_module(module_name: str) -> str:
     return (
         f"; closest: {', '.join(f'{folder}.{c}' if folder else c for c in close)}" if close else ""
     )
-
-
-def _annotated_arguments(function: Callable, target: str) -> tuple:
-    """Abstract arguments from jaxtyping annotations; shape names become symbolic dimensions."""
-    parameters = inspect.signature(function).parameters.values()
-    shapes: list[tuple[str, Any]] = []
-    for parameter in parameters:
-        annotation = parameter.annotation
-        if parameter.default is not parameter.empty and not hasattr(annotation, "dim_str"):
-            continue
-        if not hasattr(annotation, "dim_str") or len(annotation.dtypes) == 0:
-            raise ValueError(
-                f"program {target!r}: parameter {parameter.name!r} needs a jaxtyping shape, such "
-                f'as BFloat16[Array, "tokens 7168"], so that it can be traced'
-            )
-        shapes.append((annotation.dim_str, _dtype(annotation.dtypes)))
-    names = sorted({n for text, _ in shapes for n in re.findall(r"[A-Za-z_]\w*", text)})
-    scope = jax.export.SymbolicScope()
-    if names:
-        jax.export.symbolic_shape(",".join(names), scope=scope)
-    return tuple(
-        jax.ShapeDtypeStruct(
-            jax.export.symbolic_shape(",".join(text.split()), scope=scope) if text else (), dtype
-        )
-        for text, dtype in shapes
-    )
-
-
-def _dtype(names: Any) -> Any:
-    """The one dtype of an annotation; for families such as Float the JAX default of that kind."""
-    if len(names) == 1:
-        return jnp.dtype(names[0])
-    return jnp.dtype("int32" if all("int" in n for n in names) else "float32")

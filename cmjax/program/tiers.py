@@ -35,7 +35,7 @@ class Axes(Mapping[str, int]):
         machine: Supernode | None = None,
     ):
         self._sizes = dict(sizes)
-        self._tiers = {name: _checked(name, said) for name, said in (tiers or {}).items()}
+        self.tiers = {name: _checked(name, said) for name, said in (tiers or {}).items()}
         self._machine = machine
 
     def __getitem__(self, name: str) -> int:
@@ -50,7 +50,7 @@ class Axes(Mapping[str, int]):
     def within(self, sizes: Mapping[str, int]) -> "Axes":
         """These axes and those of a mesh inside, which hide outer ones of the same name."""
         kept = {name: size for name, size in self._sizes.items() if name not in sizes}
-        return Axes({**kept, **sizes}, self._tiers, self._machine)
+        return Axes({**kept, **sizes}, self.tiers, self._machine)
 
     def on_tiers(self, name: str) -> dict[str, int]:
         """Ranks of the axis by tier; their product is its size.
@@ -70,7 +70,7 @@ class Axes(Mapping[str, int]):
 
     def _said(self, name: str) -> dict[str, int] | None:
         size = self._sizes[name]
-        said = self._tiers.get(name, BY_NAME.get(name))
+        said = self.tiers.get(name, BY_NAME.get(name))
         if said is None:
             return None
         if isinstance(said, str):
