@@ -8,7 +8,7 @@ A function is traced once; what is traced is kept, so a second price costs only 
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from cmjax.cost.price import price
 from cmjax.cost.timeline import Timeline
 from cmjax.hardware import Supernode
 from cmjax.program import Program, SymbolicSize, Tiers
-from cmjax.program.step import Step, builds_step, function_step, load_function, with_static
+from cmjax.program.step import Step, builds_step, load_function, step_of
 
 _KEPT = 64
 """Functions whose programs are kept, and programs of one function that differ by its sizes."""
@@ -100,9 +100,14 @@ def prepare(
     if isinstance(fn, Step):
         step = fn
     elif builds_step(fn):
-        step = _built(fn, machine, name, static)
+        constants = tuple(jax.tree.leaves(machine))
+        step = _remembered(
+            _STEPS,
+            (fn, _items(static), constants, _shape(machine)),
+            lambda: step_of(fn, machine, name, static=static),
+        )
     else:
-        step = function_step(fn, name, args=args, static=static)
+        step = step_of(fn, machine, name, args=args, static=static)
     symbols = dict(step.symbols(sizes))
     numbers = {
         name: float(np.mean(np.asarray(value)))
@@ -144,13 +149,6 @@ def _programs(step: Step, machine: Supernode, tiers: Tiers | None, fn, static) -
     arguments, structure = jax.tree.flatten(step.args)
     key = (fn, _items(static), tuple(arguments), structure, _items(said), _shape(machine))
     return _remembered(_PROGRAMS, key, lambda: _Programs(step, machine, tiers))
-
-
-def _built(builder: Callable, machine: Supernode, name: str, static) -> Step:
-    """A builder's step for a machine; not kept if the machine's constants are no numbers."""
-    constants = tuple(jax.tree.leaves(machine))
-    key = (builder, _items(static), constants, _shape(machine))
-    return _remembered(_STEPS, key, lambda: cast(Step, with_static(builder, name, static)(machine)))
 
 
 _PROGRAMS: dict[Hashable, _Programs] = {}

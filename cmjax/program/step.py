@@ -99,47 +99,33 @@ def load_function(target: str) -> Callable:
     return function
 
 
-def load_step(target: str, machine: Supernode, static: Mapping[str, Any] | None = None) -> Step:
-    """Find what `module:function` names and make it a step.
-
-    The function is a step builder (it takes a machine and its return annotation is `Step` or a
-    subclass), or is any JAX function whose parameters carry jaxtyping shapes, such as
-    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
-
-    Args:
-      target: module:function.
-      machine: what a builder builds for.
-      static: arguments with fixed values, by name.
-    Raises:
-      ValueError: no such module or function (with the closest names), unreadable annotations, or a
-        static argument that the function does not take.
-    """
-    function = load_function(target)
-    if builds_step(function):
-        return cast(Step, with_static(function, target, static)(machine))
-    return function_step(function, target, static=static)
-
-
-def function_step(
+def step_of(
     function: Callable,
+    machine: Supernode,
     name: str,
     *,
     args: tuple | None = None,
     static: Mapping[str, Any] | None = None,
 ) -> Step:
-    """A JAX function as a step whose sizes are the symbols in the shapes of its arguments.
+    """Make a function a step.
 
     Args:
-      function: what to price.
-      name: what to call it in an error.
-      args: abstract arguments; `None` reads them from jaxtyping annotations.
+      function: a step builder (it takes a machine and its return annotation is `Step` or a
+        subclass), or any JAX function: every name in the shape of an argument becomes a size.
+      machine: what a builder builds for.
+      name: what to call the function in an error.
+      args: abstract arguments of a JAX function; `None` reads them from its jaxtyping annotations,
+        such as `x: BFloat16[Array, "tokens 7168"]`.
       static: arguments with fixed values, by name.
-    Raises: ValueError: a parameter without a shape; a static argument that is none of its own.
+    Raises:
+      ValueError: unreadable annotations, or a static argument that the function does not take.
     """
-    function = with_static(function, name, static)
+    bound = _with_static(function, name, static)
+    if builds_step(function):
+        return cast(Step, bound(machine))
     if args is None:
-        args = annotated_arguments(function, name)
-    return Step(fn=function, args=args, sizes=_as_given)
+        args = annotated_arguments(bound, name)
+    return Step(fn=bound, args=args, sizes=_as_given)
 
 
 def builds_step(function: Callable) -> bool:
@@ -151,7 +137,7 @@ def builds_step(function: Callable) -> bool:
     return isinstance(returned, type) and issubclass(returned, Step)
 
 
-def with_static(function: Callable, name: str, static: Mapping[str, Any] | None) -> Callable:
+def _with_static(function: Callable, name: str, static: Mapping[str, Any] | None) -> Callable:
     """The function with some arguments fixed; ValueError, naming `name`, if it has none such."""
     if not static:
         return function
