@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from cmjax.program.size import Size
 
+_DIMENSION = re.compile(r"[A-Za-z(\d][\w+\-*/()]*")
+
 
 class SymbolicSize(ValueError):
     """A program needs a size as a number while it is traced: a loop's length, a Python branch.
@@ -75,16 +77,20 @@ def _dimension(dimension, numbers: Mapping[str, int]):
     return jax.export.symbolic_shape(text, scope=dimension.scope)[0]
 
 
-def annotated_arguments(function: Callable, name: str) -> tuple:
+def annotated_arguments(
+    function: Callable, name: str, static: Mapping[str, Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Abstract arguments from jaxtyping annotations; shape names become symbolic dimensions.
 
     Args:
       function: its parameters carry jaxtyping shapes, or have defaults.
       name: what to call it in an error.
+      static: arguments that are given, by name.
     """
-    parameters = inspect.signature(function).parameters.values()
-    shapes: list[tuple[str, Any]] = []
-    for parameter in parameters:
+    shapes: dict[str, tuple[str, Any]] = {}
+    for parameter in parameters_of(function).values():
+        if parameter.name in static:
+            continue
         annotation = parameter.annotation
         if parameter.default is not parameter.empty and not hasattr(annotation, "dim_str"):
             continue
@@ -93,17 +99,41 @@ def annotated_arguments(function: Callable, name: str) -> tuple:
                 f"program {name!r}: parameter {parameter.name!r} needs a jaxtyping shape, such "
                 f'as BFloat16[Array, "tokens 7168"], so that it can be traced, or a value (static)'
             )
-        shapes.append((annotation.dim_str, _dtype(annotation.dtypes)))
-    shape_names = sorted({n for text, _ in shapes for n in re.findall(r"[A-Za-z_]\w*", text)})
+        text = _dimensions(annotation.dim_str, f"program {name!r}: parameter {parameter.name!r}")
+        shapes[parameter.name] = text, _dtype(annotation.dtypes)
+    shape_names = sorted(
+        {n for text, _ in shapes.values() for n in re.findall(r"[A-Za-z_]\w*", text)}
+    )
     scope = jax.export.SymbolicScope()
     if shape_names:
         jax.export.symbolic_shape(",".join(shape_names), scope=scope)
-    return tuple(
-        jax.ShapeDtypeStruct(
-            jax.export.symbolic_shape(",".join(text.split()), scope=scope) if text else (), dtype
+    return {
+        argument: jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape(text, scope=scope) if text else (), dtype
         )
-        for text, dtype in shapes
-    )
+        for argument, (text, dtype) in shapes.items()
+    }
+
+
+def parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a function, their annotations evaluated; none where it does not tell."""
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except (NameError, SyntaxError):  # annotations that only a type checker can read
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function not written in Python
+        return {}
+
+
+def _dimensions(text: str, where: str) -> str:
+    """A jaxtyping shape as JAX reads it: `"heads=8 tokens"` is `8,tokens`."""
+    dimensions = [word.rpartition("=")[2] for word in text.split()]
+    if bad := [word for word in dimensions if not _DIMENSION.fullmatch(word)]:
+        raise ValueError(
+            f"{where} has the axis {bad[0]!r} in its shape {text!r}; to be traced, every axis needs "
+            "a name, a number or an expression of them"
+        )
+    return ",".join(dimensions)
 
 
 def _dtype(names: Any) -> Any:

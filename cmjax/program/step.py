@@ -1,7 +1,6 @@
 """A step that is ready to be traced, and what a user calls its sizes."""
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import os
@@ -14,10 +13,12 @@ from typing import Any, cast
 
 from cmjax.hardware import Supernode
 from cmjax.program.operation import Program
-from cmjax.program.shapes import annotated_arguments
+from cmjax.program.shapes import annotated_arguments, parameters_of
 from cmjax.program.size import Size
 from cmjax.program.tiers import Tiers
 from cmjax.program.trace import trace
+
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,11 +121,28 @@ def step_of(
     Raises:
       ValueError: unreadable annotations, or a static argument that the function does not take.
     """
-    bound = _with_static(function, name, static)
+    static = dict(static or {})
+    parameters = parameters_of(function)
+    if unknown := sorted(set(static) - set(parameters)):
+        close = get_close_matches(unknown[0], parameters, n=1) or list(parameters)
+        raise ValueError(
+            f"program {name!r}: no parameter {unknown[0]!r} to fix; it takes {', '.join(close)}"
+        )
     if builds_step(function):
-        return cast(Step, bound(machine))
+        return cast(Step, function(machine, **static))
     if args is None:
-        args = annotated_arguments(bound, name)
+        named = annotated_arguments(function, name, static)
+        names, args = list(named), tuple(named.values())
+    else:
+        names = [p for p in parameters if p not in static][: len(args)]
+    # Called by position where that is the same, as a function of any arguments (`*xs`) must be.
+    in_order = list(parameters)[: len(names)] == names
+    if not static and in_order and all(parameters[n].kind is not _BY_NAME for n in names):
+        return Step(fn=function, args=args, sizes=_as_given)
+
+    def bound(*arrays):
+        return function(**dict(zip(names, arrays, strict=True)), **static)
+
     return Step(fn=bound, args=args, sizes=_as_given)
 
 
@@ -135,19 +153,6 @@ def builds_step(function: Callable) -> bool:
     except (NameError, TypeError):  # annotations that only a type checker can read
         return False
     return isinstance(returned, type) and issubclass(returned, Step)
-
-
-def _with_static(function: Callable, name: str, static: Mapping[str, Any] | None) -> Callable:
-    """The function with some arguments fixed; ValueError, naming `name`, if it has none such."""
-    if not static:
-        return function
-    parameters = inspect.signature(function).parameters
-    if unknown := sorted(set(static) - set(parameters)):
-        close = get_close_matches(unknown[0], parameters, n=1) or list(parameters)
-        raise ValueError(
-            f"program {name!r}: no parameter {unknown[0]!r} to fix; it takes {', '.join(close)}"
-        )
-    return functools.partial(function, **static)
 
 
 def _as_given(**sizes):
