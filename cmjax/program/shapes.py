@@ -130,8 +130,8 @@ def _dimensions(text: str, where: str) -> str:
     dimensions = [word.rpartition("=")[2] for word in text.split()]
     if bad := [word for word in dimensions if not _DIMENSION.fullmatch(word)]:
         raise ValueError(
-            f"{where} has the axis {bad[0]!r} in its shape {text!r}; to be traced, every axis needs "
-            "a name, a number or an expression of them"
+            f"{where} has the axis {bad[0]!r} in its shape {text!r}; to be traced, every axis "
+            "needs a name, a number or an expression of them"
         )
     return ",".join(dimensions)
 

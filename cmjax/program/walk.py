@@ -139,6 +139,8 @@ class _Walker:
         kind, work = _classify(name, arguments, outs, equation.params, self.axes)
         if here.region is not None and work.kind not in COMPUTE:
             raise ValueError(f"{name} inside a fused kernel ({'/'.join(here.scope)}): move it out")
+        if kind == "elementwise" and _are_constants(inputs, outs):
+            return [Value(operand=out, nbytes=Size(), external=("const", 0)) for out in outs]
         node = self._append(kind, name, inputs, outs, work, here)
         if name in _INDEXED:
             node.reads[0] = outs[0].nbytes
@@ -274,6 +276,12 @@ class _Walker:
         walker = _Walker(self.axes, self.choices, self.seen)
         outputs = walker.walk(jaxpr, walker.constants(jaxpr, jaxpr.invars), _Place())
         return walker.program(outputs, carried=0).total("flops", "read_bytes", "write_bytes")
+
+
+def _are_constants(inputs: list[Value | None], outs: list[Operand]) -> bool:
+    """Numbers that follow from numbers in the code: any compiler computes them beforehand."""
+    written = all(v is None or not (v.producer or v.nbytes.terms) for v in inputs)
+    return written and bool(outs) and all(not out.shape for out in outs)
 
 
 def scan_counts(equation) -> tuple[int, int]:
