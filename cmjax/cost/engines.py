@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from cmjax.cost.fabric import COLUMN, exchange_s
 from cmjax.hardware import Supernode
 from cmjax.program import Program
+from cmjax.program.work import COMPUTE
 
 PIPELINE_TILES = 8.0
 """Tiles a fused kernel passes between cube and vector cores; 1/8 of the shorter one is exposed."""
@@ -28,13 +29,16 @@ PIPELINE_TILES = 8.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Seconds of every operation of one program level, by engine, and as scheduled."""
+    """Seconds of every operation of one program level, by engine, and as scheduled.
 
-    cube: Float[Array, "operations"]
-    vector: Float[Array, "operations"]
-    hbm: Float[Array, "operations"]
-    fabric: Float[Array, "operations"]
-    total: Float[Array, "operations"]
+    Leading axes are those of a batch, and of the loops around the level whose iterations differ.
+    """
+
+    cube: Float[Array, "*loops operations"]
+    vector: Float[Array, "*loops operations"]
+    hbm: Float[Array, "*loops operations"]
+    fabric: Float[Array, "*loops operations"]
+    total: Float[Array, "*loops operations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,7 @@ def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
         vector_cores=vector,
         vector_share=vector / vector_cores,
         attention=kinds == "attention",
-        compute=np.isin(kinds, ["gemm", "attention"]),
+        compute=np.isin(kinds, COMPUTE),
         kind=kinds,
         reach=np.array([op.work.reach for op in operations], int),
         stream=np.array([[op.stream.name == s for op in operations] for s in streams], float),

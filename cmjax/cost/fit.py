@@ -22,6 +22,7 @@ import scipy.optimize
 
 from cmjax.cost.measured import Measurement
 from cmjax.cost.micro import micro
+from cmjax.files import replace_text
 from cmjax.hardware import Supernode, replace_leaf, sources
 from cmjax.hardware.units import UNITS
 
@@ -122,7 +123,7 @@ def write_back(path: Path, values: dict[str, float]) -> None:
         text, count = section.subn(rf'\g<1>"{shown}"', text, count=1)
         if count != 1:
             raise ValueError(f"{path}: cannot find {dotted} to write it back")
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, text)
 
 
 def _benchmark(row: Measurement, machine: Supernode):

@@ -6,18 +6,25 @@
 """
 
 import difflib
+import warnings
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike
 
 from cmjax.cost.engines import Seconds, seconds
 from cmjax.cost.schedule import Ready, finish
 from cmjax.cost.timeline import Timeline
 from cmjax.hardware import Supernode
-from cmjax.program import Program
+from cmjax.program import Loop, Program
 from cmjax.program.size import evaluate_monomial
+
+
+class SizesApart(UserWarning):
+    """A program is priced at sizes for which it would have been put together otherwise."""
 
 
 def price(
@@ -33,41 +40,50 @@ def price(
       program: what to price (`cmjax.program.trace`).
       machine: where; its float leaves may be traced or batched values.
       sizes: a number for every symbol of the program. A one-dimensional array gives one value
-        per iteration of the loops of that length (an expert load per layer); outside them its
-        mean counts.
+        per iteration of the loops of that length (an expert load per layer), in the loops inside
+        such a loop too; outside them its mean counts. A symbol of an argument's shape that no
+        work depends on may be given as well.
       temperature: 0 for the exact schedule; a positive number of seconds replaces every maximum
         by a log-sum-exp of that scale, an upper bound that is smooth for optimisers.
     Returns: a `Timeline`.
     Raises:
       ValueError: a missing or unknown size, or a negative temperature.
+    Warns:
+      SizesApart: what the program fuses, or which branch it charges, was chosen for sizes that
+        differ from these so far that another choice would be made here. It can only be told where
+        sizes are numbers, not under `jit`, `grad` or `vmap`; `program.decided_at(sizes)` is the
+        program with the other choices.
     """
     if temperature < 0:
         raise ValueError(f"price: temperature must be 0 or positive seconds, got {temperature}")
     values = {name: jnp.asarray(value, float) for name, value in sizes.items()}
     _check(program, values)
+    _warn_where_choices_differ(program, sizes)
     streams = program.streams
     zero = jnp.zeros((1,))
     start = Ready(jnp.zeros((0, 1)), jnp.zeros((len(streams), 1)), zero)
 
     def run(periods):
-        parts = _price_levels(program, machine, values, temperature, periods)
+        parts, work = _price_levels(program, machine, values, temperature, periods)
         durations = {level: part.total for level, part in parts.items()}
         after, spans = finish(program, durations, streams, start, zero, temperature)
-        return parts, after, spans
+        return (parts, work), after, spans
 
-    parts, after, spans = run({})
+    priced, after, spans = run({})
     if len(streams) > 1:
         # How much streams disturb one another depends on how far they overlap, which the
         # undisturbed schedule tells; one correction is enough.
-        runs = _iterations(program)
+        runs = dict(program.levels)  # how often each level is run
         periods = {body: span / runs[body] for body, span in spans.items()}
-        parts, after, spans = run(periods | {program: after.end[0]})
+        priced, after, spans = run(periods | {program: after.end[0]})
+    parts, work = priced
     levels = [level for level, _ in program.levels]
     spans |= {program: after.end[0]}
     return Timeline(
         total_s=after.end[0],
         parts=tuple(parts[level] for level in levels),
         spans=tuple(spans[level] for level in levels),
+        work=tuple(work[level] for level in levels),
         program=program,
     )
 
@@ -78,27 +94,30 @@ def _iterations(program: Program) -> dict[Program, int]:
     return {op.loop.body: op.loop.length for level in levels for op in level.operations if op.loop}
 
 
-def _price_levels(program, machine, values, temperature, periods) -> dict[Program, Seconds]:
-    """Seconds of every operation, for the program and the loops in it."""
-    parts = {}
+def _price_levels(
+    program, machine, values, temperature, periods
+) -> tuple[dict[Program, Seconds], dict[Program, Array]]:
+    """Seconds and work of every operation, for the program and the loops in it."""
 
-    def visit(level: Program, length: int | None) -> None:
-        # A size with one value per iteration of this loop; elsewhere its mean counts.
-        varying = {k for k, v in values.items() if v.ndim == 1 and v.shape[0] == length}
-        here = {k: v if k in varying else jnp.mean(v) for k, v in values.items()}
-
-        def one(here):
-            table = _table(level, here)
-            return seconds(level, table, machine, temperature, periods.get(level))
-
-        axes = {k: 0 if k in varying else None for k in here}
-        parts[level] = jax.vmap(one, in_axes=(axes,))(here) if varying else one(here)
+    def visit(level: Program, values) -> list[tuple[Seconds, Array]]:
+        means = {name: jnp.mean(value) for name, value in values.items()}
+        table = _table(level, means)
+        found = [(seconds(level, table, machine, temperature, periods.get(level)), table)]
         for op in level.operations:
             if op.loop is not None:
-                visit(op.loop.body, op.loop.length)
+                found += inside(op.loop, values)
+        return found
 
-    visit(program, None)
-    return parts
+    def inside(loop: Loop, values) -> list[tuple[Seconds, Array]]:
+        # A size with one value per iteration of this loop is one number in each of them.
+        varying = {k: v for k, v in values.items() if v.ndim == 1 and v.shape[0] == loop.length}
+        if not varying:
+            return visit(loop.body, values)
+        return jax.vmap(lambda each: visit(loop.body, values | each))(varying)
+
+    levels = [level for level, _ in program.levels]
+    parts, work = zip(*visit(program, values), strict=True)
+    return dict(zip(levels, parts, strict=True)), dict(zip(levels, work, strict=True))
 
 
 def _table(program: Program, values):
@@ -111,10 +130,11 @@ def _table(program: Program, values):
 
 def _check(program: Program, values) -> None:
     needed = program.symbols
+    known = needed | program.inputs
     if missing := sorted(needed - set(values)):
         raise ValueError(f"price: no value for size {missing[0]!r}; needed: {sorted(needed)}")
-    if unknown := sorted(set(values) - needed):
-        close = difflib.get_close_matches(unknown[0], needed, n=1) or sorted(needed)
+    if unknown := sorted(set(values) - known):
+        close = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)
         raise ValueError(f"price: the program has no size {unknown[0]!r}; it has {close}")
     lengths = set(_iterations(program).values())
     for name, value in values.items():
@@ -123,3 +143,16 @@ def _check(program: Program, values) -> None:
                 f"price: size {name!r} must be a number, or one per iteration of a loop (the "
                 f"program's loops have {sorted(lengths)}); got shape {value.shape}"
             )
+
+
+def _warn_where_choices_differ(program: Program, sizes) -> None:
+    if any(isinstance(value, Tracer) for value in sizes.values()):
+        return
+    means = {name: float(np.mean(np.asarray(value))) for name, value in sizes.items()}
+    if broken := program.broken_assumptions(means):
+        warnings.warn(
+            f"price: the program was traced for {broken[0]}, which does not hold here; price "
+            "program.decided_at(sizes) to have its kernels and branches chosen at these sizes",
+            SizesApart,
+            stacklevel=3,
+        )

@@ -21,7 +21,7 @@ NEVER = -1e6
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Segment:
     """Consecutive operations of one stream between two points where streams meet."""
 
     operations: tuple[int, ...]
@@ -40,8 +40,8 @@ class Ready:
 
 
 @functools.lru_cache(maxsize=256)
-def steps(program: Program) -> tuple[Step, ...]:
-    """Cut a level's operations into steps; the schedule only looks at their ends."""
+def segments(program: Program) -> tuple[Segment, ...]:
+    """Cut a level's operations into segments; the schedule only looks at their ends."""
     stream_of = [op.stream.name for op in program.operations]
     awaited: set[int] = {s.op for s in program.outputs if s.op is not None}
     for i, op in enumerate(program.operations):
@@ -49,21 +49,21 @@ def steps(program: Program) -> tuple[Step, ...]:
         awaited |= {
             s.op for s in every if s.op is not None and (op.loop or stream_of[s.op] != stream_of[i])
         }
-    found: list[Step] = []
-    open_step: dict[str, list[int]] = {}
+    found: list[Segment] = []
+    open_segment: dict[str, list[int]] = {}
     waits: dict[str, tuple[Source, ...]] = {}
     known: dict[str, set[Source]] = {}
 
     def close(stream: str) -> None:
-        if members := open_step.pop(stream, None):
-            found.append(Step(tuple(members), stream, waits.pop(stream)))
+        if members := open_segment.pop(stream, None):
+            found.append(Segment(tuple(members), stream, waits.pop(stream)))
 
     for i, op in enumerate(program.operations):
         stream = op.stream.name
         if op.loop is not None:
-            for name in list(open_step):
+            for name in list(open_segment):
                 close(name)
-            found.append(Step((i,), stream, op.sources))
+            found.append(Segment((i,), stream, op.sources))
             continue
         seen = known.setdefault(stream, set())
         new = tuple(
@@ -75,13 +75,13 @@ def steps(program: Program) -> tuple[Step, ...]:
                 close(stream_of[source.op])
         if new:
             close(stream)
-        if stream not in open_step:
-            open_step[stream], waits[stream] = [], ()
+        if stream not in open_segment:
+            open_segment[stream], waits[stream] = [], ()
         waits[stream] += new
-        open_step[stream].append(i)
+        open_segment[stream].append(i)
         if i in awaited:
             close(stream)
-    for name in list(open_step):
+    for name in list(open_segment):
         close(name)
     return tuple(found)
 
@@ -103,14 +103,16 @@ def finish(
     """Run one level.
 
     Args:
-      durations: seconds per operation of this level and, by their programs, of the loops in it;
-        a loop's may have a leading axis of its length, one row per iteration.
+      durations: seconds per operation of this level and, by their programs, of the loops in it; a
+        loop's, and those of all loops in it, may have a leading axis of its length, one row per
+        iteration.
       streams: names of all streams of the whole program.
       start: ready times of the carried inputs and of the streams, as max-plus vectors over any
         basis (one element for plain times).
       constants: when everything else that the level reads is ready, [basis].
       temperature: 0 for exact maxima, else smoothing in seconds.
-    Returns: ready times at the end, and the time each loop's iterations took in all.
+    Returns: ready times at the end, and for each loop (by its body) the time that its iterations
+      took in all, over every run of it.
     """
     free = dict(zip(streams, start.streams, strict=True))
     done: dict[int, list] = {}
@@ -125,14 +127,14 @@ def finish(
     def latest(vectors):
         return vectors[0] if len(vectors) == 1 else largest(jnp.stack(vectors), temperature)
 
-    for step in steps(program):
-        operation = program.operations[step.operations[0]]
-        inputs = [ready(s) for s in step.waits]
+    for segment in segments(program):
+        operation = program.operations[segment.operations[0]]
+        inputs = [ready(s) for s in segment.waits]
         if operation.loop is None:
-            begin = latest([free[step.stream], *inputs])
-            end = begin + jnp.sum(durations[program][jnp.array(step.operations)])
-            free[step.stream] = end
-            done.update({i: [end] for i in step.operations})
+            begin = latest([free[segment.stream], *inputs])
+            end = begin + jnp.sum(durations[program][jnp.array(segment.operations)])
+            free[segment.stream] = end
+            done.update({i: [end] for i in segment.operations})
             continue
         loop = operation.loop
         carried = [ready(s) for s in loop.carry_sources]
@@ -142,7 +144,7 @@ def finish(
         free = dict(zip(streams, after[n : n + len(streams)], strict=True))
         everything = largest(after, temperature)
         # Carried results are ready when computed; scanned-out ones when the loop ends.
-        done[step.operations[0]] = [*after[:n], everything]
+        done[segment.operations[0]] = [*after[:n], everything]
         spans |= inner
         spans[loop.body] = jnp.max(everything) - jnp.max(largest(state, temperature))
     carries = [ready(s) for s in program.outputs]
@@ -158,11 +160,11 @@ def _iterate(loop, durations, streams, state, temperature):
     size = state.shape[0]
     identity = jnp.where(jnp.eye(size, dtype=bool), 0.0, NEVER).astype(state.dtype)
 
-    def matrix(body_durations):
+    def matrix(durations):
         start = Ready(identity[: loop.carried], identity[loop.carried : -1], identity[-1])
         after, spans = finish(
             loop.body,
-            durations | {loop.body: body_durations},
+            durations,
             streams,
             start,
             identity[-1],
@@ -170,13 +172,17 @@ def _iterate(loop, durations, streams, state, temperature):
         )
         return jnp.concatenate([after.carries, after.streams, identity[-1:]]), spans
 
-    own = durations[loop.body]
-    if own.ndim == 2:  # one row of durations per iteration
+    inside = tuple(level for level, _ in loop.body.levels)
+    own = {level: durations[level] for level in inside}
+    if own[loop.body].ndim == 2:  # one row of durations per iteration, in the loops inside too
 
-        def advance(state, row):
-            return _times(matrix(row)[0], state, temperature), None
+        def advance(state, rows):
+            step, spans = matrix(dict(zip(inside, rows, strict=True)))
+            return _times(step, state, temperature), tuple(spans[body] for body in inside[1:])
 
-        return jax.lax.scan(advance, state, own)[0], {}
+        rows = tuple(own[level] for level in inside)
+        state, each = jax.lax.scan(advance, state, rows)
+        return state, {b: jnp.sum(span, 0) for b, span in zip(inside[1:], each, strict=True)}
     step, spans = matrix(own)
     left = loop.length
     while left:

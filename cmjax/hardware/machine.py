@@ -41,7 +41,6 @@ class Chip:
       kernel_startup_s: from one kernel's end to the next one's first useful cycle on a stream.
       host_step_s: CPU time per step that the NPU waits for (graph hand-off, scheduling).
       l2_bytes: on-chip memory shared by the die's cores.
-      l1_bytes, l0c_bytes: per cube core; unified_buffer_bytes: per vector core.
       cube_cores, vector_cores: AIC and AIV counts (streaming multiprocessors on a GPU).
       separate_vector_cores: True where cube and vector cores are different cores, which streams
         can own; False where every core does both.
@@ -56,9 +55,6 @@ class Chip:
     kernel_startup_s: Scalar
     host_step_s: Scalar
     l2_bytes: Scalar
-    l1_bytes: Scalar
-    l0c_bytes: Scalar
-    unified_buffer_bytes: Scalar
     cube_cores: int = static()
     vector_cores: int = static()
     separate_vector_cores: bool = static()

@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from cmjax.primitives.define import Zero, define
-from cmjax.program import Size, Work, cost_rule, exchange
+from cmjax.program import Size, Work, cost_rule, exchange, ranks_on_tiers
 
 
 class Dispatched(NamedTuple):
@@ -347,7 +347,7 @@ def _traffic(nbytes: Size, copies: float, axes, mesh) -> dict:
     (N - 1) (1 - (1 - 1/N)**copies) other nodes, against copies (N - 1) / N rows sent there."""
     if not axes:
         return {}
-    nodes = mesh.get("node", 1)
+    nodes = ranks_on_tiers(axes, mesh)["supernode"]
     distinct = nodes * (1 - (1 - 1 / nodes) ** copies) / copies
     fields = exchange(nbytes, axes, mesh)
     return fields | {

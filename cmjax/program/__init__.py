@@ -2,13 +2,16 @@
 
 from cmjax.program.mark import fused, stream, trip_count
 from cmjax.program.operation import Loop, Operation, Program, Source, Stream
-from cmjax.program.rules import UnpricedPrimitive, cost_rule, exchange, tier_shares
+from cmjax.program.rules import UnpricedPrimitive, cost_rule, exchange
+from cmjax.program.shapes import SymbolicSize
 from cmjax.program.size import Size, maximum, minimum
+from cmjax.program.tiers import Axes, Tiers, ranks_on_tiers, tier_shares
 from cmjax.program.trace import trace
 from cmjax.program.work import FIELDS, Operand, Work, matmul_flops
 
 __all__ = [
     "FIELDS",
+    "Axes",
     "Loop",
     "Operand",
     "Operation",
@@ -16,6 +19,8 @@ __all__ = [
     "Size",
     "Source",
     "Stream",
+    "SymbolicSize",
+    "Tiers",
     "UnpricedPrimitive",
     "Work",
     "cost_rule",
@@ -24,6 +29,7 @@ __all__ = [
     "matmul_flops",
     "maximum",
     "minimum",
+    "ranks_on_tiers",
     "stream",
     "tier_shares",
     "trace",

@@ -14,16 +14,19 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from cmjax.program.operation import Loop, Node, Operation, Program, Source, Value, probe
+from cmjax.program.choice import Choices
+from cmjax.program.operation import Loop, Node, Operation, Program, Source, Value
 from cmjax.program.size import Size
 from cmjax.program.work import FIELDS, Work
 
 
-def assemble(nodes: list[Node], outputs: Sequence[Value | None], carried: int) -> Program:
+def assemble(
+    nodes: list[Node], outputs: Sequence[Value | None], carried: int, choices: Choices
+) -> Program:
     """Fuse the nodes of one program level and order the kernels for issue."""
     alive = _alive(nodes, outputs)
     nodes = [node for node in nodes if node.index in alive]
-    group_of = _group(nodes)
+    group_of = _group(nodes, choices)
     members: dict[int, list[Node]] = defaultdict(list)
     for node in nodes:
         members[group_of[node.index]].append(node)
@@ -32,7 +35,9 @@ def assemble(nodes: list[Node], outputs: Sequence[Value | None], carried: int) -
     position = {group: i for i, group in enumerate(order)}
     # Where node k's outputs are to be found once it is part of a kernel.
     place = {node.index: (position[group_of[node.index]], node.kind == "loop") for node in nodes}
-    operations = tuple(_operation(members[g], group_of, needed_outside, place) for g in order)
+    operations = tuple(
+        _operation(members[g], group_of, needed_outside, place, choices) for g in order
+    )
     outs = tuple(_source(value, place) for value in outputs[:carried])
     return Program(operations, outs)
 
@@ -50,7 +55,7 @@ def _alive(nodes: list[Node], outputs: Sequence[Value | None]) -> set[int]:
     return alive
 
 
-def _group(nodes: list[Node]) -> dict[int, int]:
+def _group(nodes: list[Node], choices: Choices) -> dict[int, int]:
     """Kernel number of each node: union of the edges that stay on one level."""
     by_index = {node.index: node for node in nodes}
     parent = {node.index: node.index for node in nodes}
@@ -72,7 +77,7 @@ def _group(nodes: list[Node]) -> dict[int, int]:
             head = region_head.setdefault(node.region, node.index)
             parent[find(node.index)] = find(head)
             continue
-        joins = [p for p in producers if _compatible(p, node)]
+        joins = [p for p in producers if _compatible(p, node, choices)]
         level[node.index] = max(
             [level[p.index] + (0 if p in joins else 1) for p in producers], default=0
         )
@@ -97,7 +102,7 @@ def _region_floors(nodes: list[Node]) -> dict[int, set[int]]:
     return floors
 
 
-def _compatible(producer: Node, node: Node) -> bool:
+def _compatible(producer: Node, node: Node, choices: Choices) -> bool:
     """May `node` be computed in the loop that computes `producer`?"""
     return (
         producer.kind == "elementwise"
@@ -105,13 +110,15 @@ def _compatible(producer: Node, node: Node) -> bool:
         and producer.region is None
         and producer.stream == node.stream
         and producer.scope == node.scope
-        and probe(producer.outputs[0].operand.size) <= probe(_iteration_size(node))
+        and producer.shard_map == node.shard_map
+        and choices.at_most(producer.outputs[0].operand.size, _iteration_size(node, choices))
     )
 
 
-def _iteration_size(node: Node) -> Size:
+def _iteration_size(node: Node, choices: Choices) -> Size:
     operands = [v.operand for v in node.inputs if v is not None] + [node.outputs[0].operand]
-    return max((operand.size for operand in operands), key=probe)
+    sizes = [operand.size for operand in operands]
+    return sizes[choices.largest(sizes)]
 
 
 def _needed_outside(nodes, outputs, group_of) -> set[int]:
@@ -154,7 +161,7 @@ def _issue_order(members: dict[int, list[Node]], group_of: dict[int, int]) -> li
     return order
 
 
-def _operation(nodes: list[Node], group_of, needed_outside, place) -> Operation:
+def _operation(nodes: list[Node], group_of, needed_outside, place, choices: Choices) -> Operation:
     head = nodes[0]
     group = group_of[head.index]
     anchor = next((n for n in nodes if n.kind in ("anchor", "loop")), head)
@@ -169,16 +176,16 @@ def _operation(nodes: list[Node], group_of, needed_outside, place) -> Operation:
             name = "+".join(
                 dict.fromkeys(n.name for n in nodes if n.work.column("vector_bytes").terms)
             )
-    read, write = _traffic(nodes, group, group_of, needed_outside)
+    read, write = _traffic(nodes, group, group_of, needed_outside, choices)
     if head.region is None and anchor.kind == "anchor":
         read = read if anchor.work.read_bytes is None else Size.of(anchor.work.read_bytes)
         write = write if anchor.work.write_bytes is None else Size.of(anchor.work.write_bytes)
     totals = {f: sum((n.work.column(f) for n in nodes), Size()) for f in FIELDS}
     totals |= {"read_bytes": read, "write_bytes": write, "launches": _launches(nodes, anchor)}
-    kinds = [n.work.kind for n in nodes if n.work.kind != "gemm"]
+    kinds = [n.work.kind for n in nodes if n.work.kind != "compute"]
     work = Work(
         **totals,
-        kind=kinds[0] if kinds else "gemm",
+        kind=kinds[0] if kinds else "compute",
         reach=max(n.work.reach for n in nodes),
     )
     sources = {
@@ -200,9 +207,11 @@ def _is_prefix(scope: tuple[str, ...], nodes: list[Node]) -> bool:
     return all(n.scope[: len(scope)] == scope for n in nodes)
 
 
-def _traffic(nodes: list[Node], group: int, group_of, needed_outside) -> tuple[Size, Size]:
+def _traffic(
+    nodes: list[Node], group: int, group_of, needed_outside, choices: Choices
+) -> tuple[Size, Size]:
     """HBM bytes that a kernel reads and writes at its boundary."""
-    views: dict[int, dict[object, Value]] = defaultdict(dict)
+    views: dict[object, dict[object, Value]] = defaultdict(dict)
     read, write = Size(), Size()
     for node in nodes:
         for position, value in enumerate(node.inputs):
@@ -212,11 +221,11 @@ def _traffic(nodes: list[Node], group: int, group_of, needed_outside) -> tuple[S
             if position in node.reads:
                 read = read + node.reads[position]
             else:
-                views[id(value.root)][value.bytes_seen] = value
+                views[id(value.root), value.shard][value.bytes_seen] = value
     for seen in views.values():
         total = sum((value.nbytes for value in seen.values()), Size())
-        whole = next(iter(seen.values())).root.nbytes
-        read = read + (total if probe(total) <= probe(whole) else whole)
+        whole = next(iter(seen.values())).held
+        read = read + (total if choices.at_most(total, whole) else whole)
     for node in nodes:
         for position, value in enumerate(node.outputs):
             if id(value) in needed_outside:

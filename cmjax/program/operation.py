@@ -1,15 +1,13 @@
 """A traced program: operations with symbolic work, their dependencies, and loops over bodies."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from cmjax.program.choice import PROBE, broken
 from cmjax.program.size import Size, evaluate_monomial
 from cmjax.program.work import FIELDS, Operand, Work
-
-PROBE = 1024.0
-"""Value given to every symbol where two sizes must be ordered while tracing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,8 @@ MAIN = Stream()
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """An array while tracing. A view (reshape, slice) names the value it looks into as `base`, and
-    as `part` which of its bytes it sees."""
+    as `part` which of its bytes it sees; inside a `shard_map`, `shard` is what this rank has of it.
+    """
 
     operand: Operand
     nbytes: Size
@@ -36,10 +35,16 @@ class Value:
     external: tuple[str, int] | None = None  # ("const", 0) or ("carry", i)
     base: "Value | None" = None
     part: object = None
+    shard: Size | None = None
 
     @property
     def root(self) -> "Value":
         return self.base or self
+
+    @property
+    def held(self) -> Size:
+        """Bytes of the whole array, as far as this rank has it."""
+        return self.root.nbytes if self.shard is None else self.shard
 
     @property
     def bytes_seen(self) -> object:
@@ -59,6 +64,7 @@ class Node:
     scope: tuple[str, ...]
     stream: Stream
     region: int | None
+    shard_map: int | None = None
     outputs: list[Value] = dataclasses.field(default_factory=list)
     reads: dict[int, Size] = dataclasses.field(default_factory=dict)
     writes: dict[int, Size] = dataclasses.field(default_factory=dict)
@@ -101,10 +107,23 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Operations in issue order, and where each carried output comes from."""
+    """Operations in issue order, and where each carried output comes from.
+
+    Fields:
+      operations, outputs: the program.
+      inputs: every symbol in the shape of an argument, also one that no work depends on.
+      assumed: pairs of sizes (left, right) of which `left <= right` was taken to hold, where it
+        decided what fuses with what or which branch is charged.
+      retrace: reads the function again with such choices made at other sizes.
+    """
 
     operations: tuple[Operation, ...]
     outputs: tuple[Source, ...] = ()
+    inputs: frozenset[str] = frozenset()
+    assumed: tuple[tuple[Size, Size], ...] = ()
+    retrace: "Callable[[Mapping[str, float]], Program] | None" = dataclasses.field(
+        default=None, repr=False
+    )
 
     def __post_init__(self):
         monomials = sorted(
@@ -130,7 +149,25 @@ class Program:
 
     def at(self, **sizes: float) -> "Program":
         """The program with some symbols fixed."""
-        return Program(tuple(_fix(op, sizes) for op in self.operations), self.outputs)
+        again = self.retrace
+        return dataclasses.replace(
+            self,
+            operations=tuple(_fix(op, sizes) for op in self.operations),
+            inputs=self.inputs - set(sizes),
+            assumed=tuple((left.fix(sizes), right.fix(sizes)) for left, right in self.assumed),
+            retrace=again and (lambda rest: again({**rest, **sizes}).at(**sizes)),
+        )
+
+    def broken_assumptions(self, sizes: Mapping[str, float]) -> list[str]:
+        """Which assumptions of the program do not hold at `sizes`, as text."""
+        return broken(self.assumed, sizes)
+
+    def decided_at(self, sizes: Mapping[str, float]) -> "Program":
+        """The program with its kernels and branches chosen at `sizes` instead of where it was
+        traced; itself, if that makes no difference."""
+        if self.retrace is None or not self.broken_assumptions(sizes):
+            return self
+        return dataclasses.replace(self.retrace(sizes), inputs=self.inputs)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -146,6 +183,16 @@ class Program:
             if op.loop is not None:
                 found += [(body, n * op.loop.length) for body, n in op.loop.body.levels]
         return found
+
+    def total(self, *fields: str) -> Size:
+        """Sum of some work fields over the program, per rank, loops multiplied out, in symbols."""
+        amounts = (
+            op.work.column(field) * float(times)
+            for level, times in self.levels
+            for op in level.operations
+            for field in fields
+        )
+        return sum(amounts, Size())
 
     def totals(self, sizes: Mapping[str, float] | None) -> dict[str, float]:
         """Total of every work field over the program, per rank, loops multiplied out.
@@ -166,8 +213,3 @@ def _fix(op: Operation, sizes: Mapping[str, float]) -> Operation:
     columns = {f: op.work.column(f).fix(sizes) for f in FIELDS}
     loop = op.loop and dataclasses.replace(op.loop, body=op.loop.body.at(**sizes))
     return dataclasses.replace(op, work=dataclasses.replace(op.work, **columns), loop=loop)
-
-
-def probe(size: Size) -> float:
-    """A size with every symbol at `PROBE`, to order two of them while tracing."""
-    return float(size.evaluate(dict.fromkeys(size.symbols(), PROBE)))

@@ -7,13 +7,14 @@ division and remainders as zero, the continuous relaxation under which a price i
 
 import ast
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 Monomial = tuple[tuple[Any, int], ...]
-"""Sorted (atom, power) pairs; an atom is a symbol's name or a `Max`/`Min`/`Ratio` of sizes."""
+"""Sorted (atom, power) pairs; an atom is a symbol's name, or a `Max`, `Min`, `Ratio` or `Log2`."""
 
 
 class Size:
@@ -158,7 +159,7 @@ class Max(_Operation):
         return maximum(self.left.fix(values), self.right.fix(values))
 
     def evaluate(self, values):
-        return jnp.maximum(self.left.evaluate(values), self.right.evaluate(values))
+        return _pick(max, jnp.maximum, self.left.evaluate(values), self.right.evaluate(values))
 
 
 class Min(_Operation):
@@ -166,7 +167,7 @@ class Min(_Operation):
         return minimum(self.left.fix(values), self.right.fix(values))
 
     def evaluate(self, values):
-        return jnp.minimum(self.left.evaluate(values), self.right.evaluate(values))
+        return _pick(min, jnp.minimum, self.left.evaluate(values), self.right.evaluate(values))
 
 
 class Ratio(_Operation):
@@ -175,6 +176,40 @@ class Ratio(_Operation):
 
     def evaluate(self, values):
         return self.left.evaluate(values) / self.right.evaluate(values)
+
+
+class Log2:
+    """The base-2 logarithm of a size, at least 1; an atom of polynomials."""
+
+    def __init__(self, of: Size):
+        self.of = of
+
+    def symbols(self) -> set[str]:
+        return self.of.symbols()
+
+    def fix(self, values):
+        return log2(self.of.fix(values))
+
+    def evaluate(self, values):
+        value = self.of.evaluate(values)
+        if isinstance(value, float | int):
+            return math.log2(max(value, 2.0))
+        return jnp.log2(jnp.maximum(value, 2.0))
+
+    def __eq__(self, other):
+        return isinstance(other, Log2) and self.of == other.of
+
+    def __hash__(self):
+        return hash(("log2", self.of))
+
+    def __repr__(self):
+        return f"log2({self.of})"
+
+
+def _pick(plain, traced, left, right):
+    """Of two numbers, without JAX if both are Python's: a program may be traced inside a jit."""
+    is_plain = isinstance(left, float | int) and isinstance(right, float | int)
+    return plain(left, right) if is_plain else traced(left, right)
 
 
 def maximum(left: Size, right: Size) -> Size:
@@ -191,6 +226,14 @@ def minimum(left: Size, right: Size) -> Size:
     if left.constant is not None and right.constant is not None:
         return Size(min(left.constant, right.constant))
     return Size({((Min(left, right), 1),): 1.0})
+
+
+def log2(size: Size) -> Size:
+    """The base-2 logarithm of a size, at least 1: passes of a sort or of a Fourier transform."""
+    size = Size.of(size)
+    if size.constant is not None:
+        return Size(math.log2(max(2.0, size.constant)))
+    return Size({((Log2(size), 1),): 1.0})
 
 
 def product(sizes: Iterable[object]) -> Size:

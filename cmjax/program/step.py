@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import inspect
 import os
-import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -12,14 +11,14 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, cast
 
-import jax
-import jax.export
-import jax.numpy as jnp
-
 from cmjax.hardware import Supernode
 from cmjax.program.operation import Program
+from cmjax.program.shapes import annotated_arguments, parameters_of
 from cmjax.program.size import Size
+from cmjax.program.tiers import Tiers
 from cmjax.program.trace import trace
+
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,15 @@ class Step:
     weight_bytes: Size | float = 0.0
     state_bytes: Size | float = 0.0
 
-    def trace(self) -> Program:
-        return trace(self.fn, *self.args)
+    def trace(
+        self,
+        at: Mapping[str, float] | None = None,
+        *,
+        tiers: Tiers | None = None,
+        machine: Supernode | None = None,
+    ) -> Program:
+        """Read the step as a program; `at` are values of its symbols, the rest as in `trace`."""
+        return trace(self.fn, *self.args, at=at, tiers=tiers, machine=machine)
 
     def symbols(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The program's symbols at the sizes `given`; ValueError names a missing or unknown one."""
@@ -67,15 +73,10 @@ def import_from_here(module_name: str) -> ModuleType:
     return importlib.import_module(module_name)
 
 
-def load_step(target: str, machine: Supernode) -> Step:
-    """Find what `module:function` names and make it a step.
+def load_function(target: str) -> Callable:
+    """Find what `module:function` names, from the working folder too.
 
-    The function is a step builder (it takes a machine and its return annotation is `Step` or a
-    subclass), or is any JAX function whose parameters carry jaxtyping shapes, such as
-    `x: BFloat16[Array, "tokens 7168"]`: every name in a shape becomes a size.
-
-    Raises:
-      ValueError: no such module or function (with the closest names), or unreadable annotations.
+    Raises: ValueError: no such module or function (with the closest names).
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
@@ -96,12 +97,57 @@ def load_step(target: str, machine: Supernode) -> Step:
         raise ValueError(
             f"program {target!r}: {module_name} has no function {name!r}; it has {', '.join(close)}"
         )
-    if _builds_step(function):
-        return cast(Step, function(machine))
-    return Step(fn=function, args=_annotated_arguments(function, target), sizes=_as_given)
+    return function
 
 
-def _builds_step(function: Callable) -> bool:
+def step_of(
+    function: Callable,
+    machine: Supernode,
+    name: str,
+    *,
+    args: tuple | None = None,
+    static: Mapping[str, Any] | None = None,
+) -> Step:
+    """Make a function a step.
+
+    Args:
+      function: a step builder (it takes a machine and its return annotation is `Step` or a
+        subclass), or any JAX function: every name in the shape of an argument becomes a size.
+      machine: what a builder builds for.
+      name: what to call the function in an error.
+      args: abstract arguments of a JAX function; `None` reads them from its jaxtyping annotations,
+        such as `x: BFloat16[Array, "tokens 7168"]`.
+      static: arguments with fixed values, by name.
+    Raises:
+      ValueError: unreadable annotations, or a static argument that the function does not take.
+    """
+    static = dict(static or {})
+    parameters = parameters_of(function)
+    if unknown := sorted(set(static) - set(parameters)):
+        close = get_close_matches(unknown[0], parameters, n=1) or list(parameters)
+        raise ValueError(
+            f"program {name!r}: no parameter {unknown[0]!r} to fix; it takes {', '.join(close)}"
+        )
+    if builds_step(function):
+        return cast(Step, function(machine, **static))
+    if args is None:
+        named = annotated_arguments(function, name, static)
+        names, args = list(named), tuple(named.values())
+    else:
+        names = [p for p in parameters if p not in static][: len(args)]
+    # Called by position where that is the same, as a function of any arguments (`*xs`) must be.
+    in_order = list(parameters)[: len(names)] == names
+    if not static and in_order and all(parameters[n].kind is not _BY_NAME for n in names):
+        return Step(fn=function, args=args, sizes=_as_given)
+
+    def bound(*arrays):
+        return function(**dict(zip(names, arrays, strict=True)), **static)
+
+    return Step(fn=bound, args=args, sizes=_as_given)
+
+
+def builds_step(function: Callable) -> bool:
+    """Whether a function takes a machine and returns a `Step`, by its annotation."""
     try:
         returned = typing.get_type_hints(function).get("return")
     except (NameError, TypeError):  # annotations that only a type checker can read
@@ -124,36 +170,3 @@ def _closest_module(module_name: str) -> str:
     return (
         f"; closest: {', '.join(f'{folder}.{c}' if folder else c for c in close)}" if close else ""
     )
-
-
-def _annotated_arguments(function: Callable, target: str) -> tuple:
-    """Abstract arguments from jaxtyping annotations; shape names become symbolic dimensions."""
-    parameters = inspect.signature(function).parameters.values()
-    shapes: list[tuple[str, Any]] = []
-    for parameter in parameters:
-        annotation = parameter.annotation
-        if parameter.default is not parameter.empty and not hasattr(annotation, "dim_str"):
-            continue
-        if not hasattr(annotation, "dim_str") or len(annotation.dtypes) == 0:
-            raise ValueError(
-                f"program {target!r}: parameter {parameter.name!r} needs a jaxtyping shape, such "
-                f'as BFloat16[Array, "tokens 7168"], so that it can be traced'
-            )
-        shapes.append((annotation.dim_str, _dtype(annotation.dtypes)))
-    names = sorted({n for text, _ in shapes for n in re.findall(r"[A-Za-z_]\w*", text)})
-    scope = jax.export.SymbolicScope()
-    if names:
-        jax.export.symbolic_shape(",".join(names), scope=scope)
-    return tuple(
-        jax.ShapeDtypeStruct(
-            jax.export.symbolic_shape(",".join(text.split()), scope=scope) if text else (), dtype
-        )
-        for text, dtype in shapes
-    )
-
-
-def _dtype(names: Any) -> Any:
-    """The one dtype of an annotation; for families such as Float the JAX default of that kind."""
-    if len(names) == 1:
-        return jnp.dtype(names[0])
-    return jnp.dtype("int32" if all("int" in n for n in names) else "float32")

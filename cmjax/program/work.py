@@ -21,8 +21,11 @@ COUNTED = ("flops", "transcendentals", "read_bytes", "write_bytes", "launches")
 FIELDS = ENGINES + TRAFFIC + COUNTED
 """The columns of a priced program's work table, all additive."""
 
-KINDS = ("gemm", "attention", "collective", "dispatch", "combine")
-"""How an operation's time follows from its work; set by its cost rule."""
+KINDS = ("compute", "attention", "collective", "dispatch", "combine")
+"""How an operation's time follows from its work; set by its cost rule. `compute` is a kernel that
+runs on its engines at once, whatever they do; an attention kernel has an efficiency of its own."""
+COMPUTE = ("compute", "attention")
+"""Kinds that stay on their die."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Operand:
             return 8.0  # a PRNG key
         name = jnp.dtype(self.dtype).name
         return 0.5 if name in ("int4", "uint4", "float4_e2m1fn") else jnp.dtype(self.dtype).itemsize
+
+    @property
+    def is_complex(self) -> bool:
+        return jnp.issubdtype(self.dtype, jnp.complexfloating)
 
     @property
     def nbytes(self) -> Size:
@@ -87,7 +94,7 @@ class Work:
     read_bytes: Size | float | None = None
     write_bytes: Size | float | None = None
     launches: Size | float = 1.0
-    kind: str = "gemm"
+    kind: str = "compute"
     reach: int = -1
 
     def column(self, field: str) -> Size:
@@ -97,6 +104,6 @@ class Work:
 
 def matmul_flops(dtype: Any, flops: Size) -> dict[str, Any]:
     """The engine field on which a matrix product of operands of `dtype` is charged."""
-    bits = jnp.dtype(dtype).itemsize * 8
+    bits = jnp.dtype(dtype).itemsize * 8  # complex: two numbers of at least 32 bits
     width = 8 if bits <= 8 else 16 if bits == 16 else 32
     return {f"cube_flops_{width}bit": flops}

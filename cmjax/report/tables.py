@@ -36,11 +36,18 @@ def prediction_table(result: Mapping) -> RenderableType:
 
 
 def price_table(program: str, result: Mapping) -> RenderableType:
-    """A priced program: total, time by scope, and how long each engine is busy."""
-    table = _table(f"{program} on {result['machine']}", "scope", "ms on its stream")
+    """A priced program: FLOP, HBM bytes and time by scope, and how long each engine is busy."""
+    title = f"{program} on {result['machine']}"
+    table = _table(title, "scope", "GFLOP", "HBM MB", "ms on its stream")
     for scope, ms in sorted(result["breakdown"].items(), key=lambda entry: -entry[1]):
-        table.add_row(scope, number(ms))
-    total = Text(f"total {quantity('total_ms', result['total_ms'])}", style="bold")
+        flops = result["breakdown_flops"][scope]
+        nbytes = result["breakdown_hbm_bytes"][scope]
+        table.add_row(scope, number(flops / 1e9), number(nbytes / 1e6), number(ms))
+    total = Text(
+        f"{number(result['flops'] / 1e9)} GFLOP, {number(result['hbm_bytes'] / 1e6)} MB of HBM "
+        f"traffic, total {quantity('total_ms', result['total_ms'])}",
+        style="bold",
+    )
     return Group(table, total, _engines({**result, "step_ms": result["total_ms"]}))
 
 

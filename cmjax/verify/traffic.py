@@ -31,7 +31,7 @@ from cmjax.mesh import RankMesh
 from cmjax.primitives.define import reference_of
 from cmjax.primitives.exchange import combine_p, dispatch_p
 from cmjax.program import Program
-from cmjax.program.trace import INLINED, scan_counts
+from cmjax.program.walk import INLINED, scan_counts
 
 TIERS = ("own", "die", "node", "supernode")
 """Where the other end of a transfer is: the rank itself, the other die of its NPU, another NPU of

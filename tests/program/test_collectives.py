@@ -221,13 +221,17 @@ def test_a_group_of_one_rank_sends_nothing_and_starts_nothing():
 @pytest.mark.parametrize(
     "names, message",
     [
-        ("rows", "collective over mesh axis 'rows': the fabric knows 'node', 'npu' and 'die'"),
+        (
+            "rows",
+            "collective over mesh axis 'rows': the fabric knows 'node', 'npu' and 'die'; say where "
+            "this one lies, such as tiers={'rows': 'node'}, or give a machine",
+        ),
         (("node", "die"), "collective over mesh axis 'die', which no shard_map defines"),
     ],
 )
 def test_an_axis_that_is_no_part_of_the_fabric_is_refused(names, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        tier_shares(names, {"node": 2, "npu": 8})
+        tier_shares(names, {"node": 2, "npu": 8, "rows": 4})
 
 
 def test_a_collective_inside_a_scan_is_charged_every_iteration():

@@ -9,7 +9,7 @@ import pytest
 
 from cmjax.hardware import load_machine
 from cmjax.program import Program
-from cmjax.program.step import Step, load_step
+from cmjax.program.step import Step, load_function, step_of
 
 MACHINE = load_machine("cloudmatrix384")
 MODULE = '''
@@ -55,6 +55,10 @@ def sizes(batch, context=4096):
 
 value = 3
 '''
+
+
+def load_step(target, machine):
+    return step_of(load_function(target), machine, target)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmjax.cost.timeline import Event, Timeline
+from cmjax.cost.replay import Event
+from cmjax.cost.timeline import Timeline
 from cmjax.program import Program
 from cmjax.report.blocks import BLOCKS, block_of
 from cmjax.report.plots import figure as fig
