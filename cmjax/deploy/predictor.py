@@ -36,7 +36,7 @@ class Predictor:
     machine: Supernode
     step: MoEStep
     program: Program
-    _priced: Any = dataclasses.field(repr=False)
+    _traced_from: tuple = dataclasses.field(repr=False)
 
     @staticmethod
     def of(
@@ -50,10 +50,12 @@ class Predictor:
           table: slots of the experts (default: those of the published deployments).
         Raises: ValueError: the deployment makes no sense on the machine.
         """
-        step, program, priced = _traced(
-            deployment, jax.tree.structure(machine), table, jax.config.read("jax_enable_x64")
-        )
-        return Predictor(deployment, machine, step, program, priced)
+        # What is built depends on the machine's counts and names, which its shape holds; constants
+        # of the program are made in one of JAX's two precisions.
+        shape, x64 = jax.tree.structure(machine), jax.config.read("jax_enable_x64")
+        origin = deployment, shape, table, x64
+        step, program, _ = _traced(*origin)
+        return Predictor(deployment, machine, step, program, origin)
 
     def predict(self, requests: Requests) -> Prediction:
         """The step for these requests.
@@ -61,7 +63,8 @@ class Predictor:
         Raises: ValueError: a batch that does not divide over dies and microbatches.
         """
         requests = requests.of(self.deployment)
-        priced = self._priced.summary(self.machine, self.symbols(requests))
+        symbols = self.symbols(requests)
+        priced = self._prices(symbols).summary(self.machine, symbols)
         device_s, layer_s, streams_s, scopes_s, engines_s = priced
         return Prediction(
             deployment=self.deployment,
@@ -84,14 +87,14 @@ class Predictor:
         if load is None:
             even = self.step.symbols(given | {"load": 1.0})
             rows_per_rank = even["slot_rows"] * self.step.expert_slots
-            load = self._priced.scatter(rows_per_rank)
+            load = self._prices({}).scatter(rows_per_rank)
         symbols = self.step.symbols(given | {"load": load})
         return {name: _number(value) for name, value in symbols.items()}
 
     def timeline(self, requests: Requests) -> Timeline:
         """The priced step, operation by operation."""
         symbols = self.symbols(requests.of(self.deployment))
-        return self._priced.timeline(self.machine, symbols)
+        return self._prices(symbols).timeline(self.machine, symbols)
 
     def memory_bytes(self, requests: Requests) -> dict[str, Any]:
         """HBM of one die: weights, and caches with inputs at their largest."""
@@ -133,7 +136,7 @@ class Predictor:
             raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
         symbols = [self.symbols(candidate) for candidate in fits]
         stacked = {k: np.stack([s[k] for s in symbols]) for k in symbols[0]}
-        total = self._priced.totals(self.machine, stacked)
+        total = self._prices({}).totals(self.machine, stacked)
         step_ms = np.asarray(total + self.machine.chip.host_step_s) * 1e3
         tpot_ms = step_ms / self.tokens_per_step(requests)
         within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
@@ -147,6 +150,14 @@ class Predictor:
     def tokens_per_step(self, requests: Requests):
         """Tokens that a request gains in a step: one, and each draft that is accepted."""
         return 1 + requests.acceptance * self.step.drafts * self.deployment.decoding
+
+    def _prices(self, symbols: dict[str, Any]) -> "_Priced":
+        """The prices of the program, its kernels chosen at these sizes where they are numbers."""
+        known = not any(isinstance(value, Tracer) for value in symbols.values())
+        numbers = {name: float(np.mean(value)) for name, value in symbols.items()} if known else {}
+        if not numbers or not self.program.broken_assumptions(numbers):
+            return _traced(*self._traced_from)[2]
+        return _decided(*self._traced_from, tuple(sorted(numbers.items())))
 
     def _given(self, batch, length) -> dict[str, Any]:
         return {"batch": batch, "context" if self.deployment.decoding else "prompt": length}
@@ -173,16 +184,26 @@ class _Priced:
 
 @functools.lru_cache(maxsize=64)
 def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
-    # What is built depends on the machine's counts and names, which its shape holds; constants of
-    # the program are made in one of JAX's two precisions.
     def trace() -> tuple[MoEStep, Program]:
-        machine = jax.tree.unflatten(shape, [np.nan] * shape.num_leaves)
-        step = build_step(deployment, machine, table)
+        step = build_step(deployment, _like(shape), table)
         # A kept step is no longer run or traced: its function would drag the model along.
-        return dataclasses.replace(step, fn=dict, args=()), step.trace()
+        program = dataclasses.replace(step.trace(), retrace=None)
+        return dataclasses.replace(step, fn=dict, args=()), program
 
     step, program = kept((deployment, load_config(deployment.model), shape, table, x64), trace)
     return step, program, _Priced(program, step)
+
+
+@functools.lru_cache(maxsize=16)
+def _decided(deployment: Deployment, shape, table: SlotTable | None, x64: bool, numbers: tuple):
+    """Prices where the sizes choose other kernels than those that the program was traced for."""
+    step = build_step(deployment, _like(shape), table)
+    return _Priced(step.trace().decided_at(dict(numbers)), step)
+
+
+def _like(shape) -> Supernode:
+    """A machine of a shape, of no constants."""
+    return jax.tree.unflatten(shape, [np.nan] * shape.num_leaves)
 
 
 def _number(value: Any) -> Any:

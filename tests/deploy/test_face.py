@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import cmjax
+from cmjax.cost import price
 from cmjax.cost.load import imbalance
-from cmjax.deploy import Deployment, Predictor, Requests, predictor_of
+from cmjax.deploy import Deployment, Predictor, Requests, build_step, predictor_of
 from cmjax.placement import Loads, Plan, Problem, contiguous, greedy, with_shared, write_plan
 
 M = cmjax.load_machine("cloudmatrix384")
@@ -182,3 +183,15 @@ def test_what_makes_no_sense_is_refused_in_one_line(options, message):
 def test_the_phase_is_needed():
     with pytest.raises(ValueError, match=r"^predict: phase is needed"):
         cmjax.predict("tiny", M)
+
+
+def test_kernels_are_chosen_at_the_sizes_that_are_priced():
+    """One request per rank and microbatch: what fuses with what is not as it is for many."""
+    deployment = Deployment(phase="decode", model="tiny", microbatches=2, npus=4, mtp=True)
+    predictor = Predictor.of(deployment, M)
+    requests = Requests(batch=4, context=1024)
+    symbols = predictor.symbols(requests)
+    assert predictor.program.broken_assumptions({k: float(np.mean(v)) for k, v in symbols.items()})
+    own = build_step(deployment, M).trace().decided_at(symbols)
+    expected = float(price(own, M, symbols).total_s + M.chip.host_step_s)
+    assert float(predictor.predict(requests).step_s) == pytest.approx(expected, rel=1e-5)
