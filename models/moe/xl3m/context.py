@@ -207,7 +207,7 @@ def chosen_context(
 
 
 def score_segments(
-    chunks: Iterable[Int[np.ndarray, "tokens"]],
+    chunks: Iterable[Int[np.ndarray, "_"]],
     question: Int[np.ndarray, "question"],
     next_logits: NextLogits,
     config: XL3MConfig,
