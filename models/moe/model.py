@@ -6,6 +6,7 @@ logits = model(tokens)                     # [sequences, length, vocab], float32
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.calibrate import input_statistics, smooth
@@ -39,10 +40,10 @@ class MoEModel(nnx.Module):
         self.mtp = MTPHead(config, parallelism, arithmetic=arithmetic, rngs=rngs) if mtp else None
 
     def __call__(
-        self, tokens: Int[Array, "sequences length"]
+        self, tokens: Int[Array | np.ndarray, "sequences length"]
     ) -> Float32[Array, "sequences length vocab"]:
         """Scores of the token after each of `tokens`; every sequence starts at position 0."""
-        hidden, _ = self.main.prefill((tokens,), self.arithmetic.kv_cache)
+        hidden, _ = self.main.prefill((jnp.asarray(tokens),), self.arithmetic.kv_cache)
         return self.main.logits(hidden[0])
 
     def with_arithmetic(

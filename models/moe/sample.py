@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32, Int32
 def sample(
     logits: Float32[Array, "*batch vocab"],
     uniform: Float32[Array, "*batch"],
-    temperature: Float32[Array, "*batch"],
-    top_p: Float32[Array, "*batch"],
+    temperature: Float32[Array, "*#batch"],
+    top_p: Float32[Array, "*#batch"],
 ) -> Int32[Array, "*batch"]:
     """Draw a token by inverse transform from the nucleus of `softmax(logits / temperature)`.
 

@@ -96,7 +96,7 @@ class SlotTable:
 
 
 def choose_slots(
-    experts: Int32[Array, "tokens k"],
+    chosen: Int32[Array, "tokens k"],
     rank: Int32[Array, ""] | int,
     slots_of_expert: Int32[Array, "experts copies"],
     copies: Int32[Array, "experts"],
@@ -108,14 +108,14 @@ def choose_slots(
         [[0, 1], [3, 2]]
 
     Args:
-      experts: chosen by each token, the shared one (number `routed_experts`) included if it has
+      chosen: experts of each token, the shared one (number `routed_experts`) included if it has
         slots.
       rank: the one that the tokens are on.
       slots_of_expert, copies: of `SlotTable.arrays`.
     """
-    token = jnp.arange(experts.shape[0], dtype=jnp.int32)[:, None]
-    replica = (token + rank) % copies[experts]
-    return slots_of_expert[experts, replica]
+    token = jnp.arange(chosen.shape[0], dtype=jnp.int32)[:, None]
+    replica = (token + rank) % copies[chosen]
+    return slots_of_expert[chosen, replica]
 
 
 def ep_table(

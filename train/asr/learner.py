@@ -101,7 +101,7 @@ def make_step(
     *,
     weights: Loss,
     teacher: tuple[Network, Params] | None = None,
-) -> Callable[[Learner, Batch, Key[Array, ""]], tuple[Learner, Parts, Float[Array, "batch"]]]:
+) -> Callable[[Learner, Batch, Key[Array, ""]], tuple[Learner, Parts, Float[Array, ""]]]:
     """A compiled step: (learner, batch, key) -> (learner, parts of the loss, gradient norm).
 
     Args:

@@ -56,7 +56,7 @@ class SwiGLU(nnx.Module):
         self.gate_up = Linear(hidden, 2 * ffn, format=format, rngs=rngs, bias=bias)
         self.down = Linear(ffn, hidden, format=format, rngs=rngs, bias=bias)
 
-    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         return self.down(_swiglu(self.gate_up(x)))
 
 

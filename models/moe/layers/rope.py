@@ -89,9 +89,9 @@ def angles(
 
 
 def rotate(
-    x: Float[Array, "*batch dim"],
-    cos: Float[Array, "*batch half"],
-    sin: Float[Array, "*batch half"],
+    x: Float[Array, "*#batch dim"],
+    cos: Float[Array, "*#batch half"],
+    sin: Float[Array, "*#batch half"],
     *,
     interleave: bool,
 ) -> Float[Array, "*batch dim"]:

@@ -31,14 +31,13 @@ def gate(
 ) -> tuple[Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
     """Chosen experts, best first, and their weights."""
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits)
-    tokens, experts = scores.shape
-    groups = config.expert_groups
+    groups, group_size = config.expert_groups, scores.shape[1] // config.expert_groups
     biased = scores if bias is None else scores + bias
-    biased = biased.reshape(tokens, groups, experts // groups)
-    best, _ = lax.top_k(biased, min(config.group_best, experts // groups))
+    biased = biased.reshape(scores.shape[0], groups, group_size)
+    best, _ = lax.top_k(biased, min(config.group_best, group_size))
     _, kept = lax.top_k(jnp.sum(best, axis=-1), config.groups_per_token)
     allowed = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
-    candidates = jnp.where(allowed[:, :, None], biased, -jnp.inf).reshape(tokens, experts)
+    candidates = jnp.where(allowed[:, :, None], biased, -jnp.inf).reshape(scores.shape)
     _, chosen = lax.top_k(candidates, config.experts_per_token)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalize_weights:
@@ -108,11 +107,11 @@ class Router(nnx.Module):
 def _gating(config: MoEConfig) -> Callable:
     @fused("GatingTopK")
     def kernel(logits, bias, rank, slots_of_expert, copies):
-        experts, weights = gate(logits, bias, config)
+        chosen, weights = gate(logits, bias, config)
         if slots_of_expert.shape[0] > config.routed_experts:
-            shared = jnp.full_like(experts[:, :1], config.routed_experts)
-            experts = jnp.concatenate([experts, shared], axis=1)
+            shared = jnp.full_like(chosen[:, :1], config.routed_experts)
+            chosen = jnp.concatenate([chosen, shared], axis=1)
             weights = jnp.concatenate([weights, jnp.ones_like(weights[:, :1])], axis=1)
-        return choose_slots(experts, rank, slots_of_expert, copies), weights
+        return choose_slots(chosen, rank, slots_of_expert, copies), weights
 
     return kernel

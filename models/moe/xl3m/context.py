@@ -145,7 +145,7 @@ def select(
 
 def key_context(
     content: Int[np.ndarray, "tokens"],
-    question: Int[np.ndarray, "tokens"],
+    question: Int[np.ndarray, "question"],
     next_logits: NextLogits,
     config: XL3MConfig,
     *,
@@ -184,7 +184,7 @@ def key_context(
 
 def chosen_context(
     content: Int[np.ndarray, "tokens"],
-    question: Int[np.ndarray, "tokens"],
+    question: Int[np.ndarray, "question"],
     entropies: Float[np.ndarray, "segments"],
     config: XL3MConfig,
 ) -> KeyContext:
@@ -207,8 +207,8 @@ def chosen_context(
 
 
 def score_segments(
-    chunks: Iterable[Int[np.ndarray, "tokens"]],
-    question: Int[np.ndarray, "tokens"],
+    chunks: Iterable[Int[np.ndarray, "_"]],
+    question: Int[np.ndarray, "question"],
     next_logits: NextLogits,
     config: XL3MConfig,
 ) -> Iterator[tuple[int, float]]:

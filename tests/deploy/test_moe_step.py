@@ -1,0 +1,170 @@
+"""The deployment builder: slots of the published systems, one rank's bytes, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from cmjax.models.moe.checkpoint.hf_config import config_json
+from cmjax.models.moe.config import LatentAttention, deepseek_r1, tiny
+from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
+from cmjax.models.moe.slots import ep_table
+
+from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.moe_step import build_layer, build_step, schedule_for
+from cmjax.hardware import load_machine
+from cmjax.program.size import Size
+
+MACHINE = load_machine("cloudmatrix384")
+C = deepseek_r1()
+A = C.attention
+assert isinstance(A, LatentAttention)
+
+
+def _step(phase="decode", **options):
+    return build_step(Deployment(**{"phase": phase, "microbatches": 1, **options}), MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("phase", "npus", "slots", "shared", "copies"),
+    [
+        ("decode", 160, 320, 32, 9),  # EP320: 256 routed, 32 redundant, 32 shared: one a die
+        ("decode", 144, 288, 32, 9),  # EP288: nothing redundant
+        ("decode", 16, 256, 0, 8),  # fewer ranks than experts: 8 a die, the shared one on all
+        ("prefill", 16, 288, 0, 8),  # EP32: 8 + 1 redundant a die, the shared one on all
+    ],
+)
+def test_slots_are_those_of_the_published_systems(phase, npus, slots, shared, copies):
+    step = _step(phase, npus=npus, mtp=False)
+    assert (step.ranks, step.expert_slots) == (2 * npus, slots)
+    assert (step.shared_slots, step.copies, step.experts_per_token) == (shared, copies, 8)
+    assert (step.layers, step.microbatches, step.drafts) == (58, 1, 0)
+
+
+def _matrix(rows, columns, quant):
+    """Bytes: INT8 has a float32 step per column."""
+    return 2 * rows * columns if quant == "bf16" else rows * columns + 4 * columns
+
+
+def _swiglu(ffn, quant):
+    return _matrix(C.hidden_size, 2 * ffn, quant) + _matrix(ffn, C.hidden_size, quant)
+
+
+def _attention(quant, split=1):
+    """With `1 / split` of the heads' up-projections; gains are float32, the latent's up-projections
+    bfloat16."""
+    heads, down = C.heads // split, A.kv_lora_rank + A.qk_rope_dim
+    return (
+        4 * (C.hidden_size + A.q_lora_rank + A.kv_lora_rank)
+        + _matrix(C.hidden_size, A.q_lora_rank, quant)
+        + _matrix(A.q_lora_rank, heads * A.qk_dim, quant)
+        + _matrix(C.hidden_size, down, quant)
+        + 2 * heads * A.kv_lora_rank * (A.qk_nope_dim + A.v_dim)
+        + _matrix(C.heads * A.v_dim, C.hidden_size, quant)
+    )
+
+
+def _moe_layer(quant, slots, table, *, split=1, local_shared):
+    """Attention, norm, router with its bias, int32 slots and copies of every expert, experts."""
+    held = slots + local_shared
+    router = 4 * (C.hidden_size + 1) * C.routed_experts
+    tables = 4 * len(table.slots_of_expert) * (table.max_copies + 1)
+    experts = held * _swiglu(C.expert_ffn_size, quant)
+    return _attention(quant, split) + 4 * C.hidden_size + router + tables + experts
+
+
+@pytest.mark.parametrize("quant", ["int8", "bf16"])
+@pytest.mark.parametrize(
+    ("phase", "npus", "slots", "table", "split"),
+    [
+        ("decode", 160, 1, ep_table(256, 320, 32, 32), 1),
+        ("prefill", 16, 9, ep_table(256, 32, 32), 32),  # a rank attends 4 of the 128 heads
+    ],
+)
+def test_weights_of_a_rank_are_the_configs_to_the_byte(phase, npus, slots, table, split, quant):
+    local = not table.has_shared
+    moe = _moe_layer(quant, slots, table, split=split, local_shared=local)
+    dense = _attention(quant, split) + 4 * C.hidden_size + _swiglu(C.ffn_size, quant)
+    ends = 2 * 2 * C.vocab_size * C.hidden_size + 4 * C.hidden_size  # embedding, head; last norm
+    plain = _step(phase, npus=npus, quant=quant, mtp=False)
+    assert Size.of(plain.weight_bytes).evaluate({}) == ends + 3 * dense + 58 * moe
+    # the draft module: one more layer, the projection that joins two states, three norms
+    draft = moe + _matrix(2 * C.hidden_size, C.hidden_size, quant) + 3 * 4 * C.hidden_size
+    drafting = _step(phase, npus=npus, quant=quant)
+    assert drafting.drafts == 1
+    assert Size.of(drafting.weight_bytes).evaluate({}) == ends + 3 * dense + 58 * moe + draft
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "a_token"),
+    [
+        ("bf16", 2 * 512 + 2 * 64),
+        ("int8", 512 + 4 + 2 * 64),  # a float32 step for the latent
+        ("mxfp4", 256 + 16 + 2 * 64),  # an exponent for every 32 channels
+    ],
+)
+def test_decode_holds_a_latent_and_a_rotary_key_per_token_and_layer(kv_cache, a_token):
+    step = _step(kv_cache=kv_cache, mtp=False)
+    symbols = step.symbols({"batch": 96.0, "context": 4096.0})
+    inputs = 4 + 4 + 3 * 4  # newest token, length; uniform number, temperature, top-p
+    want = 48 * (61 * 4096 * a_token + inputs)  # two dies an NPU
+    assert float(Size.of(step.state_bytes).evaluate(symbols)) == pytest.approx(want, rel=1e-6)
+
+
+def test_rows_of_a_slot_are_the_tokens_copies_over_all_slots_times_the_load():
+    step = _step(mtp=True)
+    symbols = step.symbols({"batch": 96.0, "context": 4096.0, "load": 1.5})
+    assert symbols["requests"] == 48
+    assert symbols["length"] == 4096
+    # two tokens a request (one drafted), nine copies of each, over 320 slots
+    assert float(symbols["slot_rows"]) == pytest.approx(48 * 2 * 9 / 320 * 1.5)
+
+
+def test_a_layer_alone_has_no_shared_expert_and_no_groups():
+    step = build_layer("deepseek-r1", MACHINE, ranks=32, nodes=None, experts=256, redundant=32)
+    assert (step.experts, step.expert_slots, step.shared_slots) == (256, 288, 0)
+    assert (step.copies, step.ranks) == (8, 32)
+    assert float(step.symbols({"tokens": 64.0, "rows": 576.0})["slot_rows"]) == 2
+
+
+def test_streams_are_those_of_the_published_systems():
+    decode, prefill = (Deployment(phase=phase, microbatches=2) for phase in ("decode", "prefill"))
+    chip = MACHINE.chip
+    assert schedule_for(MACHINE, decode) == two_stream_decode(chip.cube_cores, chip.vector_cores)
+    assert schedule_for(MACHINE, prefill) == overlapped_exchange()
+    assert schedule_for(load_machine("h800-pod"), decode) == overlapped_exchange()
+    assert schedule_for(MACHINE, dataclasses.replace(decode, microbatches=1)) == Schedule()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "deepseek-r2"}, "neither a file nor a preset .* did you mean 'deepseek-r1'"),
+        ({"npus": 385}, "npus 385: cloudmatrix384 has 384"),
+        ({"npus": 8, "ep": 32}, "ep 32 is larger than the 16 ranks of 8 NPUs"),
+        ({"npus": 12, "ep": 16}, "ep 16 does not divide the 24 ranks of 12 NPUs"),
+        ({"microbatches": "auto"}, "microbatches must be 1 or 2"),
+        ({"quant": "int4"}, "quant must be int8 or bf16 .* got 'int4'"),
+    ],
+)
+def test_deployments_that_cannot_be_are_refused_with_what_would_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        _step(**options)
+
+
+def test_a_dense_model_has_no_experts_to_place(tmp_path):
+    dense = dataclasses.replace(tiny(), dense_layers=(0, 1, 2), mtp_layers=0)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_json(dense)))
+    with pytest.raises(ValueError, match="all layers are dense; there are no experts to place"):
+        _step(model=str(path))
+
+
+def test_a_table_for_another_number_of_ranks_is_refused():
+    with pytest.raises(ValueError, match="made for 32 ranks; the deployment has 320"):
+        build_step(Deployment(phase="decode", microbatches=1), MACHINE, ep_table(256, 32))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
+    step = _step(mtp=False)
+    with pytest.raises(ValueError, match=r"batch 95 requests per NPU do not divide .* 96 would"):
+        step.symbols({"batch": 95.0, "context": 4096.0})
