@@ -97,24 +97,13 @@ def prepare(
     name = fn if isinstance(fn, str) else getattr(fn, "__name__", type(fn).__name__)
     if isinstance(fn, str):
         fn = load_function(fn)
-    if isinstance(fn, Step):
-        step = fn
-    elif builds_step(fn):
-        constants = tuple(jax.tree.leaves(machine))
-        step = _remembered(
-            _STEPS,
-            (fn, _items(static), constants, _shape(machine)),
-            lambda: step_of(fn, machine, name, static=static),
-        )
-    else:
-        step = step_of(fn, machine, name, args=args, static=static)
-    symbols = dict(step.symbols(sizes))
+    programs = _programs(fn, machine, name, args, static, tiers)
+    symbols = dict(programs.step.symbols(sizes))
     numbers = {
-        name: float(np.mean(np.asarray(value)))
-        for name, value in symbols.items()
+        size: float(np.mean(np.asarray(value)))
+        for size, value in symbols.items()
         if not isinstance(value, Tracer)
     }
-    programs = _programs(step, machine, tiers, step.fn if isinstance(fn, Step) else fn, static)
     return Prepared(programs.at(numbers), symbols)
 
 
@@ -124,6 +113,7 @@ class _Programs:
     def __init__(self, step: Step, machine: Supernode, tiers: Tiers | None):
         # Of the machine only its shape is used; its constants may be values of a trace.
         shape = jax.tree.map(lambda _: 0.0, machine)
+        self.step = step
         self._trace = functools.partial(step.trace, machine=shape, tiers=tiers)
         self._at = functools.lru_cache(maxsize=_KEPT)(lambda numbers: self._trace(dict(numbers)))
         self._missing: SymbolicSize | None = None
@@ -141,39 +131,39 @@ class _Programs:
         return self._at(tuple(sorted(numbers.items())))
 
 
-def _programs(step: Step, machine: Supernode, tiers: Tiers | None, fn, static) -> _Programs:
+def _programs(
+    fn: Callable | Step, machine: Supernode, name: str, args, static, tiers: Tiers | None
+) -> _Programs:
+    """What is known of a function, once for each of the last `_KEPT`; a key without a hash, such
+    as one with arrays or traced values in it, is not kept."""
+    if isinstance(fn, Step):
+        who, constants = (fn.fn, fn.sizes), ()
+        args = fn.args
+    else:
+        who, constants = fn, tuple(jax.tree.leaves(machine)) if builds_step(fn) else ()
     said = {
         axis: tier if isinstance(tier, str) else tuple(tier.items())
         for axis, tier in (tiers or {}).items()
     }
-    arguments, structure = jax.tree.flatten(step.args)
-    key = (fn, _items(static), tuple(arguments), structure, _items(said), _shape(machine))
-    return _remembered(_PROGRAMS, key, lambda: _Programs(step, machine, tiers))
-
-
-_PROGRAMS: dict[Hashable, _Programs] = {}
-_STEPS: dict[Hashable, Step] = {}
-
-
-def _remembered[T](memory: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """`make()`, once for each of the last `_KEPT` keys; every time for a key without a hash, such
-    as one with arrays or traced values in it."""
+    arguments, structure = jax.tree.flatten(args)
+    shape = jax.tree.structure(machine)  # its name and counts
+    key = (who, constants, tuple(arguments), structure, _items(static), _items(said), shape)
     try:
-        known = key in memory
+        if key in _KNOWN:
+            return _KNOWN[key]
     except TypeError:
-        return make()
-    if not known:
-        made = make()
-        while len(memory) >= _KEPT:
-            memory.pop(next(iter(memory)))
-        memory[key] = made
-    return memory[key]
+        key = None
+    step = fn if isinstance(fn, Step) else step_of(fn, machine, name, args=args, static=static)
+    made = _Programs(step, machine, tiers)
+    if key is not None:
+        while len(_KNOWN) >= _KEPT:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[key] = made
+    return made
+
+
+_KNOWN: dict[Hashable, _Programs] = {}
 
 
 def _items(named: Mapping[str, Any] | None) -> tuple:
     return tuple(sorted((named or {}).items(), key=lambda item: item[0]))
-
-
-def _shape(machine: Supernode) -> Hashable:
-    """Its name and counts, without its constants."""
-    return jax.tree.structure(machine)

@@ -338,7 +338,8 @@ def _gathered(value: Value, whole: Operand) -> Value:
 
 def _classify(name: str, arguments: list[Operand], outs: list[Operand], params, mesh):
     if name in RULES:
-        return "anchor", RULES[name](*arguments, out=tuple(outs), mesh=mesh, **params)
+        given = {**params, "out": tuple(outs), "mesh": mesh}
+        return "anchor", RULES[name](*arguments, **given)
     if name in ELEMENTWISE:
         return "elementwise", elementwise_work(name, arguments, outs)
     if name in REDUCTIONS:

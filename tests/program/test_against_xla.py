@@ -4,13 +4,16 @@ XLA counts n - 1 FLOP for a sum of n, and a loop's body once; where the two diff
 reason, the difference is written out.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import roofline
 
-from cmjax.program import trace
+from cmjax.program import trace, trip_count
 
 F32 = jnp.float32
 
@@ -281,3 +284,78 @@ def test_a_sort_makes_more_than_one_pass_over_hbm_and_top_k_one():
     assert ordered["read_bytes"] == ordered["write_bytes"] == np.log2(4096) / 4 * nbytes
     assert nbytes <= best["read_bytes"] < 1.1 * nbytes
     assert best["vector_bytes"] < ordered["vector_bytes"]
+
+
+# What XLA's cost analysis and JAX's roofline get wrong, and a trace right.
+
+
+def by_roofline(fn, *args) -> int:
+    _, result = roofline.roofline(fn)(*args)
+    return result.unfused_flops
+
+
+LENGTH, WIDTH = 12, 64
+MATRICES = array(WIDTH, WIDTH), array(LENGTH, WIDTH, WIDTH)
+ONE_PRODUCT = 2 * WIDTH**3
+
+
+def scanned(x, ws):
+    return lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+
+
+def unrolled(x, ws):
+    for i in range(LENGTH):
+        x = x @ lax.index_in_dim(ws, i, keepdims=False)
+    return x
+
+
+def test_a_scan_is_its_unrolled_loop_where_xla_counts_its_body_once():
+    assert by_cmjax(scanned, *MATRICES)["flops"] == LENGTH * ONE_PRODUCT
+    assert by_cmjax(scanned, *MATRICES) == by_cmjax(unrolled, *MATRICES)
+    assert by_xla(unrolled, *MATRICES)["flops"] == LENGTH * ONE_PRODUCT
+    assert by_xla(scanned, *MATRICES)["flops"] == pytest.approx(ONE_PRODUCT, rel=1e-4)
+
+
+def test_a_scan_in_a_scan_is_the_product_of_their_lengths():
+    def nested(x, ws):
+        return lax.scan(lambda x, _: (scanned(x, ws), None), x, length=5)[0]
+
+    assert by_cmjax(nested, *MATRICES)["flops"] == 5 * LENGTH * ONE_PRODUCT
+    assert by_xla(nested, *MATRICES)["flops"] == pytest.approx(ONE_PRODUCT, rel=1e-3)
+
+
+def branching(flag, x, w):
+    return lax.cond(flag, lambda: x @ w, lambda: x)
+
+
+def test_a_cond_is_its_costlier_branch_where_the_roofline_counts_nothing():
+    args = array(dtype=jnp.bool_), array(WIDTH, WIDTH), array(WIDTH, WIDTH)
+    assert by_cmjax(branching, *args)["flops"] == ONE_PRODUCT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert by_roofline(branching, *args) < ONE_PRODUCT
+
+
+def test_a_loop_that_ends_by_itself_is_its_declared_trip_count():
+    def newton(x, w):
+        def step(state):
+            i, y = state
+            return i + 1, y @ w
+
+        def unfinished(state):
+            return (jnp.max(state[1]) < 10.0) & (state[0] < LENGTH)
+
+        with trip_count(LENGTH):
+            return lax.while_loop(unfinished, step, (0, x))[1]
+
+    args = array(WIDTH, WIDTH), array(WIDTH, WIDTH)
+    assert by_cmjax(newton, *args)["flops"] - LENGTH == LENGTH * ONE_PRODUCT  # and a counter
+    assert by_xla(newton, *args)["flops"] < 2 * ONE_PRODUCT
+
+
+def test_the_roofline_counts_a_loops_body_once_or_not_at_all():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert by_roofline(unrolled, *MATRICES) == LENGTH * ONE_PRODUCT
+        assert by_roofline(scanned, *MATRICES) <= ONE_PRODUCT
+    assert by_cmjax(scanned, *MATRICES)["flops"] == LENGTH * ONE_PRODUCT
