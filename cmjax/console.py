@@ -5,15 +5,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from cmjax.files import replace_text
 
 _WIDE = 150  # columns that the widest table needs
+Progress = Callable[[int, int, str], None]
+"""How long work says how far it is: `progress(done, total, note)`, with `done` up to `total` and a
+note such as the best time so far, which may be empty."""
 
 
 def exit_code(run: Callable[[], None]) -> int:
@@ -61,12 +66,24 @@ def emit(console: Console, target: str | None, result: Any, *tables: Any) -> Non
         console.print(table)
 
 
-def bar(quiet: bool) -> Progress:
+@contextmanager
+def show_progress(description: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """A bar on stderr, moved by calls of what is yielded; a note takes the description's place."""
+    with bar(quiet) as shown:
+        task = shown.add_task(description, total=None)
+
+        def progress(done: int, total: int, note: str) -> None:
+            shown.update(task, total=total, completed=done, description=note or description)
+
+        yield progress
+
+
+def bar(quiet: bool) -> Bar:
     """A progress bar on stderr, so that stdout stays for results."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     hidden = quiet or not console.is_terminal  # a log file is no place for a moving bar
-    return Progress(*columns, console=console, transient=True, disable=hidden)
+    return Bar(*columns, console=console, transient=True, disable=hidden)
 
 
 def track[Item](items: Sequence[Item], description: str) -> Iterator[Item]:

@@ -14,9 +14,9 @@ import tyro
 from rich.console import Console
 
 from cmjax import placement, report
-from cmjax.commands.place import Place
-from cmjax.console import terminal
+from cmjax.console import show_progress, terminal
 from cmjax.deploy import predict
+from cmjax.deploy.placed import place as place_experts
 from cmjax.report import Section
 from studies import cloudmatrix
 
@@ -70,12 +70,15 @@ def place(job: MainJob, console: Console) -> Section:
     """Experts on 64 dies: every rule and the search, by the priced time of the layer."""
     loads = placement.read_loads(job.loads) if job.loads else placement.example_loads()
     redundant = RANKS - loads.experts % RANKS if loads.experts % RANKS else REDUNDANT
-    placed = Place(
-        loads=str(job.loads), ranks=RANKS, redundant=redundant, tokens=TOKENS, seconds=job.seconds
-    ).solve(loads=loads)
-    console.print(report.comparison_table(placed.judged))
-    placed.draw(job.out / "placement.png")
-    placement.write_plan(job.out / "placement.json", placed.plans["search"])
+    with show_progress("placing") as progress:
+        placed = place_experts(
+            loads, "cloudmatrix384",
+            ranks=RANKS, redundant=redundant, tokens=TOKENS, seconds=job.seconds,
+            progress=progress,
+        )  # fmt: skip
+    console.print(report.comparison_table(placed.scores))
+    report.plot_placement(placed.tokens, job.out / "placement.png")
+    placement.write_plan(job.out / "placement.json", placed.plan)
     return Section(
         f"Where {loads.experts} experts live on {RANKS} dies",
         f"{redundant} redundant slots, {TOKENS} tokens per die and step; "

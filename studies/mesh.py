@@ -32,15 +32,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.commands.place import Place
 from cmjax.console import check_target, emit, terminal, track
+from cmjax.deploy.placed import place
 from cmjax.mesh import RankMesh
 from studies.mesh_figure import plot_meshes
 from studies.mesh_worker import small_model
@@ -93,7 +91,7 @@ def run(study: Study) -> list[dict[str, Any]]:
 
 
 def write_plan(ranks: int, folder: Path) -> Path | None:
-    """Where experts live, by `cmjax place` for an uneven load: the shared expert and the hottest
+    """Where experts live, by `place` for an uneven load: the shared expert and the hottest
     ones have several slots. One rank needs none."""
     if ranks == 1:
         return None
@@ -101,17 +99,14 @@ def write_plan(ranks: int, folder: Path) -> Path | None:
     loads = placement.example_loads(
         layers=config.moe_layers, experts=config.routed_experts, windows=1
     )
-    np.save(folder / "loads.npy", loads.counts)
-    path = folder / f"plan_{ranks}.json"
-    Place(
-        loads=str(folder / "loads.npy"),
-        ranks=ranks,
-        nodes=mesh.nodes,
-        redundant=-config.routed_experts % ranks or ranks,
+    placed = place(
+        loads, "cloudmatrix384",
+        ranks=ranks, nodes=mesh.nodes, redundant=-config.routed_experts % ranks or ranks,
         shared=1,
         method="greedy",
-        json=str(path),
-    ).run(Console(quiet=True))
+    )  # fmt: skip
+    path = folder / f"plan_{ranks}.json"
+    placed.save(path)
     return path
 
 

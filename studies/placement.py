@@ -20,7 +20,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +29,12 @@ from rich.table import Table
 
 from cmjax import placement
 from cmjax.console import terminal, track
-from cmjax.deploy.layer_price import row_time
-from cmjax.deploy.moe_step import build_layer
+from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import load_machine
 from cmjax.placement.methods.greedy import greedy_on
 from cmjax.placement.methods.search import relative_loads
 
 TOKENS = 96
-TOKEN_BYTES = 7_680 + 14_336
-"""INT8 dispatch message and BF16 combine of a token of DeepSeek-R1's hidden size 7,168."""
 METHODS = (*placement.BASELINES, "search", "gradient")
 SHORT = placement.SearchConfig(starts=1, chunks=4, rounds=10, swaps_per_slot=1.0)
 SHRINK = 0.7  # where another domain is judged
@@ -141,16 +137,6 @@ def shapes(experts: int, full: bool) -> Iterator[tuple[int, int]]:
             yield ranks, (-(-experts // ranks) + more) * ranks - experts
 
 
-@cache
-def priced(ranks: int, experts: int, redundant: int):
-    """The layer's price and its experts per token."""
-    machine = load_machine("cloudmatrix384")
-    layer = build_layer(
-        "deepseek-r1", machine, ranks=ranks, nodes=None, experts=experts, redundant=redundant
-    )
-    return row_time(layer, machine, tokens=TOKENS), layer.copies
-
-
 @dataclasses.dataclass(frozen=True)
 class Way:
     """What a plan is made for: an objective, and by which methods."""
@@ -176,38 +162,44 @@ def ways(case: Case, ranks: int) -> Iterator[Way]:
 
 def judge(case: Case, ranks: int, redundant: int, way: Way) -> list[dict]:
     """Rows of some methods for one case and shape."""
-    time_s, top_k = priced(ranks, case.train.experts, redundant)
-    total = TOKENS * ranks * top_k
+    price = LayerPrice(
+        "deepseek-r1", load_machine("cloudmatrix384"),
+        ranks=ranks, experts=case.train.experts, redundant=redundant, tokens=TOKENS,
+    )  # fmt: skip
     nodes = max(1, ranks // 16)
     problem = placement.Problem(
-        case.train.scaled(total), ranks, redundant, nodes,
+        price.scale(case.train), ranks, redundant, nodes,
         objective=placement.Risk.parse(way.objective),
     )  # fmt: skip
+    judge_plan = placement.Judge(
+        problem, price, test=None if case.later is None else price.scale(case.later),
+        routes=case.later_routes if nodes > 1 else None,
+        step_assignments=64 * ranks * price.copies,
+    )  # fmt: skip
     found = placement.compare(
-        problem, way.methods, time_s, shrink=way.shrink, seconds=SEARCH_S,
-        test=None if case.later is None else case.later.scaled(total),
-        routes=case.later_routes if nodes > 1 else None, group_by=case.train_routes,
-        step_assignments=64 * ranks * top_k, clock=time.process_time,
+        judge_plan, way.methods, shrink=way.shrink, seconds=SEARCH_S, group_by=case.train_routes,
+        clock=time.process_time,
     )  # fmt: skip
     rows = []
-    for method, judged in found.items():
+    for method, score in found.scores.items():
+        plan = found.plans[method]
         row = {
             "case": case.name, "ranks": ranks, "redundant": redundant,
             "method": method + way.label,
-            "ms": judged.made_for.mean_time_s * 1e3, "gap": judged.made_for.gap,
-            "objective_gap": judged.gap,
-            "balance": judged.made_for.balancedness, "solve_s": judged.solve_s,
+            "ms": score.mean_time_s * 1e3, "gap": score.gap,
+            "objective_gap": score.objective_gap,
+            "balance": score.balancedness, "solve_s": score.solve_s,
         }  # fmt: skip
-        assert judged.step_par is not None
-        row["step_par"] = float(judged.step_par.mean())
-        if judged.served is not None:
-            row |= {"later_ms": judged.served.mean_time_s * 1e3, "later_gap": judged.served.gap}
+        assert score.step_par is not None
+        row["step_par"] = float(score.step_par.mean())
+        if score.test is not None:
+            row |= {"later_ms": score.test.mean_time_s * 1e3, "later_gap": score.test.gap}
         if case.other is not None:
-            other = placement.evaluate(judged.plan, case.other.scaled(total), time_s)
+            other = placement.evaluate(plan, price.scale(case.other), price)
             row |= {"other_ms": other.mean_time_s * 1e3, "other_gap": other.gap}
-        reach = judged.reach or placement.expected_reach(judged.plan, problem.loads, top_k)
-        row["remote_kib"] = reach.remote_nodes(nodes) * TOKEN_BYTES / 1024
-        row["routes"] = judged.reach is not None  # else independent experts
+        reach = score.reach or placement.expected_reach(plan, problem.loads, price.copies)
+        row["remote_kib"] = reach.remote_nodes(nodes) * price.row_bytes / 1024
+        row["routes"] = score.reach is not None  # else independent experts
         rows.append(row)
     return rows
 
@@ -228,8 +220,8 @@ def run(study: Study, console: Console) -> list[dict]:
         (name, *sizes[name][at]) for at in range(len(next(iter(sizes.values())))) for name in every
     ]
     for key in track(todo, "placing"):
-        late = study.seconds is not None and time.monotonic() - begin > study.seconds
-        if key in done or late:
+        out_of_time = study.seconds is not None and time.monotonic() - begin > study.seconds
+        if key in done or out_of_time:
             continue
         name, ranks, redundant = key
         case = every[name]
@@ -325,7 +317,7 @@ def random_swaps(problem: placement.Problem, *, swaps: int = 3000) -> placement.
     """Greedy on the mean load, then random swaps kept if the worst window's slowest rank gains."""
     rng = np.random.default_rng(0)
     loads = relative_loads(problem)
-    experts = np.array(placement.greedy(problem).experts)
+    experts = np.array(placement.greedy(problem).expert_of_slot)
     size = problem.slots_per_rank
     for layer in range(problem.layers):
         row = experts[layer]

@@ -20,12 +20,10 @@ from rich.table import Table
 
 from cmjax import placement
 from cmjax.console import terminal
-from cmjax.deploy.layer_price import row_time
-from cmjax.deploy.moe_step import build_layer
+from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import Supernode, load_machine
-from cmjax.placement import Loads, MoveCost, Plan, Problem, Rebalancer
+from cmjax.placement import Loads, MigrationCost, Plan, Problem, Rebalancer
 
-EXPERT_BYTES = 3 * 7168 * 2048  # DeepSeek-R1 in INT8
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 
@@ -66,14 +64,13 @@ class Service:
     def __init__(self, study: Study):
         self.machine: Supernode = load_machine(study.on)
         intervals = _intervals(study)
-        layer = build_layer(
-            "deepseek-r1", self.machine, ranks=study.ranks, nodes=None,
-            experts=intervals[0].experts, redundant=study.redundant,
+        self.price = LayerPrice(
+            "deepseek-r1", self.machine,
+            ranks=study.ranks, experts=intervals[0].experts, redundant=study.redundant,
+            tokens=study.tokens,
         )  # fmt: skip
-        self.assignments = float(study.tokens) * study.ranks * layer.copies
-        self.price = row_time(layer, self.machine, tokens=study.tokens)
-        self.intervals = [loads.scaled(self.assignments) for loads in intervals]
-        self.cost = MoveCost(expert_bytes=EXPERT_BYTES)
+        self.intervals = [self.price.scale(loads) for loads in intervals]
+        self.cost = MigrationCost(expert_bytes=self.price.expert_bytes)
         self.ranks, self.redundant = study.ranks, study.redundant
         self.first = self.planned(self.intervals[0])
 
@@ -92,9 +89,11 @@ class Service:
         plan, steps_s, moving_s, migrations = self.first, 0.0, 0.0, 0
         for past, loads in itertools.pairwise(self.intervals):
             new = placement.match(plan, self.planned(past))
-            moved = placement.moves(plan, new, self.machine, expert_bytes=EXPERT_BYTES)
+            moved = placement.transfers(
+                plan, new, self.machine, expert_bytes=self.cost.expert_bytes
+            )
             if moved:
-                layers = len({move.layer for move in moved})
+                layers = len({sent.layer for sent in moved})
                 wire = placement.wire_s(moved, plan, self.machine).sum()
                 moving_s += self.cost.stall_s + layers * self.cost.layer_stall_s + float(wire)
                 migrations += 1
@@ -105,7 +104,7 @@ class Service:
     def when_it_pays(self, steps: int) -> Outcome:
         online = Rebalancer(
             self.first, self.price, self.machine, cost=self.cost,
-            assignments_per_step=self.assignments, horizon_steps=steps,
+            assignments_per_step=self.price.assignments, horizon_steps=steps,
         )  # fmt: skip
         online.propose(self.intervals[0].counts[0])
         steps_s, moving_s, migrations = 0.0, 0.0, 0

@@ -12,6 +12,7 @@ PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
 FOLDERS = ("cmjax", "models", "train", "studies", "benchmarks")
 FLOORS = {
     "files": 0,
+    "occupancy": 0,
     "console": 1,
     "hardware": 0,
     "native": 0,

@@ -115,8 +115,8 @@ def rank_imbalance(
         ranks = (step.expert_slots - step.shared_slots) // slots_per_rank
         problem = placement.Problem(loads, ranks, ranks * slots_per_rank - step.experts)
         plan = placement.greedy(problem)
-    elif plan.expert_count > loads.experts:
-        shared = plan.expert_count - loads.experts
+    elif plan.experts > loads.experts:
+        shared = plan.experts - loads.experts
         loads = placement.with_shared(loads, shared, step.experts_per_token)
     return np.asarray(imbalance(plan.tokens_per_rank(loads.counts.mean(0))))
 

@@ -1,34 +1,70 @@
 """Where experts live: the problem, the search, the rules it is compared with, and the bounds."""
 
 from cmjax.placement.example import example_family, example_loads
-from cmjax.placement.files.formats import PLAN_FORMATS, plan_text, read_plan, read_plans, write_plan
-from cmjax.placement.files.readers import domains, read_family, read_loads, read_pairs, read_routes
-from cmjax.placement.judging.bounds import (
+from cmjax.placement.files import (
+    PLAN_FORMATS,
+    domains,
+    plan_text,
+    read_family,
+    read_loads,
+    read_pairs,
+    read_plan,
+    read_plans,
+    read_routes,
+    write_plan,
+)
+from cmjax.placement.judging import (
+    BASELINES,
+    Comparison,
+    Judge,
+    Reach,
+    Score,
+    align,
+    choose_shrink,
+    compare,
+    evaluate,
+    evaluate_by_depth,
+    expected_reach,
+    group_ranks,
     lower_bound_objective_s,
     lower_bound_time_s,
     lower_bound_tokens,
+    node_bytes,
+    reach,
+    step_par,
 )
-from cmjax.placement.judging.compare import BASELINES, Judged, compare, judge_plan
-from cmjax.placement.judging.evaluate import Evaluation, evaluate
-from cmjax.placement.judging.judge import align, judge
-from cmjax.placement.judging.multicast import Reach, expected_reach, group_ranks, reach
-from cmjax.placement.judging.shrinkage import choose_shrink
-from cmjax.placement.judging.step_noise import step_par
-from cmjax.placement.judging.traffic import node_bytes
 from cmjax.placement.loads import Loads
-from cmjax.placement.methods.budgets import choose_slots
-from cmjax.placement.methods.contiguous import contiguous
-from cmjax.placement.methods.gradient import GradientConfig, gradient, relax_and_round
-from cmjax.placement.methods.greedy import greedy, greedy_global, greedy_hierarchical
-from cmjax.placement.methods.once_per_rank import once_per_rank
-from cmjax.placement.methods.one_spare import one_spare
-from cmjax.placement.methods.place import METHODS, check_method, place, register_method
-from cmjax.placement.methods.search import SearchConfig, search
-from cmjax.placement.methods.shuffled import shuffled
-from cmjax.placement.methods.split import optimise_split
-from cmjax.placement.online.migration import Move, match, moves, wire_s
-from cmjax.placement.online.rebalancer import MoveCost, Proposal, Rebalancer
-from cmjax.placement.online.repair import count_moves, repair
+from cmjax.placement.methods import (
+    METHODS,
+    GradientConfig,
+    SearchConfig,
+    check_method,
+    choose_slots,
+    contiguous,
+    gradient,
+    greedy,
+    greedy_global,
+    greedy_hierarchical,
+    once_per_rank,
+    one_spare,
+    optimize_split,
+    place,
+    register_method,
+    relax_and_round,
+    search,
+    shuffled,
+)
+from cmjax.placement.online import (
+    MigrationCost,
+    Proposal,
+    Rebalancer,
+    Transfer,
+    count_moves,
+    match,
+    repair,
+    transfers,
+    wire_s,
+)
 from cmjax.placement.plan import Plan
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
@@ -40,13 +76,12 @@ __all__ = [
     "BASELINES",
     "METHODS",
     "PLAN_FORMATS",
-    "Evaluation",
+    "Comparison",
     "GradientConfig",
-    "Judged",
+    "Judge",
     "LayerTime",
     "Loads",
-    "Move",
-    "MoveCost",
+    "MigrationCost",
     "Plan",
     "Problem",
     "Proposal",
@@ -54,7 +89,9 @@ __all__ = [
     "Rebalancer",
     "Risk",
     "Routes",
+    "Score",
     "SearchConfig",
+    "Transfer",
     "align",
     "check_method",
     "choose_shrink",
@@ -64,6 +101,7 @@ __all__ = [
     "count_moves",
     "domains",
     "evaluate",
+    "evaluate_by_depth",
     "example_family",
     "example_loads",
     "expected_reach",
@@ -72,17 +110,14 @@ __all__ = [
     "greedy_global",
     "greedy_hierarchical",
     "group_ranks",
-    "judge",
-    "judge_plan",
     "lower_bound_objective_s",
     "lower_bound_time_s",
     "lower_bound_tokens",
     "match",
-    "moves",
     "node_bytes",
     "once_per_rank",
     "one_spare",
-    "optimise_split",
+    "optimize_split",
     "place",
     "plan_text",
     "reach",
@@ -98,6 +133,7 @@ __all__ = [
     "search",
     "shuffled",
     "step_par",
+    "transfers",
     "wire_s",
     "with_shared",
     "write_plan",

@@ -20,6 +20,12 @@ class Loads:
       layer_labels: the model's own number of each layer, where the recording says; a recording may
         hold layers 0, 10 and 20 only, and a model's first layers may be dense.
     Raises: ValueError, one line, for counts that are no loads.
+
+    >>> loads = Loads([[30, 10, 20, 40]])  # one window of one layer
+    >>> loads.layers, loads.experts, loads.counts.shape
+    (1, 4, (1, 1, 4))
+    >>> loads.scaled(8).counts.tolist()
+    [[[2.4, 0.8, 1.6, 3.2]]]
     """
 
     counts: Float[np.ndarray, "windows layers experts"]
@@ -73,6 +79,34 @@ class Loads:
         """The same distribution in a step of `assignments` = tokens × top-k per layer."""
         total = self.counts.sum(-1, keepdims=True)
         return replace(self, counts=self.counts / total * assignments)
+
+    def numbered(self, first_layer: int | None) -> "Loads":
+        """Layers numbered from `first_layer`, unless it is None or the recording numbers them."""
+        if first_layer is None or self.layer_labels is not None:
+            return self
+        labels = tuple(range(first_layer, first_layer + self.layers))
+        return replace(self, layer_labels=labels)
+
+    def join(self, other: "Loads") -> "Loads":
+        """Windows of both, each scaled to the tokens of the first: workloads count alike.
+
+        Raises: ValueError if layers or experts differ.
+        """
+        self.check_same_model(other)
+        total = float(self.counts[0].sum(-1).mean())
+        counts = [part.scaled(total).counts for part in (self, other)]
+        return replace(self, counts=np.concatenate(counts))
+
+    def check_same_model(self, other: "Loads") -> None:
+        """Raise ValueError unless both count the same layers and experts."""
+        if other.counts.shape[1:] != self.counts.shape[1:]:
+            raise ValueError(
+                f"{other.source}: {other.layers} layers of {other.experts} experts; {self.source} "
+                f"has {self.layers} of {self.experts}"
+            )
+        labels = (other.layer_labels, self.layer_labels)
+        if None not in labels and labels[0] != labels[1]:
+            raise ValueError(f"{other.source}: numbers its layers otherwise than {self.source}")
 
     def shrunk(self, share: float) -> "Loads":
         """Loads nearer to even: experts differ by `1 - share` of what they differ by here.

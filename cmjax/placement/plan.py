@@ -20,14 +20,14 @@ EMPTY = -1
 """What an empty slot holds."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """The expert that each physical slot holds, with all that a file may say about it.
 
     Attributes:
-      experts: int32 `[layers, slots]`; slot s lives on rank s // (slots / ranks); -1 is an empty
-        slot: of a dead rank, or of a layer with fewer slots than another. Read-only.
-      expert_count: logical experts per layer.
+      expert_of_slot: int32 `[layers, slots]`; slot s lives on rank s // (slots / ranks); -1 is an
+        empty slot: of a dead rank, or of a layer with fewer slots than another. Read-only.
+      experts: logical experts per layer.
       ranks: expert-parallel ranks.
       nodes: nodes the ranks are spread over, in order.
       layer_labels: the model's own number of each layer, where known.
@@ -38,10 +38,16 @@ class Plan:
     Raises: ValueError, one line that starts with `source`, if slots do not divide over the ranks, a
       slot names no expert, an expert of some layer has no slot, labels are not one per layer, or
       the shares of an expert do not sum to 1.
+
+    >>> plan = Plan([[0, 1, 2, 0]], experts=3, ranks=2)  # rank 0: experts 0, 1; rank 1: 2, 0
+    >>> plan.tokens_per_rank([[60, 10, 20]]).tolist()
+    [[40.0, 50.0]]
+    >>> plan.copies.tolist(), plan.slots_per_rank
+    ([[2, 1, 1]], 2)
     """
 
-    experts: Int[np.ndarray, "layers slots"]
-    expert_count: int
+    expert_of_slot: Int[np.ndarray, "layers slots"]
+    experts: int
     ranks: int
     nodes: int = 1
     layer_labels: tuple[int, ...] | None = None
@@ -50,7 +56,7 @@ class Plan:
     source: str = "plan"
 
     def __post_init__(self):
-        experts = np.asarray(self.experts)
+        experts = np.asarray(self.expert_of_slot)
         if experts.ndim != 2 or experts.dtype.kind not in "iu" or 0 in experts.shape:
             raise ValueError(
                 f"{self.source}: expected whole numbers of shape [layers, slots], found "
@@ -64,16 +70,16 @@ class Plan:
             raise ValueError(
                 f"{self.source}: {self.ranks} ranks do not divide over {self.nodes} nodes"
             )
-        wrong = np.argwhere((experts < EMPTY) | (experts >= self.expert_count))
+        wrong = np.argwhere((experts < EMPTY) | (experts >= self.experts))
         if len(wrong):
             layer, slot = wrong[0]
             raise ValueError(
-                f"{self.source}: expected experts 0 to {self.expert_count - 1} (or {EMPTY} for an "
+                f"{self.source}: expected experts 0 to {self.experts - 1} (or {EMPTY} for an "
                 f"empty slot), found {experts[layer, slot]} in slot {slot} of layer {layer}"
             )
         experts = experts.astype(np.int32)
         experts.flags.writeable = False
-        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "expert_of_slot", experts)
         lost = np.argwhere(self.copies == 0)
         if len(lost):
             layer, expert = lost[0]
@@ -83,13 +89,20 @@ class Plan:
         if self.split is not None:
             object.__setattr__(self, "split", self._checked_split())
 
+    def __repr__(self) -> str:
+        nodes = f" of {self.nodes} nodes" if self.nodes > 1 else ""
+        return (
+            f"Plan({self.layers} layers of {self.experts} experts, {self.slots} slots on "
+            f"{self.ranks} ranks{nodes})"
+        )
+
     @property
     def layers(self) -> int:
-        return self.experts.shape[0]
+        return self.expert_of_slot.shape[0]
 
     @property
     def slots(self) -> int:
-        return self.experts.shape[1]
+        return self.expert_of_slot.shape[1]
 
     @property
     def slots_per_rank(self) -> int:
@@ -98,12 +111,12 @@ class Plan:
     @cached_property
     def copies(self) -> Int[np.ndarray, "layers experts"]:
         """How many slots hold each expert."""
-        return count_copies(self.experts + 1, self.expert_count + 1)[:, 1:]
+        return count_copies(self.expert_of_slot + 1, self.experts + 1)[:, 1:]
 
     @cached_property
     def filled(self) -> Int[np.ndarray, "layers ranks"]:
         """How many slots of each rank hold an expert."""
-        return (self.experts != EMPTY).reshape(self.layers, self.ranks, -1).sum(-1)
+        return (self.expert_of_slot != EMPTY).reshape(self.layers, self.ranks, -1).sum(-1)
 
     @property
     def alive(self) -> Bool[np.ndarray, "ranks"]:
@@ -111,12 +124,12 @@ class Plan:
         return self.filled.any(0)
 
     @cached_property
-    def share(self) -> Float[np.ndarray, "layers slots"]:
+    def split_of_slot(self) -> Float[np.ndarray, "layers slots"]:
         """The share of its expert's tokens that each slot serves; 0 in empty slots."""
         if self.split is not None:
             return self.split
-        copies = np.take_along_axis(self.copies, np.maximum(self.experts, 0), axis=1)
-        return np.where(self.experts == EMPTY, 0.0, 1 / copies)
+        copies = np.take_along_axis(self.copies, np.maximum(self.expert_of_slot, 0), axis=1)
+        return np.where(self.expert_of_slot == EMPTY, 0.0, 1 / copies)
 
     def tokens_per_rank(
         self, counts: Float[np.ndarray, "*batch layers experts"]
@@ -127,15 +140,15 @@ class Plan:
           counts: tokens per layer and expert, any leading axes (windows).
         Raises: ValueError if the last two axes are not this plan's layers and experts.
         """
-        if np.shape(counts)[-2:] != (self.layers, self.expert_count):
+        if np.shape(counts)[-2:] != (self.layers, self.experts):
             raise ValueError(
                 f"{self.source}: expected counts of shape [..., {self.layers}, "
-                f"{self.expert_count}] (layers, experts), got {np.shape(counts)}"
+                f"{self.experts}] (layers, experts), got {np.shape(counts)}"
             )
         counts = np.asarray(counts, np.float64)
-        index = np.maximum(self.experts, 0)
+        index = np.maximum(self.expert_of_slot, 0)
         index = np.broadcast_to(index, (*counts.shape[:-1], index.shape[1]))
-        per_slot = np.take_along_axis(counts, index, axis=-1) * self.share
+        per_slot = np.take_along_axis(counts, index, axis=-1) * self.split_of_slot
         return per_slot.reshape(*per_slot.shape[:-1], self.ranks, self.slots_per_rank).sum(-1)
 
     def even(self) -> "Plan":
@@ -150,7 +163,7 @@ class Plan:
         rows = list(layers)
         shape = (len(rows), self.ranks, -1)
         depth = int(self.filled[rows].max())
-        experts = self.experts[rows].reshape(shape)
+        experts = self.expert_of_slot[rows].reshape(shape)
         order = np.arange(depth)
         if depth < self.slots_per_rank:
             order = np.argsort(experts == EMPTY, axis=-1, kind="stable")[..., :depth]
@@ -163,25 +176,29 @@ class Plan:
         labels = self.layer_labels
         return replace(
             self,
-            experts=kept(self.experts),
+            expert_of_slot=kept(self.expert_of_slot),
             split=None if self.split is None else kept(self.split),
             layer_labels=None if labels is None else tuple(labels[row] for row in rows),
         )
 
     def _checked_split(self):
         split = np.asarray(self.split)
-        if split.shape != self.experts.shape or split.dtype.kind not in "iuf":
+        if split.shape != self.expert_of_slot.shape or split.dtype.kind not in "iuf":
             raise ValueError(
-                f"{self.source}: expected a share for every slot, shape {self.experts.shape}, "
-                f"found {split.dtype} of shape {split.shape}"
+                f"{self.source}: expected a share for every slot, shape "
+                f"{self.expert_of_slot.shape}, found {split.dtype} of shape {split.shape}"
             )
         split = split.astype(np.float64)
-        if not np.isfinite(split).all() or split.min() < 0 or split[self.experts == EMPTY].any():
+        if (
+            not np.isfinite(split).all()
+            or split.min() < 0
+            or split[self.expert_of_slot == EMPTY].any()
+        ):
             raise ValueError(
                 f"{self.source}: expected finite shares of 0 or more, and 0 in empty slots"
             )
-        index = self.experts + 1 + (self.expert_count + 1) * np.arange(self.layers)[:, None]
-        size = self.layers * (self.expert_count + 1)
+        index = self.expert_of_slot + 1 + (self.experts + 1) * np.arange(self.layers)[:, None]
+        size = self.layers * (self.experts + 1)
         sums = np.bincount(index.ravel(), split.ravel(), size).reshape(self.layers, -1)[:, 1:]
         off = np.argwhere(np.abs(sums - 1) > 1e-6)
         if len(off):
@@ -195,10 +212,10 @@ class Plan:
 
 
 def count_copies(
-    experts: Int[np.ndarray, "*batch slots"], expert_count: int
+    expert_of_slot: Int[np.ndarray, "*batch slots"], experts: int
 ) -> Int[np.ndarray, "*batch experts"]:
     """How many of the slots hold each expert, for any leading axes."""
-    rows = experts.reshape(-1, experts.shape[-1])
-    flat = rows + expert_count * np.arange(len(rows))[:, None]
-    counts = np.bincount(flat.ravel(), minlength=len(rows) * expert_count)
-    return counts.reshape(*experts.shape[:-1], expert_count)
+    rows = expert_of_slot.reshape(-1, expert_of_slot.shape[-1])
+    flat = rows + experts * np.arange(len(rows))[:, None]
+    counts = np.bincount(flat.ravel(), minlength=len(rows) * experts)
+    return counts.reshape(*expert_of_slot.shape[:-1], experts)

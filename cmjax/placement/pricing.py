@@ -40,3 +40,8 @@ def price_s(
     if not np.isfinite(seconds).all():
         raise ValueError("layer_time_s: expected finite seconds, got NaN or infinity")
     return seconds
+
+
+def noted(seconds: float) -> str:
+    """A time as the note of a `Progress`: seven digits, as good plans differ in the sixth."""
+    return f"{seconds * 1e3:.7g} ms"

@@ -35,6 +35,12 @@ class Problem:
       slots_by_layer: slots of a rank that each layer may use (default: all of them).
     Raises: ValueError if ranks, nodes, slots or groups do not divide (it says what would), or the
       usable slots are fewer than the experts.
+
+    >>> problem = Problem(Loads([[60, 10, 20]]), ranks=2, redundant=1)
+    >>> problem.slots, problem.slots_per_rank
+    (4, 2)
+    >>> problem.plan([[0, 1, 2, 0]])
+    Plan(1 layers of 3 experts, 4 slots on 2 ranks)
     """
 
     loads: Loads
@@ -134,8 +140,8 @@ class Problem:
         for (rows, _), plan in zip(self.dense(), parts, strict=True):
             spot = np.ix_(rows, self.alive, np.arange(plan.slots_per_rank))
             shape = (len(rows), len(self.alive), -1)
-            experts[spot] = plan.experts.reshape(shape)
-            split[spot] = plan.share.reshape(shape)
+            experts[spot] = plan.expert_of_slot.reshape(shape)
+            split[spot] = plan.split_of_slot.reshape(shape)
         uneven = any(plan.split is not None for plan in parts)
         return self.plan(
             experts.reshape(self.layers, -1), split.reshape(self.layers, -1) if uneven else None
@@ -148,7 +154,7 @@ class Problem:
         """
         parts = []
         for rows, part in self.dense():
-            experts = plan.experts.reshape(plan.layers, plan.ranks, -1)
+            experts = plan.expert_of_slot.reshape(plan.layers, plan.ranks, -1)
             if plan.slots_per_rank < part.slots_per_rank:
                 pad = ((0, 0), (0, 0), (0, part.slots_per_rank - plan.slots_per_rank))
                 experts = np.pad(experts, pad, constant_values=EMPTY)
@@ -161,7 +167,7 @@ class Problem:
                     f"rank"
                 )
             experts = experts[..., : part.slots_per_rank].reshape(len(rows), -1)
-            parts.append(Plan(experts, plan.expert_count, part.ranks, part.nodes))
+            parts.append(Plan(experts, plan.experts, part.ranks, part.nodes))
         return parts
 
     def loads_of(self, rows: Int[np.ndarray, "rows"]) -> Loads:
@@ -170,17 +176,17 @@ class Problem:
         named = None if labels is None else tuple(labels[row] for row in rows)
         return Loads(self.loads.counts[:, rows], self.loads.source, named)
 
-    def plan(self, experts: Int[np.ndarray, "layers slots"], split=None) -> Plan:
+    def plan(self, expert_of_slot: Int[np.ndarray, "layers slots"], split=None) -> Plan:
         """A plan for this problem from the expert of every slot; validates it."""
         expected = (self.layers, self.slots)
-        if np.shape(experts) != expected:
+        if np.shape(expert_of_slot) != expected:
             raise ValueError(
                 f"Problem.plan: expected slots of shape {expected} (layers, slots), "
-                f"got {np.shape(experts)}"
+                f"got {np.shape(expert_of_slot)}"
             )
         return Plan(
-            np.asarray(experts), self.experts, self.ranks, self.nodes, self.loads.layer_labels,
-            split,
+            np.asarray(expert_of_slot), self.experts, self.ranks, self.nodes,
+            self.loads.layer_labels, split,
         )  # fmt: skip
 
     def _check_usable(self):

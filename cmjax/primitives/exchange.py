@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from cmjax.occupancy import reach_probability
 from cmjax.primitives.define import Zero, define
 from cmjax.program import Size, Work, cost_rule, exchange, ranks_on_tiers
 
@@ -129,6 +130,20 @@ def quantize_rows(x: Float[Array, "*rows hidden"]) -> tuple[Array, Float32[Array
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-12) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def round_trip_bytes(hidden: int, *, quantize: bool, itemsize: int = 2) -> float:
+    """Bytes that one copy of a token puts on the links: its dispatch message and its combine row.
+
+    Args:
+      hidden: values of a token.
+      quantize: dispatched as INT8 with its scale; the way back is in full precision always.
+      itemsize: bytes of a value in full precision.
+
+    >>> round_trip_bytes(7168, quantize=True)  # 7,680 there and 14,336 back
+    22016
+    """
+    return _message_bytes(hidden, quantize, itemsize) + hidden * itemsize
 
 
 def gather_ranks(
@@ -348,7 +363,7 @@ def _traffic(nbytes: Size, copies: float, axes, mesh) -> dict:
     if not axes:
         return {}
     nodes = ranks_on_tiers(axes, mesh)["supernode"]
-    distinct = nodes * (1 - (1 - 1 / nodes) ** copies) / copies
+    distinct = nodes * reach_probability(1 / nodes, copies) / copies
     fields = exchange(nbytes, axes, mesh)
     return fields | {
         "once_per_node_bytes": fields["supernode_bytes"] * distinct,

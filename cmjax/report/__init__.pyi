@@ -2,6 +2,7 @@ from .blocks import BLOCKS as BLOCKS
 from .blocks import block_of as block_of
 from .blocks import roll_up as roll_up
 from .html import Section as Section
+from .html import check_page as check_page
 from .html import write_page as write_page
 from .placement_page import PlacementPage as PlacementPage
 from .plots import ThroughputPoint as ThroughputPoint

@@ -73,11 +73,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Non
     Raises: ValueError if `path` does not end in .html, its folder does not exist, or an image
       cannot be read.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".html":
-        raise ValueError(f"{path}: pages are written as .html, got {path.suffix or 'no suffix'}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    check_page(path)
     body = "\n".join(_section(section) for section in sections)
     name = html.escape(title)
     replace_text(
@@ -87,6 +83,15 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Non
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{name}</h1>\n{body}\n</main>\n</body>\n</html>\n",
     )
+
+
+def check_page(path: str | Path) -> None:
+    """Before long work: can a page be written there? Raises ValueError as `write_page` does."""
+    path = Path(path)
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"{path}: pages are written as .html, got {path.suffix or 'no suffix'}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist")
 
 
 def _section(section: Section) -> str:

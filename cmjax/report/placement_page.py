@@ -2,13 +2,14 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from cmjax.placement import Evaluation, Reach, node_bytes
+from cmjax.deploy.placement_result import Placement
+from cmjax.placement import Reach, Routes, Score, node_bytes, reach
 from cmjax.report.html import Section, write_page
 from cmjax.report.plots import (
     load_curve_title,
@@ -36,18 +37,40 @@ class PlacementPage:
       nodes: nodes the ranks are spread over; 1 leaves traffic between nodes out.
       row_bytes: of one row's dispatch and combine.
       reach: ranks and nodes a token is sent to, by plan, where routes are known.
-      served: scores on loads not planned for, where the plans were judged on such.
     """
 
     title: str
     setting: str
     loads: Float[np.ndarray, "layers experts"]
     tokens: Mapping[str, Float[np.ndarray, "layers ranks"]]
-    scores: Mapping[str, Evaluation]
+    scores: Mapping[str, Score]
     nodes: int
     row_bytes: float
     reach: Mapping[str, Reach] | None = None
-    served: Mapping[str, Evaluation] | None = None
+
+    @classmethod
+    def of(cls, placed: Placement, routes: Routes | None = None) -> "PlacementPage":
+        """The page of a placement; with token-level routes, also where a token goes."""
+        loads, price = placed.loads, placed.price
+        shown = placed.tokens
+        return cls(
+            title=f"Where {loads.experts} experts live on {price.ranks} dies",
+            setting=(
+                f"Loads: {loads.source}, {loads.layers} layers. Price: the MoE layers of "
+                f"{price.model} on {price.machine.name}, {loads.counts[-1, 0].sum():,.0f} token "
+                f"copies a layer and step. Time is the mean over windows; the pictures show the "
+                f"last window."
+            ),
+            loads=loads.counts[-1],
+            tokens=shown,
+            scores=placed.scores,
+            nodes=price.spread,
+            row_bytes=price.row_bytes,
+            reach=None if routes is None else {
+                name: reach(replace(placed.plans[name], nodes=price.spread), routes)
+                for name in shown
+            },
+        )  # fmt: skip
 
     def write(self, path: str | Path) -> None:
         """Write the page; an existing one is replaced only when the new one is complete.
@@ -59,11 +82,12 @@ class PlacementPage:
 
     def _sections(self, folder):
         sections = [_score_section(self.setting, self.scores)]
-        if self.served:
+        tested = {name: score.test for name, score in self.scores.items() if score.test}
+        if tested:
             sections.append(_score_section(
                 "The same plans on loads they were not made for. Over bound: what plans made for "
                 "these very loads could not beat.",
-                self.served, elsewhere=True,
+                tested, elsewhere=True,
             ))  # fmt: skip
         heat, ranks, experts = (folder / f"{name}.svg" for name in ("heat", "ranks", "experts"))
         plot_placement(self.tokens, heat)

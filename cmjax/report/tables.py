@@ -9,7 +9,7 @@ from rich.text import Text
 
 from cmjax.cost.fit import Fit
 from cmjax.deploy.validation import ValidationRow, summary
-from cmjax.placement import Evaluation, Judged
+from cmjax.placement import Score
 from cmjax.report.blocks import BLOCKS, roll_up
 from cmjax.report.units import number, percent, quantity
 
@@ -91,7 +91,7 @@ def validation_table(rows: Sequence[ValidationRow]) -> RenderableType:
     return Group(*tables, _summary(rows))
 
 
-def placement_table(results: Mapping[str, Evaluation]) -> RenderableType:
+def placement_table(results: Mapping[str, Score]) -> RenderableType:
     """Placement methods side by side; the fastest is marked."""
     table = _table(
         "Placement", "method", "time (ms)", "over bound", "mean PAR", "worst layer PAR", "balance"
@@ -113,50 +113,54 @@ def placement_table(results: Mapping[str, Evaluation]) -> RenderableType:
     return table
 
 
-def comparison_table(judged: Mapping[str, Judged], objective: str = "mean") -> RenderableType:
+def comparison_table(scores: Mapping[str, Score], objective: str = "mean") -> RenderableType:
     """Placement methods side by side, where they planned and, if so judged, where they did not.
 
     Fits in 80 columns for methods of up to 20 letters.
+
+    Args:
+      scores: by method, with an objective (`cmjax.placement.compare`).
+      objective: its name.
     """
-    some = list(judged.values())
+    some = list(scores.values())
     stepped = any(found.step_par is not None for found in some)
     reached = any(found.reach is not None for found in some)
     columns = ["method", "planned\nms", "over\nbound", "PAR\nmean", "\nworst"]
     columns += ["step\nPAR"] * stepped + ["nodes/\ntoken"] * reached + ["solved\nin"]
     planned = _table(f"Placement, judged by the {objective} of its windows", *columns)
-    best = min(judged, key=lambda name: judged[name].objective_s, default=None)
-    for name, found in judged.items():
+    best = min(scores, key=lambda name: scores[name].cost_s, default=None)
+    for name, found in scores.items():
         cells = [
-            number(found.objective_s * 1e3), percent(found.gap, sign=True),
-            f"{found.made_for.mean_par:.2f}", f"{found.made_for.worst_par:.2f}",
+            number(found.cost_s * 1e3), percent(found.cost_gap, sign=True),
+            f"{found.mean_par:.2f}", f"{found.worst_par:.2f}",
         ]  # fmt: skip
         if found.step_par is not None:
             cells.append(f"{found.step_par.mean():.2f}")
         if found.reach is not None:
             cells.append(f"{found.reach.nodes.mean():.2f}")
-        _add_method(planned, name, name == best, len(some), *cells, f"{found.solve_s:.1f} s")
+        _add_method(planned, name, name == best, len(some), *cells, f"{found.solve_s or 0:.1f} s")
     planned.caption = (
         "◀ fastest; ms: all layers; over bound: what no plan can beat; PAR: busiest rank over the "
         "mean, by windows and layers, and of the worst layer"
         + "; step PAR: of sampled steps" * stepped
         + "; nodes/token: different nodes a token goes to" * reached
     )
-    served = {name: found.served for name, found in judged.items() if found.served is not None}
-    if not served:
+    tested = {name: found.test for name, found in scores.items() if found.test is not None}
+    if not tested:
         return planned
-    tested = _table(
+    table = _table(
         "On loads they were not planned for",
         "method", "mean\nms", "over\nbound", "PAR\nmean", "\nworst",
     )  # fmt: skip
-    best = min(served, key=lambda name: served[name].mean_time_s)
-    for name, found in served.items():
+    best = min(tested, key=lambda name: tested[name].mean_time_s)
+    for name, found in tested.items():
         _add_method(
-            tested, name, name == best, len(some),
+            table, name, name == best, len(some),
             number(found.mean_time_s * 1e3), percent(found.gap, sign=True),
             f"{found.mean_par:.2f}", f"{found.worst_par:.2f}",
         )  # fmt: skip
-    tested.caption = "over bound: what no plan made for these very loads can beat"
-    return Group(planned, tested)
+    table.caption = "over bound: what no plan made for these very loads can beat"
+    return Group(planned, table)
 
 
 def _add_method(table, name, is_best, methods, *cells):

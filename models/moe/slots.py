@@ -220,11 +220,11 @@ def plan_tables(plan: Plan, config: MoEConfig, ranks: int, *, mtp: bool = False)
         shares per slot.
     """
     layers = config.moe_layers
-    in_slots = plan.expert_count - config.routed_experts == 1 == config.shared_experts
+    in_slots = plan.experts - config.routed_experts == 1 == config.shared_experts
     wrong = [
         f"{name}: plan {planned}, {what} {wanted}"
         for name, planned, what, wanted in (
-            ("experts per layer", plan.expert_count - in_slots, "model", config.routed_experts),
+            ("experts per layer", plan.experts - in_slots, "model", config.routed_experts),
             ("ranks", plan.ranks, "mesh", ranks),
         )
         if planned != wanted
@@ -238,7 +238,7 @@ def plan_tables(plan: Plan, config: MoEConfig, ranks: int, *, mtp: bool = False)
             f"{plan.source}: expected every slot filled and an even split over copies; this plan "
             "has empty slots or shares per slot"
         )
-    rows = [tuple(row) for row in plan.experts.tolist()]
+    rows = [tuple(row) for row in plan.expert_of_slot.tolist()]
     if mtp and len(rows) == layers:
         rows.append(rows[-1])
     return [SlotTable(row, ranks, config.routed_experts) for row in rows[: layers + mtp]]

@@ -89,6 +89,19 @@ def test_machines_lists_a_source_for_every_number(capsys):
     assert "chip.hbm_bytes_per_s" in sources
 
 
+def test_the_help_of_place_is_grouped_and_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main(["place", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(len(line) <= 80 for line in shown.splitlines())
+    groups = ("what to place", "where", "how to search", "how to judge", "output")
+    places = [shown.index(f" {group} options ") for group in groups]
+    assert places == sorted(places)
+    for option in ("LOADS", "--ranks INT", "--method STR", "--evaluate STR", "--json STR"):
+        assert option in shown
+
+
 def test_place_writes_a_plan_that_is_no_worse_than_greedy(capsys, loads):
     result = run_json(
         capsys, "place", str(loads), "--ranks", "8", "--redundant", "8", "--seconds", "5"

@@ -33,3 +33,30 @@ def test_shrunk_loads_keep_totals_and_lose_a_share_of_the_differences():
 def test_layer_numbers_that_name_no_layers_are_refused(labels):
     with pytest.raises(ValueError, match="here: expected 2 different layer numbers"):
         Loads(COUNTS, "here", labels)
+
+
+def test_layers_are_numbered_where_the_recording_does_not():
+    assert Loads(COUNTS).numbered(3).layer_labels == (3, 4)
+    assert Loads(COUNTS, "here", (5, 9)).numbered(3).layer_labels == (5, 9)
+    assert Loads(COUNTS).numbered(None).layer_labels is None
+
+
+def test_joined_workloads_count_alike():
+    one, two = Loads(COUNTS, "one", (3, 4)), Loads(np.stack([COUNTS[::-1], COUNTS]) * 50, "two")
+    both = one.join(two)
+    assert both.counts.shape == (3, 2, 4) and (both.source, both.layer_labels) == ("one", (3, 4))
+    np.testing.assert_allclose(both.counts.sum(-1), COUNTS.sum(-1).mean())
+    np.testing.assert_allclose(both.counts[1] / both.counts[1].sum(-1, keepdims=True),
+                               COUNTS[::-1] / COUNTS[::-1].sum(-1, keepdims=True))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Loads(COUNTS[:, :3], "two"), "two: 2 layers of 3 experts; one has 2 of 4"),
+        (Loads(COUNTS, "two", (4, 5)), "two: numbers its layers otherwise than one"),
+    ],
+)
+def test_loads_of_different_models_are_not_joined(other, message):
+    with pytest.raises(ValueError, match=message):
+        Loads(COUNTS, "one", (3, 4)).join(other)

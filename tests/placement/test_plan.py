@@ -16,5 +16,5 @@ def test_slots_that_a_selection_leaves_empty_are_dropped():
     split = np.array([[1.0, 0, 0, 1], [1, 0.5, 0.5, 0]])
     plan = Plan(np.array([[1, -1, -1, 0], [0, 1, 1, -1]]), 2, 2, split=split)
     part = plan.select([0])
-    assert part.experts.tolist() == [[1, 0]] and part.share.tolist() == [[1, 1]]
-    np.testing.assert_array_equal(plan.select([1]).experts, plan.experts[[1]])
+    assert part.expert_of_slot.tolist() == [[1, 0]] and part.split_of_slot.tolist() == [[1, 1]]
+    np.testing.assert_array_equal(plan.select([1]).expert_of_slot, plan.expert_of_slot[[1]])

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from cmjax.deploy.placed import place
 from cmjax.placement import Loads, Problem, Routes, contiguous, evaluate, greedy, reach
 from cmjax.report import PlacementPage
 
@@ -47,8 +48,8 @@ def test_plans_judged_elsewhere_have_a_table_of_that(page, tmp_path):
     path = tmp_path / "page.html"
     page.write(path)
     assert "elsewhere" not in path.read_text()
-    one = {"greedy": page.scores["contiguous"]}
-    dataclasses.replace(page, served=one).write(path)
+    tested = dataclasses.replace(page.scores["greedy"], test=page.scores["contiguous"])
+    dataclasses.replace(page, scores=page.scores | {"greedy": tested}).write(path)
     text = path.read_text()
     assert "<h2>greedy elsewhere</h2>" in text
     assert text.count(f"{page.scores['contiguous'].mean_par:.3f}") >= 2
@@ -65,3 +66,15 @@ def test_what_is_unknown_is_left_out(page, tmp_path):
 def test_a_page_that_cannot_be_written_is_refused(page, tmp_path):
     with pytest.raises(ValueError, match=r"written as \.html"):
         page.write(tmp_path / "page.pdf")
+
+
+def test_the_page_of_a_placement_says_where_its_bytes_are_from(tmp_path):
+    counts = np.random.default_rng(0).integers(1, 1000, size=(2, 3, 64))
+    placed = place(counts, "cloudmatrix384", ranks=32, nodes=2, method="greedy")
+    page = PlacementPage.of(placed)
+    # 7,168 values: 7,680 bytes dispatched as INT8 with their scale, 14,336 combined.
+    assert (page.nodes, page.row_bytes) == (2, 22_016)
+    assert page.tokens.keys() == placed.tokens.keys() and page.scores is placed.scores
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "Where 64 experts live on 32 dies" in text and "22,016 bytes a row" in text

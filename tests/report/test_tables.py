@@ -10,7 +10,7 @@ from cmjax.cost.fit import Fit, Residual
 from cmjax.cost.measured import Measurement
 from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.hardware import load_machine
-from cmjax.placement import BASELINES, Evaluation, Problem, Risk, Routes, compare
+from cmjax.placement import BASELINES, Judge, Problem, Risk, Routes, Score, compare
 from cmjax.report import (
     block_of,
     comparison_table,
@@ -131,7 +131,9 @@ def test_residuals_show_constants_and_errors():
 
 def test_placements_are_compared_and_the_fastest_is_marked():
     def evaluation(par, time_s):
-        return Evaluation(np.array([[par]]), np.array([time_s]), np.array([1e-3]))
+        return Score(
+            par=np.array([[par]]), time_s=np.array([time_s]), lower_bound_s=np.array([1e-3])
+        )
 
     text = shown(
         placement_table({"contiguous": evaluation(2.5, 2e-3), "greedy": evaluation(1.1, 1.05e-3)})
@@ -143,12 +145,13 @@ def test_placements_are_compared_and_the_fastest_is_marked():
 def test_a_comparison_with_all_there_is_to_say_fits_in_80_columns():
     routes = Routes(np.random.default_rng(0).random((200, 2, 16)).argsort(-1)[..., :4], 16)
     problem = Problem(routes.loads(2).scaled(8e5), 8, 8, nodes=2, objective=Risk("quantile", 0.75))
-    judged = compare(
-        problem, BASELINES, lambda tokens: 1e-5 * tokens.max(-1),
+    judge = Judge(
+        problem, lambda tokens: 1e-5 * tokens.max(-1),
         test=routes.loads(), routes=routes, step_assignments=100,
     )  # fmt: skip
+    scores = compare(judge, BASELINES).scores
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(comparison_table(judged, "quantile:0.75"))
+    console.print(comparison_table(scores, "quantile:0.75"))
     text = console.export_text()
     assert "…" not in text and all(len(line.rstrip()) <= 80 for line in text.splitlines())
     for name in BASELINES:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
+from cmjax.occupancy import reach_probability
 from cmjax.placement.loads import Loads
 from cmjax.placement.plan import EMPTY, Plan
 from cmjax.placement.routes import Routes
@@ -49,7 +50,7 @@ def reach(plan: Plan, routes: Routes) -> Reach:
     """
     _check(plan, routes)
     by_rank = _by_rank(plan)
-    by_node = by_rank.reshape(plan.layers, plan.expert_count, plan.nodes, -1).sum(-1)
+    by_node = by_rank.reshape(plan.layers, plan.experts, plan.nodes, -1).sum(-1)
     ranks, nodes = np.zeros(plan.layers), np.zeros(plan.layers)
     ids = routes.ids
     for total, shares in ((ranks, by_rank), (nodes, by_node)):
@@ -78,7 +79,7 @@ def expected_reach(plan: Plan, loads: Loads, top_k: int) -> Reach:
     tokens = plan.tokens_per_rank(loads.counts)
     by_node = tokens.reshape(*tokens.shape[:-1], plan.nodes, -1).sum(-1)
     ranks, nodes = (
-        (1 - (1 - part / part.sum(-1, keepdims=True)) ** top_k).sum(-1).mean(0)
+        reach_probability(part / part.sum(-1, keepdims=True), top_k).sum(-1).mean(0)
         for part in (tokens, by_node)
     )
     return Reach(ranks, nodes)
@@ -101,7 +102,7 @@ def group_ranks(plan: Plan, routes: Routes) -> Plan:
     home = np.arange(plan.ranks) // size
     order = np.tile(np.arange(plan.ranks), (plan.layers, 1))
     for layer in range(plan.layers):
-        pairs = by_rank[layer].T @ _chosen_together(routes.ids[:, layer], plan.expert_count)
+        pairs = by_rank[layer].T @ _chosen_together(routes.ids[:, layer], plan.experts)
         pairs = pairs @ by_rank[layer]
         np.fill_diagonal(pairs, 0)
         pairs[~plan.alive] = 0
@@ -110,7 +111,9 @@ def group_ranks(plan: Plan, routes: Routes) -> Plan:
         plan.layers, -1
     )
     split = None if plan.split is None else np.take_along_axis(plan.split, slots, axis=1)
-    return replace(plan, experts=np.take_along_axis(plan.experts, slots, axis=1), split=split)
+    return replace(
+        plan, expert_of_slot=np.take_along_axis(plan.expert_of_slot, slots, axis=1), split=split
+    )
 
 
 def _exchange(pairs, home, order, alive):
@@ -131,10 +134,10 @@ def _exchange(pairs, home, order, alive):
 
 
 def _by_rank(plan) -> Float[np.ndarray, "layers experts ranks"]:
-    shares = np.zeros((plan.layers, plan.expert_count + 1, plan.ranks))
-    home = np.arange(plan.experts.shape[1]) // plan.slots_per_rank
-    held = np.where(plan.experts == EMPTY, plan.expert_count, plan.experts)
-    np.add.at(shares, (np.arange(plan.layers)[:, None], held, home), plan.share)
+    shares = np.zeros((plan.layers, plan.experts + 1, plan.ranks))
+    home = np.arange(plan.expert_of_slot.shape[1]) // plan.slots_per_rank
+    held = np.where(plan.expert_of_slot == EMPTY, plan.experts, plan.expert_of_slot)
+    np.add.at(shares, (np.arange(plan.layers)[:, None], held, home), plan.split_of_slot)
     return shares[:, :-1]
 
 
@@ -151,8 +154,8 @@ def _chosen_together(ids, experts) -> Float[np.ndarray, "experts experts"]:
 
 
 def _check(plan, routes):
-    if (plan.layers, plan.expert_count) != (routes.layers, routes.experts):
+    if (plan.layers, plan.experts) != (routes.layers, routes.experts):
         raise ValueError(
-            f"reach: the plan has {plan.layers} layers of {plan.expert_count} experts, "
+            f"reach: the plan has {plan.layers} layers of {plan.experts} experts, "
             f"{routes.source} {routes.layers} of {routes.experts}"
         )

@@ -15,9 +15,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from cmjax.console import Progress
 from cmjax.placement.judging.compare import objective_s
-from cmjax.placement.methods.search import SHORT, OnStep, search
-from cmjax.placement.pricing import LayerTime
+from cmjax.placement.methods.search import SHORT, search
+from cmjax.placement.pricing import LayerTime, noted
 from cmjax.placement.problem import Problem
 
 SHARES = (0.0, 0.2, 0.4, 0.7, 0.9)
@@ -31,7 +32,7 @@ def choose_shrink(
     shares: Sequence[float] = SHARES,
     folds: int = 4,
     seed: int = 0,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> float:
     """The share of the differences between experts that serves windows left out best.
 
@@ -41,7 +42,7 @@ def choose_shrink(
       shares: to choose from.
       folds: stretches of windows; fewer where there are fewer windows.
       seed: of the short searches that plan.
-      on_step: called after each with how many there were, how many there will be, and the seconds
+      progress: told after each search how many there were, how many there will be, and the time
         of the stretch that it was judged on.
     Returns: one of `shares`, of equal ones the first.
     Raises: ValueError for one window only, or fewer than two folds.
@@ -63,7 +64,7 @@ def choose_shrink(
             plan = search(part, layer_time_s, seed=seed, config=SHORT)
             found_s = objective_s(plan, unseen, layer_time_s)
             total_s[at] += len(left_out) * found_s
-            if on_step is not None:
+            if progress is not None:
                 done = number * len(shares) + at + 1
-                on_step(done, len(stretches) * len(shares), found_s)
+                progress(done, len(stretches) * len(shares), noted(found_s))
     return float(shares[int(total_s.argmin())])

@@ -26,11 +26,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
+from cmjax.console import Progress
 from cmjax.placement.methods.incumbent import Incumbent
 from cmjax.placement.methods.relaxation import project, relaxed_cost, soft_places
 from cmjax.placement.methods.rounding import round_copies, round_places
 from cmjax.placement.methods.search import (
-    OnStep,
     SearchConfig,
     consider_rules,
     covering,
@@ -82,7 +82,7 @@ def gradient(
     *,
     seed: int = 0,
     seconds: float | None = None,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     config: GradientConfig | None = None,
 ) -> Plan:
     """Place experts by a relaxation, descended by gradient, and an exact search from its rounding.
@@ -93,7 +93,7 @@ def gradient(
       seed: of the restarts and the search. The same seed gives the same plan, unless `seconds` cut
         the run short.
       seconds: wall-clock limit as in `search`; the relaxation may use a third of it.
-      on_step: called as `on_step(done, total, best)` by the search; `best` is in seconds.
+      progress: told by the search the chunks done, all chunks, and the objective so far.
       config: see `GradientConfig`.
     Returns: the best plan found; also on Ctrl-C, then the best so far.
     """
@@ -110,12 +110,12 @@ def gradient(
             best.consider(relaxed)
             plans = np.concatenate([covering(problem), relaxed])
             improve_plans(
-                best, plans, seed=seed, deadline=begin + limit, on_step=on_step,
+                best, plans, seed=seed, deadline=begin + limit, progress=progress,
                 config=config.search,
             )  # fmt: skip
     except KeyboardInterrupt:
         pass
-    return problem.plan(best.experts)
+    return problem.plan(best.expert_of_slot)
 
 
 def relax_and_round(

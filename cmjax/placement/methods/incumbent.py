@@ -46,7 +46,7 @@ class Incumbent:
         self._choice = choose(self._measures, self.problem.objective, starts)
 
     @property
-    def experts(self) -> Int[np.ndarray, "layers slots"]:
+    def expert_of_slot(self) -> Int[np.ndarray, "layers slots"]:
         """Expert of every slot; empty slots before anything was considered."""
         if self._choice is None:
             return np.full((self.problem.layers, self.problem.slots), EMPTY, np.int32)

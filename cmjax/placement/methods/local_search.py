@@ -47,13 +47,13 @@ class SearchState:
     """Plans in work; leading axis `rows` is layers times starting plans.
 
     Attributes:
-      experts: expert of every slot; the number of experts itself stands for an empty slot.
+      expert_of_slot: the number of experts itself stands for an empty slot.
       copies: copies of every expert; 1 for the empty one, whose load is zero.
       tokens: tokens per window and rank over the window's mean.
       top: the slowest rank's, by window, in the best plan so far.
     """
 
-    experts: Int[Array, "rows ranks size"]
+    expert_of_slot: Int[Array, "rows ranks size"]
     copies: Float[Array, "rows experts1"]
     tokens: Float[Array, "rows windows ranks"]
     top: Float[Array, "rows windows"]
@@ -128,7 +128,10 @@ def _round(state, slack, loads, theta, patience, slots, chance, *, swaps, ignore
         return _swap(experts, tokens, per_copy, tried, chances, patient, penalty), None
 
     (experts, tokens), _ = jax.lax.scan(
-        step, (state.experts, state.tokens), (slots[1:], chance[1:], patience[1:]), length=swaps
+        step,
+        (state.expert_of_slot, state.tokens),
+        (slots[1:], chance[1:], patience[1:]),
+        length=swaps,
     )
     found = tokens.max(-1)
     better = penalty.over(found) < penalty.over(state.top)
@@ -187,7 +190,7 @@ def _swap(experts, tokens, per_copy, slots, chance, patience, penalty):
 
 
 def _overwrite(state, loads, slots, chance, patience, penalty):
-    experts, copies, tokens = state.experts, state.copies, state.tokens
+    experts, copies, tokens = state.expert_of_slot, state.copies, state.tokens
     ranks, size = experts.shape
     nothing = loads.shape[0] - 1
     slots = slots[: max(1, len(slots) // 8)]
@@ -220,7 +223,7 @@ def _overwrite(state, loads, slots, chance, patience, penalty):
     spot = (other[j], slots[j] % size)
     changed = copies.at[e].add(1.0).at[f].add(jnp.where(f == nothing, 0.0, -1.0))
     return SearchState(
-        experts=experts.at[spot].set(jnp.where(better, e, f)),
+        expert_of_slot=experts.at[spot].set(jnp.where(better, e, f)),
         copies=jnp.where(better, changed, copies),
         tokens=jnp.where(better, new[i, j].T, tokens),
         top=state.top,

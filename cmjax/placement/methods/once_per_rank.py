@@ -25,18 +25,18 @@ def once_per_rank(plan: Plan, loads: Loads) -> Plan:
     Raises: ValueError if an expert has more copies than there are ranks, no exchange helps, slots
       are empty, or the plan has shares per slot.
     """
-    if plan.split is not None or (plan.experts == EMPTY).any():
+    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
         raise ValueError(
             "once_per_rank: expected a plan without empty slots and without shares per slot"
         )
     counts = loads.counts.mean(0)
     tokens = plan.tokens_per_rank(counts)
-    per_slot = np.take_along_axis(counts / plan.copies, plan.experts, axis=1)
-    experts = np.array(plan.experts)
+    per_slot = np.take_along_axis(counts / plan.copies, plan.expert_of_slot, axis=1)
+    experts = np.array(plan.expert_of_slot)
     home = np.arange(experts.shape[1]) // plan.slots_per_rank
     for layer in range(plan.layers):
         row, weight, total = experts[layer], per_slot[layer], tokens[layer]
-        held = np.zeros((plan.ranks, plan.expert_count), np.int64)
+        held = np.zeros((plan.ranks, plan.experts), np.int64)
         np.add.at(held, (home, row), 1)
         for rank, expert in np.argwhere(held > 1):
             while held[rank, expert] > 1:
@@ -56,4 +56,4 @@ def once_per_rank(plan: Plan, loads: Loads) -> Plan:
                 total[[rank, home[other]]] += gain[other] * np.array([1, -1])
                 row[[slot, other]] = row[[other, slot]]
                 weight[[slot, other]] = weight[[other, slot]]
-    return replace(plan, experts=experts)
+    return replace(plan, expert_of_slot=experts)

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from cmjax.console import Progress
 from cmjax.placement.methods.contiguous import contiguous
 from cmjax.placement.methods.gradient import gradient
 from cmjax.placement.methods.greedy import greedy, greedy_global, greedy_hierarchical
 from cmjax.placement.methods.one_spare import one_spare
-from cmjax.placement.methods.search import OnStep, search
+from cmjax.placement.methods.search import search
 from cmjax.placement.methods.shuffled import shuffled
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Plan, Problem
@@ -26,7 +27,7 @@ class Method(Protocol):
         *,
         seed: int,
         seconds: float | None,
-        on_step: OnStep | None,
+        progress: Progress | None,
     ) -> Plan: ...
 
 
@@ -55,7 +56,7 @@ def place(
     *,
     seed: int = 0,
     seconds: float | None = None,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Solve a placement problem by the named method.
 
@@ -67,27 +68,38 @@ def place(
       layer_time_s: priced time of the layer, `[..., ranks]` tokens to `[...]` seconds.
       seed: for methods that draw at random.
       seconds: wall-clock limit for methods that search.
-      on_step: progress, called as `on_step(done, total, best_s)`.
+      progress: told how far the search is, and the best time so far (`cmjax.console.Progress`).
     Raises: ValueError for an unknown method, with the names closest to it.
+
+    >>> from cmjax.placement import Loads
+    >>> problem = Problem(Loads([[60, 10, 20, 30]]), ranks=2, redundant=2)
+    >>> plan = place(problem, "greedy", lambda tokens: 1e-6 * tokens.max(-1))
+    >>> plan.tokens_per_rank(problem.loads.counts).tolist()
+    [[[60.0, 60.0]]]
     """
     check_method(method)
     begin, parts = time.monotonic(), problem.dense()
-    plans, before = [], 0.0
+    plans = []
     for index, (_, part) in enumerate(parts):
         left = None
         if seconds is not None:
             left = (seconds - (time.monotonic() - begin)) / (len(parts) - index)
-        best = 0.0
-
-        def report(done, total, found, *, index=index, before=before):
-            nonlocal best
-            best = found
-            if on_step is not None:
-                on_step(index * total + done, len(parts) * total, before + found)
-
-        plans.append(METHODS[method](part, layer_time_s, seed=seed, seconds=left, on_step=report))
-        before += best
+        plans.append(METHODS[method](
+            part, layer_time_s,
+            seed=seed, seconds=left, progress=_of_part(progress, index, len(parts)),
+        ))  # fmt: skip
     return problem.assemble(plans)
+
+
+def _of_part(progress: Progress | None, index: int, parts: int) -> Progress | None:
+    """The progress of one of several problems, as progress of all of them."""
+    if progress is None or parts == 1:
+        return progress
+
+    def report(done: int, total: int, note: str) -> None:
+        progress(index * total + done, parts * total, f"part {index + 1} of {parts}: {note}")
+
+    return report
 
 
 def check_method(method: str) -> None:
@@ -105,13 +117,13 @@ register_method("gradient")(gradient)
 
 
 @register_method("random")
-def _random(problem, layer_time_s, /, *, seed, seconds, on_step):
+def _random(problem, layer_time_s, /, *, seed, seconds, progress):
     return shuffled(problem, seed=seed)
 
 
 def _register_rule(name, rule):
     @register_method(name)
-    def method(problem, layer_time_s, /, *, seed, seconds, on_step):
+    def method(problem, layer_time_s, /, *, seed, seconds, progress):
         return rule(problem)
 
 

@@ -10,7 +10,6 @@ reduced over windows as the objective reduces time), and the covering copies in 
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from cmjax.console import Progress
 from cmjax.placement.methods.contiguous import contiguous
 from cmjax.placement.methods.greedy import (
     greedy,
@@ -31,10 +31,8 @@ from cmjax.placement.methods.local_search import improve, start_state
 from cmjax.placement.methods.one_spare import one_spare
 from cmjax.placement.methods.rounding import round_places
 from cmjax.placement.plan import EMPTY, count_copies
-from cmjax.placement.pricing import LayerTime
+from cmjax.placement.pricing import LayerTime, noted
 from cmjax.placement.problem import Plan, Problem
-
-OnStep = Callable[[int, int, float], None]
 
 _SMALL = 400_000  # windows times layers times experts, over all starting plans
 
@@ -84,7 +82,7 @@ def search(
     *,
     seed: int = 0,
     seconds: float | None = None,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     config: SearchConfig | None = None,
     start: Plan | None = None,
 ) -> Plan:
@@ -97,7 +95,7 @@ def search(
         cut the run short.
       seconds: wall-clock limit. The first round, of the order of 1 / (chunks · rounds) of the whole
         and its compilation, is always made; no other is begun that would end too late.
-      on_step: called as `on_step(done, total, best)`; `best` is the objective so far, in seconds.
+      progress: told the chunks done, all chunks, and the objective so far.
       config: see `SearchConfig`.
       start: one more plan to start from, before the others.
     Returns: the best plan found; also on Ctrl-C, then the best so far.
@@ -107,16 +105,16 @@ def search(
     best = Incumbent(problem, layer_time_s)
     consider_rules(best)
     if start is not None:
-        best.consider(start.experts[None])
+        best.consider(start.expert_of_slot[None])
     try:
         count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 1, 6))
         count += start is not None
         plans = _starts(problem, start, count, np.random.default_rng(seed))
         best.consider(plans)
-        improve_plans(best, plans, seed=seed, deadline=deadline, on_step=on_step, config=config)
+        improve_plans(best, plans, seed=seed, deadline=deadline, progress=progress, config=config)
     except KeyboardInterrupt:
         pass
-    return problem.plan(best.experts)
+    return problem.plan(best.expert_of_slot)
 
 
 def improve_plans(
@@ -125,7 +123,7 @@ def improve_plans(
     *,
     seed: int = 0,
     deadline: float = np.inf,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     config: SearchConfig,
 ) -> None:
     """Exact local search from given plans; what is better than `best` goes there.
@@ -136,22 +134,22 @@ def improve_plans(
       seed: of the moves.
       deadline: a time of `time.monotonic`. A round is begun only if it would end before, going by
         the slowest one so far; the first, which compiles, in any case.
-      on_step: called as `on_step(done, total, best)` after each chunk.
+      progress: told after each chunk.
       config: its `starts` does not count here.
     """
     if best.problem.ranks > 1:
         for chunk, found in enumerate(_chunks(best.problem, plans, seed, deadline, config), 1):
             best.consider(found)
-            if on_step is not None:
-                on_step(chunk, config.chunks, best.objective_s)
-    if on_step is not None:
-        on_step(config.chunks, config.chunks, best.objective_s)
+            if progress is not None:
+                progress(chunk, config.chunks, noted(best.objective_s))
+    if progress is not None:
+        progress(config.chunks, config.chunks, noted(best.objective_s))
 
 
 def consider_rules(best: Incumbent) -> None:
     """Put the rules that a search is compared with into the contest."""
     for rule in (greedy, greedy_global, greedy_hierarchical, one_spare, contiguous):
-        best.consider(rule(best.problem).experts[None])
+        best.consider(rule(best.problem).expert_of_slot[None])
 
 
 def relative_loads(problem: Problem) -> np.ndarray:
@@ -171,10 +169,10 @@ def covering(problem: Problem) -> Int[np.ndarray, "plans layers slots"]:
 def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]:
     loads = relative_loads(problem)
     packed = covering(problem)[0]
-    own = greedy_on(problem, problem.objective(loads)).experts
+    own = greedy_on(problem, problem.objective(loads)).expert_of_slot
     plans = [packed] if len(loads) == 1 else [packed, own]
     if start is not None:
-        plans.insert(0, start.experts)
+        plans.insert(0, start.expert_of_slot)
     while len(plans) < count:
         plans.append(rng.permuted(packed, axis=1))
     return np.stack(plans[:count])
@@ -227,7 +225,7 @@ def _chunks(problem, plans, seed, deadline, config):
             begin = now
             if now + slowest > deadline:
                 break
-        found = np.asarray(state.experts).reshape(count, layers, slots)
+        found = np.asarray(state.expert_of_slot).reshape(count, layers, slots)
         yield np.where(found == experts, EMPTY, found)
         if time.monotonic() + slowest > deadline:
             return

@@ -9,4 +9,4 @@ from cmjax.placement.problem import Plan, Problem
 def shuffled(problem: Problem, *, seed: int = 0) -> Plan:
     """Place the copies of the contiguous plan in random slots, drawn for every layer."""
     rng = np.random.default_rng(seed)
-    return problem.plan(rng.permuted(contiguous(problem).experts, axis=1))
+    return problem.plan(rng.permuted(contiguous(problem).expert_of_slot, axis=1))

@@ -24,7 +24,7 @@ from cmjax.placement.problem import Problem
 _SHARPNESS = (10.0, 400.0)  # β at the first and last step, tokens relative to their mean
 
 
-def optimise_split(
+def optimize_split(
     plan: Plan,
     problem: Problem,
     layer_time_s: LayerTime,
@@ -43,31 +43,31 @@ def optimise_split(
     """
     counts, objective = problem.loads.counts, problem.objective
     relative = counts / counts.sum(-1, keepdims=True) * len(problem.alive)
-    index = np.maximum(plan.experts, 0)
+    index = np.maximum(plan.expert_of_slot, 0)
     per_slot = np.take_along_axis(
         relative, np.broadcast_to(index, (len(counts), *index.shape)), axis=-1
     )
-    filled = plan.experts != EMPTY
+    filled = plan.expert_of_slot != EMPTY
     logits = _descend(
         jnp.asarray(np.where(filled, per_slot, 0.0), jnp.float32),
         jnp.asarray(index),
         jnp.asarray(filled),
         learning_rate,
-        experts=plan.expert_count, ranks=plan.ranks, steps=steps,
+        experts=plan.experts, ranks=plan.ranks, steps=steps,
         tail=objective.tail(len(counts)),
     )  # fmt: skip
-    share = np.asarray(_shares(logits, index, filled, plan.expert_count), np.float64)
+    share = np.asarray(_shares(logits, index, filled, plan.experts), np.float64)
     # Sums are exact in double precision only after a division there.
-    row = plan.expert_count * np.arange(plan.layers)[:, None] + index
-    sums = np.bincount(row.ravel(), share.ravel(), plan.layers * plan.expert_count)
+    row = plan.experts * np.arange(plan.layers)[:, None] + index
+    sums = np.bincount(row.ravel(), share.ravel(), plan.layers * plan.experts)
     share /= sums[row]
-    uneven = problem.plan(plan.experts, share)
-    even = problem.plan(plan.experts)
+    uneven = problem.plan(plan.expert_of_slot, share)
+    even = problem.plan(plan.expert_of_slot)
     times = np.stack(
         [price_s(layer_time_s, p.tokens_per_rank(counts))[None] for p in (even, uneven)]
     )
     chosen = choose(times, objective, [np.full(plan.layers, which) for which in (0, 1)])
-    return problem.plan(plan.experts, np.where(chosen[:, None], share, even.share))
+    return problem.plan(plan.expert_of_slot, np.where(chosen[:, None], share, even.split_of_slot))
 
 
 def _shares(logits, index, filled, experts):
@@ -79,7 +79,7 @@ def _shares(logits, index, filled, experts):
 
 @partial(jax.jit, static_argnames=("experts", "ranks", "steps", "tail"))
 def _descend(per_slot, index, filled, rate, *, experts, ranks, steps, tail):
-    optimiser = optax.adam(rate)
+    optimizer = optax.adam(rate)
 
     def cost(logits, sharpness):
         share = _shares(logits, index, filled, experts)
@@ -89,11 +89,11 @@ def _descend(per_slot, index, filled, rate, *, experts, ranks, steps, tail):
 
     def step(carry, sharpness):
         logits, state = carry
-        updates, state = optimiser.update(jax.grad(cost)(logits, sharpness), state)
+        updates, state = optimizer.update(jax.grad(cost)(logits, sharpness), state)
         return (optax.apply_updates(logits, updates), state), None
 
     first, last = _SHARPNESS
     schedule = first * (last / first) ** jnp.linspace(0, 1, steps)
     logits = jnp.zeros(index.shape, per_slot.dtype)
-    (logits, _), _ = jax.lax.scan(step, (logits, optimiser.init(logits)), schedule)
+    (logits, _), _ = jax.lax.scan(step, (logits, optimizer.init(logits)), schedule)
     return logits

@@ -21,7 +21,7 @@ from cmjax.placement.plan import EMPTY, Plan
 _DIE, _NODE, _SUPERNODE = range(3)
 
 
-class Move(NamedTuple):
+class Transfer(NamedTuple):
     """One expert's weights of one layer, sent from a rank that holds them to one that will.
 
     `source` is `target` where a rank gets a second copy of what it holds: nothing crosses a link.
@@ -44,47 +44,47 @@ def match(current: Plan, proposed: Plan) -> Plan:
     Raises: ValueError if the plans differ in layers, experts, slots, ranks or nodes.
     """
     _check_alike("match", current, proposed)
-    order = np.empty(current.experts.shape, np.int64)
+    order = np.empty(current.expert_of_slot.shape, np.int64)
     shape = (current.ranks, current.slots_per_rank)
     dead = np.flatnonzero(~proposed.alive)
     for layer in range(current.layers):
-        old = current.experts[layer].reshape(shape)
-        new = proposed.experts[layer].reshape(shape)
-        shared = _shared(new, old, current.expert_count)
+        old = current.expert_of_slot[layer].reshape(shape)
+        new = proposed.expert_of_slot[layer].reshape(shape)
+        shared = _shared(new, old, current.experts)
         shared[dead, dead] = shared.sum() + 1  # no other renaming is worth as much
         renamed = _rename(shared, current.nodes)
         kept = [rank * shape[1] + _reorder(new[rank], old[n]) for n, rank in enumerate(renamed)]
         order[layer] = np.concatenate(kept)
-    moved = {"experts": np.take_along_axis(proposed.experts, order, axis=1)}
+    moved = {"expert_of_slot": np.take_along_axis(proposed.expert_of_slot, order, axis=1)}
     if proposed.split is not None:
         moved["split"] = np.take_along_axis(proposed.split, order, axis=1)
     return dataclasses.replace(proposed, **moved)
 
 
-def moves(
+def transfers(
     current: Plan,
     proposed: Plan,
     machine: Supernode,
     *,
     expert_bytes: float,
-) -> tuple[Move, ...]:
+) -> tuple[Transfer, ...]:
     """What has to be sent to get from `current` to `proposed`, slot for slot.
 
     A weight comes from the nearest rank that holds it: of the same NPU, else of the same node; of
     several as near, from the one that has sent least so far. To empty a slot moves nothing.
 
     Args:
-      current, proposed: plans of one shape; `match` makes the moves few.
+      current, proposed: plans of one shape; `match` makes them few.
       machine: says which ranks are near.
       expert_bytes: weights of one expert in one layer.
     Raises: ValueError if the plans differ in shape, or `expert_bytes` is not positive.
     """
-    _check_alike("moves", current, proposed)
+    _check_alike("transfers", current, proposed)
     if not expert_bytes > 0:
-        raise ValueError(f"moves: expert_bytes must be positive, got {expert_bytes}")
+        raise ValueError(f"transfers: expert_bytes must be positive, got {expert_bytes}")
     found = []
-    for layer in np.flatnonzero((current.experts != proposed.experts).any(-1)):
-        old, new = current.experts[layer], proposed.experts[layer]
+    for layer in np.flatnonzero((current.expert_of_slot != proposed.expert_of_slot).any(-1)):
+        old, new = current.expert_of_slot[layer], proposed.expert_of_slot[layer]
         sent = np.zeros(current.ranks, np.int64)
         for slot in np.flatnonzero((old != new) & (new != EMPTY)):
             target, expert = slot // current.slots_per_rank, new[slot]
@@ -93,12 +93,14 @@ def moves(
             source = holders[np.lexsort((sent[holders], far))[0]]
             sent[source] += 1
             found.append(
-                Move(int(layer), int(expert), int(source), int(target), float(expert_bytes))
+                Transfer(int(layer), int(expert), int(source), int(target), float(expert_bytes))
             )
     return tuple(found)
 
 
-def wire_s(moved: Sequence[Move], plan: Plan, machine: Supernode) -> Float[np.ndarray, "layers"]:
+def wire_s(
+    moved: Sequence[Transfer], plan: Plan, machine: Supernode
+) -> Float[np.ndarray, "layers"]:
     """Seconds for which each layer's weights are on the links.
 
     Weights come from and go to HBM, so the links reach `exchange.bandwidth_from_hbm` of their
@@ -190,7 +192,7 @@ def _reorder(new, old):
 
 
 def _check_alike(function, current, proposed):
-    for name in ("layers", "expert_count", "ranks", "nodes", "slots_per_rank"):
+    for name in ("layers", "experts", "ranks", "nodes", "slots_per_rank"):
         one, two = getattr(current, name), getattr(proposed, name)
         if one != two:
             raise ValueError(f"{function}: the plans differ in {name}: {one} and {two}")

@@ -11,8 +11,9 @@ import time
 import numpy as np
 from jaxtyping import Int
 
+from cmjax.console import Progress
 from cmjax.placement.methods.local_search import improve, start_state
-from cmjax.placement.methods.search import OnStep, search_inputs
+from cmjax.placement.methods.search import search_inputs
 from cmjax.placement.plan import EMPTY, Plan, count_copies
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
@@ -30,7 +31,7 @@ def repair(
     moves: int,
     seed: int = 0,
     seconds: float | None = None,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Improve `current` with at most `moves` experts sent to ranks that did not hold them.
 
@@ -46,12 +47,12 @@ def repair(
       seed: of the search.
       seconds: wall-clock limit: no step is begun that would end later, but for the first, which
         compiles.
-      on_step: as in `search`.
+      progress: as in `search`.
     Returns: the plan; on Ctrl-C what the steps so far allow.
     Raises: ValueError if plan and problem differ in layers, experts or ranks, or the moves that
       have to be made exceed the budget.
     """
-    found = (current.layers, current.expert_count, current.ranks)
+    found = (current.layers, current.experts, current.ranks)
     expected = (problem.layers, problem.experts, problem.ranks)
     if found != expected:
         raise ValueError(
@@ -71,8 +72,8 @@ def repair(
                 now = time.monotonic()
                 slowest = max(slowest, now - begin) if step > 1 else 0.0  # the first compiles
                 begin = now
-                if on_step is not None:
-                    on_step(index * _STEPS + step, len(parts) * _STEPS, 0.0)
+                if progress is not None:
+                    progress(index * _STEPS + step, len(parts) * _STEPS, "")
                 if now + slowest > deadline:
                     break
     except KeyboardInterrupt:
@@ -85,7 +86,9 @@ def repair(
     for (_, part), trail, share, pick in zip(parts, trails, shares, chosen, strict=True):
         plan = part.plan(trail[pick, np.arange(part.layers)])
         if share is not None:
-            plan = part.plan(plan.experts, np.where((pick == 0)[:, None], share, plan.share))
+            plan = part.plan(
+                plan.expert_of_slot, np.where((pick == 0)[:, None], share, plan.split_of_slot)
+            )
         plans.append(plan)
     return problem.assemble(plans)
 
@@ -93,8 +96,8 @@ def repair(
 def count_moves(plan: Plan, current: Plan) -> int:
     """Experts that `plan` has on ranks where `current` does not, over all layers."""
     shapes = ((p.layers, p.ranks, -1) for p in (plan, current))
-    new, old = (p.experts.reshape(s) for p, s in zip((plan, current), shapes, strict=True))
-    return int(_moves(new, old, plan.expert_count).sum())
+    new, old = (p.expert_of_slot.reshape(s) for p, s in zip((plan, current), shapes, strict=True))
+    return int(_moves(new, old, plan.experts).sum())
 
 
 def _moves(new, old, experts) -> Int[np.ndarray, "*batch layers"]:
@@ -111,7 +114,7 @@ def _moves(new, old, experts) -> Int[np.ndarray, "*batch layers"]:
 
 def _fit(current, rows, part, alive) -> Int[np.ndarray, "layers ranks size"]:
     """What of the current plan the usable slots can keep, first slots first."""
-    held = current.experts.reshape(current.layers, current.ranks, -1)[np.ix_(rows, alive)]
+    held = current.expert_of_slot.reshape(current.layers, current.ranks, -1)[np.ix_(rows, alive)]
     order = np.argsort(held == EMPTY, axis=-1, kind="stable")
     held = np.take_along_axis(held, order, axis=-1)[..., : part.slots_per_rank]
     room = part.slots_per_rank - held.shape[-1]
@@ -125,7 +128,8 @@ def _kept_shares(current, rows, alive, plan):
         return None
     shape = (current.layers, current.ranks, -1)
     held, split = (
-        table.reshape(shape)[np.ix_(rows, alive)] for table in (current.experts, current.split)
+        table.reshape(shape)[np.ix_(rows, alive)]
+        for table in (current.expert_of_slot, current.split)
     )
     order = np.argsort(held == EMPTY, axis=-1, kind="stable")  # as `_fit` orders them
     held, split = (np.take_along_axis(table, order, axis=-1) for table in (held, split))
@@ -133,9 +137,9 @@ def _kept_shares(current, rows, alive, plan):
     room = ((0, 0), (0, 0), (0, max(0, size - held.shape[-1])))
     held = np.pad(held[..., :size], room, constant_values=EMPTY).reshape(plan.shape)
     split = np.pad(split[..., :size], room).reshape(plan.shape)
-    even = Plan(plan, current.expert_count, len(alive)).share
+    even = Plan(plan, current.experts, len(alive)).split_of_slot
     sums = np.stack([
-        np.bincount(row + 1, share, current.expert_count + 1)[1:]
+        np.bincount(row + 1, share, current.experts + 1)[1:]
         for row, share in zip(plan, split, strict=True)
     ])  # fmt: skip
     whole = (held == plan).all(-1) & (np.abs(sums - 1) < 1e-6).all(-1)
@@ -179,7 +183,7 @@ def _trail(part, plan, seed):
             layers=part.layers, swaps=1, tail=part.objective.tail(windows),
             ignore_slower=part.objective.kind == "quantile",
         )  # fmt: skip
-        found = np.asarray(state.experts).reshape(plan.shape)
+        found = np.asarray(state.expert_of_slot).reshape(plan.shape)
         yield np.where(found == part.experts, EMPTY, found)
 
 

@@ -191,12 +191,12 @@ def plot_node_bytes(received: Mapping[str, Float[np.ndarray, "nodes"]], path: st
     fig.set_title(figure, node_bytes_title(received), how)
     axes = fig.add_axes(figure, left=0.75, right=1.35, top=0.75)
     nodes = np.arange(len(next(iter(values.values()))))
-    colours = (fig.GREY, fig.SKY, fig.BLUE, fig.GREEN, fig.ORANGE, fig.PURPLE)
+    colors = (fig.GREY, fig.SKY, fig.BLUE, fig.GREEN, fig.ORANGE, fig.PURPLE)
     width = 0.8 / len(values)
     for index, (name, loads) in enumerate(values.items()):
         place = nodes + (index - (len(values) - 1) / 2) * width
-        colour = colours[index % len(colours)]
-        axes.bar(place, loads / scale, width, color=colour, label=name, lw=0)
+        color = colors[index % len(colors)]
+        axes.bar(place, loads / scale, width, color=color, label=name, lw=0)
     mean = float(np.mean([loads.mean() for loads in values.values()])) / scale
     axes.axhline(mean, color=fig.INK, lw=1, ls="--")
     axes.set(xlim=(-0.6, len(nodes) - 0.4), xlabel="node", ylabel=f"received in a step ({unit})")

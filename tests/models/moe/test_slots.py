@@ -115,7 +115,13 @@ def test_a_model_without_one_shared_expert_has_no_slots_for_it():
 @pytest.mark.parametrize("kind", ["empty slots", "shares"])
 def test_a_plan_that_slot_tables_cannot_hold_is_refused(kind):
     plan = _plan()
-    experts = np.where(np.arange(20) == 19, -1, plan.experts) if kind == "empty slots" else None
-    wrong = replace(plan, split=plan.share) if experts is None else replace(plan, experts=experts)
+    experts = (
+        np.where(np.arange(20) == 19, -1, plan.expert_of_slot) if kind == "empty slots" else None
+    )
+    wrong = (
+        replace(plan, split=plan.split_of_slot)
+        if experts is None
+        else replace(plan, expert_of_slot=experts)
+    )
     with pytest.raises(ValueError, match=r"plan\.json: .* has empty slots or shares per slot"):
         plan_tables(wrong, tiny(), 4)

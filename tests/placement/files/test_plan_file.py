@@ -45,11 +45,11 @@ def plans(draw, *, full=False, once_per_rank=False):
 
 
 def same(one: Plan, two: Plan) -> None:
-    np.testing.assert_array_equal(one.experts, two.experts)
+    np.testing.assert_array_equal(one.expert_of_slot, two.expert_of_slot)
     assert (one.split is None) == (two.split is None)
     if one.split is not None:
         np.testing.assert_array_equal(one.split, two.split)
-    for name in ("expert_count", "ranks", "nodes", "layer_labels", "provenance"):
+    for name in ("experts", "ranks", "nodes", "layer_labels", "provenance"):
         assert getattr(one, name) == getattr(two, name)
 
 
@@ -85,7 +85,7 @@ def test_an_engines_own_files_are_read(tmp_path):
     layer = {"layer_id": 0, "device_count": 2, "device_list": devices}
     path.write_text(json.dumps({"moe_layer_count": 1, "layer_list": [layer]}, indent=4))
     found = read_plan(path)
-    np.testing.assert_array_equal(found.experts, [[0, 1, 2, 0]])
+    np.testing.assert_array_equal(found.expert_of_slot, [[0, 1, 2, 0]])
     assert (found.ranks, found.layer_labels) == (2, None)
     path.write_text(json.dumps({"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1]]}))
     assert read_plan(path, ranks=4).layer_labels == (0, 1)
@@ -114,7 +114,7 @@ def test_omniplacement_plans_are_read_with_their_empty_slots(tmp_path):
     held[0, 0, [0, 2]] = held[1, 0, [1, 2]] = held[0, 1, [0, 2]] = held[1, 1, [1]] = 1
     np.save(tmp_path / "plan.npy", held)
     found = read_plan(tmp_path / "plan.npy")
-    np.testing.assert_array_equal(found.experts, [[0, 2, 1, 2], [0, 2, 1, -1]])
+    np.testing.assert_array_equal(found.expert_of_slot, [[0, 2, 1, 2], [0, 2, 1, -1]])
 
 
 def test_all_public_plans_of_huawei_are_read(data):
@@ -123,12 +123,14 @@ def test_all_public_plans_of_huawei_are_read(data):
     assert len(plans) == 40
     for name, plan in plans.items():
         redundant, dies = (int(part[-2:]) for part in name.rsplit("_", 2)[1:])
-        assert plan.ranks == dies and plan.expert_count == 256 and plan.layers == 58
+        assert plan.ranks == dies and plan.experts == 256 and plan.layers == 58
         slots = plan.filled.sum(-1)
         assert (slots == 256).sum() == 58 - redundant
         assert (slots == (288 if dies == 32 else 320)).sum() == redundant
     one = read_plan(f"{path}:6k_decode_red58_dies64")
-    np.testing.assert_array_equal(one.experts, plans["6k_decode_red58_dies64"].experts)
+    np.testing.assert_array_equal(
+        one.expert_of_slot, plans["6k_decode_red58_dies64"].expert_of_slot
+    )
     with pytest.raises(ValueError, match="found 40 plans"):
         read_plan(path)
     with pytest.raises(ValueError, match="found no plan 'x'"):
@@ -221,8 +223,12 @@ def test_other_files_are_no_plans(tmp_path):
     [
         (PLAN, "trtllm", "unknown plan format 'trtllm'; known formats: own, sglang, vllm-ascend"),
         (PLAN, "sglang", "does not number its layers"),
-        (replace(PLAN, split=PLAN.share, layer_labels=(0, 1)), "sglang", "nor shares per slot"),
-        (replace(PLAN, split=PLAN.share), "vllm-ascend", "nor shares per slot"),
+        (
+            replace(PLAN, split=PLAN.split_of_slot, layer_labels=(0, 1)),
+            "sglang",
+            "nor shares per slot",
+        ),
+        (replace(PLAN, split=PLAN.split_of_slot), "vllm-ascend", "nor shares per slot"),
         (
             Plan(np.array([[0, 1, 2, 2]]), 3, 2),
             "vllm-ascend",

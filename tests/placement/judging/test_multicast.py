@@ -23,7 +23,7 @@ def test_reach_is_the_mean_over_all_choices_of_copies():
     for layer in range(plan.layers):
         ranks = nodes = 0.0
         for token in routes.ids[:, layer]:
-            places = [np.flatnonzero(plan.experts[layer] == e) // 2 for e in token]
+            places = [np.flatnonzero(plan.expert_of_slot[layer] == e) // 2 for e in token]
             combinations = list(itertools.product(*places))
             ranks += np.mean([len(set(c)) for c in combinations])
             nodes += np.mean([len({rank // 2 for rank in c}) for c in combinations])
@@ -45,7 +45,7 @@ def test_grouping_permutes_the_tokens_of_ranks_and_never_adds_nodes():
     for seed in range(5):
         plan, routes = random_case(seed)
         grouped = group_ranks(plan, routes)
-        counts = np.random.default_rng(seed).random((plan.layers, plan.expert_count))
+        counts = np.random.default_rng(seed).random((plan.layers, plan.experts))
         np.testing.assert_allclose(
             np.sort(grouped.tokens_per_rank(counts)), np.sort(plan.tokens_per_rank(counts))
         )

@@ -25,7 +25,7 @@ def test_slots_go_where_they_save_most(family):
     chosen = choose_slots(problem, slowest, 3 * 3 + 3)
     assert sum(chosen.usable) <= 12 and chosen.usable[1] == 3
     plan = place(chosen, "greedy", slowest)
-    filled = (plan.experts != EMPTY).reshape(3, 8, -1).sum(-1)
+    filled = (plan.expert_of_slot != EMPTY).reshape(3, 8, -1).sum(-1)
     np.testing.assert_array_equal(filled.max(-1), chosen.usable)
     other = place(Problem(Loads(counts), 8, 24, slots_by_layer=(3, 6, 3)), "greedy", slowest)
     assert objective_s(plan, problem, slowest) < objective_s(other, problem, slowest)

@@ -42,7 +42,7 @@ def test_the_published_hierarchical_example_is_reproduced(data):
     path = data / "moe_eplb_readme_example" / "example.json"
     example = json.loads(path.read_text())
     problem = Problem(read_loads(path), ranks=8, redundant=4, nodes=2, groups=4)
-    np.testing.assert_array_equal(greedy(problem).experts, example["phy2log"])
+    np.testing.assert_array_equal(greedy(problem).expert_of_slot, example["phy2log"])
 
 
 @settings(max_examples=60)
@@ -50,7 +50,7 @@ def test_the_published_hierarchical_example_is_reproduced(data):
 def test_every_expert_is_placed_and_no_plan_beats_the_bound(problem):
     bound = lower_bound_tokens(problem)
     for plan in (greedy(problem), contiguous(problem)):  # a Plan refuses an expert without slot
-        assert plan.experts.shape == (problem.layers, problem.slots)
+        assert plan.expert_of_slot.shape == (problem.layers, problem.slots)
         assert (plan.copies.sum(-1) == problem.slots).all()
         peak = plan.tokens_per_rank(problem.loads.counts).max(-1)
         assert (peak >= bound * (1 - 1e-12)).all()
@@ -74,21 +74,21 @@ def test_batched_layers_equal_layers_alone():
     together = greedy(Problem(Loads(counts), 4, 8, nodes=2, groups=4))
     for layer in range(5):
         alone = greedy(Problem(Loads(counts[:, layer : layer + 1]), 4, 8, nodes=2, groups=4))
-        np.testing.assert_array_equal(together.experts[layer], alone.experts[0])
+        np.testing.assert_array_equal(together.expert_of_slot[layer], alone.expert_of_slot[0])
 
 
 def test_hierarchical_keeps_groups_inside_a_node():
     counts = np.random.default_rng(4).random((1, 3, 24))
     plan = greedy(Problem(Loads(counts), 4, 8, nodes=2, groups=4))
     node = np.arange(32) // 16
-    for row in plan.experts:
+    for row in plan.expert_of_slot:
         for group in range(4):
             assert len(set(node[row // 6 == group])) == 1
 
 
 def test_contiguous_repeats_the_first_experts_in_order():
     plan = contiguous(Problem(Loads(np.ones((1, 6))), 4, 2))
-    np.testing.assert_array_equal(plan.experts, [[0, 1, 2, 3, 4, 5, 0, 1]])
+    np.testing.assert_array_equal(plan.expert_of_slot, [[0, 1, 2, 3, 4, 5, 0, 1]])
 
 
 def test_a_model_of_58_layers_is_placed_within_100_ms():

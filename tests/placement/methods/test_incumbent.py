@@ -50,8 +50,8 @@ def test_the_best_so_far_never_gets_worse_and_is_what_it_says(objective):
     best, before = Incumbent(problem, slowest), np.inf
     assert best.objective_s == np.inf
     for plan in (contiguous(problem), shuffled(problem, seed=1), greedy(problem)):
-        best.consider(plan.experts[None])
+        best.consider(plan.expert_of_slot[None])
         assert best.objective_s <= min(before, objective_s(plan, problem, slowest)) * (1 + 1e-12)
         before = best.objective_s
-        found = problem.plan(best.experts)
+        found = problem.plan(best.expert_of_slot)
         assert objective_s(found, problem, slowest) == pytest.approx(before, rel=1e-12)

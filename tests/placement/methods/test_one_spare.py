@@ -14,7 +14,7 @@ def test_no_expert_is_twice_on_a_rank_and_the_spare_slot_is_the_limit(ranks, exp
     size = -(-experts // ranks) + more
     counts = np.random.default_rng(seed).random((1, 3, experts)) ** 4 + 1e-6
     plan = one_spare(Problem(Loads(counts), ranks, size * ranks - experts))
-    for row in plan.experts.reshape(-1, size):
+    for row in plan.expert_of_slot.reshape(-1, size):
         held = row[row != EMPTY].tolist()
         assert len(set(held)) == len(held) <= -(-experts // ranks) + 1
     assert plan.copies.max() <= 12

@@ -22,7 +22,7 @@ def test_dead_ranks_hold_nothing_and_the_rest_serve_everything(family, method):
     family = Loads(family.counts, layer_labels=(3, 4, 9))
     problem = Problem(family, 8, 16, nodes=2, without_ranks=(1, 6))
     plan = place(problem, method, slowest)
-    experts = plan.experts.reshape(3, 8, -1)
+    experts = plan.expert_of_slot.reshape(3, 8, -1)
     assert (experts[:, [1, 6]] == EMPTY).all()
     tokens = plan.tokens_per_rank(family.counts)
     assert (tokens[..., [1, 6]] == 0).all()

@@ -49,7 +49,7 @@ def by_layer(plan, problem):
 @pytest.mark.parametrize("objective", ["mean", "worst", "cvar:0.6", "quantile:0.5"])
 def test_tokens_and_copies_carried_along_are_those_of_the_plan(objective):
     problem = random_problem(1, windows=5, layers=3, redundant=8)
-    loads, held = search_inputs(problem, np.stack([greedy(problem).experts] * 2))
+    loads, held = search_inputs(problem, np.stack([greedy(problem).expert_of_slot] * 2))
     rng = np.random.default_rng(0)
     risk = Risk.parse(objective)
     state = improve(
@@ -60,7 +60,7 @@ def test_tokens_and_copies_carried_along_are_those_of_the_plan(objective):
         layers=3, swaps=4, tail=risk.tail(5), ignore_slower=risk.kind == "quantile",
     )  # fmt: skip
     for row in range(6):
-        experts = np.asarray(state.experts)[row].reshape(1, -1)
+        experts = np.asarray(state.expert_of_slot)[row].reshape(1, -1)
         plan = Problem(problem.loads_of(np.array([row % 3])), 4, 8).plan(experts)
         counts = problem.loads.counts[:, row % 3 : row % 3 + 1]
         tokens = plan.tokens_per_rank(counts)[:, 0]
@@ -131,20 +131,21 @@ def test_a_perfect_packing_that_greedy_misses_is_found():
 def test_no_rank_gains_a_second_copy_of_an_expert():
     problem = random_problem(2, experts=16, ranks=8, redundant=16, layers=4)
     plan = search(problem, slowest, config=SHORT)
-    for row in plan.experts.reshape(-1, 4):
+    for row in plan.expert_of_slot.reshape(-1, 4):
         assert len(set(row.tolist())) == 4
 
 
 def test_the_same_seed_gives_the_same_plan():
     problem = random_problem(3)
     first, second = (search(problem, slowest, seed=5, config=SHORT) for _ in range(2))
-    np.testing.assert_array_equal(first.experts, second.experts)
+    np.testing.assert_array_equal(first.expert_of_slot, second.expert_of_slot)
 
 
 def test_progress_is_reported_to_the_end_and_never_gets_worse():
     seen = []
-    search(random_problem(), slowest, on_step=lambda *step: seen.append(step), config=SHORT)
-    done, total, best = zip(*seen, strict=True)
+    search(random_problem(), slowest, progress=lambda *step: seen.append(step), config=SHORT)
+    done, total, notes = zip(*seen, strict=True)
+    best = [float(note.removesuffix(" ms")) for note in notes]
     assert done[-1] == total[0] == SHORT.chunks
     assert list(done) == sorted(done)
     assert all(later <= earlier for earlier, later in itertools.pairwise(best))
@@ -154,12 +155,12 @@ def test_progress_is_reported_to_the_end_and_never_gets_worse():
 def test_an_interrupt_returns_the_best_plan_so_far(at):
     problem, calls = random_problem(), []
 
-    def interrupt(done, total, best):
-        calls.append(best)
+    def interrupt(done, total, note):
+        calls.append(float(note.removesuffix(" ms")) / 1e3)
         if len(calls) == at:
             raise KeyboardInterrupt
 
-    plan = search(problem, slowest, on_step=interrupt, config=SHORT)
+    plan = search(problem, slowest, progress=interrupt, config=SHORT)
     assert len(calls) == at
     assert by_layer(plan, problem).sum() == pytest.approx(calls[-1])
     assert by_layer(plan, problem).sum() <= by_layer(greedy(problem), problem).sum()

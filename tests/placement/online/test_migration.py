@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax.hardware import load_machine
-from cmjax.placement import Loads, Plan, Problem, greedy, match, moves, wire_s
+from cmjax.placement import Loads, Plan, Problem, greedy, match, transfers, wire_s
 
 MACHINE = load_machine("cloudmatrix384")
 EXPERT_BYTES = 44e6
@@ -31,7 +31,7 @@ def plan_pairs(draw, most_nodes=1, most=4):
 
 def by_rank(plan):
     return [[Counter(rank) for rank in layer.reshape(plan.ranks, -1).tolist()]
-            for layer in plan.experts]  # fmt: skip
+            for layer in plan.expert_of_slot]  # fmt: skip
 
 
 def arrivals(current, proposed):
@@ -54,7 +54,7 @@ def test_matching_keeps_the_plan_and_no_renaming_of_ranks_moves_less(plans):
             sum((new[a] - held).total() for a, held in zip(order, old, strict=True))
             for order in itertools.permutations(range(current.ranks))
         )
-        changed = (found.experts[layer] != current.experts[layer]).sum()
+        changed = (found.expert_of_slot[layer] != current.expert_of_slot[layer]).sum()
         assert changed == fewest  # slots are kept too: only what arrives changes a slot
 
 
@@ -66,7 +66,7 @@ def test_matching_keeps_nodes_together(plans):
 
     def node_sets(plan):
         return [sorted(sorted(node) for node in layer.reshape(plan.nodes, -1).tolist())
-                for layer in plan.experts]  # fmt: skip
+                for layer in plan.expert_of_slot]  # fmt: skip
 
     found = match(current, proposed)
     assert node_sets(found) == node_sets(proposed) and per_node * current.nodes == found.ranks
@@ -76,22 +76,22 @@ def test_matching_keeps_nodes_together(plans):
 @given(plan_pairs())
 def test_moves_bring_every_rank_what_it_lacks_from_a_rank_that_has_it(plans):
     current, proposed = plans[0], match(*plans)
-    found = moves(current, proposed, MACHINE, expert_bytes=EXPERT_BYTES)
+    found = transfers(current, proposed, MACHINE, expert_bytes=EXPERT_BYTES)
     brought = [[Counter() for _ in range(current.ranks)] for _ in range(current.layers)]
-    for move in found:
-        assert by_rank(current)[move.layer][move.source][move.expert] > 0
-        assert move.bytes == EXPERT_BYTES
-        brought[move.layer][move.target][move.expert] += 1
+    for sent in found:
+        assert by_rank(current)[sent.layer][sent.source][sent.expert] > 0
+        assert sent.bytes == EXPERT_BYTES
+        brought[sent.layer][sent.target][sent.expert] += 1
     assert brought == arrivals(current, proposed)
 
 
 def test_a_plan_with_renamed_ranks_moves_nothing():
     rng = np.random.default_rng(0)
     plan = greedy(Problem(Loads(rng.random((1, 3, 16)) + 0.1), 8, 8))
-    shuffled = plan.experts.reshape(3, 8, 3)[:, rng.permutation(8), ::-1].reshape(3, 24)
+    shuffled = plan.expert_of_slot.reshape(3, 8, 3)[:, rng.permutation(8), ::-1].reshape(3, 24)
     found = match(plan, Plan(shuffled, 16, 8))
-    np.testing.assert_array_equal(found.experts, plan.experts)
-    assert moves(plan, found, MACHINE, expert_bytes=1.0) == ()
+    np.testing.assert_array_equal(found.expert_of_slot, plan.expert_of_slot)
+    assert transfers(plan, found, MACHINE, expert_bytes=1.0) == ()
 
 
 def test_empty_slots_receive_nothing_and_shares_go_with_their_slots():
@@ -99,10 +99,10 @@ def test_empty_slots_receive_nothing_and_shares_go_with_their_slots():
     current = Plan(np.array([[1, -1, 0, 0]]), 2, 2)
     proposed = Plan(np.array([[0, 1, 0, -1]]), 2, 2, split=split)
     found = match(current, proposed)
-    np.testing.assert_array_equal(found.experts, [[1, 0, 0, -1]])
+    np.testing.assert_array_equal(found.expert_of_slot, [[1, 0, 0, -1]])
     np.testing.assert_array_equal(found.split, [[1.0, 0.25, 0.75, 0.0]])
-    (move,) = moves(current, found, MACHINE, expert_bytes=1.0)
-    assert (move.expert, move.source, move.target) == (0, 1, 0)
+    (sent,) = transfers(current, found, MACHINE, expert_bytes=1.0)
+    assert (sent.expert, sent.source, sent.target) == (0, 1, 0)
 
 
 def test_a_rank_that_is_dead_in_the_new_plan_keeps_its_place():
@@ -127,17 +127,17 @@ def test_weights_come_from_the_nearest_and_least_busy_holder():
     _, old, new = (np.searchsorted(np.unique(old), row) for row in (old, old, new))
     new[0], new[2] = old[3], old[17]  # nothing is lost
     current, proposed = (Plan(row[None], experts, 32) for row in (old, new))
-    found = {m.target: m.source for m in moves(current, proposed, MACHINE, expert_bytes=1.0)}
+    found = {m.target: m.source for m in transfers(current, proposed, MACHINE, expert_bytes=1.0)}
     assert found[3] == 2 and found[17] == 16  # dies of one NPU
     assert found[0] == 3 and found[2] == 17
 
 
 def test_wire_time_agrees_with_arithmetic_by_hand():
     plan = Plan(np.tile(np.arange(32), (2, 1)), 32, 32)
-    swapped = plan.experts.copy()
+    swapped = plan.expert_of_slot.copy()
     swapped[0, [0, 1]] = [1, 0]  # dies of one NPU
     swapped[1, [2, 20]] = [20, 2]  # nodes
-    moved = moves(plan, Plan(swapped, 32, 32), MACHINE, expert_bytes=EXPERT_BYTES)
+    moved = transfers(plan, Plan(swapped, 32, 32), MACHINE, expert_bytes=EXPERT_BYTES)
     tiers, eta = MACHINE.fabric, MACHINE.exchange.bandwidth_from_hbm
     expected = [
         EXPERT_BYTES / tier.bandwidth_bytes_per_s / eta + tier.latency_s
@@ -150,7 +150,7 @@ def test_wire_time_agrees_with_arithmetic_by_hand():
 def test_ranks_that_receive_at_once_wait_only_for_the_busiest():
     plan = Plan(np.arange(8)[None], 8, 4)
     one = [m._replace(target=t) for t in (1, 2, 3)
-           for m in moves(plan, Plan(np.array([[2, 1, 0, 3, 4, 5, 6, 7]]), 8, 4), MACHINE,
+           for m in transfers(plan, Plan(np.array([[2, 1, 0, 3, 4, 5, 6, 7]]), 8, 4), MACHINE,
                           expert_bytes=EXPERT_BYTES)[:1]]  # fmt: skip
     shared_source = wire_s([m._replace(source=0) for m in one[1:]], plan, MACHINE)
     apart = wire_s([one[1]._replace(source=0), one[2]._replace(source=1)], plan, MACHINE)
@@ -162,20 +162,20 @@ def test_ranks_that_receive_at_once_wait_only_for_the_busiest():
     ("change", "message"),
     [
         ({"ranks": 4}, "differ in ranks: 2 and 4"),
-        ({"expert_count": 3}, "differ in expert_count: 4 and 3"),
+        ({"experts": 3}, "differ in experts: 4 and 3"),
     ],
 )
 def test_plans_of_different_shapes_cannot_be_matched(change, message):
     current = Plan(np.array([[0, 1, 2, 3]]), 4, 2)
-    slots = np.array([[0, 1, 2, 0]]) if "expert_count" in change else current.experts
-    other = Plan(slots, change.get("expert_count", 4), change.get("ranks", 2))
+    slots = np.array([[0, 1, 2, 0]]) if "experts" in change else current.expert_of_slot
+    other = Plan(slots, change.get("experts", 4), change.get("ranks", 2))
     with pytest.raises(ValueError, match=f"match: the plans {message}"):
         match(current, other)
-    with pytest.raises(ValueError, match=f"moves: the plans {message}"):
-        moves(current, other, MACHINE, expert_bytes=1.0)
+    with pytest.raises(ValueError, match=f"transfers: the plans {message}"):
+        transfers(current, other, MACHINE, expert_bytes=1.0)
 
 
 def test_weights_without_bytes_are_refused():
     plan = Plan(np.array([[0, 1]]), 2, 2)
     with pytest.raises(ValueError, match="expert_bytes must be positive, got 0"):
-        moves(plan, plan, MACHINE, expert_bytes=0)
+        transfers(plan, plan, MACHINE, expert_bytes=0)

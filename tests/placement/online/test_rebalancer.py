@@ -8,14 +8,14 @@ import pytest
 from cmjax.hardware import load_machine
 from cmjax.placement import (
     Loads,
-    MoveCost,
+    MigrationCost,
     Problem,
     Rebalancer,
     contiguous,
     evaluate,
     example_loads,
     greedy,
-    optimise_split,
+    optimize_split,
     place,
 )
 
@@ -35,7 +35,7 @@ def skewed(seed=0, layers=3, experts=16):
 def rebalancer(plan=None, **change):
     plan = plan or contiguous(Problem(Loads(skewed()), RANKS, RANKS))
     options = {
-        "cost": MoveCost(expert_bytes=1e6, stall_s=0.01, layer_stall_s=1e-3),
+        "cost": MigrationCost(expert_bytes=1e6, stall_s=0.01, layer_stall_s=1e-3),
         "assignments_per_step": ASSIGNMENTS,
         "horizon_steps": 1e5,
     }
@@ -46,14 +46,14 @@ def test_a_steady_skew_is_worth_moving_for_and_then_left_alone():
     online = rebalancer()
     assert not online.propose(skewed()).pays  # nothing to plan from yet
     found = online.propose(skewed())
-    assert found.pays and found.moves and "move" in found.reason
+    assert found.pays and found.transfers and "move" in found.reason
     np.testing.assert_allclose(
         evaluate(found.plan, Loads(skewed()), slowest).par,
         evaluate(greedy(Problem(Loads(skewed()), RANKS, RANKS)), Loads(skewed()), slowest).par,
     )
     online.adopt(found)
     again = online.propose(skewed())
-    assert not again.pays and again.moves == () and again.plan is online.plan
+    assert not again.pays and again.transfers == () and again.plan is online.plan
     assert again.reason == "the same plan as now: stay"
 
 
@@ -64,20 +64,20 @@ def test_predicted_saving_cost_and_break_even_agree_with_arithmetic():
     newest = Loads(skewed()).scaled(ASSIGNMENTS)
     times = [slowest(p.tokens_per_rank(newest.counts[0])).sum() for p in (before, found.plan)]
     assert found.saving_s == pytest.approx(times[0] - times[1])
-    layers = {move.layer for move in found.moves}
+    layers = {sent.layer for sent in found.transfers}
     assert found.cost_s > 0.01 + 1e-3 * len(layers)  # and the wire
     assert found.cost_s < 0.01 + 1e-3 * len(layers) + 1e-3
     assert found.break_even_steps == pytest.approx(found.cost_s / found.saving_s)
     step_s = 0.02 + times[1]
     assert found.break_even_s == pytest.approx(found.break_even_steps * step_s)
-    crossing = [move for move in found.moves if move.source != move.target]
+    crossing = [sent for sent in found.transfers if sent.source != sent.target]
     assert found.moved_bytes == 1e6 * len(crossing)
 
 
 def test_the_decision_turns_at_the_predicted_break_even():
     for share, pays in ((0.99, False), (1.01, True)):
         # Layers move for nothing: only the fixed cost decides, so the same layers are considered.
-        cost = MoveCost(expert_bytes=1e-3, stall_s=0.01, layer_stall_s=0.0)
+        cost = MigrationCost(expert_bytes=1e-3, stall_s=0.01, layer_stall_s=0.0)
         online = rebalancer(cost=cost)
         online.propose(skewed())
         steps = online.propose(skewed()).break_even_steps
@@ -93,8 +93,8 @@ def test_layers_that_do_not_pay_for_themselves_stay():
     online = rebalancer(plan)
     online.propose(counts)
     found = online.propose(counts)
-    assert found.pays and {move.layer for move in found.moves} == {0, 2}
-    np.testing.assert_array_equal(found.plan.experts[1], plan.experts[1])
+    assert found.pays and {sent.layer for sent in found.transfers} == {0, 2}
+    np.testing.assert_array_equal(found.plan.expert_of_slot[1], plan.expert_of_slot[1])
 
 
 def test_what_only_fitted_the_past_gains_nothing():
@@ -118,7 +118,9 @@ def test_the_past_fades_at_the_decay():
 def test_moving_beside_the_step_costs_only_the_disturbance():
     costs = {}
     for overlapped in (False, True):
-        cost = MoveCost(expert_bytes=1e9, stall_s=0.0, layer_stall_s=0.0, overlapped=overlapped)
+        cost = MigrationCost(
+            expert_bytes=1e9, stall_s=0.0, layer_stall_s=0.0, overlapped=overlapped
+        )
         online = rebalancer(cost=cost)
         online.propose(skewed())
         costs[overlapped] = online.propose(skewed()).cost_s
@@ -142,7 +144,7 @@ def test_better_balance_that_made_a_service_three_times_slower_is_not_moved_for(
     def considered(horizon_steps):
         online = Rebalancer(
             plan, layer_s, MACHINE,
-            cost=MoveCost(expert_bytes=44e6),
+            cost=MigrationCost(expert_bytes=44e6),
             assignments_per_step=ranks * tokens * top_k,
             horizon_steps=horizon_steps,
         )  # fmt: skip
@@ -207,7 +209,7 @@ def test_bad_counts_are_refused_and_leave_the_history_alone(counts, message):
 )
 def test_a_move_that_costs_less_than_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        MoveCost(**arguments)
+        MigrationCost(**arguments)
 
 
 @pytest.mark.parametrize("method", ["greedy", "contiguous"])
@@ -219,8 +221,8 @@ def test_dead_ranks_and_empty_slots_of_the_running_plan_stay_empty(method):
     assert found.pays
     assert (found.plan.filled[:, [2, 5]] == 0).all()
     assert (found.plan.filled.max(-1) <= [3, 4, 3]).all()
-    assert not {move.target for move in found.moves} & {2, 5}
-    assert not {move.source for move in found.moves} & {2, 5}
+    assert not {sent.target for sent in found.transfers} & {2, 5}
+    assert not {sent.source for sent in found.transfers} & {2, 5}
     gained = evaluate(online.plan, Loads(skewed(1)).scaled(ASSIGNMENTS), slowest).time_s
     gained -= evaluate(found.plan, Loads(skewed(1)).scaled(ASSIGNMENTS), slowest).time_s
     np.testing.assert_allclose(found.saving_s, gained, rtol=1e-9)
@@ -229,15 +231,15 @@ def test_dead_ranks_and_empty_slots_of_the_running_plan_stay_empty(method):
 def test_layers_that_stay_keep_their_shares():
     # Layers 0 and 1 keep the load that their shares were made for; layer 2 gets another.
     problem = Problem(Loads(skewed()), RANKS, RANKS)
-    plan = optimise_split(greedy(problem), problem, slowest)
-    assert (plan.share != plan.even().share).any(-1).tolist() == [True, True, False]
+    plan = optimize_split(greedy(problem), problem, slowest)
+    assert (plan.split_of_slot != plan.even().split_of_slot).any(-1).tolist() == [True, True, False]
     counts = skewed()
     counts[2] = counts[2][::-1]
     online = rebalancer(plan)
     online.propose(counts)
     found = online.propose(counts)
-    assert found.pays and {move.layer for move in found.moves} == {2}
-    np.testing.assert_array_equal(found.plan.share[:2], plan.share[:2])
-    np.testing.assert_array_equal(found.plan.experts[:2], plan.experts[:2])
+    assert found.pays and {sent.layer for sent in found.transfers} == {2}
+    np.testing.assert_array_equal(found.plan.split_of_slot[:2], plan.split_of_slot[:2])
+    np.testing.assert_array_equal(found.plan.expert_of_slot[:2], plan.expert_of_slot[:2])
     online.adopt(found)
-    assert not online.propose(counts).moves
+    assert not online.propose(counts).transfers

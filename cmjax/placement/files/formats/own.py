@@ -24,7 +24,7 @@ def to_own(plan: Plan) -> dict[str, Any]:
     document: dict[str, Any] = {
         "format": PLAN_FORMAT,
         "version": PLAN_VERSION,
-        "experts": plan.expert_count,
+        "experts": plan.experts,
         "ranks": plan.ranks,
         "nodes": plan.nodes,
         "slots_per_rank": plan.slots_per_rank,
@@ -33,7 +33,7 @@ def to_own(plan: Plan) -> dict[str, Any]:
         document["layer_labels"] = list(plan.layer_labels)
     if plan.provenance:
         document["provenance"] = dict(plan.provenance)
-    document["expert_of_slot"] = plan.experts.tolist()
+    document["expert_of_slot"] = plan.expert_of_slot.tolist()
     if plan.split is not None:
         document["split_of_slot"] = plan.split.tolist()
     return document

@@ -40,7 +40,7 @@ def to_sglang(plan: Plan, *, model_layers: int | None = None) -> dict[str, Any]:
             f"{plan.source}: SGLang's rows are the model's layers, dense ones included, and this "
             f"plan does not number its layers; number them (first layer 3 for DeepSeek-V3)"
         )
-    if plan.split is not None or (plan.experts == EMPTY).any():
+    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
         raise ValueError(
             f"{plan.source}: SGLang's format holds neither empty slots nor shares per slot"
         )
@@ -49,9 +49,9 @@ def to_sglang(plan: Plan, *, model_layers: int | None = None) -> dict[str, Any]:
         raise ValueError(
             f"{plan.source}: expected more than {last} model layers, got {model_layers}"
         )
-    trivial = np.arange(plan.slots) % plan.expert_count
+    trivial = np.arange(plan.slots) % plan.experts
     rows = np.tile(trivial, (model_layers or last + 1, 1))
-    rows[list(plan.layer_labels)] = plan.experts
+    rows[list(plan.layer_labels)] = plan.expert_of_slot
     return {KEY: rows.tolist()}
 
 

@@ -34,11 +34,11 @@ def to_vllm_ascend(plan: Plan) -> dict[str, Any]:
 
     Raises: ValueError if the plan says more than the format can, or a rank holds an expert twice.
     """
-    if plan.split is not None or (plan.experts == EMPTY).any():
+    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
         raise ValueError(
             f"{plan.source}: vLLM-Ascend's format holds neither empty slots nor shares per slot"
         )
-    by_rank = plan.experts.reshape(plan.layers, plan.ranks, -1)
+    by_rank = plan.expert_of_slot.reshape(plan.layers, plan.ranks, -1)
     ordered = np.sort(by_rank, axis=-1)
     twice = np.argwhere(ordered[..., 1:] == ordered[..., :-1])
     if len(twice):

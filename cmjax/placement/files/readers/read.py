@@ -54,6 +54,13 @@ def read_loads(
         file of routes is counted whole.
     Raises: ValueError of one line: the file, what was found, what is expected; where there are
       several workloads, their names.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "loads.csv").write_text("30,10,20,40\\n25,25,25,25\\n")
+    ...     loads = read_loads(f"{folder}/loads.csv")
+    >>> loads.layers, loads.experts
+    (2, 4)
     """
     scenarios = _scenarios(path, experts)
     if domain is None and len(scenarios) == 1:

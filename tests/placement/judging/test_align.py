@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmjax.placement import Loads, Plan, Problem, evaluate, greedy, judge
+from cmjax.placement import Loads, Plan, Problem, evaluate, evaluate_by_depth, greedy
 
 
 def price_of(slots_per_rank):
@@ -13,7 +13,7 @@ def price_of(slots_per_rank):
 def test_a_full_even_plan_is_judged_as_evaluate_does():
     loads = Loads(np.random.default_rng(0).random((3, 4, 12)) + 0.1)
     plan = greedy(Problem(loads, 4, 4))
-    found = judge(plan, loads, price_of)
+    found = evaluate_by_depth(plan, loads, price_of)
     expected = evaluate(plan, loads, price_of(4))
     for name in ("par", "time_s", "lower_bound_s"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-14)
@@ -22,7 +22,7 @@ def test_a_full_even_plan_is_judged_as_evaluate_does():
 def test_empty_slots_serve_nothing_and_cost_nothing():
     # Layer 0 fills one slot a rank, layer 1 two; the hot expert has a copy in layer 1 only.
     plan = Plan(np.array([[0, -1, 1, -1], [0, 1, 0, -1]]), 2, 2)
-    found = judge(plan, Loads(np.array([[30.0, 10], [30, 10]])), price_of)
+    found = evaluate_by_depth(plan, Loads(np.array([[30.0, 10], [30, 10]])), price_of)
     np.testing.assert_allclose(found.par, [[30 / 20, 25 / 20]])
     np.testing.assert_allclose(found.time_s, 1e-6 + 30e-8 + 2e-6 + 25e-8)
     assert found.gap > 0
@@ -38,7 +38,7 @@ def test_shares_say_who_serves_what():
 def test_layers_are_matched_by_their_numbers():
     plan = Plan(np.array([[0, 1], [1, 0], [1, 0]]), 2, 2, layer_labels=(3, 4, 5))
     loads = Loads(np.array([[30.0, 10], [20, 60]]), "some", (5, 3))
-    assert judge(plan, loads, price_of).par.shape == (1, 2)
+    assert evaluate_by_depth(plan, loads, price_of).par.shape == (1, 2)
     tokens = plan.select([2, 0]).tokens_per_rank(loads.counts)
     np.testing.assert_array_equal(tokens, [[[10, 30], [20, 60]]])
 
@@ -54,4 +54,4 @@ def test_layers_are_matched_by_their_numbers():
 def test_loads_of_another_model_are_refused(labels, counts, message):
     plan = Plan(np.array([[0, 1]] * 3), 2, 2, layer_labels=(3, 4, 5))
     with pytest.raises(ValueError, match=message):
-        judge(plan, Loads(counts, "some", labels), price_of)
+        evaluate_by_depth(plan, Loads(counts, "some", labels), price_of)

@@ -60,9 +60,9 @@ def test_place_goes_by_the_name_of_the_method():
     problem = Problem(Loads(np.random.default_rng(1).random((1, 2, 8)) + 0.1), 4, 4)
     assert set(METHODS) >= {"search", "greedy", "hierarchical", "one-spare", "contiguous", "random"}
     np.testing.assert_array_equal(
-        place(problem, "greedy", slowest).experts, greedy(problem).experts
+        place(problem, "greedy", slowest).expert_of_slot, greedy(problem).expert_of_slot
     )
-    assert place(problem, "contiguous", slowest).experts[0, 8] == 0
+    assert place(problem, "contiguous", slowest).expert_of_slot[0, 8] == 0
     plan = place(problem, "search", slowest, seconds=0.0)
     assert evaluate(plan, problem.loads, slowest).gap >= -1e-9
 

@@ -1,0 +1,144 @@
+"""A placement when it is done: plans, how good each is, and how to look at and keep them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from cmjax.console import html_table
+from cmjax.deploy.layer_price import LayerPrice
+from cmjax.deploy.place_options import Export, Search
+from cmjax.files import replace_text
+from cmjax.placement import (
+    BASELINES,
+    PLAN_FORMATS,
+    Loads,
+    Plan,
+    Score,
+    once_per_rank,
+    plan_text,
+)
+
+_DRAWN = ("contiguous", "greedy")  # of the rules: the others look like these
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Placement:
+    """Plans by name, the one that was asked for, and how good each is.
+
+    Attributes:
+      plans: every plan, by method; `running` is the plan that was started from, `plan` an existing
+        one that was judged.
+      scores: of every plan, under `loads`.
+      loads: token copies of a step, by window, layer and expert; shared experts come last.
+      price: the layer's price that plans are judged by.
+      method: which of the plans was asked for.
+      objective: what was minimised, over the windows.
+      shrink: how much nearer to even the loads were that the plan was made for.
+    """
+
+    plans: Mapping[str, Plan]
+    scores: Mapping[str, Score]
+    loads: Loads
+    price: LayerPrice
+    method: str
+    objective: str = Search.objective
+    shrink: float = 0.0
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was asked for."""
+        return self.plans[self.method]
+
+    @property
+    def score(self) -> Score:
+        """How good it is."""
+        return self.scores[self.method]
+
+    @property
+    def tokens(self) -> dict[str, Float[np.ndarray, "layers ranks"]]:
+        """Tokens per layer and rank in the last window, for the plans worth a picture.
+
+        Averaging windows would hide the imbalance.
+        """
+        last = self.loads.counts[-1]
+        return {
+            name: plan.tokens_per_rank(last)
+            for name, plan in self.plans.items()
+            if name in _DRAWN or name == self.method or name not in BASELINES
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `cmjax place --json` writes: the plan and, beside it, how it came about."""
+        return self._beside() | PLAN_FORMATS["own"](self.plan)
+
+    def fit(self, format: str = Export.format) -> Plan:
+        """The plan as a format can hold it: vLLM-Ascend addresses one copy of an expert per rank.
+
+        Raises: ValueError where it cannot be made so.
+        """
+        return once_per_rank(self.plan, self.loads) if format == "vllm-ascend" else self.plan
+
+    def text(self, format: str = Export.format) -> str:
+        """The plan as the text of a file; what stands beside it is kept in cmjax's own only.
+
+        Raises: ValueError for an unknown format, or a plan that the format cannot hold.
+        """
+        beside = self._beside() if format == Export.format else {}
+        return plan_text(self.fit(format), format, **beside)
+
+    def save(self, path: str | Path, format: str = Export.format) -> None:
+        """Write the plan; an existing file is replaced only once the new one is complete.
+
+        Args:
+          path: of the file.
+          format: a name in `cmjax.placement.PLAN_FORMATS`.
+        Raises: as `text`; OSError if the file cannot be written.
+        """
+        replace_text(path, self.text(format))
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.scores))
+        lines = [
+            f"  {name:<{width}}  {' '.join(f'{cell:>9}' for cell in cells)}"
+            + (" ◀" if name == self.method else "")
+            for name, cells in self._rows()
+        ]
+        heads = " ".join(f"{head:>9}" for head in _HEADS)
+        return "\n".join([self._title(), f"  {'':<{width}}  {heads}", *lines])
+
+    def _repr_html_(self) -> str:
+        marked = {name: f"{name} ◀" if name == self.method else name for name in self.scores}
+        rows = [(marked[name], *cells) for name, cells in self._rows()]
+        return html_table(self._title(), [("method", *_HEADS), *rows])
+
+    def _rows(self):
+        for name, score in self.scores.items():
+            yield (
+                name,
+                (f"{score.cost_s * 1e3:.4g}", f"{score.cost_gap:+.1%}", f"{score.mean_par:.3f}",
+                 f"{score.worst_par:.3f}"),
+            )  # fmt: skip
+
+    def _title(self) -> str:
+        price = self.price
+        return (
+            f"{self.loads.layers} layers of {self.loads.experts} experts on {price.ranks} ranks of "
+            f"{price.machine.name}, {self.plan.slots} slots, {price.tokens:g} tokens a rank and "
+            f"step"
+        )
+
+    def _beside(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "objective": self.objective,
+            "shrink": self.shrink,
+            "machine": self.price.machine.name,
+            "evaluation": {name: score.to_dict() for name, score in self.scores.items()},
+        }
+
+
+_HEADS = ("ms", "over bound", "mean PAR", "worst PAR")
