@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import scipy  # its parts are imported with their first use
 
 from cmjax.cost.measured import Measurement
 from cmjax.cost.micro import micro

@@ -1,17 +1,23 @@
 """The joins: a model on a machine under requests, and a layer's price for a placement."""
 
 from cmjax.deploy.deployment import Deployment, Phase
+from cmjax.deploy.layer_price import LayerPrice
 from cmjax.deploy.moe_step import build_layer, build_step, decode_step, prefill_step
+from cmjax.deploy.placed import evaluate, place
+from cmjax.deploy.placement_result import Placement
 from cmjax.deploy.predict import predict, predictor_of
 from cmjax.deploy.prediction import Prediction, calibration
 from cmjax.deploy.predictor import Predictor
+from cmjax.deploy.price import price
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
 
 __all__ = [
     "Deployment",
+    "LayerPrice",
     "MoEStep",
     "Phase",
+    "Placement",
     "Prediction",
     "Predictor",
     "Requests",
@@ -19,7 +25,10 @@ __all__ = [
     "build_step",
     "calibration",
     "decode_step",
+    "evaluate",
+    "place",
     "predict",
     "predictor_of",
     "prefill_step",
+    "price",
 ]

@@ -19,9 +19,8 @@ risk", 1999), so any of these bounds it; some are tried.
 from itertools import pairwise
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
 
 from cmjax.placement.methods.greedy import replicate
 from cmjax.placement.plan import count_copies
@@ -157,8 +156,8 @@ def _program(counts, mean, points, prices, slots, ranks):
                 share = counts[w, e] / mean[w] / copies[mine]
                 add([*zip(z + mine, share, strict=True), (m + w, -1.0)], 0.0)
     add(list(zip(z + np.arange(len(kept)), copies - 1.0, strict=True)), float(spare))
-    upper = coo_array((values, (rows, columns)), shape=(len(limits), size)).tocsr()
-    once = coo_array(
+    upper = scipy.sparse.coo_array((values, (rows, columns)), shape=(len(limits), size)).tocsr()
+    once = scipy.sparse.coo_array(
         (np.ones(len(kept)), (np.searchsorted(hot, expert), z + np.arange(len(kept)))),
         shape=(len(hot), size),
     ).tocsr()
@@ -167,7 +166,7 @@ def _program(counts, mean, points, prices, slots, ranks):
     ranges[m : m + windows, 0] = points[0] / mean
 
     def solve(weights):
-        found = linprog(
+        found = scipy.optimize.linprog(
             np.concatenate([weights, np.zeros(size - windows)]), A_ub=upper, b_ub=limits,
             A_eq=once, b_eq=np.ones(len(hot)), bounds=ranges, method="highs",
         )  # fmt: skip

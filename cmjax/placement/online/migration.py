@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from cmjax.hardware import Supernode
 from cmjax.placement.plan import EMPTY, Plan
@@ -162,16 +162,16 @@ def _rename(shared, nodes) -> Int[np.ndarray, "ranks"]:
     value = shared + np.eye(len(shared)) / (len(shared) + 1)
     size = len(shared) // nodes
     if nodes == 1:
-        new, old = linear_sum_assignment(value, maximize=True)
+        new, old = scipy.optimize.linear_sum_assignment(value, maximize=True)
         return new[np.argsort(old)]
     blocks = value.reshape(nodes, size, nodes, size).swapaxes(1, 2)
     inner = np.empty((nodes, nodes, size), np.int64)
     total = np.empty((nodes, nodes))
     for a, b in np.ndindex(nodes, nodes):
-        new, old = linear_sum_assignment(blocks[a, b], maximize=True)
+        new, old = scipy.optimize.linear_sum_assignment(blocks[a, b], maximize=True)
         inner[a, b] = new[np.argsort(old)]
         total[a, b] = blocks[a, b][new, old].sum()
-    new, old = linear_sum_assignment(total, maximize=True)
+    new, old = scipy.optimize.linear_sum_assignment(total, maximize=True)
     places = np.empty((nodes, size), np.int64)
     for a, b in zip(new, old, strict=True):
         places[b] = a * size + inner[a, b]
