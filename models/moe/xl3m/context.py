@@ -90,8 +90,8 @@ class KeyContext:
 def entropy(logits: Float[Array, "*batch vocab"]) -> Float32[Array, "*batch"]:
     """Entropy of `softmax(logits)` in nats; logits of -inf contribute 0.
 
-    >>> entropy(jnp.zeros((1, 8)))  # log 8
-    Array([2.0794415], dtype=float32)
+    >>> round(float(entropy(jnp.zeros(8))), 4)  # log 8
+    2.0794
     """
     logits = logits.astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
