@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.console import Console
 from cmjax import report
 from cmjax.console import check_target, emit
 from cmjax.cost import Timeline, prepare, price
+from cmjax.cost.host import on_host
 from cmjax.hardware import load_machine
 
 
@@ -48,7 +48,7 @@ class Price:
             tiers=parse_tiers(self.tier),
         )
         program = found.program
-        timeline = jax.jit(lambda sizes: price(program, machine, sizes))(found.symbols)
+        timeline = on_host(lambda sizes: price(program, machine, sizes))(found.symbols)
         work = program.totals({k: float(np.mean(v)) for k, v in found.symbols.items()})
         result = priced(timeline, work) | {"machine": machine.name, "sizes": given}
         if self.trace:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike
 
-from cmjax.cost.price import price
+from cmjax.cost.host import on_host
+from cmjax.cost.price import check_sizes, price
 from cmjax.cost.timeline import Timeline
 from cmjax.hardware import Supernode
 from cmjax.program import Program, SymbolicSize, Tiers
@@ -81,7 +83,8 @@ def price_function(
     >>> slope = jax.grad(lambda n: price_function(project, machine, tokens=n).total_s)(4096.0)
     """
     found = prepare(fn, machine, sizes, args=args, static=static, tiers=tiers)
-    return price(found.program, machine, found.symbols, temperature=temperature)
+    check_sizes(found.program, found.symbols)
+    return jax.tree.map(jnp.asarray, _pricer(found.program, temperature)(machine, found.symbols))
 
 
 def prepare(
@@ -105,6 +108,14 @@ def prepare(
         if not isinstance(value, Tracer)
     }
     return Prepared(programs.at(numbers), symbols)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _pricer(program: Program, temperature: float) -> Callable:
+    """`price` as a function of the machine and the sizes, made ready once."""
+    return on_host(
+        lambda machine, symbols: price(program, machine, symbols, temperature=temperature)
+    )
 
 
 class _Programs:

@@ -56,8 +56,8 @@ def price(
     """
     if temperature < 0:
         raise ValueError(f"price: temperature must be 0 or positive seconds, got {temperature}")
+    check_sizes(program, sizes)
     values = {name: jnp.asarray(value, float) for name, value in sizes.items()}
-    _check(program, values)
     _warn_where_choices_differ(program, sizes)
     streams = program.streams
     zero = jnp.zeros((1,))
@@ -128,20 +128,22 @@ def _table(program: Program, values):
     return jnp.tensordot(jnp.stack(powers), jnp.asarray(program.coefficients, float), axes=1)
 
 
-def _check(program: Program, values) -> None:
+def check_sizes(program: Program, sizes: Mapping[str, ArrayLike]) -> None:
+    """Refuse sizes that `price` cannot take, as it says."""
     needed = program.symbols
     known = needed | program.inputs
-    if missing := sorted(needed - set(values)):
+    if missing := sorted(needed - set(sizes)):
         raise ValueError(f"price: no value for size {missing[0]!r}; needed: {sorted(needed)}")
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(sizes) - known):
         close = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)
         raise ValueError(f"price: the program has no size {unknown[0]!r}; it has {close}")
     lengths = set(_iterations(program).values())
-    for name, value in values.items():
-        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in lengths):
+    for name, value in sizes.items():
+        shape = jnp.shape(value)
+        if len(shape) > 1 or (len(shape) == 1 and shape[0] not in lengths):
             raise ValueError(
                 f"price: size {name!r} must be a number, or one per iteration of a loop (the "
-                f"program's loops have {sorted(lengths)}); got shape {value.shape}"
+                f"program's loops have {sorted(lengths)}); got shape {shape}"
             )
 
 

@@ -147,7 +147,7 @@ class Timeline:
         operations = sum(len(level.operations) for level, _ in self.program.levels)
         if isinstance(self.total_s, Tracer):
             return f"Timeline({operations} operations, traced)"
-        if not isinstance(self.total_s, float | np.ndarray | jax.Array):
+        if not isinstance(self.total_s, float | np.generic | np.ndarray | jax.Array):
             return f"Timeline({self.total_s!r})"  # in a tree of something else, such as axes
         if jnp.ndim(self.total_s):
             return f"Timeline({operations} operations, batch {jnp.shape(self.total_s)})"
