@@ -22,12 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
-from cmjax.models.asr.conv import PRECISIONS
-from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
-from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
-from cmjax.models.asr.features import LogMel
-from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 from rich.table import Table
 
@@ -35,6 +29,12 @@ from benchmarks.asr_onnx import quantized, session_call, to_onnx
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.conv import PRECISIONS
+from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
+from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
+from cmjax.models.asr.features import LogMel
+from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from cmjax.primitives.convolution.scales import calibrate
 
 WINOGRAD = "int8-winograd"

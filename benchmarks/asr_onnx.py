@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv
 from cmjax.models.asr.dfsmn import Block, Memory
-from jaxtyping import Float
 
 Features = Float[np.ndarray, "batch frames inputs"]
 

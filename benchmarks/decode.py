@@ -18,15 +18,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import tyro
-from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, from_config
-from cmjax.models.moe.layers.cache import empty_cache
-from cmjax.models.moe.model import parameters
 from flax import nnx
 from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import exit_code, terminal
+from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, from_config
+from cmjax.models.moe.layers.cache import empty_cache
+from cmjax.models.moe.model import parameters
 
 CONFIG = MoEConfig(
     vocab_size=512,

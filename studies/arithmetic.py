@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from cmjax.models.moe import MoEModel, extend_cache
 from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import exit_code, terminal
 from cmjax.deploy import Phase, predict
+from cmjax.models.moe import MoEModel, extend_cache
 from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
 from train import checkpoint
 from train.moe.config import LanguageModelConfig

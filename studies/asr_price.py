@@ -23,11 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from cmjax.models.asr import pricing
-from cmjax.models.asr.acoustic import AcousticModel
-from cmjax.models.asr.conv import Conv
-from cmjax.models.asr.deployed import backbone
-from cmjax.models.asr.frames import Frames
 from flax import nnx
 from jaxtyping import Array, Float
 from rich.console import Console
@@ -36,6 +31,11 @@ from rich.table import Table
 from cmjax.console import terminal
 from cmjax.cost import price
 from cmjax.hardware import Supernode, load_machine
+from cmjax.models.asr import pricing
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.conv import Conv
+from cmjax.models.asr.deployed import backbone
+from cmjax.models.asr.frames import Frames
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
 from cmjax.program.step import Step

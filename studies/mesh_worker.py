@@ -19,6 +19,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
+
+from cmjax.files import replace_text
+from cmjax.mesh import RANKED, RankMesh, on_every_rank, prepare_devices
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.programs import BatchShape, compile_programs, place_params
@@ -28,10 +32,6 @@ from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill, init_params
-from flax import nnx
-
-from cmjax.files import replace_text
-from cmjax.mesh import RANKED, RankMesh, on_every_rank, prepare_devices
 from cmjax.placement import read_plan
 from cmjax.program import trace
 from cmjax.verify.compiled import device_bytes

@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from cmjax.models.asr.acoustic import AcousticModel
-from cmjax.models.asr.deployed import backbone, backbone_call, whole_call
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +32,8 @@ from scipy import stats
 
 from cmjax.console import exit_code, terminal
 from cmjax.mesh import prepare_devices
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.deployed import backbone, backbone_call, whole_call
 from cmjax.primitives.convolution.packed import prepack
 from studies.rsq_asr_figure import plot_tradeoff
 from train import checkpoint

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from cmjax.models.moe.model import MoEModel, parameters
-from cmjax.models.moe.xl3m import segment_starts
 from rich import box
 from rich.table import Table
 
 from cmjax.console import terminal, track
+from cmjax.models.moe.model import MoEModel, parameters
+from cmjax.models.moe.xl3m import segment_starts
 from studies import xl3m_cost, xl3m_figure
 from studies.xl3m_methods import (
     SEGMENT,

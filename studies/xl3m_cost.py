@@ -18,10 +18,6 @@ import sys
 import jax
 import jax.export
 import jax.numpy as jnp
-from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
-from cmjax.models.moe.model import abstract_model, assemble
-from cmjax.models.moe.parallelism import one_rank
-from cmjax.models.moe.xl3m import entropy, next_logits, segment_starts
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +27,10 @@ from cmjax.cost import price
 from cmjax.cost.ranks import mesh_for
 from cmjax.hardware import Supernode, load_machine
 from cmjax.mesh import RANKED, REPLICATED, on_every_rank
+from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
+from cmjax.models.moe.model import abstract_model, assemble
+from cmjax.models.moe.parallelism import one_rank
+from cmjax.models.moe.xl3m import entropy, next_logits, segment_starts
 from cmjax.program import Program
 from cmjax.program.step import Step
 
@@ -64,7 +64,7 @@ def llama2_7b() -> MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ReadingPlan:
     """How a text is read; all in tokens but `kept`, the segments of the key context."""
 
     tokens: int
@@ -79,12 +79,12 @@ class Plan:
 
 
 PLANS = (
-    Plan(32_000),
-    Plan(128_000),
-    Plan(1_000_000),
-    Plan(20_000_000),
-    Plan(20_000_000, stride=1024),
-    Plan(20_000_000, segment=512, stride=256, kept=6),
+    ReadingPlan(32_000),
+    ReadingPlan(128_000),
+    ReadingPlan(1_000_000),
+    ReadingPlan(20_000_000),
+    ReadingPlan(20_000_000, stride=1024),
+    ReadingPlan(20_000_000, segment=512, stride=256, kept=6),
 )
 
 
@@ -148,7 +148,7 @@ def activation_bytes(config: MoEConfig, tokens: int) -> int:
     return (2 * config.hidden_size + 3 * config.ffn_size) * tokens * BYTES
 
 
-def cost(plan: Plan, program: Program, machine: Supernode) -> Costs:
+def cost(plan: ReadingPlan, program: Program, machine: Supernode) -> Costs:
     """Costs of reading a text by `plan`, the key context included."""
     config = llama2_7b()
     row, key = plan.segment + QUESTION, plan.kept * plan.segment + QUESTION

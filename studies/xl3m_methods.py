@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import GroupedAttention, LinearScaling, MoEConfig, YarnConfig
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.layers.cache import extend_cache
@@ -15,9 +18,6 @@ from cmjax.models.moe.model import MoEModel, abstract_model, assemble, parameter
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.xl3m import Scorer, XL3MConfig, chosen_context, score_segments
-from jaxtyping import Bool, Float, Int
-
-from cmjax.mesh import RankMesh
 from train.passkey import Vocabulary
 
 ASKED = 16  # keys of a haystack that are asked for, each in it once

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from cmjax.models.moe.model import MoEModel
 from jaxtyping import Int
 from rich.console import Console
 
 from cmjax.console import exit_code, terminal
 from cmjax.mesh import RankMesh, prepare_devices
+from cmjax.models.moe.model import MoEModel
 from train.metrics import read_metrics
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model

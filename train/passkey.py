@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from cmjax.models.moe.config import GroupedAttention, MoEConfig
-from cmjax.models.moe.layers.gqa import GQA
-from cmjax.models.moe.layers.rope import angles, frequencies, rotate
-from cmjax.models.moe.layers.transformer import DenseLayer
-from cmjax.models.moe.model import MoEModel, from_config
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 from rich.console import Console
 
 from cmjax.console import bar
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
+from cmjax.models.moe.layers.gqa import GQA
+from cmjax.models.moe.layers.rope import angles, frequencies, rotate
+from cmjax.models.moe.layers.transformer import DenseLayer
+from cmjax.models.moe.model import MoEModel, from_config
 from train import checkpoint
 from train.metrics import LossNotFinite, MetricsLog
 

@@ -1,17 +1,15 @@
 """`cmjax generate`: text from a model on an emulated (or real) mesh."""
 
-import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
-from cmjax.console import bar, check_target, emit
+from cmjax.console import check_target, emit, show_progress
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
@@ -79,7 +77,7 @@ class Generate:
         check_prompts(config, prompts, self.new_tokens, self.context)
         prepare_mesh(mesh, self.mesh)
         started = time.perf_counter()
-        with shown_progress() as progress:
+        with show_progress("loading") as progress:
             generator = open_generator(
                 model,
                 mesh,
@@ -90,7 +88,7 @@ class Generate:
                 progress=progress,
             )
         log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
-        with shown_progress("compiling") as progress:
+        with show_progress("compiling") as progress:
             found = generator.generate(
                 prompts,
                 self.new_tokens,
@@ -184,18 +182,6 @@ def prepare_mesh(mesh: RankMesh, given: str) -> None:
         prepare_devices(mesh.nodes)
     except RuntimeError as error:
         raise ValueError(f"--mesh {given}: {error}") from None
-
-
-@contextlib.contextmanager
-def shown_progress(note: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """`progress(done, total, note)` as a bar on standard error; `note` until the first call."""
-    with bar(quiet=False) as bars:
-        task = bars.add_task(note, total=None)
-
-        def show(done: int, total: int, note: str) -> None:
-            bars.update(task, completed=done, total=total, description=note)
-
-        yield show
 
 
 def _summary(found: Generated) -> str:

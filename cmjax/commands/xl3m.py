@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cmjax.commands.generate import open_model, prepare_mesh, shown_progress
-from cmjax.console import check_target, emit
+from cmjax.commands.generate import open_model, prepare_mesh
+from cmjax.console import check_target, emit, show_progress
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import Sampler
@@ -80,7 +80,7 @@ class XL3M:
         sizes.room(question.size)  # before weights are read
         content = np.array(tokenizer.encode(text, special=False), np.int32)
         prepare_mesh(mesh, self.mesh)
-        with shown_progress() as progress:
+        with show_progress("loading") as progress:
             generator = open_generator(
                 model,
                 mesh,
@@ -133,7 +133,7 @@ class XL3M:
             precision=generator.precision,
         )
         started = time.perf_counter()
-        with shown_progress("compiling") as progress:
+        with show_progress("reading") as progress:
             key = key_context(content, question, scorer, sizes, progress=progress)
         taken = time.perf_counter() - started
         if content.size <= sizes.room(question.size):

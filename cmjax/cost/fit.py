@@ -44,7 +44,7 @@ class Residual:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class Calibration:
     """A calibrated machine: the values found (dotted key -> SI value) and what is left."""
 
     machine: Supernode
@@ -57,7 +57,7 @@ def fitted_keys(name_or_path: str) -> list[str]:
     return [key for key, source in sources(name_or_path).items() if source.startswith(FITTED)]
 
 
-def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) -> Fit:
+def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) -> Calibration:
     """Calibrate `keys` of `machine` on the `micro` rows whose role is `calibrate`.
 
     Raises: ValueError: nothing to fit, or more constants than rows.
@@ -99,7 +99,7 @@ def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) ->
     values = dict(zip(keys, np.exp(found.x).tolist(), strict=True))
     calibrated = functools.reduce(lambda m, kv: replace_leaf(m, *kv), values.items(), machine)
     residuals = tuple(Residual(r, float(p)) for r, p in zip(used, final, strict=True))
-    return Fit(calibrated, values, residuals)
+    return Calibration(calibrated, values, residuals)
 
 
 def parse_options(arguments: Sequence[str]) -> dict[str, int | str]:

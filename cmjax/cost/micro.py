@@ -22,7 +22,7 @@ _DTYPES = {"int8": jnp.int8, "bf16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Micro:
+class MicroBenchmark:
     """A traced micro-benchmark and how its result is reported."""
 
     program: Program
@@ -60,7 +60,7 @@ def micro_exchange(
     hidden: int = 7168,
     experts: int = 256,
     quant: str = "int8",
-) -> Micro:
+) -> MicroBenchmark:
     """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread."""
     mesh = mesh_for(ep, machine)
     slots_per_rank = max(1, experts // ep)
@@ -83,12 +83,12 @@ def micro_exchange(
     else:
         program = trace(receive, rows, slots, weights, axis_sizes=axis_sizes)
     filled = tokens * copies / (ep * slots_per_rank)
-    return Micro(program.at(capacity=filled), 0.0, 0.0)
+    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0)
 
 
 def micro_gemm(
     machine: Supernode, *, m: int, k: int, n: int, groups: int = 1, quant: str = "int8"
-) -> Micro:
+) -> MicroBenchmark:
     """`groups` matrix products [m, k] x [k, n] in one kernel."""
     dtype = _DTYPES[quant]
     out = jnp.int32 if quant == "int8" else dtype
@@ -102,7 +102,7 @@ def micro_gemm(
         jax.ShapeDtypeStruct((groups, k, n), dtype),
     )
     weight_bytes = groups * k * n * jnp.dtype(dtype).itemsize
-    return Micro(program, 2.0 * groups * m * k * n, float(weight_bytes))
+    return MicroBenchmark(program, 2.0 * groups * m * k * n, float(weight_bytes))
 
 
 def micro_latent_attention(
@@ -115,7 +115,7 @@ def micro_latent_attention(
     kv_cache: str = "bf16",
     latent: int = 512,
     rope: int = 64,
-) -> Micro:
+) -> MicroBenchmark:
     """Absorbed MLA decode over a latent cache of `context` tokens a request."""
     bf16, cached = jnp.bfloat16, _DTYPES[kv_cache]
     shape = jax.ShapeDtypeStruct
@@ -135,21 +135,21 @@ def micro_latent_attention(
     program = trace(decode, *arguments)
     kv_bytes = batch * context * (latent * jnp.dtype(cached).itemsize + 2 * rope)
     flops = 2.0 * batch * q_len * heads * context * (2 * latent + rope)
-    return Micro(program, flops, float(kv_bytes))
+    return MicroBenchmark(program, flops, float(kv_bytes))
 
 
 def micro_attention(
     machine: Supernode, *, batch: int, length: int, heads: int, d: int = 192, dv: int = 128
-) -> Micro:
+) -> MicroBenchmark:
     """Causal prefill attention (expanded MLA) of whole sequences."""
     bf16 = jnp.bfloat16
     q = jax.ShapeDtypeStruct((batch, length, heads, d), bf16)
     v = jax.ShapeDtypeStruct((batch, length, heads, dv), bf16)
     program = trace(lambda q, k, v: attention(q, k, v, scale=1.0, causal=True), q, q, v)
-    return Micro(program, 1.0 * batch * heads * length**2 * (d + dv), 0.0)
+    return MicroBenchmark(program, 1.0 * batch * heads * length**2 * (d + dv), 0.0)
 
 
-MICROS: dict[str, Callable[..., Micro]] = {
+MICROS: dict[str, Callable[..., MicroBenchmark]] = {
     "dispatch": functools.partial(micro_exchange, operator="dispatch"),
     "combine": functools.partial(micro_exchange, operator="combine"),
     "gemm": micro_gemm,
@@ -158,7 +158,7 @@ MICROS: dict[str, Callable[..., Micro]] = {
 }
 
 
-def micro(operator: str, machine: Supernode, **options) -> Micro:
+def micro(operator: str, machine: Supernode, **options) -> MicroBenchmark:
     """Build a micro-benchmark by name; ValueError names an unknown operator or option."""
     if operator not in MICROS:
         close = get_close_matches(operator, MICROS, n=2) or list(MICROS)

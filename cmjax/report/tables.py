@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cmjax.cost.fit import Fit
+from cmjax.cost.fit import Calibration
 from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.placement import Score
 from cmjax.report.blocks import BLOCKS, roll_up
@@ -60,7 +60,7 @@ def key_value_table(title: str, values: Mapping[str, object]) -> RenderableType:
     return table
 
 
-def residual_table(fit: Fit) -> RenderableType:
+def residual_table(fit: Calibration) -> RenderableType:
     """What calibration found and, row by row, what it could not explain."""
     rows = [
         ValidationRow(

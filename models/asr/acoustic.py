@@ -12,11 +12,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from cmjax.models.asr.conv import Conv, Precision, Watch
-from cmjax.models.asr.frames import UNKNOWN, Frames, masked
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cmjax.models.asr.conv import Conv, Precision, Watch
+from cmjax.models.asr.frames import UNKNOWN, Frames, masked
 from cmjax.primitives.convolution.choice import choose_algorithm
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 

@@ -15,8 +15,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cmjax.models.asr.features import LogMel, band_centres
 from jaxtyping import Array, Float, Int, Key
+
+from cmjax.models.asr.features import LogMel, band_centres
 
 _ORDERS = 5  # cosines of a frequency response; the last has two and a half periods
 

@@ -14,11 +14,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.asr.frames import Frames, lookback, masked
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from cmjax.models.asr.frames import Frames, lookback, masked
 from cmjax.primitives.convolution.geometry import fold_input, folding
 from cmjax.primitives.convolution.packed import PackedConv, prepack
 from cmjax.primitives.convolution.quantized import LARGEST_OPERAND

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cmjax.models.asr.text import BLANK
 from jaxtyping import Array, Float, Int
+
+from cmjax.models.asr.text import BLANK
 
 
 def ctc_loss(

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv
 from cmjax.models.asr.features import LogMel, log_mel
 from cmjax.models.asr.frames import Frames
-from flax import nnx
-from jaxtyping import Array, Float, Int
 
 _MOST_BYTES_IN_PROGRAM = 1 << 15
 

@@ -15,13 +15,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.asr.acoustic import AcousticModel
-from cmjax.models.asr.conv import Conv, Watch
-from cmjax.models.asr.frames import Frames, delay, lookback
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from cmjax.models.asr.acoustic import AcousticModel
+from cmjax.models.asr.conv import Conv, Watch
+from cmjax.models.asr.frames import Frames, delay, lookback
 from cmjax.primitives.convolution.fsmn import fsmn_memory
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.export
 import jax.numpy as jnp
+from flax import nnx
+
+from cmjax.hardware import Supernode
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.conv import Precision
 from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from flax import nnx
-
-from cmjax.hardware import Supernode
 from cmjax.program.step import Step
 
 

@@ -9,9 +9,10 @@ with leaky ReLU 0.2 after all but the last: 23,594,529 parameters with 39 inputs
 
 import dataclasses
 
+from flax import nnx
+
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv
-from flax import nnx
 
 SLOPE = 0.2
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax.numpy as jnp
+
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 
 Format = Literal["float32", "bfloat16", "w8a8", "msd_w8a16", "msd_w4a16"]

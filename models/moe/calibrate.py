@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cmjax.models.moe.arithmetic import Arithmetic
-from cmjax.models.moe.layers.linear import Linear, observing
 from flax import nnx
 from jaxtyping import Array, Float32, Int
+
+from cmjax.models.moe.arithmetic import Arithmetic
+from cmjax.models.moe.layers.linear import Linear, observing
 
 _SMALLEST = 1e-5
 _LARGEST = 1e4  # of a factor s_k: beyond, a channel is dead rather than an outlier

@@ -8,6 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Int
+
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.calibrate import input_statistics, smooth
 from cmjax.models.moe.config import MoEConfig
@@ -15,8 +18,6 @@ from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.layers.mtp import MTPHead
 from cmjax.models.moe.layers.transformer import Transformer
 from cmjax.models.moe.parallelism import Parallelism, one_rank
-from flax import nnx
-from jaxtyping import Array, Float32, Int
 
 
 class MoEModel(nnx.Module):

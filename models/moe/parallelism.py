@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax import lax
+
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.slots import SlotTable, one_rank_table
-from jax import lax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

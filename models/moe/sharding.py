@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.moe.parallelism import Parallelism
-from cmjax.models.moe.slots import SlotTable, stack_tables
 from jax import lax
 
 from cmjax.mesh import RANKED, REPLICATED
+from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.slots import SlotTable, stack_tables
 
 _HEADS = ("q_b", "up_key", "up_value")  # parameters of latent attention that are per head
 

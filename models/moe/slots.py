@@ -12,9 +12,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from cmjax.models.moe.config import MoEConfig
 from jaxtyping import Array, Int32
 
+from cmjax.models.moe.config import MoEConfig
 from cmjax.placement import Plan
 
 

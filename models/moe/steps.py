@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from cmjax.mesh import RANKED, RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.cache import ModelCache, empty_cache
@@ -24,10 +28,6 @@ from cmjax.models.moe.sample import sample
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.slots import SlotTable
-from flax import nnx
-from jaxtyping import Array, Float32, Int32
-
-from cmjax.mesh import RANKED, RankMesh
 
 
 @jax.tree_util.register_dataclass

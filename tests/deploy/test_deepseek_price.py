@@ -1,12 +1,12 @@
 """DeepSeek-R1 (671B) decoding on 320 ranks: traced whole, against closed forms from its config."""
 
 import pytest
-from cmjax.models.moe.config import deepseek_r1
 
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.hardware import load_machine
+from cmjax.models.moe.config import deepseek_r1
 
 NPUS, RANKS = 160, 320
 BATCH, CONTEXT = 96.0, 4096.0  # requests per NPU

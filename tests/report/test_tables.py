@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cmjax.cost.fit import Fit, Residual
+from cmjax.cost.fit import Residual
 from cmjax.cost.measured import Measurement
 from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.hardware import load_machine
@@ -119,7 +119,7 @@ def test_a_measurement_of_nothing_is_refused():
 
 def test_residuals_show_constants_and_errors():
     row = Measurement("dispatch EP8", "calibrate", ("micro", "dispatch"), "us", 116.0, "paper")
-    fit = Fit(
+    fit = Calibration(
         load_machine("cloudmatrix384"),
         {"exchange.dispatch_startup_s": 88e-6, "efficiency.gemm": 0.8158},
         (Residual(row, 120.0),),

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from flax import nnx
 
+from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from studies.rsq_asr import (
     VARIANTS,
     Outcome,

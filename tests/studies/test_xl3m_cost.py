@@ -10,7 +10,7 @@ from studies.xl3m_cost import (
     MACHINE,
     PLANS,
     QUESTION,
-    Plan,
+    ReadingPlan,
     activation_bytes,
     cache_bytes,
     cost,
@@ -55,10 +55,10 @@ def test_the_trace_counts_the_flops_of_the_closed_form(plan, program, machine):
 @pytest.mark.parametrize(
     ("plan", "segments", "total", "ratio"),
     [
-        (Plan(32_000), 62, 9.9e14, 0.69),
-        (Plan(128_000), 249, 3.85e15, 1.55),
-        (Plan(1_000_000), 1952, 2.98e16, 9.2),
-        (Plan(20_000_000), 39062, 5.96e17, 176),
+        (ReadingPlan(32_000), 62, 9.9e14, 0.69),
+        (ReadingPlan(128_000), 249, 3.85e15, 1.55),
+        (ReadingPlan(1_000_000), 1952, 2.98e16, 9.2),
+        (ReadingPlan(20_000_000), 39062, 5.96e17, 176),
     ],
     ids=str,
 )
@@ -83,7 +83,7 @@ def test_attention_is_two_percent_of_a_segment_and_nearly_all_of_the_whole():
 
 
 def test_the_price_lies_between_the_peak_and_a_quarter_of_it(program, machine):
-    found = cost(Plan(20_000_000), program, machine)
+    found = cost(ReadingPlan(20_000_000), program, machine)
     at_peak = found.formula_flops / (8 * float(machine.chip.cube_flops_16bit))
     assert at_peak < found.priced_s < 4 * at_peak
 

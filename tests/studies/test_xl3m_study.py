@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from cmjax.models.moe.config import LinearScaling, YarnConfig
 from cmjax.models.moe.layers.rope import frequencies
 from cmjax.models.moe.model import parameters
 from cmjax.models.moe.xl3m import XL3MConfig, key_context, segment_starts
-
 from studies.xl3m import Tally, main
 from studies.xl3m_methods import (
     ASKED,

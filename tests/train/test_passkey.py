@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from cmjax.models.moe.layers.rope import angles, rotate
 from cmjax.models.moe.model import parameters
-
 from train import checkpoint
 from train.metrics import read_metrics
 from train.passkey import Recall, Stage, Vocabulary, draw_texts, look_back, train

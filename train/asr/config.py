@@ -8,7 +8,6 @@ from cmjax.models.asr.augment import SpecAugment
 from cmjax.models.asr.dfsmn import ConvDFSMNConfig
 from cmjax.models.asr.text import Units
 from cmjax.models.asr.wav2letter import Wav2letterConfig
-
 from train.data.folders import Layout
 from train.data.perturb import Perturb
 from train.data.strings import Strings

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from cmjax.models.asr.ctc import greedy_decode, prefix_beam_decode
 from cmjax.models.asr.score import ErrorRate, character_error_rate, word_error_rate
 from cmjax.models.asr.text import Alphabet
-
 from train.data.audio import Utterance
 from train.data.batches import Framing, test_batches
 

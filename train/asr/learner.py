@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from cmjax.models.asr.acoustic import AcousticModel, Statistics
-from cmjax.models.asr.augment import colour, spec_augment, warp_vocal_tract
-from cmjax.models.asr.conv import Record, Scale
-from cmjax.models.asr.features import log_mel
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
+from cmjax.models.asr.acoustic import AcousticModel, Statistics
+from cmjax.models.asr.augment import colour, spec_augment, warp_vocal_tract
+from cmjax.models.asr.conv import Record, Scale
+from cmjax.models.asr.features import log_mel
 from train.asr.config import Config, Loss
 from train.asr.objective import Parts, shares
 from train.data.batches import Batch, Framing

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.asr.conv import Record
-from cmjax.models.asr.ctc import ctc_loss
 from jaxtyping import Array, Float, Int
 
+from cmjax.models.asr.conv import Record
+from cmjax.models.asr.ctc import ctc_loss
 from train.asr.config import Loss
 from train.data.batches import Batch
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
-from cmjax.models.asr.conv import Conv, Precision, Requantize
 from jaxtyping import Array, Float
 
+from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.conv import Conv, Precision, Requantize
 from cmjax.primitives.convolution.scales import ConvScales
 from cmjax.primitives.convolution.scales import calibrate as calibrate_conv
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS

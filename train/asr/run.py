@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
-from cmjax.models.asr.deployed import whole_call
-from cmjax.models.asr.text import Alphabet
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.deployed import whole_call
+from cmjax.models.asr.text import Alphabet
 from train import checkpoint
 from train.asr.config import FREE, Config, Loss
 from train.asr.evaluate import Result, evaluate

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from flax import nnx
+
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.dfsmn import ConvDFSMN
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.text import Alphabet
 from cmjax.models.asr.wav2letter import Wav2letter
-from flax import nnx
-
 from train.asr.config import Config
 from train.asr.learner import features_of
 from train.data import folders, synthetic

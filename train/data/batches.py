@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
+
 from cmjax.models.asr.ctc import needed_frames
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.text import Alphabet
-from jaxtyping import Array, Float, Int
-
 from train.data.audio import Utterance
 from train.data.corpus import Corpus, Skipped
 from train.data.perturb import Perturb, behind_remnant, perturb

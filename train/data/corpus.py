@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from cmjax.models.asr.text import Units, normalise
-
 from train.data.audio import BadAudio, Utterance, read_audio
 
 Split = Literal["train", "test"]

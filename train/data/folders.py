@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from cmjax.models.asr.text import Units
-
 from train.data.audio import by_name, find_audio
 from train.data.corpus import Corpus, Entry, assemble
 

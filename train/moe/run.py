@@ -7,14 +7,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from cmjax.models.moe.generation.programs import place_params
-from cmjax.models.moe.model import MoEModel, abstract_model, assemble
-from cmjax.models.moe.parallelism import one_rank
-from cmjax.models.moe.steps import abstract_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmjax.mesh import RankMesh
+from cmjax.models.moe.generation.programs import place_params
+from cmjax.models.moe.model import MoEModel, abstract_model, assemble
+from cmjax.models.moe.parallelism import one_rank
+from cmjax.models.moe.steps import abstract_params
 from train import checkpoint
 from train.data.text import Windows, grammar_text, read_text
 from train.metrics import LossNotFinite, MetricsLog

@@ -20,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float32, Int
+
+from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import abstract_model
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
-from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float32, Int
-
-from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 from train.moe.config import LanguageModelConfig
 
 Params = dict[str, Any]

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cmjax.mesh import RANKED, RankMesh
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.tensor_names import SHARED, Form, Path, WeightMapping
@@ -20,10 +24,6 @@ from cmjax.models.moe.model import abstract_model
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.slots import SlotTable, stack_tables
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
-
-from cmjax.mesh import RANKED, RankMesh
 
 
 class _Destination(NamedTuple):

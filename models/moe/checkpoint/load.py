@@ -9,10 +9,12 @@ once, each tensor is written into it in place, and at most one tensor at a time 
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from cmjax.console import Progress
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.buffers import ParameterBuffers
@@ -29,8 +31,6 @@ from cmjax.models.moe.model import MoEModel, abstract_model, assemble
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.sharding import layer_tables
 from cmjax.models.moe.slots import SlotTable
-
-from cmjax.mesh import RankMesh
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
@@ -57,7 +57,7 @@ def load(
     *,
     precision: Precision = "float32",
     mtp: bool | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> MoEModel:
     """A model from a checkpoint folder, on the default device.
 
@@ -118,7 +118,7 @@ def load_params(
     mtp: bool = False,
     mesh: RankMesh | None = None,
     tables: Sequence[SlotTable] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Parameters of `parallelism`'s model, as `shard_params` would give them.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import ml_dtypes
 import numpy as np
+
 from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.hf_config import config_json
 from cmjax.models.moe.checkpoint.load import INDEX

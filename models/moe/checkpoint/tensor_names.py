@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 import jax.numpy as jnp
-from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 from jaxtyping import Array
+
+from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 
 Path = tuple[str, ...]
 SHARED = -1

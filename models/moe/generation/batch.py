@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.chunked import ChunkInputs
 from cmjax.models.moe.steps import DecodeInputs, PrefillInputs, Sampling

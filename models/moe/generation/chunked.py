@@ -11,6 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int32
+
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.cache import ModelCache
@@ -20,8 +23,6 @@ from cmjax.models.moe.model import MoEModel, abstract_model
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sample import sample
 from cmjax.models.moe.steps import Sampling
-from flax import nnx
-from jaxtyping import Array, Int32
 
 
 @jax.tree_util.register_dataclass

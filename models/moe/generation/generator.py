@@ -10,10 +10,13 @@ deterministic drafts can better (Leviathan et al. 2023, section 3.3).
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from cmjax.console import Progress
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import (
@@ -30,8 +33,6 @@ from cmjax.models.moe.generation.programs import (
     compile_programs,
 )
 from cmjax.models.moe.parallelism import Parallelism
-
-from cmjax.mesh import RankMesh
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
 
@@ -107,7 +108,7 @@ class Generator:
         sampler: Sampler | None = None,
         context: int | None = None,
         end_tokens: Sequence[int] = (),
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress | None = None,
     ) -> Generated:
         """Continue each prompt by up to `new_tokens` tokens.
 

@@ -4,13 +4,13 @@ import math
 import os
 
 import jax
+
+from cmjax.mesh import RANKED, RankMesh
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.steps import abstract_params
-
-from cmjax.mesh import RANKED, RankMesh
 
 _EXCHANGE_FRACTION = 0.25
 """Of the memory, what exchange buffers may take; the rest is parameters, caches and the system."""

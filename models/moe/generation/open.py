@@ -8,10 +8,12 @@ widths that a format does not divide, more bytes than this machine has.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from cmjax.console import Progress
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache, Precision
 from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_checkpoint
 from cmjax.models.moe.config import LatentAttention, MoEConfig
@@ -23,8 +25,6 @@ from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
 from cmjax.models.moe.steps import init_params
-
-from cmjax.mesh import RankMesh
 from cmjax.placement import read_plan
 
 
@@ -58,7 +58,7 @@ def open_generator(
     requests: int = 1,
     prompt_tokens: int | None = None,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Generator:
     """A model on its mesh, ready to generate.
 

@@ -13,6 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
@@ -21,9 +24,6 @@ from cmjax.models.moe.layers.cache import empty_cache, extend_cache
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import own_heads, param_specs
 from cmjax.models.moe.steps import abstract_params, decode_fn, prefill_fn
-from jax.sharding import NamedSharding, PartitionSpec
-
-from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,15 @@
 """Text in, text out: a checkpoint folder, its tokenizer and a mesh in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from cmjax.console import Progress
+from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import Sampler, check_prompts
 from cmjax.models.moe.generation.open import GeneratorOptions, open_generator
 from cmjax.models.moe.generation.tokenizer import open_tokenizer
-
-from cmjax.mesh import RankMesh, prepare_devices
 
 
 def generate(
@@ -20,7 +20,7 @@ def generate(
     mesh: RankMesh | None = None,
     options: GeneratorOptions | None = None,
     sampler: Sampler | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Continue each prompt with a model's own words.
 

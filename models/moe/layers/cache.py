@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.moe.arithmetic import KV_CACHES, KVCache
-from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from jaxtyping import Array, Float, Int
 
+from cmjax.models.moe.arithmetic import KV_CACHES, KVCache
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.msd.quantize_weight import QuantizedWeight, dequantize_weight, quantize_weight
 

@@ -7,12 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.moe.arithmetic import Format
-from cmjax.models.moe.layers.linear import Linear, Weight, observe
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from cmjax.models.moe.arithmetic import Format
+from cmjax.models.moe.layers.linear import Linear, Weight, observe
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.msd.product import msd_dot
 from cmjax.primitives.msd.quantize_weight import QuantizedWeight

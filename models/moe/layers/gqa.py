@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.cache import GroupedCache
@@ -18,9 +21,6 @@ from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.norm import RMSNorm, rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
 from cmjax.models.moe.parallelism import Parallelism
-from flax import nnx
-from jaxtyping import Array, Float, Int
-
 from cmjax.primitives.attention.exact import attention, visible_keys
 from cmjax.primitives.attention.pasa import pasa_attention
 from cmjax.program.mark import fused

@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
-from cmjax.models.moe.layers.initial import normal
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
+from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
+from cmjax.models.moe.layers.initial import normal
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.msd.product import msd_dot
 from cmjax.primitives.msd.quantize_weight import QuantizedWeight, WeightFormat, quantize_weight

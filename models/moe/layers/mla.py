@@ -15,6 +15,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
 from cmjax.models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LatentCache
@@ -23,10 +27,6 @@ from cmjax.models.moe.layers.linear import Linear, Weight, matmul
 from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
 from cmjax.models.moe.parallelism import Parallelism
-from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int
-
 from cmjax.primitives.attention.exact import attention, latent_attention, visible_keys
 from cmjax.primitives.attention.pasa import pasa_attention
 from cmjax.primitives.exchange import gather_ranks

@@ -8,15 +8,15 @@ it, dispatched to like a routed expert with weight 1 (CloudMatrix384 paper, sect
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.parallelism import Parallelism
-from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
-
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
 
 

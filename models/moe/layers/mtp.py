@@ -8,14 +8,15 @@ previous draft's. Embedding and head are the main model's.
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.transformer import Activations, Attend, MoELayer, Stack, Transformer
 from cmjax.models.moe.parallelism import Parallelism
-from flax import nnx
-from jaxtyping import Array, Float, Int
 
 
 class MTPHead(nnx.Module):

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
 from cmjax.models.moe.config import (
     DynamicScaling,
     LatentAttention,
@@ -13,7 +15,6 @@ from cmjax.models.moe.config import (
     MoEConfig,
     YarnConfig,
 )
-from jaxtyping import Array, Float, Float32, Int
 
 
 def frequencies(config: MoEConfig) -> np.ndarray:

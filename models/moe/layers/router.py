@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.layers.initial import normal
-from cmjax.models.moe.slots import choose_slots
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.layers.initial import normal
+from cmjax.models.moe.slots import choose_slots
 from cmjax.program.mark import fused
 
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LayerCache, ModelCache
@@ -23,9 +27,6 @@ from cmjax.models.moe.layers.moe import MoE, run_moe
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.rope import check_length
 from cmjax.models.moe.parallelism import Parallelism
-from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int
 
 Activations = tuple[Float[Array, "sequences length hidden"], ...]
 Caches = tuple[LayerCache, ...]

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from cmjax.console import Progress
+
 # next_logits(tokens [batch, length] int32, lengths [batch] int32) -> logits [batch, vocab] of the
 # token that follows position lengths - 1
 NextLogits = Callable[[np.ndarray, np.ndarray], Array]
@@ -149,7 +151,7 @@ def key_context(
     next_logits: NextLogits,
     config: XL3MConfig,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> KeyContext:
     """Read `content` segment by segment, and keep what makes the model certain of its answer.
 

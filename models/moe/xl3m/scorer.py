@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int, Int32
+
+from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
-from jaxtyping import Array, Float32, Int, Int32
-
-from cmjax.mesh import RANKED, RankMesh, on_every_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from cmjax.models.asr import augment
 from cmjax.models.asr.augment import SpecAugment
 from cmjax.models.asr.features import LogMel, band_centres

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cmjax.models.asr.ctc import (
     collapse,
     ctc_loss,
@@ -14,8 +17,6 @@ from cmjax.models.asr.ctc import (
     needed_frames,
     prefix_beam_decode,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def _by_enumeration(log_probabilities: np.ndarray) -> dict[tuple[int, ...], float]:

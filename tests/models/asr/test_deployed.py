@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from cmjax.models.asr.acoustic import layer_algorithms
 from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
 from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
 from cmjax.models.asr.features import LogMel, log_mel
 from cmjax.models.asr.frames import Frames
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from flax import nnx
-
 from cmjax.primitives.convolution.scales import calibrate
 
 FRONT = LogMel(bands=8)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cmjax.models.asr.features import LogMel, log_mel, mel_filters
 
 from cmjax import native
+from cmjax.models.asr.features import LogMel, log_mel, mel_filters
 
 knf = pytest.importorskip("kaldi_native_fbank")
 

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv
 from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig, Memory
 from cmjax.models.asr.frames import UNKNOWN, Frames
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from flax import nnx
-
 from cmjax.primitives.convolution.scales import calibrate
 
 BANDS, LABELS = 10, 5

@@ -1,9 +1,9 @@
 """The networks as priced programs: what Winograd moves from the cube to the vector cores."""
 
 import pytest
-from cmjax.models.asr import pricing
 
 from cmjax.hardware import load_machine
+from cmjax.models.asr import pricing
 
 MACHINE = load_machine("cloudmatrix384")
 

@@ -1,6 +1,7 @@
 """Labels and error rates."""
 
 import pytest
+
 from cmjax.models.asr.score import character_error_rate, word_error_rate
 from cmjax.models.asr.text import Alphabet, normalise
 

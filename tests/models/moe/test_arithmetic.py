@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
+from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe import (
     ARITHMETICS,
     Arithmetic,
@@ -22,9 +25,6 @@ from cmjax.models.moe.config import GroupedAttention, LatentAttention
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.model import abstract_model, assemble, convert_params, parameters
 from cmjax.models.moe.sharding import param_specs, shard_params
-from flax import nnx
-
-from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.primitives import QuantizedWeight, dequantize_weight
 
 LATENT = dataclasses.replace(

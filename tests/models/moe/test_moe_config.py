@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from cmjax.models.moe.checkpoint.hf_config import (
     config_json,
     load_config,

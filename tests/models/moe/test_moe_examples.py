@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 
 import pytest
+
 from cmjax.models import moe
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(moe.__path__, f"{moe.__name__}."))

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+
 from cmjax.models.moe.sample import sample
 
 LOGITS = jnp.log(jnp.array([0.1, 0.5, 0.15, 0.25]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from cmjax.models.moe.config import tiny
 from cmjax.models.moe.schedule import Schedule, two_stream_decode
 from cmjax.models.moe.slots import (
@@ -16,7 +17,6 @@ from cmjax.models.moe.slots import (
     plan_tables,
     stack_tables,
 )
-
 from cmjax.placement import Plan
 
 

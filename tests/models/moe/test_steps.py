@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax import export
+
+from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 from cmjax.models.moe.config import deepseek_r1, tiny
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.layers.linear import quantize_params
@@ -30,10 +34,6 @@ from cmjax.models.moe.steps import (
     init_params,
     prefill_fn,
 )
-from flax import nnx
-from jax import export
-
-from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
 
 CONFIG = tiny()
 MESHES = [RankMesh(2, 4), RankMesh(2, 2, 2)]

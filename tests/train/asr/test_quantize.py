@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+
 from cmjax.models.asr.acoustic import layer_algorithms
 from cmjax.models.asr.conv import Scale
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.text import Alphabet
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from flax import nnx
-
 from train.asr.learner import features_of
 from train.asr.quantize import calibrate, layer_sqnr_db, restore_plans, saved_plans
 from train.data.batches import Batch, Framing

@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cmjax.models.asr.dfsmn import ConvDFSMNConfig
 from rich.console import Console
 
+from cmjax.models.asr.dfsmn import ConvDFSMNConfig
 from train import checkpoint
 from train.asr import run as module
 from train.asr import task as task_module

@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.text import Alphabet
-
 from train.data import synthetic
 from train.data.audio import Utterance
 from train.data.batches import Framing, TrainingStream, fitting, pack, test_batches

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+
 from cmjax.models.moe.checkpoint.block_fp8 import dequantize, quantize, scale_shape
 
 

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.checkpoint.hf_config import config_json, parse_config, read_config
 from cmjax.models.moe.checkpoint.load import load, load_params, open_checkpoint
 from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
@@ -20,9 +23,6 @@ from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table
 from cmjax.models.moe.steps import abstract_params
-from flax import nnx
-
-from cmjax.mesh import RankMesh
 
 SMALL = MoEConfig(
     vocab_size=20,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from cmjax.models.moe.checkpoint.hf_config import config_json
 from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, write_tensors
 from cmjax.models.moe.checkpoint.tensor_names import weight_mappings

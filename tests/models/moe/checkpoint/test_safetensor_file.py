@@ -6,8 +6,9 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
 from safetensors.numpy import load_file, save_file
+
+from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
 
 RNG = np.random.default_rng(0)
 TENSORS = {

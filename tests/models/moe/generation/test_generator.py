@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.batch import Sampler
 from cmjax.models.moe.generation.generator import Generator
@@ -14,8 +16,6 @@ from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import abstract_params
-
-from cmjax.mesh import RankMesh
 
 CONFIG = MoEConfig(
     vocab_size=11,

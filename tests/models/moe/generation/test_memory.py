@@ -1,13 +1,13 @@
 """What does not fit is refused before it is made, with bytes; prompts are cut where that helps."""
 
 import pytest
+
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import deepseek_r1, tiny
 from cmjax.models.moe.generation import memory
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits, exchange_bytes
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.slots import ep_table
-
-from cmjax.mesh import RankMesh
 
 PARALLELISM = Parallelism(table=ep_table(16, 8, redundant=8), axes=("node", "npu"))
 

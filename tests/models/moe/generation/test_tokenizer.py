@@ -1,10 +1,11 @@
 """Tokenizers: the checkpoint's, or bytes."""
 
 import pytest
-from cmjax.models.moe.generation.tokenizer import open_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+
+from cmjax.models.moe.generation.tokenizer import open_tokenizer
 
 
 def test_without_a_file_every_byte_is_a_token(tmp_path):

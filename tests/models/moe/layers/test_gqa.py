@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_forms import causal, rms_norm, softmax, turned
+from flax import nnx
+
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope, tiny
 from cmjax.models.moe.layers.cache import GroupedCache
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.slots import ep_table
-from flax import nnx
 
 TOKENS, ROOM = 7, 9
 TOLERANCE = 2e-5  # float32 rounding of sums of up to 128 terms of size one

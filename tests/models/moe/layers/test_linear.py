@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cmjax.models.moe.layers.experts import Experts
-from cmjax.models.moe.layers.linear import Linear, Weight, matmul, quantize_columns, quantize_params
 from flax import nnx
 
+from cmjax.models.moe.layers.experts import Experts
+from cmjax.models.moe.layers.linear import Linear, Weight, matmul, quantize_columns, quantize_params
 from cmjax.primitives.exchange import quantize_rows
 
 

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from cmjax.models.moe.config import (
     DynamicScaling,
     LinearScaling,

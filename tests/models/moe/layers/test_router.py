@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from cmjax.models.moe.config import deepseek_v3, tiny
 from cmjax.models.moe.layers.router import gate
 

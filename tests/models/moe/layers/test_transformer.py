@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from cmjax.models.moe.checkpoint.load import load
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.layers.transformer import prefill_attention
-from flax import nnx
 
 FIXTURES = (
     "deepseek_v2_tiny",

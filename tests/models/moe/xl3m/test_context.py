@@ -6,6 +6,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from cmjax.models.moe.xl3m.context import (
     XL3MConfig,
     best_segments,
@@ -15,8 +18,6 @@ from cmjax.models.moe.xl3m.context import (
     segment_starts,
     select,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 SMALL = XL3MConfig(window=40, segment=8, stride=4, answer=4, batch=3)
 QUESTION = np.array([90, 91])

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import MoEConfig, tiny
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import abstract_model, assemble
@@ -14,8 +16,6 @@ from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
 from cmjax.models.moe.xl3m.context import XL3MConfig, score_segments
 from cmjax.models.moe.xl3m.scorer import Scorer, next_logits
-
-from cmjax.mesh import RankMesh
 
 CONFIG = dataclasses.replace(tiny(), mtp_layers=0)
 PARAMS = init_params(CONFIG, "float32")
