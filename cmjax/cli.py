@@ -5,7 +5,9 @@ success, 1 a failure of the machine (a full disk, say), 2 bad input, with one li
 """
 
 import argparse
+import inspect
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import tyro
@@ -40,10 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         kind = getattr(commands, _COMMANDS[name][0])
-        command = tyro.cli(kind, args=given[1:], prog=f"cmjax {name}")
+        command = tyro.cli(
+            kind,
+            args=given[1:],
+            prog=f"cmjax {name}",
+            description=_description(kind),
+            config=(tyro.conf.DisallowNone,),
+        )
         command.run(terminal())
 
     return exit_code(run)
+
+
+def _description(kind: type) -> str:
+    """The prose of a command's docstring, on lines that fit a narrow terminal."""
+    prose, _, _ = (inspect.getdoc(kind) or "").partition("\nAttributes:")
+    return "\n\n".join(textwrap.fill(part, 79) for part in prose.strip().split("\n\n"))
 
 
 if __name__ == "__main__":
