@@ -7,7 +7,6 @@ success, 1 a failure of the machine (a full disk, say), 2 bad input, with one li
 import argparse
 import inspect
 import sys
-import textwrap
 from collections.abc import Sequence
 
 import tyro
@@ -55,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _description(kind: type) -> str:
-    """The prose of a command's docstring, on lines that fit a narrow terminal."""
-    prose, _, _ = (inspect.getdoc(kind) or "").partition("\nAttributes:")
-    return "\n\n".join(textwrap.fill(part, 79) for part in prose.strip().split("\n\n"))
+    """The first sentence of a docstring: tyro does not wrap what is longer than a line."""
+    return (inspect.getdoc(kind) or "").partition("\n\n")[0]
 
 
 if __name__ == "__main__":

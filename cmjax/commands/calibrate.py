@@ -52,7 +52,7 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Validate:
-    """Compare predictions with every published measurement known, or with a CSV of your own."""
+    """Compare predictions with published measurements, or with a CSV of yours."""
 
     csv: tyro.conf.Positional[str | None] = None
     """Measurements in the format of cmjax/cost/measurements/README.md (default: all built-in)."""

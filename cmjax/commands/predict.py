@@ -15,7 +15,7 @@ from cmjax.placement import read_plan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Predict a serving deployment: step time, TPOT or TTFT, tokens per second and NPU."""
+    """Predict a serving instance: step time, TPOT or TTFT, tokens/s per NPU."""
 
     deployment: tyro.conf.OmitArgPrefixes[Deployment]
     requests: tyro.conf.OmitArgPrefixes[Requests] = dataclasses.field(default_factory=Requests)
