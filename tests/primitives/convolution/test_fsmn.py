@@ -64,7 +64,7 @@ def test_values_equal_the_formula_in_loops_bit_for_bit(case):
 SAME_BITS = """
 import sys, numpy as np
 sys.path.insert(0, {root!r})
-from tests.primitives.test_fsmn import CASES, SPAN, _case, _loops, fsmn_memory, native
+from tests.primitives.convolution.test_fsmn import CASES, SPAN, _case, _loops, fsmn_memory, native
 assert native.status().isa == {isa!r}, native.status()
 for case in CASES:
     operands, strides = _case(*case)
@@ -81,7 +81,7 @@ def test_xla_and_the_kernels_of_every_instruction_set_give_the_same_bits(isa):
     if isa != "xla" and (not running.enabled or order.index(isa) > order.index(running.isa)):
         pytest.skip(f"no {isa} kernels here: {running.reason}")
     switch = {"CMJAX_NATIVE": "off"} if isa == "xla" else {"CMJAX_NATIVE_ISA": isa}
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     done = subprocess.run(
         [sys.executable, "-c", SAME_BITS.format(root=root, isa=isa)],
         env=os.environ | switch | {"JAX_PLATFORMS": "cpu"},
