@@ -12,12 +12,8 @@ import pytest
 
 from cmjax import native
 from cmjax.primitives.convolution import kernel as conv_kernel
-from cmjax.primitives.convolution.quantized import (
-    filter_limit,
-    largest_input_limit,
-    quantized_conv,
-    quantized_conv_p,
-)
+from cmjax.primitives.convolution.quantized import quantized_conv, quantized_conv_p
+from cmjax.primitives.convolution.ranges import filter_limit, largest_input_limit
 from cmjax.primitives.convolution.straight_line import as_float32
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 
