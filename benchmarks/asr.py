@@ -35,7 +35,7 @@ from cmjax.models.asr.deployed import backbone, backbone_call, network_call, who
 from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from cmjax.primitives.convolution.scales import calibrate
+from cmjax.primitives.convolution import calibrate
 
 WINOGRAD = "int8-winograd"
 PARTS = ("whole", "network", "backbone")

@@ -31,8 +31,8 @@ from benchmarks.conv_peers import Run, Shape, peers
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.primitives.convolution import calibrate
 from cmjax.primitives.convolution.packed import prepack
-from cmjax.primitives.convolution.scales import calibrate
 from cmjax.primitives.convolution.winograd import winograd_conv1d
 
 LAYERS = ((256, 256, 7), (256, 256, 5), (250, 250, 7), (512, 512, 3), (512, 512, 5), (512, 512, 7))

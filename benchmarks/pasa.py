@@ -63,11 +63,11 @@ def candidates(causal: bool) -> dict[str, Callable]:
     """The baseline first."""
 
     def pasa(precision, **options):
-        return functools.partial(pasa_attention, precision=precision, is_causal=causal, **options)
+        return functools.partial(pasa_attention, precision=precision, causal=causal, **options)
 
     return {
         "jax.nn": functools.partial(jax.nn.dot_product_attention, is_causal=causal),
-        "flash fp32": functools.partial(flash_attention, precision="fp32", is_causal=causal),
+        "flash fp32": functools.partial(flash_attention, precision="fp32", causal=causal),
         "PASA fp32": pasa("fp32"),
         "PASA fp16": pasa("fp16"),
         "PASA fp16 published": pasa("fp16", statistics="storage"),

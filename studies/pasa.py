@@ -49,7 +49,7 @@ class Study:
     """Your values, .npy."""
     qkv: Path | None = None
     """All three in one .npz or .safetensors file, named q, k and v."""
-    is_causal: bool = False
+    causal: bool = False
     """Your operands are causal."""
     block_size: int = 128
     """Keys per block."""
@@ -351,7 +351,7 @@ def _read(path: Path):
 def show(operands: Operands, study: Study, console: Console) -> None:
     """Print what was found on the user's operands, and a verdict."""
     found = attention_numerics(
-        operands.q, operands.k, operands.v, block_size=study.block_size, is_causal=study.is_causal
+        operands.q, operands.k, operands.v, block_size=study.block_size, causal=study.causal
     )
     ranges = Table("", "smallest", "largest", "beyond float16", "rows with overflow")
     for name, span in (("q k^T", found.scores), ("S' of PASA", found.shifted)):

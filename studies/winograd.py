@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import terminal, track
+from cmjax.primitives.convolution import ConvScales, calibrate, least_error_step
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB, expected_sqnr_db
 from cmjax.primitives.convolution.packed import prepack
-from cmjax.primitives.convolution.scales import ConvScales, calibrate, least_error_step
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
 from cmjax.primitives.convolution.winograd import winograd_conv1d
 from cmjax.report.plots.figure import (

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cmjax.primitives.convolution.packed import prepack
-from cmjax.primitives.convolution.quantized import quantized_conv
-from cmjax.primitives.convolution.rsq import rsq_quantize
-from cmjax.primitives.convolution.scales import (
+from cmjax.primitives.convolution import (
+    ALGORITHMS,
     ConvScales,
     calibrate,
     least_error_step,
-    transformed_filter,
+    prepack,
+    rsq_quantize,
+    winograd_conv1d,
 )
-from cmjax.primitives.convolution.toom_cook import ALGORITHMS
-from cmjax.primitives.convolution.winograd import winograd_conv1d
+from cmjax.primitives.convolution.quantized import quantized_conv
+from cmjax.primitives.convolution.tiles import transform_filter_rounded
 
 PIPELINES = ("P0", "P1", "P2", "P3b", "P3", "P4", "P5", "P9", "P6", "P7", "P8")
 SIGNALS = ("Gaussian", "speech-like")
@@ -122,7 +122,7 @@ def _scales(pipeline: str, algorithm: str, x, w) -> ConvScales:
         return _ranged(x, w, algorithm, ALGORITHMS[algorithm].safe_range())
     else:
         scales = _calibrated(x, w, algorithm)
-    u = transformed_filter(w, algorithm)
+    u = transform_filter_rounded(w, algorithm)
     if pipeline in ("P1", "P2"):
         v = _transformed(x / scales.input_step, algorithm)
         return dataclasses.replace(

@@ -1,4 +1,5 @@
-"""The test session's JAX: CPU, eight emulated devices, float64 available, no silent promotion."""
+"""The test session's JAX: CPU, eight emulated devices, float64 available, no silent promotion;
+and annotations that are checked."""
 
 import os
 import tempfile
@@ -13,6 +14,13 @@ os.environ.setdefault("CMJAX_CACHE", tempfile.mkdtemp(prefix="cmjax-programs-"))
 
 import pytest
 from hypothesis import settings
+
+from tests import annotations
+
+CHECKED = ("cmjax.primitives",)
+"""Packages whose annotations are checked at every call; see `tests.annotations`."""
+
+annotations.install(CHECKED)
 
 # The first example of a property compiles, and every run tries the same examples.
 settings.register_profile("cmjax", deadline=None, derandomize=True)

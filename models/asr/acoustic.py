@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from cmjax.models.asr.conv import Conv, Precision, Watch
 from cmjax.models.asr.frames import UNKNOWN, Frames, masked
-from cmjax.primitives.convolution.choice import choose_algorithm
-from cmjax.primitives.convolution.toom_cook import ALGORITHMS
+from cmjax.primitives.convolution import ALGORITHMS, choose_algorithm
 
 _FLOORS_DB = {"auto": None, "fast": 23.0}  # None: that of `choose_algorithm`
 
@@ -116,10 +115,10 @@ class AcousticModel(nnx.Module):
     @property
     def latency(self) -> int:
         """Output frames by which a stream is late."""
-        late = 0
+        latency = 0
         for layer in self.layers:
-            late = late // layer.stride + layer.late(self.alignment)
-        return late
+            latency = latency // layer.stride + layer.latency(self.alignment)
+        return latency
 
     @property
     def macs_per_frame(self) -> float:
@@ -167,7 +166,7 @@ class AcousticModel(nnx.Module):
                 f"{frames.x.shape[-1]}"
             )
         x = (frames.x - self.mean[...]) * self.scale[...]
-        return frames.strided(masked(x, frames.span()), 1)
+        return frames.strided(masked(x, frames.valid_range()), 1)
 
 
 def layer_algorithms(

@@ -10,7 +10,7 @@ deployment, so a trained network is deployed by `pack`ing its filters, and gives
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from cmjax.models.asr.frames import Frames, lookback, masked
-from cmjax.primitives.convolution.geometry import fold_input, folding
-from cmjax.primitives.convolution.packed import PackedConv, prepack
-from cmjax.primitives.convolution.quantized import LARGEST_OPERAND
-from cmjax.primitives.convolution.scales import ConvScales
-from cmjax.primitives.convolution.tiles import windows
-from cmjax.primitives.convolution.toom_cook import ALGORITHMS
-from cmjax.primitives.convolution.winograd import winograd_conv1d
+from cmjax.models.asr.frames import Frames, lookback
+from cmjax.primitives.convolution import (
+    ALGORITHMS,
+    ConvScales,
+    PackedConv,
+    prepack,
+    saturation,
+    winograd_conv1d,
+)
 
 Precision = Literal["float32", "int8", "int8-winograd"]
 PRECISIONS = ("float32", "int8", "int8-winograd")
@@ -189,8 +190,9 @@ class Conv(nnx.Module):
         return [self]
 
     def __call__(self, frames: Frames, *, watch: "Watch | None" = None) -> Frames:
-        x, span = frames.x, frames.span(self.stride)
-        y = frames.strided(self._convolve(x, self.padding(x.shape[1]), span), self.stride)
+        x = frames.x
+        valid_range = frames.valid_range(self.stride)
+        y = frames.strided(self._convolve(x, self.padding(x.shape[1]), valid_range), self.stride)
         if watch is not None:
             watch(self, frames, y)
         return y
@@ -200,25 +202,29 @@ class Conv(nnx.Module):
         last = (-(-length // self.stride) - 1) * self.stride
         return self.low, last + self.taps - self.low - length
 
-    def record(self, frames: Frames, y: Frames, *, saturation: bool = True) -> Record:
+    def record(self, frames: Frames, y: Frames, *, count_saturation: bool = True) -> Record:
         """What happened to `frames` on the way to `y`; for layers in integers.
 
         Args:
           frames, y: input and output.
-          saturation: count it; it costs another transform of the input.
+          count_saturation: count it; it costs another transform of the input.
         """
-        x, span = frames.x, frames.span(self.stride)
-        wanted = lax.stop_gradient(masked(self._exact(x, self.padding(x.shape[1])), span))
-        excess, count = jnp.zeros(()), jnp.ones(())
-        if saturation:
-            excess, count = self._saturation(frames.x)
-        return Record(jnp.square(y.x - wanted).sum(), jnp.square(wanted).sum(), excess, count)
+        x, padding = frames.x, self.padding(frames.x.shape[1])
+        wanted = self._convolve(x, padding, frames.valid_range(self.stride), precision="float32")
+        wanted = lax.stop_gradient(wanted)
+        excess, count = jnp.zeros(()), 1
+        if count_saturation:
+            excess, count = saturation(
+                x, self.scales, taps=self.taps, stride=self.stride, padding=padding
+            )
+        error, power = jnp.square(y.x - wanted).sum(), jnp.square(wanted).sum()
+        return Record(error, power, excess, jnp.asarray(float(count)))
 
     def state(self, batch: int, alignment: int) -> Float[Array, "batch back cin"]:
         """What a stream remembers: the last input frames."""
         return jnp.zeros((batch, self._back(alignment), self.cin))
 
-    def late(self, alignment: int) -> int:
+    def latency(self, alignment: int) -> int:
         """Output frames by which a stream is late."""
         return (self._back(alignment) - self.low) // self.stride
 
@@ -229,47 +235,40 @@ class Conv(nnx.Module):
         chunk = frames.x.shape[1]
         both = jnp.concatenate([state, frames.x], axis=1)
         used = chunk - self.stride + self.taps
-        late = self.late(alignment)
-        y = self._convolve(both[:, :used], (0, 0), frames.span(self.stride, late))
-        return both[:, chunk:], frames.strided(y, self.stride, late)
+        latency = self.latency(alignment)
+        y = self._convolve(both[:, :used], (0, 0), frames.valid_range(self.stride, latency))
+        return both[:, chunk:], frames.strided(y, self.stride, latency)
 
     def _back(self, alignment: int) -> int:
         return lookback(self.taps, self.low, self.stride, alignment)
 
-    def _convolve(self, x: Array, padding: tuple[int, int], span: Array) -> Array:
-        if self.precision == "float32":
-            return masked(self._exact(x, padding), span)
+    def _convolve(
+        self,
+        x: Array,
+        padding: tuple[int, int],
+        valid_range: Array,
+        precision: Precision | None = None,
+    ) -> Array:
+        """The formula on a signal, in the layer's precision or another."""
         packed = getattr(self, "packed", None)
-        operands: PackedConv | Array = self.kernel[...] if packed is None else packed.get_value()
+        filter: PackedConv | Array = self.kernel[...]
+        options: dict[str, Any] = {"stride": self.stride}
+        if (precision or self.precision) == "float32":
+            options["algorithm"] = "direct"
+        elif packed is None:
+            options["scales"] = self.scales
+        else:
+            filter = packed.get_value()
         y = winograd_conv1d(
             x,
-            operands,
-            stride=self.stride,
+            filter,
             padding=padding,
             bias=self.bias[...],
             activation=self.slope,
-            scales=self.scales if packed is None else None,
-            span=span,
+            valid_range=valid_range,
+            **options,
         )
         return lax.optimization_barrier(y)  # as in `masked`
-
-    def _exact(self, x: Array, padding: tuple[int, int]) -> Array:
-        layout = ("NWC", "WIO", "NWC")
-        kernel = self.kernel[...]
-        y = lax.conv_general_dilated(x, kernel, (self.stride,), [padding], dimension_numbers=layout)
-        y = y + self.bias[...]
-        return y if self.slope == 1 else jnp.maximum(y, self.slope * y)
-
-    def _saturation(self, x: Array) -> tuple[Array, Array]:
-        """By how much all transformed inputs leave the range of operands, and their number."""
-        scales, form = self.scales, ALGORITHMS[self.scales.algorithm]
-        limit = LARGEST_OPERAND[scales.domain]
-        fold = folding(self.taps, self.stride, 1)
-        folded, pads = fold_input(x / scales.input_step, self.padding(x.shape[1]), fold)
-        columns, _ = windows(folded, form, taps=fold.taps, dilation=1, padding=pads)
-        points = jnp.stack(form.bt_program.apply(columns))
-        v = points / scales.point_step[:, None, None, None]
-        return jnp.maximum(jnp.abs(v) / limit - 1, 0).sum(), jnp.asarray(float(v.size))
 
 
 Watch = Callable[[Conv, Frames, Frames], None]

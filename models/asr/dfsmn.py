@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv, Watch
 from cmjax.models.asr.frames import Frames, delay, lookback
-from cmjax.primitives.convolution.fsmn import fsmn_memory
+from cmjax.primitives.convolution import fsmn_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +86,13 @@ class Memory(nnx.Module):
         self,
         x: Float[Array, "batch frames P"],
         p: Float[Array, "batch context P"],
-        span: Int[Array, "batch 2"],
+        valid_range: Int[Array, "batch 2"],
         *,
         padding: tuple[int, int] | None = None,
     ) -> Float[Array, "batch frames P"]:
         """The formula, of `p` with these frames of zeros around it, by default all it needs."""
         past, future = self.past[...], self.future[...]
-        y = fsmn_memory(x, p, past, future, span, strides=self.strides, padding=padding)
+        y = fsmn_memory(x, p, past, future, valid_range, strides=self.strides, padding=padding)
         return lax.optimization_barrier(y)  # as in `masked`
 
 
@@ -109,14 +109,14 @@ class Block(nnx.Module):
 
     def __call__(self, frames: Frames, *, watch: Watch | None = None) -> Frames:
         p = self.project(self.expand(frames, watch=watch), watch=watch)
-        return p.strided(self.memory(frames.x, p.x, p.span()), 1)
+        return p.strided(self.memory(frames.x, p.x, p.valid_range()), 1)
 
     def convolutions(self) -> list[Conv]:
         return [self.expand, self.project]
 
     def state(self, batch: int, alignment: int) -> dict:
         width, hidden = self.project.cout, self.project.cin
-        expand, memory = self.expand.late(alignment), self._memory_late(alignment)
+        expand, memory = self.expand.latency(alignment), self._memory_latency(alignment)
         return {
             "expand": self.expand.state(batch, alignment),
             "project": jnp.zeros((batch, 0, hidden)),
@@ -124,26 +124,26 @@ class Block(nnx.Module):
             "memory": jnp.zeros((batch, self.memory.reach[0] + memory, width)),
         }
 
-    def late(self, alignment: int) -> int:
-        return self.expand.late(alignment) + self._memory_late(alignment)
+    def latency(self, alignment: int) -> int:
+        return self.expand.latency(alignment) + self._memory_latency(alignment)
 
     def step(self, state: dict, frames: Frames, alignment: int) -> tuple[dict, Frames]:
         expand, u = self.expand.step(state["expand"], frames, alignment)
         project, p = self.project.step(state["project"], u, alignment)
         skip, x = delay(state["skip"], frames.x)
         context = jnp.concatenate([state["memory"], p.x], axis=1)
-        late = self._memory_late(alignment)
+        latency = self._memory_latency(alignment)
         seen = context[:, : x.shape[1] + sum(self.memory.reach)]
-        y = self.memory(x, seen, p.span(1, late), padding=(0, 0))
+        y = self.memory(x, seen, p.valid_range(1, latency), padding=(0, 0))
         state = {
             "expand": expand,
             "project": project,
             "skip": skip,
             "memory": context[:, p.x.shape[1] :],
         }
-        return state, p.strided(y, 1, late)
+        return state, p.strided(y, 1, latency)
 
-    def _memory_late(self, alignment: int) -> int:
+    def _memory_latency(self, alignment: int) -> int:
         return lookback(self.memory.reach[1] + 1, 0, 1, alignment)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cmjax.primitives.convolution.lengths import zero_outside
+from cmjax.primitives.convolution import zero_padding_frames
 
 UNKNOWN = 1 << 30  # length of an utterance that has not ended yet
 
@@ -34,34 +34,34 @@ class Frames:
     lengths: Int[Array, "batch"]
     start: Int[Array, ""]
 
-    def span(self, stride: int = 1, late: int = 0) -> Int[Array, "batch 2"]:
-        """Where the utterances lie in `strided` frames: the first of them, and behind the last."""
-        to = self.strided(self.x, stride, late)
+    def valid_range(self, stride: int = 1, latency: int = 0) -> Int[Array, "batch 2"]:
+        """Where the utterances lie in `strided` frames, [start, stop); the others are padding."""
+        to = self.strided(self.x, stride, latency)
         return jnp.stack([jnp.broadcast_to(-to.start, to.lengths.shape), to.lengths - to.start], -1)
 
     def strided(
-        self, x: Float[Array, "batch frames channels"], stride: int, late: int = 0
+        self, x: Float[Array, "batch frames channels"], stride: int, latency: int = 0
     ) -> "Frames":
-        """`x` as the frames that a layer of this stride makes of these, `late` frames behind."""
+        """`x` as the frames that a layer of this stride makes of these, `latency` frames behind."""
         if stride == 1:
-            return Frames(x, self.lengths, self.start - late)
-        return Frames(x, -(-self.lengths // stride), self.start // stride - late)
+            return Frames(x, self.lengths, self.start - latency)
+        return Frames(x, -(-self.lengths // stride), self.start // stride - latency)
 
 
 def masked(
-    x: Float[Array, "batch frames channels"], span: Int[Array, "batch 2"]
+    x: Float[Array, "batch frames channels"], valid_range: Int[Array, "batch 2"]
 ) -> Float[Array, "batch frames channels"]:
     """`x` with zeros outside the utterances, for a layer that has computed it apart from others.
 
     What comes after a layer is compiled apart from it: XLA would copy a layer's last sums into
     every window that the next one reads, which takes longer to compile and to run.
     """
-    return lax.optimization_barrier(zero_outside(x, span))
+    return lax.optimization_barrier(zero_padding_frames(x, valid_range))
 
 
 def delay(
-    line: Float[Array, "batch late channels"], x: Float[Array, "batch frames channels"]
-) -> tuple[Float[Array, "batch late channels"], Float[Array, "batch frames channels"]]:
+    line: Float[Array, "batch delay channels"], x: Float[Array, "batch frames channels"]
+) -> tuple[Float[Array, "batch delay channels"], Float[Array, "batch frames channels"]]:
     """Push `x` into a delay line: (the line afterwards, what comes out)."""
     both = jnp.concatenate([line, x], axis=1)
     return both[:, x.shape[1] :], both[:, : x.shape[1]]

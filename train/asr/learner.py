@@ -129,7 +129,7 @@ def make_step(
 
             def watch(conv, x, y):
                 if conv.precision != "float32" and (weights.local or weights.saturation):
-                    records.append(conv.record(x, y, saturation=weights.saturation > 0))
+                    records.append(conv.record(x, y, count_saturation=weights.saturation > 0))
 
             logits, frames = network.model(params)(features, lengths, watch=watch)
             parts = shares(logits, frames, batch, records, target, weights, over_ranks)

@@ -20,10 +20,8 @@ from jaxtyping import Array, Float
 
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.conv import Conv, Precision, Requantize
-from cmjax.primitives.convolution.scales import ConvScales
-from cmjax.primitives.convolution.scales import calibrate as calibrate_conv
-from cmjax.primitives.convolution.toom_cook import ALGORITHMS
-from cmjax.primitives.convolution.winograd import winograd_conv1d
+from cmjax.primitives.convolution import ALGORITHMS, ConvScales, winograd_conv1d
+from cmjax.primitives.convolution import calibrate as calibrate_conv
 from train.asr.config import Ranges
 from train.asr.learner import features_of
 from train.data.batches import Batch, Framing
@@ -142,7 +140,7 @@ def layer_sqnr_db(model: AcousticModel, batches: Sequence[Batch], framing: Frami
         model(
             features,
             lengths,
-            watch=lambda conv, x, y: records.append(conv.record(x, y, saturation=False)),  # noqa: B023
+            watch=lambda conv, x, y: records.append(conv.record(x, y, count_saturation=False)),  # noqa: B023
         )
         total = [
             (error + float(r.error), power + float(r.power))

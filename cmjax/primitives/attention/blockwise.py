@@ -115,13 +115,13 @@ class Blocks:
         rows = jnp.minimum(self._start(j) + jnp.arange(self.size), self.keys - 1)
         return jnp.take(x, rows, axis)
 
-    def visible(self, j, queries, mask: Array | None, is_causal: bool) -> Array | None:
+    def visible(self, j, queries, mask: Array | None, causal: bool) -> Array | None:
         """Which keys of block `j` a query sees, broadcastable to scores [..., k, g, t, i]."""
         key = self._start(j) + jnp.arange(self.size)
         seen = None
         if not (isinstance(self.keys, int) and self.keys % self.size == 0):
             seen = (key >= j * self.size) & (key < self.keys)
-        if is_causal:
+        if causal:
             earlier = key <= jnp.arange(queries)[:, None]
             seen = earlier if seen is None else seen & earlier
         if mask is not None:
@@ -151,7 +151,7 @@ class _State(NamedTuple):
 
 
 def blockwise_attention(
-    q, k, v, *mask, precision, statistics, shift, beta, block_size, scale, is_causal
+    q, k, v, *mask, precision, statistics, shift, beta, block_size, scale, causal
 ) -> list[Array]:
     """Attention and its log-sum-exp. See `pasa.pasa_attention` for the meaning of all parameters.
 
@@ -184,7 +184,7 @@ def blockwise_attention(
             average = jnp.zeros_like(scores[..., 0])
         else:
             average = row(jnp.mean(scores, axis=-1))  # before any mask: the shift saw all keys
-        visible = blocks.visible(j, q.shape[-2], seen, is_causal)
+        visible = blocks.visible(j, q.shape[-2], seen, causal)
         if visible is None:
             top = jnp.max(scores, axis=-1)
             weights = vector(jnp.exp(vector(scores - top[..., None])))

@@ -42,6 +42,15 @@ def attention(
       window: a query sees this many newest keys, the one at its own position included (sliding
         window); needs `causal`. `None` for all.
     Returns: dtype of `q`. A query that sees nothing gets zeros.
+    Raises: ValueError or TypeError naming the argument whose shape or dtype does not fit.
+    Gradient: that of the formula.
+    Source: Vaswani et al. 2017, equation 1: softmax(scale q k^T) v.
+    Example: equal scores, so each query averages the values that it may see.
+
+      >>> q = k = jnp.zeros((1, 3, 1, 4))
+      >>> v = jnp.array([0.0, 1.0, 5.0]).reshape(1, 3, 1, 1)
+      >>> attention(q, k, v, scale=0.5, causal=True).ravel().tolist()
+      [0.0, 0.5, 2.0]
     """
     operands = (q, k, v) if lengths is None else (q, k, v, lengths.astype(jnp.int32))
     params = {"scale": float(scale), "causal": bool(causal), "window": window}
@@ -72,6 +81,17 @@ def latent_attention(
       lengths: cache entries that exist, the `q_len` newest ones included.
       scale: factor on the scores.
     Returns: attention-weighted latents, dtype of `q_latent`.
+    Raises: ValueError or TypeError naming the argument whose shape or dtype does not fit.
+    Gradient: that of the formula; int8 latents are constants.
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1 and appendix C: the absorbed form of MLA.
+    Example: a cache of two tokens; the query weighs both alike.
+
+      >>> query = {"q_latent": jnp.zeros((1, 1, 2, 4)), "q_rope": jnp.zeros((1, 1, 2, 2))}
+      >>> cache = {"latent": jnp.array([[[1.0] * 4, [3.0] * 4]]), "rope": jnp.zeros((1, 2, 2))}
+      >>> lengths = jnp.array([2])
+      >>> y = latent_attention(**query, **cache, latent_scale=None, lengths=lengths, scale=1.0)
+      >>> y.shape, float(y[0, 0, 0, 0])
+      ((1, 1, 2, 4), 2.0)
     """
     quantized = latent_scale is not None
     operands = (q_latent, q_rope, latent, rope, lengths.astype(jnp.int32))

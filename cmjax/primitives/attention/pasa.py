@@ -50,7 +50,7 @@ def pasa_attention(
     beta: float | None = None,
     block_size: int = 128,
     mask: Bool[Array, "*#batch #heads #q_len #kv_len"] | None = None,
-    is_causal: bool = False,
+    causal: bool = False,
     scale: float | None = None,
     precision: Precision = "fp16",
     statistics: Statistics = "fp32",
@@ -71,7 +71,7 @@ def pasa_attention(
       block_size: keys per block. Any `kv_len` goes.
       mask: true where a query may see a key; the rank of q. Shifts and means run over hidden keys
         too, so a cache's unused entries must be finite (zeros).
-      is_causal: query `i` sees keys 0 to `i`, as in `jax.nn`.
+      causal: query `i` sees keys 0 to `i`, as in `jax.nn`.
       scale: factor on the scores, positive; default `d ** -0.5`.
       precision: formats of what is stored. Products accumulate in float32 always.
         "fp16": Q, K, V, K', S', S' - m, P and P V in float16; "bf16": the same in bfloat16.
@@ -106,13 +106,23 @@ def pasa_attention(
     The published statistics never overflow, but under a strong bias they weigh blocks wrongly, and
     with a sharp softmax that selects wrong tokens. Recovery multiplies the rounding of S' by the
     gain; the exact offset does not, and is the choice where accuracy counts most.
+    Source: PASA (arXiv:2503.01873), algorithm 1; the block's mean is recovered with the gain
+      beta / (1 - beta).
+    Example: scores of 115,200 are beyond float16, and their softmax is right all the same.
+
+      >>> q = jnp.full((4, 1, 128), 30.0)
+      >>> v = jnp.arange(4.0)[:, None, None]
+      >>> float(pasa_attention(q, q, v)[0, 0, 0])
+      1.5
+      >>> float(flash_attention(q, q, v, precision="fp16")[0, 0, 0])
+      nan
     """
     name = "pasa_attention"
     q, k, v = _operands(name, q, k, v)
     if shift not in ("auto", "gemm", "mean"):
         raise ValueError(f"{name}: shift must be 'auto', 'gemm' or 'mean', got {shift!r}")
     exact_offset = statistics == "exact_offset"
-    params = _parameters(name, q, precision, statistics, block_size, scale, is_causal)
+    params = _parameters(name, q, precision, statistics, block_size, scale, causal)
     if exact_offset and shift == "gemm":
         raise ValueError(
             f"{name}: statistics='exact_offset' needs the mean itself: shift must be 'mean'"
@@ -148,7 +158,7 @@ def flash_attention(
     *,
     block_size: int = 128,
     mask: Bool[Array, "*#batch #heads #q_len #kv_len"] | None = None,
-    is_causal: bool = False,
+    causal: bool = False,
     scale: float | None = None,
     precision: Precision = "fp16_operands",
     statistics: Literal["fp32", "storage"] = "fp32",
@@ -159,12 +169,19 @@ def flash_attention(
     S = q k^T is stored unscaled. In the paper's words, "fp16_operands" is FA(FP32), "fp16_fp32" is
     FA(FP16-FP32), and "fp16" with "storage" is FA(FP16). The last two give NaN where |q k^T| passes
     65504. Arguments, result and errors as in `pasa_attention`.
+    Source: Dao et al. 2022 (arXiv:2205.14135), algorithm 1.
+    Example:
+
+      >>> q = jnp.zeros((4, 1, 16))
+      >>> out, lse = flash_attention(q, q, q + 1, return_lse=True)
+      >>> out.shape, round(float(lse[0, 0]), 4)
+      ((4, 1, 16), 1.3863)
     """
     name = "flash_attention"
     q, k, v = _operands(name, q, k, v)
     if statistics == "exact_offset":
         raise ValueError(f"{name}: statistics must be 'fp32' or 'storage': nothing is shifted here")
-    params = _parameters(name, q, precision, statistics, block_size, scale, is_causal)
+    params = _parameters(name, q, precision, statistics, block_size, scale, causal)
     out, lse = _bind(flash_attention_p, q, k, v, mask, shift="none", beta=0.0, **params)
     return (out, lse) if return_lse else out
 
@@ -181,6 +198,16 @@ def merge_by_lse(
         sees nothing counts zero.
     Returns: the merged pair. Merging is associative up to rounding.
     Raises: ValueError if the shapes do not belong together.
+    Source: FlashDecoding's reduction over splits of the keys.
+    Example: the two halves of a cache, attended apart.
+
+      >>> q, k = jnp.ones((1, 1, 8)), jnp.zeros((4, 1, 8))
+      >>> v = jnp.arange(4.0)[:, None, None]
+      >>> halves = (slice(0, 2), slice(2, 4))
+      >>> parts = [flash_attention(q, k[half], v[half], return_lse=True) for half in halves]
+      >>> out, lse = merge_by_lse(*map(jnp.stack, zip(*parts, strict=True)))
+      >>> round(float(out[0, 0, 0]), 3)
+      1.5
     """
     out, lse = jnp.asarray(out), jnp.asarray(lse)
     if out.ndim < 4 or out.shape[:-1] != lse.shape:
@@ -212,7 +239,7 @@ def _operands(name: str, *arrays: Any) -> list[Array]:
     return [q, k, v]
 
 
-def _parameters(name, q, precision, statistics, block_size, scale, is_causal) -> dict[str, Any]:
+def _parameters(name, q, precision, statistics, block_size, scale, causal) -> dict[str, Any]:
     for argument, value, known in (
         ("precision", precision, PRECISIONS),
         ("statistics", statistics, STATISTICS),
@@ -232,14 +259,14 @@ def _parameters(name, q, precision, statistics, block_size, scale, is_causal) ->
     scale = q.shape[-1] ** -0.5 if scale is None else _number(name, "scale", scale)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"{name}: scale must be positive and finite, got {scale}")
-    if not isinstance(is_causal, bool | np.bool_):
-        raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r}")
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"{name}: causal must be True or False, got {causal!r}")
     return {
         "precision": precision,
         "statistics": statistics,
         "block_size": int(block_size),
         "scale": scale,
-        "is_causal": bool(is_causal),
+        "causal": bool(causal),
     }
 
 
@@ -323,7 +350,7 @@ def _jvp(primitive, primals, tangents, **params):
     def block(j):
         keys, values = blocks.take(k, j, -3), blocks.take(v, j, -3)
         logits = scale * product("...kgtd,...ikd->...kgti", q, keys) - lse_centred
-        visible = blocks.visible(j, queries, seen, params["is_causal"])
+        visible = blocks.visible(j, queries, seen, params["causal"])
         p = jnp.exp(logits if visible is None else jnp.where(visible, logits, -jnp.inf))
         ds = jnp.zeros_like(p)
         if dq is not None:
@@ -388,7 +415,7 @@ def _cost(
     beta,
     block_size,
     scale,
-    is_causal,
+    causal,
 ) -> Work:
     """A FlashAttention kernel in the variant's formats, plus the shift.
 
@@ -399,7 +426,7 @@ def _cost(
     form = arithmetic(precision, statistics)
     queries, keys = q.shape[-3], k.shape[-3]
     scores = q.size / q.shape[-1] * keys
-    if is_causal:
+    if causal:
         scores = scores * _causal_share(queries, keys)
     flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
     vector = _itemsize(form.vector)

@@ -34,6 +34,10 @@ def pasa_beta(block_size: int, dtype: DTypeLike = "float16", *, start: float = _
       start: where to begin; the authors' starts are 1 - 2^-4, 1 - 2^-5 and 1 - 2^-6.
     Raises: ValueError for a block size that is no positive integer, a dtype that is not floating
       point, a start outside [0, 1), or no fixed point.
+    Example:
+
+      >>> round(pasa_beta(128), 4)
+      0.9375
     """
     if int(block_size) != block_size or block_size < 1:
         raise ValueError(f"pasa_beta: block_size must be at least 1, an integer; got {block_size}")

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import cmjax.native
-from cmjax.primitives.convolution.straight_line import Step, StraightLine, as_float32
+from cmjax.primitives.convolution.straight_line import Addition, StraightLine, as_float32
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS, Algorithm
 
 SOURCE = Path(cmjax.native.__file__).parent / "csrc" / "conv1d_transforms.inc"
@@ -77,7 +77,7 @@ def _function(name: str, program: StraightLine, *, exact: bool) -> list[str]:
     return [*lines, "  }"]
 
 
-def _expression(step: Step, exact: bool) -> str:
+def _expression(step: Addition, exact: bool) -> str:
     first, second = _term(step.ca, step.a), _term(step.cb, step.b)
     if step.b < 0:
         return first if step.ca > 0 else f"-({first})"

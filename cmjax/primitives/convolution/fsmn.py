@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax import native
-from cmjax.primitives.convolution.lengths import check_span, zero_outside
+from cmjax.primitives.convolution.lengths import check_valid_range, zero_padding_frames
 from cmjax.primitives.convolution.rsq import rounded
 from cmjax.primitives.define import define, straight_through
 from cmjax.program import Work, cost_rule
@@ -28,7 +28,7 @@ def fsmn_memory(
     p: Float[Array, "batch context channels"],
     past: Float[Array, "N1 channels"],
     future: Float[Array, "N2 channels"],
-    span: Int32[Array, "batch 2"],
+    valid_range: Int32[Array, "batch 2"],
     *,
     strides: tuple[int, int] = (1, 1),
     padding: tuple[int, int] | None = None,
@@ -39,13 +39,20 @@ def fsmn_memory(
       x: what skips the memory.
       p: what goes into it, without the frames of `padding`.
       past, future: a, at least one row, and c, which may be empty.
-      span: first frame of every result that exists and the one behind its last; others are zero.
+      valid_range: first frame of each result that is no padding and the one behind its last,
+        [start, stop); the frames outside are zero.
       strides: s1 and s2, frames from one tap to the next.
       padding: frames of zeros before and behind p. Default: all that the taps of the first and of
         the last frame see, `s1 (N1 - 1)` and `s2 N2`; a stream brings them instead.
     Raises: ValueError for shapes that do not fit each other, or strides below 1; TypeError for
-      operands that are not floating point, or a span that is not int32.
+      operands that are not floating point, or a valid_range that is not int32.
     Gradient: that of the formula.
+    Example: a memory of the present and the last frame, over a signal of three ones.
+
+      >>> x, p = jnp.zeros((1, 3, 1)), jnp.ones((1, 3, 1))
+      >>> past, future = jnp.array([[1.0], [0.5]]), jnp.zeros((0, 1))
+      >>> fsmn_memory(x, p, past, future, jnp.array([[0, 3]])).ravel().tolist()
+      [2.0, 2.5, 2.5]
     """
     operands = tuple(map(jnp.asarray, (x, p, past, future)))
     for name, operand in zip(("x", "p", "past", "future"), operands, strict=True):
@@ -56,7 +63,7 @@ def fsmn_memory(
     floats = (operand.astype(jnp.float32) for operand in operands)
     if padding is None:
         padding = _reach(past, future, strides)
-    return fsmn_memory_p.bind(*floats, span, strides=tuple(strides), padding=tuple(padding))
+    return fsmn_memory_p.bind(*floats, valid_range, strides=tuple(strides), padding=tuple(padding))
 
 
 def _reach(past, future, strides) -> tuple[int, int]:
@@ -64,7 +71,7 @@ def _reach(past, future, strides) -> tuple[int, int]:
     return (past.shape[-2] - 1) * strides[0], future.shape[-2] * strides[1]
 
 
-def _formula(x, p, past, future, span, *, strides, padding, product):
+def _formula(x, p, past, future, valid_range, *, strides, padding, product):
     zeros = [(0, 0, 0)] * p.ndim
     zeros[-2] = (*padding, 0)
     context = lax.pad(p, jnp.zeros((), p.dtype), zeros)
@@ -78,16 +85,16 @@ def _formula(x, p, past, future, span, *, strides, padding, product):
         y = y + meets(past[..., i, :], present - strides[0] * i)
     for j in range(future.shape[-2]):
         y = y + meets(future[..., j, :], present + strides[1] * (j + 1))
-    return zero_outside(x + y, span)
+    return zero_padding_frames(x + y, valid_range)
 
 
 _reference = functools.partial(_formula, product=lambda tap, frames: rounded(tap * frames))
 _exact = functools.partial(_formula, product=lambda tap, frames: tap * frames)
 
 
-def _native(x, p, past, future, span, *, strides, padding):
+def _native(x, p, past, future, valid_range, *, strides, padding):
     if x.ndim != 3:
-        return _reference(x, p, past, future, span, strides=strides, padding=padding)
+        return _reference(x, p, past, future, valid_range, strides=strides, padding=padding)
     return native.call(
         "cmjax_fsmn_memory",
         jax.ShapeDtypeStruct(x.shape, jnp.float32),
@@ -95,14 +102,14 @@ def _native(x, p, past, future, span, *, strides, padding):
         p,
         past,
         future,
-        span,
+        valid_range,
         past_stride=np.int64(strides[0]),
         future_stride=np.int64(strides[1]),
         padding=np.int64(padding[0]),
     )
 
 
-def _check(x, p, past, future, span, *, strides, padding):
+def _check(x, p, past, future, valid_range, *, strides, padding):
     name = "fsmn_memory"
     channels = x.shape[-1]
     if len(strides) != 2 or min(strides) < 1:
@@ -124,7 +131,7 @@ def _check(x, p, past, future, span, *, strides, padding):
             f"strides of {strides} and padding {padding}, p must be "
             f"{[*x.shape[:-2], context, channels]}, got {list(p.shape)}"
         )
-    check_span(name, span, x.shape[:-2])
+    check_valid_range(name, valid_range, x.shape[:-2])
 
 
 def _jvp(p, primals, tangents, **params):
@@ -135,7 +142,7 @@ fsmn_memory_p = define("cm_fsmn_memory", _reference, check=_check, jvp=_jvp, nat
 
 
 @cost_rule(fsmn_memory_p)
-def _cost(x, p, past, future, span, *, out, mesh, strides, padding) -> Work:
+def _cost(x, p, past, future, valid_range, *, out, mesh, strides, padding) -> Work:
     """Vector instructions: a product and a sum per tap, two more sums, and the zeros outside."""
     taps = past.shape[-2] + future.shape[-2]
     return Work(

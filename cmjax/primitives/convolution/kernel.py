@@ -30,7 +30,7 @@ def serves(algorithm: str) -> bool:
 
 def pack_filter(
     u: Int[Array, "points K cout"], *, tap_blocks: int
-) -> Int[Array, "points panels groups+1 16 group"]:
+) -> Int[Array, "points panels rows 16 group"]:
     """Lay a transformed filter out for `conv1d`.
 
     Input channels are padded with zeros to whole groups (4 of int8, 2 of int16) within every tap
@@ -64,7 +64,7 @@ def pack_filter(
 
 
 def unpack_filter(
-    packed: Int[Array, "points panels groups+1 16 group"],
+    packed: Int[Array, "points panels rows 16 group"],
     *,
     tap_blocks: int,
     cin: int,
@@ -79,7 +79,7 @@ def unpack_filter(
 
 def conv1d(
     x: Float32[Array, "batch length cin"],
-    packed: Int[Array, "points panels groups+1 16 group"],
+    packed: Int[Array, "points panels rows 16 group"],
     *,
     algorithm: str,
     tap_blocks: int,
@@ -93,7 +93,7 @@ def conv1d(
     input_limit: int,
     operand_limit: int,
     slope: float,
-    span: Int32[Array, "batch 2"] | None = None,
+    valid_range: Int32[Array, "batch 2"] | None = None,
 ) -> Float32[Array, "batch out_length cout"]:
     """Quantize, transform, multiply, transform back, add the bias and activate, in one call.
 
@@ -116,7 +116,8 @@ def conv1d(
       operand_limit: largest |operand|: at most 127 for an int8 filter, 32767 for int16. The caller
         makes sure that K times it times the largest |u| fits int32.
       slope: of the activation max(y, slope * y): 1 for none, 0 for ReLU.
-      span: first frame of every result that exists and the one behind its last; others are zero.
+      valid_range: first frame of each result that is no padding and the one behind its last,
+        [start, stop); the frames outside are zero.
     Raises: ValueError if the algorithm is not served, or dilated though not direct.
     """
     if not serves(algorithm) or (dilation != 1 and algorithm != "direct"):
@@ -131,7 +132,7 @@ def conv1d(
         requant,
         scale,
         bias,
-        jnp.zeros((0, 2), jnp.int32) if span is None else span,
+        jnp.zeros((0, 2), jnp.int32) if valid_range is None else valid_range,
         algorithm=algorithm,
         tap_blocks=np.int64(tap_blocks),
         dilation=np.int64(dilation),

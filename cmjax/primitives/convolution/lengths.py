@@ -1,32 +1,33 @@
-"""Signals of different lengths in one batch: where each exists, and zeros elsewhere.
+"""Signals of different lengths padded to one batch: zeros in the frames that are padding.
 
-y[b, t] = x[b, t]   if span[b, 0] <= t < span[b, 1],   else 0
+y[b, t] = x[b, t]   if start[b] <= t < stop[b],   else 0
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def zero_outside(
-    x: Float[Array, "*lead frames channels"], span: Int[Array, "*lead 2"]
-) -> Float[Array, "*lead frames channels"]:
-    """`x` with zeros in the frames that do not exist.
+def zero_padding_frames(
+    x: Float[Array, "*batch frames channels"], valid_range: Int[Array, "*batch 2"]
+) -> Float[Array, "*batch frames channels"]:
+    """`x` with zeros in the frames outside the valid range.
 
     Args:
       x: signals.
-      span: first frame of each and the one behind its last; they need not lie within x.
+      valid_range: first frame of each signal and the one behind its last, [start, stop); they need
+        not lie within x.
     """
     at = jnp.arange(x.shape[-2])
-    inside = (at >= span[..., :1]) & (at < span[..., 1:])
-    return jnp.where(inside[..., None], x, 0.0)
+    valid = (at >= valid_range[..., :1]) & (at < valid_range[..., 1:])
+    return jnp.where(valid[..., None], x, 0.0)
 
 
-def check_span(function: str, span, lead: tuple) -> None:
-    """Refuse what is no pair of integers for each signal; `lead` is the signals' leading shape."""
-    if span.dtype != jnp.int32:
-        raise TypeError(f"{function}: span must be int32, got {span.dtype}")
-    if span.shape != (*lead, 2):
+def check_valid_range(function: str, valid_range, batch: tuple) -> None:
+    """Refuse what is no pair of integers for each signal; `batch` is the signals' leading shape."""
+    if valid_range.dtype != jnp.int32:
+        raise TypeError(f"{function}: valid_range must be int32, got {valid_range.dtype}")
+    if valid_range.shape != (*batch, 2):
         raise ValueError(
-            f"{function}: span must be {[*lead, 2]}, the first frame of each signal and the one "
-            f"behind its last, got {list(span.shape)}"
+            f"{function}: valid_range must be {[*batch, 2]}, the first frame of each signal and "
+            f"the one behind its last, got {list(valid_range.shape)}"
         )

@@ -23,7 +23,13 @@ from jax.interpreters import batching
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from cmjax.primitives.convolution import kernel as conv_kernel
-from cmjax.primitives.convolution.lengths import check_span, zero_outside
+from cmjax.primitives.convolution.lengths import check_valid_range, zero_padding_frames
+from cmjax.primitives.convolution.ranges import (
+    domain_of,
+    filter_limit,
+    largest_input_limit,
+    operand_dtype,
+)
 from cmjax.primitives.convolution.rsq import rounded, rsq_quantize
 from cmjax.primitives.convolution.straight_line import as_float32
 from cmjax.primitives.convolution.tiles import (
@@ -38,13 +44,7 @@ from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 from cmjax.primitives.define import define, straight_through
 from cmjax.program import Work, cost_rule
 
-LARGEST_OPERAND = {"int8": 127, "int16": 2047}
-"""Largest |operand| of each integer domain; 12 bits of int16 leave room for a sum of products."""
-
-_EXACT_BELOW = 2**24  # integers in float32
-_INT32_MAX = 2**31 - 1
-_SPAN = 6  # which operand it is, if there
-_SMALLEST_FILTER_RANGE = 127  # fewer levels than int8 has would be worse than int8
+_RANGE = 6  # which operand the valid range is, if there
 
 
 def quantized_conv(
@@ -63,7 +63,7 @@ def quantized_conv(
     operand_limit: int,
     slope: float,
     packed: bool,
-    span: Int32[Array, "batch 2"] | None = None,
+    valid_range: Int32[Array, "batch 2"] | None = None,
 ) -> Float32[Array, "batch out_length cout"]:
     """Bind the primitive, with stride 1: the module's formula, in the module's names.
 
@@ -81,12 +81,13 @@ def quantized_conv(
       padding: frames of zeros before and after x.
       input_limit, operand_limit: R and V.
       slope: of the activation max(y, slope * y): 1 none, 0 ReLU.
-      span: first frame of every result that exists and the one behind its last; others are zero.
+      valid_range: first frame of each result that is no padding and the one behind its last,
+        [start, stop); the frames outside are zero.
     Raises: ValueError or TypeError for operands that do not fit each other.
     """
     operands = [x.astype(jnp.float32), u, input_step, point_step, filter_step, bias]
-    if span is not None:
-        operands.append(span)
+    if valid_range is not None:
+        operands.append(valid_range)
     params = {
         "algorithm": algorithm,
         "taps": taps,
@@ -101,26 +102,6 @@ def quantized_conv(
     return quantized_conv_p.bind(*operands, **params)
 
 
-def filter_limit(domain: str, depth: int) -> int:
-    """Largest |integer| that a transformed filter may hold, so that no int32 sum overflows.
-
-    Args:
-      domain: "int8" or "int16".
-      depth: products added up, tap blocks times input channels.
-    Raises: ValueError for a depth at which the filter would be left with less than 8 bits; the
-      message gives the largest that is safe.
-    """
-    largest = LARGEST_OPERAND[domain]
-    most = _INT32_MAX // (largest * depth)
-    if most < _SMALLEST_FILTER_RANGE:
-        safe = _INT32_MAX // (largest * _SMALLEST_FILTER_RANGE)
-        raise ValueError(
-            f"winograd_conv1d: {depth} products of {domain} operands could overflow the int32 "
-            f"sum; the largest safe number of input channels times tap blocks is {safe}"
-        )
-    return min(largest, most)
-
-
 def quantized_filter(
     u: Array, filter_step: Float32[Array, "points cout"], operand_limit: int
 ) -> Int[Array, "points depth cout"]:
@@ -128,19 +109,14 @@ def quantized_filter(
     if jnp.issubdtype(u.dtype, jnp.floating):
         limit = float(_filter_limit(operand_limit, u.shape[1]))
         u = lax.clamp(-limit, _round(u * rounded(1 / filter_step)[:, None, :]), limit)
-    return u.astype(_operand_dtype(operand_limit))
+    return u.astype(operand_dtype(operand_limit))
 
 
-def largest_input_limit(algorithm: str) -> int:
-    """Largest R at which the algorithm's input transform is exact in float32, 32767 at most."""
-    return min(2**15 - 1, (_EXACT_BELOW - 1) // ALGORITHMS[algorithm].growth)
-
-
-def _reference(x, u, input_step, point_step, filter_step, bias, *span, **params):
+def _reference(x, u, input_step, point_step, filter_step, bias, *valid_range, **params):
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
     inverse_step, requant, scale = _factors(input_step, point_step, filter_step)
-    operand = _operand_dtype(params["operand_limit"])
+    operand = operand_dtype(params["operand_limit"])
     if params["packed"]:
         u = conv_kernel.unpack_filter(u, tap_blocks=blocks, cin=x.shape[-1], cout=bias.shape[-1])
     u = quantized_filter(u, filter_step, params["operand_limit"])
@@ -163,13 +139,13 @@ def _reference(x, u, input_step, point_step, filter_step, bias, *span, **params)
     y = interleave(y, _length(x, params)) + bias
     if params["slope"] != 1:
         y = jnp.maximum(y, np.float32(params["slope"]) * y)
-    return zero_outside(y, *span) if span else y
+    return zero_padding_frames(y, *valid_range) if valid_range else y
 
 
-def _native(x, u, input_step, point_step, filter_step, bias, *span, **params):
+def _native(x, u, input_step, point_step, filter_step, bias, *valid_range, **params):
     algorithm = params["algorithm"]
     if not conv_kernel.serves(algorithm):
-        return _reference(x, u, input_step, point_step, filter_step, bias, *span, **params)
+        return _reference(x, u, input_step, point_step, filter_step, bias, *valid_range, **params)
     blocks = ALGORITHMS[algorithm].tap_blocks(params["taps"])
     if not params["packed"]:
         u = quantized_filter(u, filter_step, params["operand_limit"])
@@ -190,7 +166,7 @@ def _native(x, u, input_step, point_step, filter_step, bias, *span, **params):
         input_limit=params["input_limit"],
         operand_limit=params["operand_limit"],
         slope=params["slope"],
-        span=span[0] if span else None,
+        valid_range=valid_range[0] if valid_range else None,
     )
 
 
@@ -200,12 +176,8 @@ def _factors(input_step, point_step, filter_step):
     return rounded(1 / input_step), rounded(1 / point_step), rounded(scale)
 
 
-def _operand_dtype(operand_limit):
-    return jnp.int8 if operand_limit <= LARGEST_OPERAND["int8"] else jnp.int16
-
-
 def _filter_limit(operand_limit, depth):
-    return filter_limit("int8" if operand_limit <= LARGEST_OPERAND["int8"] else "int16", depth)
+    return filter_limit(domain_of(operand_limit), depth)
 
 
 def _round(z):
@@ -220,7 +192,7 @@ def _length(x, params):
     return output_length(x.shape[1], params["padding"], params["taps"], params["dilation"])
 
 
-def _check(x, u, input_step, point_step, filter_step, bias, *span, **params):
+def _check(x, u, input_step, point_step, filter_step, bias, *valid_range, **params):
     name = "winograd_conv1d"
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
@@ -253,12 +225,12 @@ def _check(x, u, input_step, point_step, filter_step, bias, *span, **params):
         )
     if not 0 <= params["slope"] <= 1:
         raise ValueError(f"{name}: activation slope must lie in [0, 1], got {params['slope']}")
-    if span:
-        check_span(name, span[0], x.shape[:1])
+    if valid_range:
+        check_valid_range(name, valid_range[0], x.shape[:1])
     _filter_limit(params["operand_limit"], blocks * cin)
 
 
-def _surrogate(x, u, input_step, point_step, filter_step, bias, *span, **params):
+def _surrogate(x, u, input_step, point_step, filter_step, bias, *valid_range, **params):
     """The formula before the activation in real numbers, each rounding a fake quantization."""
     form = ALGORITHMS[params["algorithm"]]
     blocks = form.tap_blocks(params["taps"])
@@ -281,7 +253,7 @@ def _surrogate(x, u, input_step, point_step, filter_step, bias, *span, **params)
     meet = functools.partial(meet_blocks, tiles=tiles, blocks=blocks, dilation=params["dilation"])
     products = jnp.einsum("pbtk,pko->pbto", jax.vmap(meet)(v), u)
     y = interleave(list(mix_points(form.at, products)), _length(x, params)) + bias
-    return zero_outside(y, *span) if span else y
+    return zero_padding_frames(y, *valid_range) if valid_range else y
 
 
 def _jvp(p, primals, tangents, **params):
@@ -295,12 +267,12 @@ def _jvp(p, primals, tangents, **params):
 def _batch(args, dims, **params):
     """A batch of signals joins the batch axis; filters or scales of their own run in turn."""
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    x, *shared = args[:_SPAN]
-    if all(d is None for d in dims[1:_SPAN]):
-        of_signals = [(x, dims[0]), *zip(args[_SPAN:], dims[_SPAN:], strict=True)]
+    x, *shared = args[:_RANGE]
+    if all(d is None for d in dims[1:_RANGE]):
+        of_signals = [(x, dims[0]), *zip(args[_RANGE:], dims[_RANGE:], strict=True)]
         moved = [batching.bdim_at_front(a, d, size) for a, d in of_signals]
-        x, *span = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in moved)
-        out = quantized_conv_p.bind(x, *shared, *span, **params)
+        x, *valid_range = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in moved)
+        out = quantized_conv_p.bind(x, *shared, *valid_range, **params)
         return out.reshape(*moved[0].shape[:2], *out.shape[1:]), 0
     mapped = tuple(
         batching.bdim_at_front(a, d, size) if d is not None else None
@@ -325,7 +297,9 @@ _QUANTIZE, _REQUANTIZE, _RESCALE, _FINISH = 3.0, 4.0, 2.0, 3.0
 
 
 @cost_rule(quantized_conv_p)
-def _cost(x, u, input_step, point_step, filter_step, bias, *span, out, mesh, **params) -> Work:
+def _cost(
+    x, u, input_step, point_step, filter_step, bias, *valid_range, out, mesh, **params
+) -> Work:
     """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
     form = ALGORITHMS[params["algorithm"]]
     cin, cout = x.shape[-1], bias.shape[-1]

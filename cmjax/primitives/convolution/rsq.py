@@ -44,6 +44,10 @@ def rsq_quantize(
     Returns: shape and dtype of `x`; computed in float32.
     Raises: TypeError if `x` is not floating point; ValueError for a step that does not fit or is
       known to be zero, negative or not finite, or for an impossible range.
+    Example: multiples of 0.5 from -1 to 1.
+
+      >>> rsq_quantize(jnp.array([0.3, 0.8, 5.0]), 0.5, limit=2).tolist()
+      [0.5, 1.0, 1.0]
     """
     x = jnp.asarray(x)
     step = jnp.asarray(step, jnp.float32)
@@ -70,6 +74,10 @@ def lsq_gradient_scale(size: int, limit: int) -> float:
       size: how many values share one step.
       limit: the largest integer.
     Raises: ValueError unless both are positive.
+    Example:
+
+      >>> lsq_gradient_scale(4, 1)
+      0.5
     """
     if size < 1 or limit < 1:
         raise ValueError(f"lsq_gradient_scale: size and limit are positive, got {size} and {limit}")

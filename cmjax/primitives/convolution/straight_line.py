@@ -24,7 +24,7 @@ Multiply = Callable[[Fraction, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Addition:
     """One new value: `ca * v[a] + cb * v[b]`, or `ca * v[a]` where `b` is -1.
 
     Products are rounded before the sum; a factor of 1 or -1 is no product. If one factor is
@@ -48,7 +48,7 @@ class StraightLine:
     """
 
     inputs: int
-    steps: tuple[Step, ...]
+    steps: tuple[Addition, ...]
     outputs: tuple[int, ...]
 
     @property
@@ -102,16 +102,16 @@ def straight_line(matrix: Sequence[Sequence[Fraction]]) -> StraightLine:
     rows = [{j: Fraction(c) for j, c in enumerate(row) if c} for row in matrix]
     if not all(rows):
         raise ValueError("straight_line: a row of the matrix is zero")
-    steps: list[Step] = []
+    steps: list[Addition] = []
 
-    def append(step: Step) -> int:
+    def append(step: Addition) -> int:
         steps.append(step)
         return inputs + len(steps) - 1
 
     while (shared := _most_shared(rows)) is not None:
         a, b, ratio = shared
         ca, cb = Fraction(ratio.denominator), Fraction(ratio.numerator)
-        new = append(Step(a, ca, b, cb))
+        new = append(Addition(a, ca, b, cb))
         for row in rows:
             if a in row and b in row and row[b] / row[a] == ratio:
                 row[new] = row.pop(a) / ca
@@ -131,18 +131,18 @@ def _most_shared(rows: list[dict[int, Fraction]]) -> tuple[int, int, Fraction] |
     return min(counts, key=lambda pair: (-counts[pair], abs(pair[2]) != 1, pair[:2], pair[2]))
 
 
-def _sum_of_terms(row: dict[int, Fraction], append: Callable[[Step], int]) -> int:
+def _sum_of_terms(row: dict[int, Fraction], append: Callable[[Addition], int]) -> int:
     """Add the terms of a row one after the other, a positive one first; its value number."""
     order = sorted(row, key=lambda i: (row[i] < 0, i))
     total, c = order[0], row[order[0]]
     if len(order) == 1:
-        return total if c == 1 else append(Step(total, c, -1, Fraction(0)))
+        return total if c == 1 else append(Addition(total, c, -1, Fraction(0)))
     for i in order[1:]:
-        total, c = append(Step(total, c, i, row[i])), Fraction(1)
+        total, c = append(Addition(total, c, i, row[i])), Fraction(1)
     return total
 
 
-def _run(step: Step, known: list[Any], multiply: Multiply) -> Any:
+def _run(step: Addition, known: list[Any], multiply: Multiply) -> Any:
     def term(coefficient: Fraction, i: int) -> Any:
         size = abs(coefficient)
         return known[i] if size == 1 else multiply(size, known[i])

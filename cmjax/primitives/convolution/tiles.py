@@ -5,15 +5,18 @@ block `j` of the taps meets the transformed window of tile `t + j` (dilation d, 
 `t + d j`). Axes are [batch, tile, channel] throughout; a transform is a list over points.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Num
 
+from cmjax.primitives.convolution.rsq import rounded
 from cmjax.primitives.convolution.straight_line import Matrix, Multiply, StraightLine, as_float32
-from cmjax.primitives.convolution.toom_cook import Algorithm
+from cmjax.primitives.convolution.toom_cook import ALGORITHMS, Algorithm
 
 
 def output_length(length: Any, padding: tuple[Any, Any], taps: int, dilation: int) -> Any:
@@ -48,8 +51,8 @@ def windows(
 
 
 def meet_blocks(
-    v: Float[Array, "batch count cin"], tiles: Any, *, blocks: int, dilation: int
-) -> Float[Array, "batch tiles depth"]:
+    v: Num[Array, "batch count cin"], tiles: Any, *, blocks: int, dilation: int
+) -> Num[Array, "batch tiles depth"]:
     """What all tap blocks see of the transformed windows, side by side in channels."""
     if blocks == 1:
         return v
@@ -80,6 +83,30 @@ def transform_filter(
     w = w.reshape(blocks, algorithm.r, cin, cout)
     points = algorithm.g_program.apply([w[:, j] for j in range(algorithm.r)], multiply)
     return [point.reshape(blocks * cin, cout) for point in points]
+
+
+def transform_filter_rounded(
+    w: Float[Array, "taps cin cout"], algorithm: str
+) -> Float32[Array, "points depth cout"]:
+    """G w in float32, rounded alike in whatever program it stands."""
+    return _transform_filter_rounded(w.astype(jnp.float32), algorithm)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _transform_filter_rounded(w, algorithm):
+    form = ALGORITHMS[algorithm]
+    return jnp.stack(transform_filter(w, form, lambda c, v: rounded(as_float32(c) * v)))
+
+
+@_transform_filter_rounded.defjvp
+def _transform_filter_rounded_jvp(algorithm, primals, tangents):
+    """The transform is linear, so its derivative is itself, here in one product."""
+    (w,), (dw,), form = primals, tangents, ALGORITHMS[algorithm]
+    blocks = form.tap_blocks(w.shape[0])
+    padded = jnp.pad(dw, ((0, blocks * form.r - w.shape[0]), (0, 0), (0, 0)))
+    taps = jnp.moveaxis(padded.reshape(blocks, form.r, *w.shape[1:]), 1, 0)
+    tangent = mix_points(form.g, taps).reshape(form.n, -1, w.shape[2])
+    return _transform_filter_rounded(w, algorithm), tangent
 
 
 def mix_points(matrix: Matrix, values: Float[Array, "columns *rest"]) -> Float[Array, "rows *rest"]:

@@ -31,10 +31,10 @@ from cmjax.primitives.msd.decompose import (
     round_mxfp4,
     split_int8,
 )
+from cmjax.primitives.msd.kv import keys_of, values_of
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.product import MOST_INNER, recombine_instructions, recombined
-from cmjax.primitives.msd.quantize_kv import keys_of, values_of
-from cmjax.primitives.msd.quantize_weight import WeightFormat
+from cmjax.primitives.msd.weight import WeightFormat
 from cmjax.program import Work, cost_rule
 
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
@@ -43,7 +43,7 @@ _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 def msd_attention(
     q: Float[Array, "batch q_len heads d"],
     k: Int8[Array, "batch kv_len kv_heads d"] | UInt8[Array, "batch kv_len kv_heads d//2"],
-    v: Int8[Array, "batch kv_len kv_heads dv"] | UInt8[Array, "batch kv_len kv_heads dv//2"],
+    v: Int8[Array, "batch kv_len kv_heads dv"] | UInt8[Array, "batch kv_len kv_heads dv_bytes"],
     *,
     k_scale: Float32[Array, "#batch #kv_len kv_heads #d"] | UInt8[Array, "..."],
     v_scale: Float32[Array, "#batch #kv_len kv_heads #dv"] | UInt8[Array, "..."],
@@ -78,6 +78,16 @@ def msd_attention(
     Under `jit`, a query with an infinity or NaN gives NaN.
     Raises: ValueError, TypeError: shapes and dtypes that do not fit; and where values are known, an
       infinity or NaN in q, or a scale that is not positive and finite.
+    Source: Zheng et al., arXiv:2605.13915, and the formulas of this module.
+    Example: attention over an int8 cache of identical keys averages the values.
+
+      >>> from cmjax.primitives.msd.kv import quantize_kv
+      >>> cache = quantize_kv(jnp.ones((1, 2, 1, 4)), jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1))
+      >>> scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+      >>> q = jnp.ones((1, 1, 2, 4))
+      >>> y = msd_attention(q, cache.k, cache.v, **scales, scale=0.5, causal=False)
+      >>> y.shape, round(float(y[0, 0, 0, 0]), 3)
+      ((1, 1, 2, 1), 2.0)
     """
     check_activations("msd_attention", q)
     check_passes("msd_attention", passes, format, rounding)

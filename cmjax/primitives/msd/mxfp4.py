@@ -46,7 +46,7 @@ def pack(half_steps: Int8[Array, "*lead k"]) -> UInt8[Array, "*lead k//2"]:
     return code[..., 0::2] | (code[..., 1::2] << 4)
 
 
-def unpack(packed: UInt8[Array, "*lead k//2"]) -> Int8[Array, "*lead k"]:
+def unpack(packed: UInt8[Array, "*lead bytes"]) -> Int8[Array, "*lead 2*bytes"]:
     """The half-steps of packed codes, in order."""
     codes = jnp.stack([packed & 15, packed >> 4], axis=-1)
     codes = codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])

@@ -34,7 +34,7 @@ from cmjax.primitives.msd.decompose import (
     split_int8,
 )
 from cmjax.primitives.msd.mxfp4 import Rounding
-from cmjax.primitives.msd.quantize_weight import QuantizedWeight, WeightFormat, dequantize
+from cmjax.primitives.msd.weight import QuantizedWeight, WeightFormat, dequantize
 from cmjax.program import Work, cost_rule
 
 MOST_INNER = (2**31 - 1) // (127 * 128)
@@ -83,6 +83,14 @@ def msd_dot(
     Raises: ValueError, TypeError: shapes or dtypes that do not fit; rows longer than 132,104 (int32
       would overflow); and where the values are known, an infinity or NaN in x and a scale that is
       not positive and finite.
+    Source: Zheng et al., arXiv:2605.13915, and the formulas of this module.
+    Example:
+
+      >>> from cmjax.primitives.msd.weight import quantize_weight_nk
+      >>> w = jnp.array([[127.0, -63.0, 0.0], [254.0, 2.0, 4.0]])
+      >>> y = msd_dot(jnp.array([[1.0, 2.0, 3.0]]), quantize_weight_nk(w))
+      >>> y.shape, y.round(1).tolist()
+      ((1, 2), [[1.0, 270.0]])
     """
     if isinstance(w, QuantizedWeight):
         if w_scale is not None or offset is not None or group_size is not None:

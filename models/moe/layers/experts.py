@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Float32
 from cmjax.models.moe.arithmetic import Format
 from cmjax.models.moe.layers.linear import Linear, Weight, observe
 from cmjax.primitives.exchange import quantize_rows
+from cmjax.primitives.msd import QuantizedWeight
 from cmjax.primitives.msd.product import msd_dot
-from cmjax.primitives.msd.quantize_weight import QuantizedWeight
 from cmjax.program.mark import fused
 
 _BATCHED = (((2,), (1,)), ((0,), (0,)))  # [slots, rows, k] x [slots, k, n]

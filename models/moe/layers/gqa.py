@@ -91,7 +91,7 @@ class GQA(nnx.Module):
         if self.arithmetic.attention == "exact":
             return attention(q, k, v, scale=scale, causal=True, lengths=lengths, window=window)
         if lengths is None and window is None:
-            return pasa_attention(q, k, v, is_causal=True, scale=scale)
+            return pasa_attention(q, k, v, causal=True, scale=scale)
         visible = visible_keys(q.shape[1], k.shape[1], lengths, causal=True, window=window)
         assert visible is not None, "causal attention hides keys"
         mask = jnp.broadcast_to(visible, (q.shape[0], *visible.shape[-2:]))[:, None]

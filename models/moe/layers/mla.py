@@ -219,7 +219,7 @@ def _attend_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
         scale = softmax_scale(config)
         if core == "pasa_fp16":
-            return pasa_attention(q, k, value, is_causal=True, scale=scale)
+            return pasa_attention(q, k, value, causal=True, scale=scale)
         return attention(q, k, value, scale=scale, causal=True)
 
     return attend

@@ -12,7 +12,7 @@ from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
 from cmjax.models.asr.features import LogMel, log_mel
 from cmjax.models.asr.frames import Frames
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from cmjax.primitives.convolution.scales import calibrate
+from cmjax.primitives.convolution import calibrate
 
 FRONT = LogMel(bands=8)
 

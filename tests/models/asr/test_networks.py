@@ -11,7 +11,7 @@ from cmjax.models.asr.conv import Conv
 from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig, Memory
 from cmjax.models.asr.frames import UNKNOWN, Frames
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
-from cmjax.primitives.convolution.scales import calibrate
+from cmjax.primitives.convolution import calibrate
 
 BANDS, LABELS = 10, 5
 

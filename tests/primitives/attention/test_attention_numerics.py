@@ -41,7 +41,7 @@ def test_masked_scores_do_not_count():
         == 0
         < attention_numerics(q, k, v, variants={}).scores.overflowing
     )
-    causal = attention_numerics(q, k, v, is_causal=True, variants={})
+    causal = attention_numerics(q, k, v, causal=True, variants={})
     assert causal.scores.overflowing < 0.1
 
 

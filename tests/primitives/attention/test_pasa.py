@@ -11,13 +11,13 @@ from cmjax.primitives import flash_attention, merge_by_lse, pasa_attention
 from cmjax.primitives.attention.pasa import pasa_attention_p
 
 
-def dense(q, k, v, mask=None, is_causal=False):
+def dense(q, k, v, mask=None, causal=False):
     """Softmax attention [batch, t, heads, dv] and its log-sum-exp [batch, t, heads], float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
     scores = np.einsum("btnd,bsnd->bnts", q, k) * q.shape[-1] ** -0.5
-    if is_causal:
+    if causal:
         scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)
@@ -66,7 +66,7 @@ def test_float64_equals_dense_attention_for_any_beta_mask_and_short_last_block(
         fn = jax.jit(
             lambda q, k, v, mask: pasa_attention_p.bind(
                 q, k, v, mask, precision="fp64", statistics="fp32", shift=shift, beta=beta,
-                block_size=block_size, scale=0.25, is_causal=False,
+                block_size=block_size, scale=0.25, causal=False,
             )
         )  # fmt: skip
         for bias in (0, 3, 30):
@@ -79,18 +79,16 @@ def test_float64_equals_dense_attention_for_any_beta_mask_and_short_last_block(
 
 
 @pytest.mark.parametrize("statistics", ["fp32", "exact_offset"])
-@pytest.mark.parametrize(
-    ("kv_len", "is_causal"), [(1, False), (5, True), (129, True), (256, False)]
-)
-def test_any_length_and_jax_nns_causal_mask(statistics, kv_len, is_causal):
+@pytest.mark.parametrize(("kv_len", "causal"), [(1, False), (5, True), (129, True), (256, False)])
+def test_any_length_and_jax_nns_causal_mask(statistics, kv_len, causal):
     with jax.enable_x64(True):
         q, k, v = draw(kv_len, bias=3)
-        options = {"precision": "fp64", "statistics": statistics, "is_causal": is_causal}
+        options = {"precision": "fp64", "statistics": statistics, "causal": causal}
         out, lse = pasa_attention(q, k, v, return_lse=True, **options)
-        want, want_lse = dense(q, k, v, is_causal=is_causal)
+        want, want_lse = dense(q, k, v, causal=causal)
         np.testing.assert_allclose(out, want, atol=1e-11)
         np.testing.assert_allclose(lse, want_lse, rtol=1e-12, atol=1e-12)
-        peer = jax.nn.dot_product_attention(q, k, v[..., :1].repeat(16, -1), is_causal=is_causal)
+        peer = jax.nn.dot_product_attention(q, k, v[..., :1].repeat(16, -1), is_causal=causal)
         same = pasa_attention(q, k, v[..., :1].repeat(16, -1), **options)
         np.testing.assert_allclose(same, peer, atol=3e-6)  # its softmax is float32
 
@@ -108,13 +106,13 @@ def test_float32_equals_dense_attention_for_random_shapes_masks_and_options(data
     mask = np.random.default_rng(integers(0, 99)).random(mask_shape) < 0.6
     options = {
         "mask": mask,
-        "is_causal": data.draw(st.booleans()),
+        "causal": data.draw(st.booleans()),
         "block_size": integers(1, 20),
         "shift": data.draw(st.sampled_from(["auto", "gemm", "mean"])),
         "precision": "fp32",
     }
     out, lse = pasa_attention(q, k, v, return_lse=True, **options)
-    want, want_lse = dense(q, k, v, np.broadcast_to(mask, shape), options["is_causal"])
+    want, want_lse = dense(q, k, v, np.broadcast_to(mask, shape), options["causal"])
     # scores of about 10 hold 1e-6; the gain of 15 and the exponential carry it to a few 1e-5
     np.testing.assert_allclose(out, want, atol=2e-4)
     np.testing.assert_allclose(lse, want_lse, atol=2e-4)
@@ -265,7 +263,7 @@ def test_decoding_against_a_padded_cache_equals_the_last_row_of_the_whole():
     q, k, v = draw(200, q_len=200, bias=5)
     cache = [np.concatenate([x, np.zeros((2, 56, *x.shape[2:]))], axis=1) for x in (k, v)]
     seen = (np.arange(256) < 200)[None, None, None]
-    whole = pasa_attention(q, k, v, is_causal=True, precision="fp32")
+    whole = pasa_attention(q, k, v, causal=True, precision="fp32")
     one = pasa_attention(q[:, -1:], *cache, mask=seen, precision="fp32")
     np.testing.assert_allclose(one, whole[:, -1:], atol=1e-4)
     half = pasa_attention(q[:, -1:], *cache, mask=seen)
@@ -368,7 +366,7 @@ def _ones(*shape, dtype=np.float32):
         ({"scale": -1}, ValueError, "scale must be positive and finite, got -1.0"),
         ({"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
         ({"scale": "1"}, TypeError, "scale must be a number"),
-        ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+        ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
         ({"precision": "fp8"}, ValueError, "precision must be one of fp16, .*, got 'fp8'"),
         ({"precision": "fp64"}, ValueError, "needs JAX's jax_enable_x64"),
         ({"statistics": "fp8"}, ValueError, "statistics must be one of fp32, .*, got 'fp8'"),

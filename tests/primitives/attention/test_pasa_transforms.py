@@ -81,7 +81,7 @@ def test_second_derivatives_equal_those_of_dense_attention():
         want = curved(dense(mask))
         got = curved(
             lambda *x: pasa_attention(
-                *x, is_causal=True, precision="fp64", block_size=8, return_lse=True
+                *x, causal=True, precision="fp64", block_size=8, return_lse=True
             )
         )
         for w, g in zip(want, got, strict=True):
@@ -192,7 +192,7 @@ def test_sharded_batch_and_heads_need_no_collective_and_change_nothing(different
     mask = np.random.default_rng(1).random((2, 8, 37, 150)) < 0.5 if masked else None
 
     def fn(q, k, v):
-        return pasa_attention(q, k, v, mask=mask, is_causal=not masked)
+        return pasa_attention(q, k, v, mask=mask, causal=not masked)
 
     if differentiated:
         plain = fn
@@ -261,7 +261,7 @@ def test_export_round_trip_with_symbolic_batch_for_three_platforms_and_its_gradi
     (b,) = export.symbolic_shape("b")
     q, k, v = half(*draw())
     shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (q, k, v)]
-    fn = jax.jit(lambda q, k, v: pasa_attention(q, k, v, is_causal=True))
+    fn = jax.jit(lambda q, k, v: pasa_attention(q, k, v, causal=True))
     exported = export.export(fn, platforms=("cpu", "cuda", "tpu"))(*shapes)
     again = export.deserialize(exported.serialize(vjp_order=1))
     np.testing.assert_array_equal(again.call(q, k, v), fn(q, k, v))
@@ -278,7 +278,7 @@ class _SelfAttention(nnx.Module):
 
     def __call__(self, x):
         q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
-        return self.out(pasa_attention(q, k, v, is_causal=True))
+        return self.out(pasa_attention(q, k, v, causal=True))
 
 
 def test_a_flax_nnx_module_trains_through_it():
@@ -334,7 +334,7 @@ def test_a_causal_price_counts_the_scores_below_the_diagonal():
     def share(queries, keys):
         shapes = ((1, queries, 2, 64), (1, keys, 2, 64), (1, keys, 2, 64))
         whole, causal = (
-            _work(lambda *x, c=c: flash_attention(*x, is_causal=c), *shapes).cube_flops_16bit
+            _work(lambda *x, c=c: flash_attention(*x, causal=c), *shapes).cube_flops_16bit
             for c in (False, True)
         )
         return causal.constant / whole.constant

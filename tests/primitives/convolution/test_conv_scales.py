@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cmjax.primitives.convolution.calibration import calibrate, least_error_step
 from cmjax.primitives.convolution.packed import prepack
-from cmjax.primitives.convolution.scales import calibrate, least_error_step, transformed_filter
+from cmjax.primitives.convolution.tiles import transform_filter_rounded
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 from cmjax.primitives.convolution.winograd import winograd_conv1d
 
@@ -53,7 +54,7 @@ def test_the_largest_magnitudes_become_the_largest_integers(domain):
     scales = calibrate(x, w, algorithm="F(2,3)", domain=domain, method="max", pair_rule=False)
     u = np.asarray(prepack(w, scales, packed=False).u, int)
     np.testing.assert_array_equal(np.abs(u).max(1), largest)
-    exact = np.asarray(transformed_filter(jnp.asarray(w), "F(2,3)"))
+    exact = np.asarray(transform_filter_rounded(jnp.asarray(w), "F(2,3)"))
     step = np.asarray(scales.filter_step)[:, None]
     assert np.abs(u * step - exact).max() <= 0.501 * step.max()
 

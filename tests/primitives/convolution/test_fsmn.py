@@ -22,7 +22,7 @@ CASES = [  # frames, channels, N1, N2, strides
     (33, 35, 4, 6, (2, 3)),
     (9, 8, 20, 20, (1, 2)),
 ]
-SPAN = jnp.array([[0, 999], [-3, 5], [3, 7]], jnp.int32)
+VALID_RANGE = jnp.array([[0, 999], [-3, 5], [3, 7]], jnp.int32)
 
 
 def _case(frames, channels, n1, n2, strides):
@@ -33,11 +33,11 @@ def _case(frames, channels, n1, n2, strides):
 
 def _loops(x, p, past, future, strides):
     """Float32, one rounding after the other, in the order of the formula."""
-    x, p, past, future, span = map(np.asarray, (x, p, past, future, SPAN))
+    x, p, past, future, valid_range = map(np.asarray, (x, p, past, future, VALID_RANGE))
     frames = x.shape[1]
     y = np.zeros_like(x)
     for b, t in np.ndindex(x.shape[:2]):
-        if not span[b, 0] <= t < span[b, 1]:
+        if not valid_range[b, 0] <= t < valid_range[b, 1]:
             continue
         total = p[b, t].copy()
         steps = [(tap, t - strides[0] * i) for i, tap in enumerate(past)]
@@ -51,24 +51,26 @@ def _loops(x, p, past, future, strides):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_equal_the_formula_in_loops_bit_for_bit(case):
     operands, strides = _case(*case)
-    found = fsmn_memory(*operands, SPAN, strides=strides)
+    found = fsmn_memory(*operands, VALID_RANGE, strides=strides)
     np.testing.assert_array_equal(found, _loops(*operands, strides))
     # A stream brings what the taps meet instead of zeros.
     x, p, past, future = operands
     reach = ((len(past) - 1) * strides[0], len(future) * strides[1])
     context = jnp.pad(p, ((0, 0), reach, (0, 0)))
-    streamed = fsmn_memory(x, context, past, future, SPAN, strides=strides, padding=(0, 0))
+    streamed = fsmn_memory(x, context, past, future, VALID_RANGE, strides=strides, padding=(0, 0))
     np.testing.assert_array_equal(streamed, found)
 
 
 SAME_BITS = """
 import sys, numpy as np
 sys.path.insert(0, {root!r})
-from tests.primitives.test_fsmn import CASES, SPAN, _case, _loops, fsmn_memory, native
+from tests.primitives.convolution.test_fsmn import (
+    CASES, VALID_RANGE, _case, _loops, fsmn_memory, native
+)
 assert native.status().isa == {isa!r}, native.status()
 for case in CASES:
     operands, strides = _case(*case)
-    got = fsmn_memory(*operands, SPAN, strides=strides)
+    got = fsmn_memory(*operands, VALID_RANGE, strides=strides)
     np.testing.assert_array_equal(got, _loops(*operands, strides))
 print("same bits")
 """
@@ -81,7 +83,7 @@ def test_xla_and_the_kernels_of_every_instruction_set_give_the_same_bits(isa):
     if isa != "xla" and (not running.enabled or order.index(isa) > order.index(running.isa)):
         pytest.skip(f"no {isa} kernels here: {running.reason}")
     switch = {"CMJAX_NATIVE": "off"} if isa == "xla" else {"CMJAX_NATIVE_ISA": isa}
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     done = subprocess.run(
         [sys.executable, "-c", SAME_BITS.format(root=root, isa=isa)],
         env=os.environ | switch | {"JAX_PLATFORMS": "cpu"},
@@ -99,7 +101,7 @@ def test_the_gradient_is_that_of_the_formula():
     moves = [np.float32(rng.normal(size=a.shape)) for a in operands]
 
     def value(x, p, past, future):
-        return (weight * fsmn_memory(x, p, past, future, SPAN, strides=strides)).sum()
+        return (weight * fsmn_memory(x, p, past, future, VALID_RANGE, strides=strides)).sum()
 
     def exact(step):
         moved = [np.float64(a) + step * np.float64(d) for a, d in zip(operands, moves, strict=True)]
@@ -114,12 +116,12 @@ def test_the_gradient_is_that_of_the_formula():
 def test_it_can_be_mapped_over_signals_and_over_taps():
     operands, _ = _case(9, 3, 4, 2, (1, 1))
     x, p, past, future = operands
-    over_signals = jax.vmap(lambda x, p, span: fsmn_memory(x, p, past, future, span))
-    alone = over_signals(x[:, None], p[:, None], jnp.asarray(SPAN)[:, None])
-    np.testing.assert_array_equal(alone[:, 0], fsmn_memory(x, p, past, future, SPAN))
-    over_taps = jax.vmap(lambda past: fsmn_memory(x, p, past, future, SPAN))
+    over_signals = jax.vmap(lambda x, p, valid_range: fsmn_memory(x, p, past, future, valid_range))
+    alone = over_signals(x[:, None], p[:, None], jnp.asarray(VALID_RANGE)[:, None])
+    np.testing.assert_array_equal(alone[:, 0], fsmn_memory(x, p, past, future, VALID_RANGE))
+    over_taps = jax.vmap(lambda past: fsmn_memory(x, p, past, future, VALID_RANGE))
     two = over_taps(jnp.stack([past, 2 * past]))
-    np.testing.assert_array_equal(two[1], fsmn_memory(x, p, 2 * past, future, SPAN))
+    np.testing.assert_array_equal(two[1], fsmn_memory(x, p, 2 * past, future, VALID_RANGE))
 
 
 def test_it_is_priced_by_its_products_and_sums():
@@ -138,13 +140,15 @@ def test_it_is_priced_by_its_products_and_sums():
         ({"p": np.zeros((3, 8, 3), np.float32)}, ValueError, r"p must be \[3, 9, 3\], got \[3, 8"),
         ({"past": np.zeros((0, 3), np.float32)}, ValueError, r"past must be \[at least 1, 3\]"),
         ({"future": np.zeros((2, 4), np.float32)}, ValueError, r"future must be \[taps, 3\]"),
-        ({"span": np.zeros((2, 2), np.int32)}, ValueError, r"span must be \[3, 2\]"),
+        ({"valid_range": np.zeros((2, 2), np.int32)}, ValueError, r"valid_range must be \[3, 2\]"),
         ({"strides": (0, 1)}, ValueError, r"strides must be two numbers of at least 1, got \(0, 1"),
         ({"padding": (0, 0)}, ValueError, r"padding \(0, 0\), p must be \[3, 14, 3\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, message):
     operands, _ = _case(9, 3, 4, 2, (1, 1))
-    given = dict(zip(("x", "p", "past", "future"), operands, strict=True)) | {"span": SPAN}
+    given = dict(zip(("x", "p", "past", "future"), operands, strict=True)) | {
+        "valid_range": VALID_RANGE
+    }
     with pytest.raises(error, match=f"fsmn_memory: .*{message}"):
         fsmn_memory(**given | change)

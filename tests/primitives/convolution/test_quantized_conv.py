@@ -12,12 +12,8 @@ import pytest
 
 from cmjax import native
 from cmjax.primitives.convolution import kernel as conv_kernel
-from cmjax.primitives.convolution.quantized import (
-    filter_limit,
-    largest_input_limit,
-    quantized_conv,
-    quantized_conv_p,
-)
+from cmjax.primitives.convolution.quantized import quantized_conv, quantized_conv_p
+from cmjax.primitives.convolution.ranges import filter_limit, largest_input_limit
 from cmjax.primitives.convolution.straight_line import as_float32
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 
@@ -130,7 +126,7 @@ SAME_BITS = """
 import sys, numpy as np, jax
 sys.path.insert(0, {root!r})
 from cmjax import native
-from tests.primitives.test_quantized_conv import CASES, _case, _numpy, quantized_conv
+from tests.primitives.convolution.test_quantized_conv import CASES, _case, _numpy, quantized_conv
 assert native.status().isa == {isa!r}, native.status()
 for algorithm, taps, dilation in CASES[1::2]:
     for domain in ("int8", "int16"):
@@ -147,7 +143,7 @@ def test_xla_and_the_kernels_of_every_instruction_set_give_the_same_bits(isa):
     order = ["xla", "scalar", "avx2", "avx512_vnni"]
     if isa != "xla" and (not running.enabled or order.index(isa) > order.index(running.isa)):
         pytest.skip(f"no {isa} kernels here: {running.reason}")
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     switch = {"CMJAX_NATIVE": "off"} if isa == "xla" else {"CMJAX_NATIVE": "on"}
     if isa != "xla":
         switch["CMJAX_NATIVE_ISA"] = isa

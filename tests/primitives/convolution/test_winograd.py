@@ -14,9 +14,9 @@ from jax import export, lax
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from cmjax.primitives.convolution import calibrate
 from cmjax.primitives.convolution.choice import FLOOR_DB, choose_algorithm, expected_sqnr_db
 from cmjax.primitives.convolution.packed import prepack
-from cmjax.primitives.convolution.scales import calibrate
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
 from cmjax.primitives.convolution.winograd import int8_conv1d, winograd_conv1d
 from cmjax.program import trace
@@ -180,7 +180,7 @@ def test_a_filter_transformed_beforehand_gives_the_same_in_float32():
         assert _sqnr_db(_conv(x, w, stride), got) > 110
     with pytest.raises(ValueError, match="packed with domain='float32', and 'int8' was asked for"):
         winograd_conv1d(x, packed, domain="int8")
-    with pytest.raises(ValueError, match=r"scales are of F\(2,3\), got F\(4,3\)"):
+    with pytest.raises(ValueError, match=r"scales are of F\(2,3\) in int8, and F\(4,3\) in int8"):
         prepack(W, SCALES, algorithm="F(4,3)")
 
 

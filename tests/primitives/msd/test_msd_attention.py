@@ -8,7 +8,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 from cmjax.primitives.msd.attention import msd_attention
-from cmjax.primitives.msd.quantize_kv import keys_of, quantize_kv, values_of
+from cmjax.primitives.msd.kv import keys_of, quantize_kv, values_of
 from cmjax.program import trace
 
 CACHES = [("int8", "token"), ("int8", "channel"), ("mxfp4", "token")]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from cmjax.primitives.define import count_where
 from cmjax.primitives.msd import mxfp4
-from cmjax.primitives.msd.quantize_weight import WeightFormat, check_format, quantize_weight
+from cmjax.primitives.msd.weight import WeightFormat, check_format, quantize_weight_nk
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +30,8 @@ class QuantizedKV:
       format: "int8" or "mxfp4".
     """
 
-    k: Int8[Array, "batch kv_len kv_heads d"] | UInt8[Array, "batch kv_len kv_heads d//2"]
-    v: Int8[Array, "batch kv_len kv_heads dv"] | UInt8[Array, "batch kv_len kv_heads dv//2"]
+    k: Int8[Array, "batch kv_len kv_heads d"] | UInt8[Array, "batch kv_len kv_heads d_bytes"]
+    v: Int8[Array, "batch kv_len kv_heads dv"] | UInt8[Array, "batch kv_len kv_heads dv_bytes"]
     k_scale: Float32[Array, "#batch #kv_len kv_heads #d"] | UInt8[Array, "..."]
     v_scale: Float32[Array, "#batch #kv_len kv_heads #dv"] | UInt8[Array, "..."]
     format: WeightFormat = dataclasses.field(default="int8", metadata={"static": True})
@@ -54,6 +54,12 @@ def quantize_kv(
         calibrated beforehand.
     Raises: ValueError: another format or `per`; ranks, lengths; an infinity or NaN in concrete
       operands.
+    Source: Zheng et al., arXiv:2605.13915; blocks of MXFP4 as in OCP MX v1.0.
+    Example:
+
+      >>> cache = quantize_kv(jnp.ones((1, 3, 2, 8)), 2 * jnp.ones((1, 3, 2, 8)))
+      >>> cache.k.dtype.name, cache.k_scale.shape, int(cache.v.max())
+      ('int8', (1, 3, 2, 1), 127)
     """
     check_format("quantize_kv", format)
     if per not in ("token", "channel"):
@@ -79,8 +85,8 @@ def quantize_kv(
             "quantize_kv: mxfp4 needs d and kv_len to be multiples of 32 and dv to be even, got "
             f"k {k.shape} and v {v.shape}"
         )
-    keys = quantize_weight(k, format="mxfp4")
-    values = quantize_weight(jnp.moveaxis(v, 1, -1), format="mxfp4")  # blocks of tokens
+    keys = quantize_weight_nk(k, format="mxfp4")
+    values = quantize_weight_nk(jnp.moveaxis(v, 1, -1), format="mxfp4")  # blocks of tokens
     steps = jnp.moveaxis(mxfp4.unpack(values.values), -1, 1)
     return QuantizedKV(
         k=keys.values,
@@ -111,5 +117,5 @@ def values_of(v, v_scale, format) -> Float32[Array, "*batch kv_len kv_heads dv"]
 
 
 def _to_int8(x, axis):
-    weight = quantize_weight(jnp.moveaxis(x, axis, -1))
+    weight = quantize_weight_nk(jnp.moveaxis(x, axis, -1))
     return jnp.moveaxis(weight.values, -1, axis), jnp.expand_dims(weight.scale, axis)

@@ -18,6 +18,7 @@ from cmjax.primitives.define import count_where
 from cmjax.primitives.msd import mxfp4
 
 WeightFormat = Literal["int8", "mxfp4"]
+_NAME = "quantize_weight_nk"
 FORMATS = ("int8", "mxfp4")
 SMALLEST = 2.0**-100
 """Maxima under this count as zero, so that no intermediate result is a denormal number."""
@@ -38,14 +39,14 @@ class QuantizedWeight:
       group_size: inner elements that share a scale; `None` for the whole row (int8 only).
     """
 
-    values: Int8[Array, "*stack n k"] | UInt8[Array, "*stack n k//2"]
+    values: Int8[Array, "*stack n k"] | UInt8[Array, "*stack n bytes"]
     scale: Float32[Array, "..."] | UInt8[Array, "..."]
     offset: Float32[Array, "..."] | None = None
     format: WeightFormat = dataclasses.field(default="int8", metadata={"static": True})
     group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-def quantize_weight(
+def quantize_weight_nk(
     w: Float[Array, "*stack n k"],
     *,
     format: WeightFormat = "int8",
@@ -66,11 +67,16 @@ def quantize_weight(
     Raises: ValueError, TypeError: another format or dtype; `inner` not a multiple of the group;
       an infinity or NaN in a concrete `w` (under `jit` the features that hold one become NaN, or
       infinite in mxfp4).
+    Example: a scale per output feature, 127 of which are its largest magnitude.
+
+      >>> q = quantize_weight_nk(jnp.array([[127.0, -63.5], [0.0, 254.0]]))
+      >>> q.values.tolist(), q.scale.tolist()
+      ([[127, -64], [0, 127]], [1.0, 2.0])
     """
-    check_format("quantize_weight", format)
+    check_format(_NAME, format)
     _check(w, format, group_size, symmetric)
     if count_where(lambda v: ~jnp.isfinite(v), w):
-        raise ValueError("quantize_weight: w holds infinities or NaN; replace them before rounding")
+        raise ValueError(f"{_NAME}: w holds infinities or NaN; replace them before rounding")
     w = jnp.asarray(w).astype(jnp.float32)
     if format == "mxfp4":
         return _to_mxfp4(w)
@@ -92,7 +98,15 @@ def quantize_weight(
 
 
 def dequantize_weight(weight: QuantizedWeight) -> Float32[Array, "*stack n k"]:
-    """The float32 matrix that `weight` stands for (for mxfp4 exactly)."""
+    """The float32 matrix that `weight` stands for (for mxfp4 exactly).
+
+    Args:
+      weight: of `quantize_weight_nk`.
+    Example:
+
+      >>> dequantize_weight(quantize_weight_nk(jnp.array([[127.0, -63.5]]))).tolist()
+      [[127.0, -64.0]]
+    """
     return dequantize(weight.values, weight.scale, weight.offset, weight.format)
 
 
@@ -141,22 +155,22 @@ def _nonzero(scale):
 def _check(w, format, group_size, symmetric):
     if jnp.ndim(w) < 2 or not jnp.issubdtype(jnp.result_type(w), jnp.floating):
         raise TypeError(
-            "quantize_weight: w must be floating point [..., features, inner], got "
+            f"{_NAME}: w must be floating point [..., features, inner], got "
             f"{jnp.result_type(w)}{list(jnp.shape(w))}"
         )
     inner = jnp.shape(w)[-1]
     if format == "mxfp4":
         if group_size not in (None, mxfp4.BLOCK):
             raise ValueError(
-                f"quantize_weight: the blocks of mxfp4 have 32 values, got group_size={group_size}"
+                f"{_NAME}: the blocks of mxfp4 have 32 values, got group_size={group_size}"
             )
         if not symmetric:
-            raise ValueError("quantize_weight: mxfp4 has no offset; use symmetric=True, or int8")
+            raise ValueError(f"{_NAME}: mxfp4 has no offset; use symmetric=True, or int8")
         group_size = mxfp4.BLOCK
     if group_size is not None and (group_size < 1 or inner % group_size):
         raise ValueError(
-            f"quantize_weight: the inner dimension {inner} must be a multiple of the group size, "
+            f"{_NAME}: the inner dimension {inner} must be a multiple of the group size, "
             f"got {group_size}"
         )
     if inner < 1:
-        raise ValueError("quantize_weight: w has no inner dimension to quantize, got 0 columns")
+        raise ValueError(f"{_NAME}: w has no inner dimension to quantize, got 0 columns")

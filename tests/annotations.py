@@ -1,0 +1,120 @@
+"""Annotations held against every call that the tests make: shapes and dtypes, in and out.
+
+A function that refuses its arguments speaks for itself, so a call is checked once it has returned:
+whatever a public function accepts, and whatever it gives back, must be as its signature says, with
+one size for every name. Results that are dataclasses or named tuples are checked field by field.
+NumPy arrays count as arrays.
+"""
+
+import dataclasses
+import functools
+import importlib.abc
+import importlib.machinery
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, jaxtyped
+
+_typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int serves as a float
+
+
+class AnnotationHook(importlib.abc.MetaPathFinder):
+    """Checks the public functions of `packages`, from when their modules are first imported.
+
+    Fields:
+      packages: dotted names; modules below them are checked too.
+    """
+
+    def __init__(self, packages: tuple[str, ...]):
+        self.packages = packages
+
+    def find_spec(self, fullname, path, target=None):
+        if not any(fullname == p or fullname.startswith(p + ".") for p in self.packages):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            check_module(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def install(packages: tuple[str, ...]) -> None:
+    """Check these packages from now on; none of their modules may have been imported."""
+    early = [name for name in sys.modules if name.startswith(packages)]
+    assert not early, f"imported before the annotation hook: {early}"
+    sys.meta_path.insert(0, AnnotationHook(packages))
+
+
+def check_module(module: Any) -> None:
+    """Replace the public functions that `module` defines by checked ones."""
+    for name, value in list(vars(module).items()):
+        own = getattr(value, "__module__", None) == module.__name__
+        if own and not name.startswith("_") and not inspect.isclass(value) and callable(value):
+            setattr(module, name, checked(value))
+
+
+def checked(function: Callable) -> Callable:
+    """`function`, whose accepted calls are held against its annotations."""
+    results: list[Any] = []
+
+    @functools.wraps(function)
+    def replay(*args, **kwargs):
+        return results[-1]
+
+    replay = jaxtyped(replay, typechecker=_typechecker)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        results.append(result)
+        try:
+            replay(*args, **kwargs)
+        except TypeCheckError:
+            results.append(_as_array(result))
+            replay(*map(_as_array, args), **{name: _as_array(a) for name, a in kwargs.items()})
+        finally:
+            results.clear()
+        check_fields(result)
+        return result
+
+    return call
+
+
+def check_fields(record: Any) -> None:
+    """Hold a dataclass or named tuple of arrays against the annotations of its fields."""
+    kind = type(record)
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"):
+        names = (
+            [f.name for f in dataclasses.fields(kind)]
+            if dataclasses.is_dataclass(kind)
+            else (kind._fields)
+        )
+        _fields_checker(kind)(**{name: _as_array(getattr(record, name)) for name in names})
+
+
+@functools.cache
+def _fields_checker(kind: type) -> Callable:
+    def fields(**_):
+        return None
+
+    signature = inspect.signature(kind)
+    fields.__signature__ = signature.replace(return_annotation=Any)
+    fields.__qualname__ = kind.__qualname__
+    return jaxtyped(fields, typechecker=_typechecker)
+
+
+def _as_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return jnp.asarray(value)
+    return value
