@@ -13,16 +13,22 @@ SLOW = [p for p in PAGES if any(b.slow and b.needs is None for b in examples(p))
 NOT_RUN = [block for page in PAGES for block in examples(page) if block.needs is not None]
 
 
-@pytest.mark.parametrize("page", FAST, ids=_name)
-def test_the_examples_of_a_page_run_as_shown(page, tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to run in, which has the manual's data as a checkout has."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", FAST, ids=_name)
+def test_the_examples_of_a_page_run_as_shown(page, folder):
     run_page(page, slow=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SLOW, ids=_name)
-def test_all_examples_of_a_page_run_as_shown(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_all_examples_of_a_page_run_as_shown(page, folder):
     run_page(page, slow=True)
 
 
