@@ -137,7 +137,11 @@ def plot(rows: Iterable[Mapping[str, str]], path: Path, *, ranks: int = RANKS) -
     _name_marks(figure.axes[0], other[0])
     figure.axes[0].set_xticklabels([])
     figure.axes[1].set_xlabel("time against greedy planned on the same data, %   (left is faster)")
-    set_title(figure, finding(other), f"MoE layers on {ranks} ranks, one slot a rank more than needed; recordings of ESFT, OLMoE, gpt-oss, Mixtral")
+    set_title(
+        figure,
+        finding(other),
+        f"MoE layers on {ranks} ranks, a slot a rank more than needed; planned on → judged on",
+    )
     save(figure, path)
 
 

@@ -14,7 +14,6 @@ import tyro
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cmjax.report.plots.figure import (
-    BLUE,
     FAINT,
     GREEN,
     GREY,
@@ -168,8 +167,14 @@ def _draw(axes, lines, by_name: dict[str, dict[str, Any]]) -> None:
         axes.axhline(height, color=PALE, linewidth=0.8, zorder=0)
         axes.plot([low, high], [height, height], color=colour, linewidth=3, alpha=0.5)
         axes.plot(wer, height, "o", color=colour, markersize=7)
-        axes.annotate(f"{row['end_to_end']:.2f}x", (1.02, height),
-                      xycoords=("axes fraction", "data"),                      va="center", size=9, color=INK)  # fmt: skip
+        axes.annotate(
+            f"{row['end_to_end']:.2f}x",
+            (1.02, height),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            size=9,
+            color=INK,
+        )
     axes.xaxis.set_major_locator(LogLocator(subs=(1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -5,14 +5,15 @@ import functools
 import importlib
 import importlib.util
 import io
+import itertools
 import re
 import runpy
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
-import tomllib
 from markdown_examples import PAGES, ROOT, blocks, commands, examples
 
 from cmjax import cli
@@ -46,7 +47,7 @@ def test_every_block_of_code_is_fenced(page):
     lines = _prose(page).splitlines()
     indented = [
         line
-        for before, line in zip(lines, lines[1:], strict=False)
+        for before, line in itertools.pairwise(lines)
         if line.startswith("    ") and not before.strip()
     ]
     assert not indented
