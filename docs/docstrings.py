@@ -9,6 +9,7 @@ import re
 import griffe
 
 _SECTION = re.compile(r"^([A-Z][a-z]+): (?=\S)")
+_POWER = re.compile(r"(?<=[\w)])\*\*(?=[\w(-])")  # not bold
 _BOLD = {"Args", "Returns", "Raises", "Gradient", "Fields", "Attributes", "Example", "Examples"}
 
 
@@ -26,6 +27,8 @@ def markdown(text: str) -> str:
     indent: str | None = None  # of the example that a line is in
     for line in text.splitlines():
         bare = line.lstrip()
+        if indent is None and len(line) - len(bare) < 4:  # further in, it is code
+            line = _POWER.sub(r"\*\*", line)
         if indent is None and bare.startswith(">>>"):
             indent = line[: len(line) - len(bare)]
             shown += ["", f"{indent}```pycon"]

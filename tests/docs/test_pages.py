@@ -8,6 +8,7 @@ import io
 import itertools
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 import warnings
@@ -196,6 +197,24 @@ def _exists(dotted: str) -> bool:
 def _targets() -> frozenset[str]:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     return frozenset(re.findall(r"^([\w-]+):", text, flags=re.MULTILINE))
+
+
+def test_the_reference_has_every_name_of_the_face():
+    face = (ROOT / "cmjax/__init__.pyi").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/cmjax.md").read_text(encoding="utf-8")
+    names = re.findall(r"import \w+ as (\w+)$", face, flags=re.MULTILINE)
+    assert len(names) > 20
+    assert not [name for name in names if not re.search(rf"\.{name}\b|`{name}`", page)]
+
+
+@pytest.mark.slow
+def test_the_manual_builds_without_a_warning(tmp_path):
+    """mkdocs is an extra: skipped where it is not installed."""
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    found = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "cmjax.deploy.predict.predict" in (tmp_path / "reference/cmjax.html").read_text(encoding="utf-8")
 
 
 def test_the_manual_is_an_extra_and_not_in_the_default_installation():
