@@ -111,7 +111,7 @@ def counted() -> str:
 
 def by_xla(fn: Callable, *args) -> float:
     """FLOP by XLA's `cost_analysis` of the compiled program."""
-    return jax.jit(fn).lower(*args).compile().cost_analysis().get("flops", 0.0)
+    return (jax.jit(fn).lower(*args).compile().cost_analysis() or {}).get("flops", 0.0)
 
 
 def by_roofline(fn: Callable, *args) -> float:
