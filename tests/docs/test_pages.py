@@ -214,7 +214,8 @@ def test_the_manual_builds_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     found = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert "cmjax.deploy.predict.predict" in (tmp_path / "reference/cmjax.html").read_text(encoding="utf-8")
+    page = (tmp_path / "reference/cmjax.html").read_text(encoding="utf-8")
+    assert 'id="cmjax.deploy.predict.predict"' in page
 
 
 def test_the_manual_is_an_extra_and_not_in_the_default_installation():
