@@ -1,7 +1,8 @@
 # make run   the main job: predictions for DeepSeek-R1 on CloudMatrix384 and an expert placement,
 #            as tables, plots and a page in out/
 # make test  the test suite but for its slow tests; make test-all has them too
-# Both make their own .venv first. A Python of at least 3.12 is looked for; name one with PYTHON=...
+# make docs  the manual, as a site in out/manual/
+# Each makes its own .venv first. A Python of at least 3.12 is looked for; name one with PYTHON=...
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ FIND_PYTHON := for p in $(PYTHON) python3.12 python3.13 python3.14 python3 pytho
 	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done
 
-.PHONY: run test test-all lint bench clean
+.PHONY: run test test-all lint bench docs clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed
@@ -29,6 +30,10 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.price_speed
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open out/manual/index.html"
+
 $(VENV)/bin/python:
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
@@ -45,6 +50,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(wildcard cmjax/native/cs
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed mkdocs.yml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	@touch $@
 
 clean:

@@ -31,7 +31,7 @@ from rich.table import Table
 from cmjax.console import exit_code, terminal
 from cmjax.deploy import Phase, predict
 from cmjax.models.moe import MoEModel, extend_cache
-from cmjax.report.plots.figure import BLUE, FAINT, ORANGE, add_axes, new_figure, save, set_title
+from studies.arithmetic_figure import plot
 from train import checkpoint
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
@@ -155,59 +155,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
             *times,
         )
     return shown
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Divergence against predicted time, a panel per phase."""
-    figure = new_figure(4.4)
-    rows = [row for row in rows if "decode_ms" in row]
-    panels = (("decode", BLUE, 0.75, 4.15), ("prefill", ORANGE, 4.6, 0.3))
-    for phase, colour, left, right in panels:
-        axes = add_axes(figure, left=left, right=right, bottom=1.3)
-        points = [(row[f"{phase}_ms"], max(row["divergence"], 1e-9)) for row in rows]
-        axes.set_yscale("log")
-        axes.plot(*zip(*points, strict=True), "o", color=colour)
-        axes.margins(0.15)
-        axes.autoscale_view()  # now, for labels are placed in pixels
-        for where, numbers in _together(points, axes):
-            text = ", ".join(str(number + 1) for number in numbers)
-            axes.annotate(
-                text, where, xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
-            )
-        axes.set_xlabel(f"predicted {phase} step of DeepSeek-R1, ms")
-        if phase == "decode":
-            axes.set_ylabel("KL from float32, nats per byte")
-    names = [f"{number} {row['name']}" for number, row in enumerate(rows, 1)]
-    half = (len(names) + 1) // 2
-    for column, part in enumerate((names[:half], names[half:])):
-        text = "\n".join(part)
-        figure.text(0.1 + 0.48 * column, 0.02, text, fontsize=8.5, color=FAINT, va="bottom")
-    fastest_row = min(rows, key=lambda row: row["decode_ms"])
-    base = rows[0]["decode_ms"] / fastest_row["decode_ms"]
-    set_title(
-        figure,
-        f"{fastest_row['name']} decodes {base:.2f} times as fast as bfloat16 and agrees on "
-        f"{fastest_row['agreement']:.1%} of bytes",
-        "left and low is better; divergence of a small model trained here",
-    )
-    save(figure, path)
-
-
-def _together(points, axes, reach: float = 22.0):
-    """Points nearer than `reach` pixels to one another: the rightmost, and their numbers."""
-    pixels = axes.transData.transform(points)
-    groups: list[list[int]] = []
-    for number, pixel in enumerate(pixels):
-        near = [g for g in groups if min(np.hypot(*(pixels[g] - pixel).T)) < reach]
-        if near:
-            near[0].append(number)
-        else:
-            groups.append([number])
-    for group in groups:
-        last = max(group, key=lambda number: pixels[number][0])
-        height = np.mean([pixels[number][1] for number in group])
-        x, y = axes.transData.inverted().transform([pixels[last][0], height])
-        yield (x, y), group
 
 
 def _config(study: Study) -> LanguageModelConfig:

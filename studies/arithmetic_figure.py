@@ -1,0 +1,127 @@
+"""The picture of `studies.arithmetic`: what an arithmetic loses, against the time it takes.
+
+    python -m studies.arithmetic_figure [--csv docs/arithmetic.csv] [--out docs/arithmetic.png]
+
+draws it again from a table of the study's rows, without training anything.
+"""
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from matplotlib.transforms import Bbox
+
+from cmjax.report.plots.figure import BLUE, INK, ORANGE, add_axes, new_figure, save, set_title
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Options of the picture."""
+
+    csv: Path = Path("docs/arithmetic.csv")
+    """One row per arithmetic, with the columns of the study's results."""
+    out: Path = Path("docs/arithmetic.png")
+    """The picture, .png or .svg."""
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Divergence against predicted time, a panel per phase, every point with its name."""
+    figure = new_figure(3.9)
+    rows = [row for row in rows if "decode_ms" in row]
+    panels = (("decode", BLUE, 0.8, 4.0), ("prefill", ORANGE, 4.55, 0.25))
+    for phase, colour, left, right in panels:
+        axes = add_axes(figure, left=left, right=right, top=0.85)
+        times = [row[f"{phase}_ms"] for row in rows]
+        points = [
+            (time, max(row["divergence"], 1e-9)) for time, row in zip(times, rows, strict=True)
+        ]
+        axes.set_yscale("log")
+        axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=7)
+        axes.margins(0.2)
+        axes.autoscale_view()  # now, for names are placed in pixels
+        _name_points(axes, points, [row["name"] for row in rows])
+        axes.set_xlabel(f"predicted {phase} step of DeepSeek-R1, ms")
+        if phase == "decode":
+            axes.set_ylabel("KL from float32, nats per byte")
+    fastest_row = min(rows, key=lambda row: row["decode_ms"])
+    base = rows[0]["decode_ms"] / fastest_row["decode_ms"]
+    set_title(
+        figure,
+        f"{fastest_row['name']} decodes {base:.2f} times as fast as bfloat16 and agrees on "
+        f"{fastest_row['agreement']:.1%} of bytes",
+        "left and low is better; divergence of a small model trained here",
+    )
+    save(figure, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows as the study has them; what is empty is left out.
+
+    Raises: ValueError: a cell that holds no number.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [
+            {"name": row.pop("name")} | {key: float(cell) for key, cell in row.items() if cell}
+            for row in rows
+        ]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _name_points(axes, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Write beside each group of points what they are, where nothing else is."""
+    pixels = axes.transData.transform(points)
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    frame = axes.get_window_extent()
+    for group in _together(pixels):
+        group.sort(key=lambda number: -pixels[number][1])
+        box = Bbox.union([taken[number] for number in group])
+        y = (box.y0 + box.y1) / 2
+        sides = (
+            (box.x1 + 3, y, "left", "center"),
+            (box.x0 - 3, y, "right", "center"),
+            ((box.x0 + box.x1) / 2, box.y1 + 2, "center", "bottom"),
+            ((box.x0 + box.x1) / 2, box.y0 - 2, "center", "top"),
+        )
+        for x, y, across, along in sides:
+            text = axes.text(
+                *axes.transData.inverted().transform((x, y)),
+                "\n".join(names[number] for number in group),
+                ha=across,
+                va=along,
+                fontsize=9,
+                color=INK,
+            )
+            extent = text.get_window_extent()
+            inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 + 20
+            others = [b for number, b in enumerate(taken) if number not in group]
+            if (inside and not any(extent.overlaps(b) for b in others)) or along == "top":
+                taken.append(extent)
+                break
+            text.remove()
+
+
+def _together(pixels, reach: float = 14.0) -> list[list[int]]:
+    """Numbers of the points, those nearer than `reach` pixels to one another in one group."""
+    groups: list[list[int]] = []
+    for number, pixel in enumerate(pixels):
+        near = [g for g in groups if min(np.hypot(*(pixels[g] - pixel).T)) < reach]
+        if near:
+            near[0].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def main(options: Figure) -> None:
+    plot(read_rows(options.csv), options.out)
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Figure, description=__doc__))
