@@ -22,7 +22,7 @@ from .primitives import msd_decompose as msd_decompose
 from .primitives import msd_dot as msd_dot
 from .primitives import pasa_attention as pasa_attention
 from .primitives import quantize_kv as quantize_kv
-from .primitives import quantize_weight_nk as quantize_weight_nk
+from .primitives import quantize_weight as quantize_weight
 from .primitives import rsq_quantize as rsq_quantize
 from .primitives import winograd_conv1d as winograd_conv1d
 from .verify import Traffic as Traffic

@@ -27,7 +27,7 @@ from cmjax.primitives import (
     msd_decompose,
     msd_dot,
     quantize_kv,
-    quantize_weight_nk,
+    quantize_weight,
 )
 from cmjax.primitives.msd.decompose import STEP
 from cmjax.report import Section, write_page
@@ -127,7 +127,7 @@ def products(rng: np.random.Generator, path: Path) -> Section:
         "N(5, 1)": rng.normal(5, 1, size=shape),
     }
     w = jnp.asarray(rng.normal(size=(1024, 4096)), jnp.float32)
-    weight, small = quantize_weight_nk(w), quantize_weight_nk(w, format="mxfp4")
+    weight, small = quantize_weight(w), quantize_weight(w, format="mxfp4")
     dense = np.asarray(dequantize_weight(weight), np.float64)
     rounded = dense.astype(ml_dtypes.bfloat16).astype(np.float64)
     dense4 = np.asarray(dequantize_weight(small), np.float64)

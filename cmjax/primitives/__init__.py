@@ -42,7 +42,7 @@ from cmjax.primitives.msd import (
     msd_decompose,
     msd_dot,
     quantize_kv,
-    quantize_weight_nk,
+    quantize_weight,
 )
 
 __all__ = [
@@ -81,7 +81,7 @@ __all__ = [
     "prepack",
     "quantize_kv",
     "quantize_rows",
-    "quantize_weight_nk",
+    "quantize_weight",
     "rsq_quantize",
     "winograd_conv1d",
 ]

@@ -8,7 +8,7 @@ from cmjax.primitives.msd.weight import (
     QuantizedWeight,
     WeightFormat,
     dequantize_weight,
-    quantize_weight_nk,
+    quantize_weight,
 )
 
 __all__ = [
@@ -21,5 +21,5 @@ __all__ = [
     "msd_decompose",
     "msd_dot",
     "quantize_kv",
-    "quantize_weight_nk",
+    "quantize_weight",
 ]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from cmjax.primitives.define import count_where
 from cmjax.primitives.msd import mxfp4
-from cmjax.primitives.msd.weight import WeightFormat, check_format, quantize_weight_nk
+from cmjax.primitives.msd.weight import WeightFormat, check_format, quantize_weight
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +85,8 @@ def quantize_kv(
             "quantize_kv: mxfp4 needs d and kv_len to be multiples of 32 and dv to be even, got "
             f"k {k.shape} and v {v.shape}"
         )
-    keys = quantize_weight_nk(k, format="mxfp4")
-    values = quantize_weight_nk(jnp.moveaxis(v, 1, -1), format="mxfp4")  # blocks of tokens
+    keys = quantize_weight(k, format="mxfp4")
+    values = quantize_weight(jnp.moveaxis(v, 1, -1), format="mxfp4")  # blocks of tokens
     steps = jnp.moveaxis(mxfp4.unpack(values.values), -1, 1)
     return QuantizedKV(
         k=keys.values,
@@ -117,5 +117,5 @@ def values_of(v, v_scale, format) -> Float32[Array, "*batch kv_len kv_heads dv"]
 
 
 def _to_int8(x, axis):
-    weight = quantize_weight_nk(jnp.moveaxis(x, axis, -1))
+    weight = quantize_weight(jnp.moveaxis(x, axis, -1))
     return jnp.moveaxis(weight.values, -1, axis), jnp.expand_dims(weight.scale, axis)

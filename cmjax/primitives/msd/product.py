@@ -86,9 +86,9 @@ def msd_dot(
     Source: Zheng et al., arXiv:2605.13915, and the formulas of this module.
     Example:
 
-      >>> from cmjax.primitives.msd.weight import quantize_weight_nk
+      >>> from cmjax.primitives.msd.weight import quantize_weight
       >>> w = jnp.array([[127.0, -63.0, 0.0], [254.0, 2.0, 4.0]])
-      >>> y = msd_dot(jnp.array([[1.0, 2.0, 3.0]]), quantize_weight_nk(w))
+      >>> y = msd_dot(jnp.array([[1.0, 2.0, 3.0]]), quantize_weight(w))
       >>> y.shape, y.round(1).tolist()
       ((1, 2), [[1.0, 270.0]])
     """

@@ -18,7 +18,7 @@ from cmjax.primitives.define import count_where
 from cmjax.primitives.msd import mxfp4
 
 WeightFormat = Literal["int8", "mxfp4"]
-_NAME = "quantize_weight_nk"
+_NAME = "quantize_weight"
 FORMATS = ("int8", "mxfp4")
 SMALLEST = 2.0**-100
 """Maxima under this count as zero, so that no intermediate result is a denormal number."""
@@ -46,7 +46,7 @@ class QuantizedWeight:
     group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-def quantize_weight_nk(
+def quantize_weight(
     w: Float[Array, "*stack n k"],
     *,
     format: WeightFormat = "int8",
@@ -69,7 +69,7 @@ def quantize_weight_nk(
       infinite in mxfp4).
     Example: a scale per output feature, 127 of which are its largest magnitude.
 
-      >>> q = quantize_weight_nk(jnp.array([[127.0, -63.5], [0.0, 254.0]]))
+      >>> q = quantize_weight(jnp.array([[127.0, -63.5], [0.0, 254.0]]))
       >>> q.values.tolist(), q.scale.tolist()
       ([[127, -64], [0, 127]], [1.0, 2.0])
     """
@@ -101,10 +101,10 @@ def dequantize_weight(weight: QuantizedWeight) -> Float32[Array, "*stack n k"]:
     """The float32 matrix that `weight` stands for (for mxfp4 exactly).
 
     Args:
-      weight: of `quantize_weight_nk`.
+      weight: of `quantize_weight`.
     Example:
 
-      >>> dequantize_weight(quantize_weight_nk(jnp.array([[127.0, -63.5]]))).tolist()
+      >>> dequantize_weight(quantize_weight(jnp.array([[127.0, -63.5]]))).tolist()
       [[127.0, -64.0]]
     """
     return dequantize(weight.values, weight.scale, weight.offset, weight.format)

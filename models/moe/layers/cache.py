@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from cmjax.models.moe.arithmetic import KV_CACHES, KVCache
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.primitives.exchange import quantize_rows
-from cmjax.primitives.msd import QuantizedWeight, dequantize_weight, quantize_weight_nk
+from cmjax.primitives.msd import QuantizedWeight, dequantize_weight, quantize_weight
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +148,7 @@ def _encode(x: Array, kind: KVCache) -> tuple[Array, Array | None]:
     if kind not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kind!r}")
     if kind == "mxfp4":
-        packed = quantize_weight_nk(x, format="mxfp4")
+        packed = quantize_weight(x, format="mxfp4")
         return packed.values, packed.scale
     return quantize_rows(x) if kind == "int8" else (x.astype(kind), None)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int8
 from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
 from cmjax.models.moe.layers.initial import normal
 from cmjax.primitives.exchange import quantize_rows
-from cmjax.primitives.msd import QuantizedWeight, WeightFormat, msd_dot, quantize_weight_nk
+from cmjax.primitives.msd import QuantizedWeight, WeightFormat, msd_dot, quantize_weight
 from cmjax.program.mark import fused
 
 _MSD: dict[str, WeightFormat] = {"msd_w8a16": "int8", "msd_w4a16": "mxfp4"}
@@ -164,7 +164,7 @@ def encode_weight(
         return {"weight": value.astype(format)}
     value = value.astype(jnp.float32)
     if format == "msd_w4a16":
-        packed = quantize_weight_nk(jnp.swapaxes(value, -1, -2), format="mxfp4")
+        packed = quantize_weight(jnp.swapaxes(value, -1, -2), format="mxfp4")
         return {"values": packed.values, "scale": packed.scale}
     if importance is None:
         steps, scale = quantize_columns(value)

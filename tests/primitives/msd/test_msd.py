@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmjax.primitives.msd.product import MOST_INNER, float_of_total, msd_dot
-from cmjax.primitives.msd.weight import dequantize_weight, quantize_weight_nk
+from cmjax.primitives.msd.weight import dequantize_weight, quantize_weight
 from cmjax.program import trace
 
 RNG = np.random.default_rng(0)
@@ -22,11 +22,11 @@ X = RNG.normal(size=(6, 128)).astype(np.float32)
 W = RNG.normal(size=(16, 128)).astype(np.float32)
 BIAS = RNG.normal(size=16).astype(np.float32)
 WEIGHTS = {
-    "int8": quantize_weight_nk(W),
-    "int8 in groups": quantize_weight_nk(W, group_size=32),
-    "int8 with offset": quantize_weight_nk(W + 1, symmetric=False),
-    "int8 groups with offset": quantize_weight_nk(W + 1, symmetric=False, group_size=64),
-    "mxfp4": quantize_weight_nk(W, format="mxfp4"),
+    "int8": quantize_weight(W),
+    "int8 in groups": quantize_weight(W, group_size=32),
+    "int8 with offset": quantize_weight(W + 1, symmetric=False),
+    "int8 groups with offset": quantize_weight(W + 1, symmetric=False, group_size=64),
+    "mxfp4": quantize_weight(W, format="mxfp4"),
 }
 
 
@@ -76,7 +76,7 @@ def test_the_bound_holds_for_rows_of_any_size_and_spread(kind, seed, power, spre
 @pytest.mark.parametrize("passes, worst", [(1, 2e-2), (2, 1e-4), (3, 1e-6)])
 def test_more_passes_are_more_accurate(passes, worst):
     x, w = RNG.normal(size=(2, 64, 1024)).astype(np.float32)
-    weight = quantize_weight_nk(w)
+    weight = quantize_weight(w)
     exact = _exact(x, weight)
     error = np.linalg.norm(msd_dot(x, weight, passes=passes) - exact) / np.linalg.norm(exact)
     assert error < worst
@@ -313,7 +313,7 @@ class _Layer(nnx.Module):
     """A W8A16 layer whose scales and bias are trained."""
 
     def __init__(self, w):
-        weight = quantize_weight_nk(w)
+        weight = quantize_weight(w)
         self.values = nnx.Variable(weight.values)
         self.scale = nnx.Param(weight.scale)
         self.bias = nnx.Param(jnp.zeros(w.shape[0]))
@@ -361,7 +361,7 @@ def test_zero_rows_give_the_bias_and_overflow_saturates():
 def test_the_cost_is_one_product_that_reads_the_weights_once(format):
     (rows,) = export.symbolic_shape("rows")
     weight = jax.eval_shape(
-        functools.partial(quantize_weight_nk, format=format),
+        functools.partial(quantize_weight, format=format),
         jax.ShapeDtypeStruct((512, 256), jnp.float32),
     )
     program = trace(msd_dot, jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16), weight)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cmjax.primitives.msd import mxfp4
 from cmjax.primitives.msd.kv import keys_of, quantize_kv, values_of
-from cmjax.primitives.msd.weight import dequantize_weight, quantize_weight_nk
+from cmjax.primitives.msd.weight import dequantize_weight, quantize_weight
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(6, 128)).astype(np.float32)
@@ -59,7 +59,7 @@ def test_exponents_of_powers_of_two_and_their_neighbours():
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_int8_is_within_half_a_step(group_size, symmetric, shift):
     w = W + np.float32(shift)
-    q = quantize_weight_nk(w, group_size=group_size, symmetric=symmetric)
+    q = quantize_weight(w, group_size=group_size, symmetric=symmetric)
     assert q.values.dtype == jnp.int8 and q.values.shape == w.shape
     assert q.scale.shape == ((6,) if group_size is None else (6, 128 // group_size))
     assert (q.offset is None) == symmetric
@@ -75,13 +75,13 @@ def test_int8_is_within_half_a_step(group_size, symmetric, shift):
 def test_rows_of_zeros_and_of_one_value_survive(symmetric):
     w = np.zeros((3, 32), np.float32)
     w[1], w[2] = -0.7, 3e38
-    got = dequantize_weight(quantize_weight_nk(w, symmetric=symmetric))
+    got = dequantize_weight(quantize_weight(w, symmetric=symmetric))
     np.testing.assert_allclose(got, w, rtol=1e-5)
 
 
 def test_mxfp4_takes_the_scale_that_just_holds_the_block_and_half_the_memory():
     w = np.concatenate([W, np.zeros((1, 128)), 1e-20 * W, 1e37 * W]).astype(np.float32)
-    q = quantize_weight_nk(w, format="mxfp4")
+    q = quantize_weight(w, format="mxfp4")
     assert q.values.dtype == jnp.uint8 and q.values.shape == (w.shape[0], 64)
     assert q.scale.dtype == jnp.uint8 and q.scale.shape == (w.shape[0], 4)
     scale = 2.0 ** (np.repeat(np.asarray(q.scale, float), 32, axis=1) - 127)
@@ -95,10 +95,10 @@ def test_mxfp4_takes_the_scale_that_just_holds_the_block_and_half_the_memory():
 
 
 def test_a_weight_is_a_pytree_under_jit_and_vmap():
-    stacked = jax.jit(quantize_weight_nk)(np.stack([W, 2 * W]))
-    np.testing.assert_array_equal(stacked.values[1], quantize_weight_nk(2 * W).values)
-    mapped = jax.vmap(lambda w: quantize_weight_nk(w, format="mxfp4"))(np.stack([W, 2 * W]))
-    np.testing.assert_array_equal(mapped.scale[1], quantize_weight_nk(2 * W, format="mxfp4").scale)
+    stacked = jax.jit(quantize_weight)(np.stack([W, 2 * W]))
+    np.testing.assert_array_equal(stacked.values[1], quantize_weight(2 * W).values)
+    mapped = jax.vmap(lambda w: quantize_weight(w, format="mxfp4"))(np.stack([W, 2 * W]))
+    np.testing.assert_array_equal(mapped.scale[1], quantize_weight(2 * W, format="mxfp4").scale)
     assert mapped.format == "mxfp4" and mapped.group_size == 32
 
 
@@ -122,20 +122,20 @@ def test_caches_stand_for_keys_and_values_within_their_steps(format, per):
 @pytest.mark.parametrize(
     "build, error, message",
     [
-        (lambda: quantize_weight_nk(W, format="int4"), ValueError, '"int8" or "mxfp4"'),
-        (lambda: quantize_weight_nk(W[0]), TypeError, r"features, inner\], got float32\[128\]"),
-        (lambda: quantize_weight_nk(W.astype(int)), TypeError, "w must be floating point"),
-        (lambda: quantize_weight_nk(W, group_size=48), ValueError, "multiple of the group size"),
-        (lambda: quantize_weight_nk(W, group_size=0), ValueError, "multiple of the group size"),
-        (lambda: quantize_weight_nk(W[:, :48], format="mxfp4"), ValueError, "dimension 48"),
+        (lambda: quantize_weight(W, format="int4"), ValueError, '"int8" or "mxfp4"'),
+        (lambda: quantize_weight(W[0]), TypeError, r"features, inner\], got float32\[128\]"),
+        (lambda: quantize_weight(W.astype(int)), TypeError, "w must be floating point"),
+        (lambda: quantize_weight(W, group_size=48), ValueError, "multiple of the group size"),
+        (lambda: quantize_weight(W, group_size=0), ValueError, "multiple of the group size"),
+        (lambda: quantize_weight(W[:, :48], format="mxfp4"), ValueError, "dimension 48"),
         (
-            lambda: quantize_weight_nk(W, format="mxfp4", group_size=64),
+            lambda: quantize_weight(W, format="mxfp4", group_size=64),
             ValueError,
             "32 values, got group_size=64",
         ),
-        (lambda: quantize_weight_nk(W, format="mxfp4", symmetric=False), ValueError, "no offset"),
-        (lambda: quantize_weight_nk(W / np.float32(0)), ValueError, "infinities or NaN"),
-        (lambda: quantize_weight_nk(W[:, :0]), ValueError, "got 0 columns"),
+        (lambda: quantize_weight(W, format="mxfp4", symmetric=False), ValueError, "no offset"),
+        (lambda: quantize_weight(W / np.float32(0)), ValueError, "infinities or NaN"),
+        (lambda: quantize_weight(W[:, :0]), ValueError, "got 0 columns"),
         (lambda: quantize_kv(W, W), ValueError, "k must be floating point"),
         (
             lambda: quantize_kv(W[None, :, :, None], W[None, :3, :, None]),
