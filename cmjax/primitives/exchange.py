@@ -178,7 +178,7 @@ def round_trip_bytes(hidden: int, *, quantize: bool, itemsize: int = 2) -> float
 
 def gather_ranks(
     x: Float[Array, "n *rest"], axes: tuple[str, ...]
-) -> Float[Array, "ranks*n *rest"]:
+) -> Float[Array, "gathered *rest"]:
     """Concatenate every rank's `x` on axis 0, in rank order.
 
     One `lax.all_gather` per mesh axis, innermost first: each rank receives the same bytes as in a
@@ -222,7 +222,7 @@ def _dispatch_reference(
         rows = (rows.astype(jnp.float32) * scale[..., None]).astype(dtype)
     sent = jnp.minimum(wanted, capacity)
     counts = _exchange(sent.reshape(ranks, slots_per_rank), axes)
-    dropped = jnp.sum(wanted - sent)
+    dropped = jnp.sum(wanted - sent, dtype=jnp.int32)
     return [rows, scale, counts, position.reshape(tokens, copies), dropped]
 
 
