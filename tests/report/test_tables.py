@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cmjax.cost.fit import Residual
+from cmjax.cost.fit import Calibration, Residual
 from cmjax.cost.measured import Measurement
 from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.hardware import load_machine
