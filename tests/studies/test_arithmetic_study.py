@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from studies.arithmetic import PRICED, Study, main, plot, priced, table
-from train.moe.config import Config
+from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train
 
 QUIET = Console(quiet=True)
@@ -43,7 +43,7 @@ def test_the_table_has_every_row_and_the_picture_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_measured_in_every_arithmetic(tmp_path):
-    config = Config(out=tmp_path / "run", **TINY)
+    config = LanguageModelConfig(out=tmp_path / "run", **TINY)
     train(start(config, QUIET), QUIET)
     main(Study(checkpoint=config.out, out=tmp_path / "study", windows=2), QUIET)
     rows = json.loads((tmp_path / "study/results.json").read_text())
