@@ -29,12 +29,16 @@ class AnnotationHook(importlib.abc.MetaPathFinder):
 
     Fields:
       packages: dotted names; modules below them are checked too.
+      but: modules among them that are not.
     """
 
-    def __init__(self, packages: tuple[str, ...]):
+    def __init__(self, packages: tuple[str, ...], but: tuple[str, ...] = ()):
         self.packages = packages
+        self.but = but
 
     def find_spec(self, fullname, path, target=None):
+        if fullname in self.but:
+            return None
         if not any(fullname == p or fullname.startswith(p + ".") for p in self.packages):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -50,11 +54,11 @@ class AnnotationHook(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install(packages: tuple[str, ...]) -> None:
+def install(packages: tuple[str, ...], but: tuple[str, ...] = ()) -> None:
     """Check these packages from now on; none of their modules may have been imported."""
     early = [name for name in sys.modules if name.startswith(packages)]
     assert not early, f"imported before the annotation hook: {early}"
-    sys.meta_path.insert(0, AnnotationHook(packages))
+    sys.meta_path.insert(0, AnnotationHook(packages, but))
 
 
 def check_module(module: Any) -> None:
@@ -122,6 +126,6 @@ def _has_symbolic_size(leaf: Any) -> bool:
 
 
 def _as_array(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return jnp.asarray(value)
     return value

@@ -17,7 +17,7 @@ from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode, load_machine
 from cmjax.models.moe.checkpoint.hf_config import load_config
-from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
+from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table
 from cmjax.placement import Loads, Plan
 
 _DEPLOYMENT = {field.name for field in dataclasses.fields(Deployment)}
@@ -124,8 +124,8 @@ def rank_imbalance(
 def plan_table(plan: Plan, deployment: Deployment, machine: Supernode) -> SlotTable | None:
     """The slots of a deployment whose experts live where a plan puts them.
 
-    Layers may differ in what their slots hold, not in how many there are: the table is that of the
-    layer in which an expert has most copies. `None`, the slots of the published deployment, where
+    How many slots there are is what a step's program depends on, and not what they hold: the load
+    on the slowest rank says that. `None`, the slots of the published deployment, where
     the plan is for its ranks without shared replicas.
     Raises: ValueError: a plan for another model, or for other ranks.
     """
@@ -140,8 +140,11 @@ def plan_table(plan: Plan, deployment: Deployment, machine: Supernode) -> SlotTa
             f"{plan.source}: a plan for {plan.ranks} ranks; the deployment has {ranks} "
             f"({routed // published.slots_per_rank} of them hold routed experts)"
         )
-    tables = plan_tables(plan, config, ranks)
-    return max(tables, key=lambda table: table.max_copies)
+    slots = plan_tables(plan, config, ranks)[0]
+    shared = slots.experts_of_slot.count(config.routed_experts)
+    return ep_table(
+        config.routed_experts, ranks, slots.slots - config.routed_experts - shared, shared
+    )
 
 
 def _ep_ranks(deployment: Deployment, machine: Supernode) -> int:

@@ -210,6 +210,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["search", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_ctrl_c_gives_the_best_plan_so_far(tmp_path, method):
     counts = np.random.default_rng(0).integers(1, 1000, size=(12, 40, 128))

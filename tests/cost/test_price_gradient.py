@@ -42,6 +42,7 @@ def moved(tree, index, factor):
     return jax.tree.unflatten(structure, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MACHINES)
 def test_gradients_are_central_differences_in_every_constant_size_and_load(decode, name):
     step, program, machine = decode[name]

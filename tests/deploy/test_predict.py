@@ -137,6 +137,7 @@ def test_without_a_load_the_scatter_of_a_finite_batch_counts(decode):
     assert decode.predict(REQUESTS).to_dict()["step_ms"] > even
 
 
+@pytest.mark.slow
 def test_sensitivities_name_what_the_step_waits_for(decode):
     found = decode.sensitivity(REQUESTS)
     sizes = [abs(v) for v in found.values()]

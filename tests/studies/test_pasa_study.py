@@ -20,6 +20,7 @@ def test_the_resonance_centre_is_half_of_d_times_the_amplitudes():
     assert scores.mean() == pytest.approx(-230_400, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_every_case_and_writes_page_and_pictures(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--length", "96", "--heads", "1"]) == 0
     printed = capsys.readouterr().out

@@ -35,6 +35,7 @@ def test_one_step_for_all_points_ruins_large_tiles_and_a_step_per_point_does_not
     assert one < 3 < 24 < per_point
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_pipelines_keep_their_order(kind):
     direct, per_point, integer, shift, safe, ranged, exact = _reached(

@@ -54,6 +54,7 @@ def test_stretching_keeps_the_fastest_frequency_or_divides_all_as_the_papers_say
     np.testing.assert_array_equal(frequencies(short["RoPE NTK"]), plain)
 
 
+@pytest.mark.slow
 def test_reading_once_for_all_questions_equals_reading_for_each():
     model = initial_model(Recall())
     haystack = draw_haystack(np.random.default_rng(1), VOCABULARY, 64)

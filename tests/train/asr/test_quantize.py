@@ -46,6 +46,7 @@ def noise():
     return found
 
 
+@pytest.mark.slow
 def test_direct_int8_is_most_exact_and_naive_winograd_loses_most(noise):
     direct = noise["int8", "per-tap"]
     tapped, naive = noise["int8-winograd", "per-tap"], noise["int8-winograd", "naive"]
@@ -69,6 +70,7 @@ def test_auto_takes_a_short_algorithm_where_there_are_channels_enough():
     assert [form == "direct" for form in forms] == [True] + 8 * [False] + [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", ["per-tap", "scaled", "naive"])
 def test_which_steps_learn_is_a_matter_of_the_ranges(ranges):
     model = _model()

@@ -58,6 +58,7 @@ def whole(tmp_path_factory, compiled_once):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["latent", "grouped"])
 def test_loss_and_gradient_are_those_of_one_rank_on_every_mesh(attention):
     config = _config(attention=attention)
