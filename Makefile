@@ -1,6 +1,6 @@
 # make run   the main job: predictions for DeepSeek-R1 on CloudMatrix384 and an expert placement,
 #            as tables, plots and a page in out/
-# make test  the test suite but for its slow tests; make test-all has them too
+# make test  the test suite but for its slow tests; make test-slow runs those, test-all both
 # make docs  the manual, as a site in out/manual/
 # Each makes its own .venv first. A Python of at least 3.12 is looked for; name one with PYTHON=...
 
@@ -10,7 +10,7 @@ FIND_PYTHON := for p in $(PYTHON) python3.12 python3.13 python3.14 python3 pytho
 	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done
 
-.PHONY: run test test-all lint bench docs clean
+.PHONY: run test test-slow test-all lint bench docs clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed
@@ -18,6 +18,9 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -28,7 +28,7 @@ from cmjax.primitives.attention.pasa_shift import recovery_gain, shift_matrix
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
+class BlockArithmetic:
     """Which format each intermediate is stored in.
 
     Fields:
@@ -51,18 +51,18 @@ class Arithmetic:
 
 _FP16, _BF16, _FP32, _FP64 = jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64
 _ARITHMETIC = {
-    "fp16": Arithmetic(_FP16, _FP16, _FP16, _FP32),
-    "bf16": Arithmetic(_BF16, _BF16, _BF16, _FP32),
-    "fp16_fp32": Arithmetic(_FP16, _FP16, _FP32, _FP32),
-    "fp16_operands": Arithmetic(_FP16, _FP32, _FP32, _FP32),
-    "fp32": Arithmetic(_FP32, _FP32, _FP32, _FP32),
-    "fp64": Arithmetic(_FP64, _FP64, _FP64, _FP64),
+    "fp16": BlockArithmetic(_FP16, _FP16, _FP16, _FP32),
+    "bf16": BlockArithmetic(_BF16, _BF16, _BF16, _FP32),
+    "fp16_fp32": BlockArithmetic(_FP16, _FP16, _FP32, _FP32),
+    "fp16_operands": BlockArithmetic(_FP16, _FP32, _FP32, _FP32),
+    "fp32": BlockArithmetic(_FP32, _FP32, _FP32, _FP32),
+    "fp64": BlockArithmetic(_FP64, _FP64, _FP64, _FP64),
 }
 PRECISIONS = tuple(_ARITHMETIC)
 STATISTICS = ("fp32", "storage", "exact_offset")
 
 
-def arithmetic(precision: str, statistics: str) -> Arithmetic:
+def arithmetic(precision: str, statistics: str) -> BlockArithmetic:
     """The formats of a precision; `storage` keeps the statistics in the format of the scores."""
     found = _ARITHMETIC[precision]
     return dataclasses.replace(found, statistics=found.vector) if statistics == "storage" else found
@@ -217,7 +217,9 @@ def blockwise_attention(
     return [ungroup_heads(out).astype(out_dtype), ungroup_heads(lse[..., None])[..., 0]]
 
 
-def _shift(form: Arithmetic, shift, statistics, beta, size: int, scale) -> tuple[Callable, float]:
+def _shift(
+    form: BlockArithmetic, shift, statistics, beta, size: int, scale
+) -> tuple[Callable, float]:
     """How a block of keys is shifted, and the gain that recovers what was removed.
 
     The shifting function returns the keys and, for the exact offset, the vector whose product with

@@ -79,6 +79,7 @@ def _dequantized(params, like):
     return {key: _dequantized(params[key], like[key]) for key in like}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LATENT, GROUPED], ids=["latent", "grouped"])
 @pytest.mark.parametrize(("form", "bound"), [("msd_w8a16", 1e-3), ("msd_w4a16", 0.3)])
 def test_msd_models_equal_float_models_of_the_same_rounded_weights(config, form, bound):
