@@ -278,6 +278,7 @@ def test_a_load_per_layer_changes_the_total_in_its_own_layer():
     assert (slopes > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 5, 9])
 def test_a_smooth_price_is_an_upper_bound_that_converges(seed):
     program = random_program(seed)

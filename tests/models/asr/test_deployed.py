@@ -26,6 +26,7 @@ def _model(network: str):
     return Wav2letter(config, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["dfsmn", "wav2letter"])
 @pytest.mark.parametrize("precision", ["float32", "int8", "int8-winograd"])
 def test_packed_calls_give_what_the_network_in_training_gives(network, precision):

@@ -98,6 +98,7 @@ def test_prefill_in_chunks_changes_no_token(plain, chunk):
     assert _tokens(found) == _tokens(plain)
 
 
+@pytest.mark.slow
 def test_prefill_in_chunks_drafts_and_caches_what_whole_prefill_does():
     sampler = Sampler(temperature=1.5, top_p=0.9, seed=3)
     whole = _run(_generator(drafts=2), PROMPTS, 12, sampler=sampler)
