@@ -18,7 +18,7 @@ from cmjax.console import Progress
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.deploy.place_options import Export, Judging, LoadsLike, Recording, Search, Target
 from cmjax.deploy.placement_result import Placement
-from cmjax.hardware import Supernode, load_machine
+from cmjax.hardware import Supernode, as_machine
 from cmjax.placement import Judge, Loads, Plan, Problem, Routes, Score
 
 
@@ -114,15 +114,15 @@ def place_with(
     progress: Progress | None = None,
 ) -> Placement:
     """`place`, its options in the groups of `cmjax.deploy.place_options`."""
-    machine = _machine(machine)
+    machine = as_machine(machine)
     placement.check_method(search.method)
     ranks = target.check()
     search.check()
     judging.check()
-    counted = _counted(loads, recording)
+    counted = as_loads(loads, recording)
     export_allows(export.format, counted, target, search)
     for path in recording.family:
-        counted = counted.join(_counted(path, replace(recording, domain=None)))
+        counted = counted.join(as_loads(path, replace(recording, domain=None)))
     routes = _routes(loads, recording, target, counted.experts)
     train, test = _split(counted, recording, judging)
     price = LayerPrice(
@@ -210,9 +210,9 @@ def evaluate(
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=ranks, nodes=nodes)
     recording = Recording(domain=domain, windows=windows, first_layer=first_layer)
-    part, counted = placement.align(plan, _counted(loads, recording))
+    part, counted = placement.align(plan, as_loads(loads, recording))
     price = LayerPrice(
-        model, _machine(machine),
+        model, as_machine(machine),
         ranks=plan.ranks, experts=plan.experts, redundant=plan.slots - plan.experts,
         nodes=plan.nodes if plan.nodes > 1 else nodes, tokens=tokens,
     )  # fmt: skip
@@ -245,11 +245,7 @@ def export_allows(format: str, loads: Loads, target: Target, search: Search) -> 
         )
 
 
-def _machine(machine: Supernode | str) -> Supernode:
-    return machine if isinstance(machine, Supernode) else load_machine(machine)
-
-
-def _counted(loads: LoadsLike, recording: Recording) -> Loads:
+def as_loads(loads: LoadsLike, recording: Recording) -> Loads:
     """Loads as given or read, their layers numbered."""
     if isinstance(loads, str | Path):
         read = placement.read_loads(loads, windows=recording.windows, domain=recording.domain)
@@ -267,7 +263,7 @@ def _split(loads: Loads, recording: Recording, judging: Judging) -> tuple[Loads,
     if judging.test_windows is not None:
         test = replace(loads, counts=loads.counts[judging.tested_on(count)])
     if judging.test is not None:
-        test = _counted(judging.test, Recording(first_layer=recording.first_layer))
+        test = as_loads(judging.test, Recording(first_layer=recording.first_layer))
         loads.check_same_model(test)
     return train, test
 

@@ -11,11 +11,13 @@ from jaxtyping import Float
 from cmjax import placement
 from cmjax.cost.load import imbalance
 from cmjax.deploy.deployment import Deployment
+from cmjax.deploy.place_options import LoadsLike, Recording
+from cmjax.deploy.placed import as_loads
 from cmjax.deploy.prediction import Prediction, fastest
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
-from cmjax.hardware import Supernode, load_machine
+from cmjax.hardware import Supernode, as_machine
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table
 from cmjax.placement import Loads, Plan
@@ -29,7 +31,7 @@ def predict(
     machine: Supernode | str | Path = "cloudmatrix384",
     requests: Requests | None = None,
     *,
-    loads: Loads | str | Path | Float[np.ndarray, "..."] | None = None,
+    loads: LoadsLike | None = None,
     plan: Plan | str | Path | None = None,
     slo_tpot_ms: float | None = None,
     **options: Any,
@@ -59,21 +61,22 @@ def predict(
     ('decode', True, True)
     """
     deployment, requests = _split_options(model, requests, options)
-    machine = machine if isinstance(machine, Supernode) else load_machine(machine)
+    machine = as_machine(machine)
     if slo_tpot_ms is not None and not deployment.decoding:
         raise ValueError("slo-tpot-ms applies to decode")
     if plan is not None and loads is None:
         raise ValueError("plan needs loads: the counts that its experts serve")
-    counts = None if loads is None else _read_loads(loads)
+    counts = None if loads is None else as_loads(loads, Recording())
     placed = None if plan is None else _read_plan(plan, deployment, machine)
     table = None if placed is None else plan_table(placed, deployment, machine)
-    found, reasons = [], []
+    load, found, reasons = None, [], []
     for choice in deployment.choices():
         try:
             predictor = Predictor.of(choice, machine, table)
             served = requests.of(choice)
             if counts is not None:
-                load = rank_imbalance(counts, predictor.step, placed)
+                if load is None:  # microbatches do not change which rank is the slowest
+                    load = rank_imbalance(counts, predictor.step, placed)
                 served = dataclasses.replace(served, load=load)
             if slo_tpot_ms is not None:
                 served = predictor.largest_batch(served, slo_tpot_ms)
@@ -167,15 +170,6 @@ def _split_options(model, requests, options) -> tuple[Deployment, Requests]:
         deployment = Deployment(model=str(model), **given)
     fields = {name: value for name, value in options.items() if name in _REQUESTS}
     return deployment, dataclasses.replace(requests or Requests(), **fields)
-
-
-def _read_loads(loads) -> Loads:
-    if isinstance(loads, Loads):
-        return loads
-    if isinstance(loads, str | Path):
-        return placement.read_loads(str(loads))
-    counts = np.asarray(loads, float)
-    return Loads(counts if counts.ndim == 3 else counts[None])
 
 
 def _read_plan(plan, deployment: Deployment, machine: Supernode) -> Plan:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cmjax.cost import Timeline, price_function
-from cmjax.hardware import Supernode, load_machine
+from cmjax.hardware import Supernode, as_machine
 from cmjax.program import Tiers
 from cmjax.program.step import Step
 
@@ -41,5 +41,4 @@ def price(
     >>> f"{float(cmjax.price(project, 'cloudmatrix384', tokens=4096).total_s) * 1e3:.1f} ms"
     '0.8 ms'
     """
-    machine = machine if isinstance(machine, Supernode) else load_machine(machine)
-    return price_function(fn, machine, args=args, static=static, tiers=tiers, **sizes)
+    return price_function(fn, as_machine(machine), args=args, static=static, tiers=tiers, **sizes)

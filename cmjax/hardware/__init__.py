@@ -1,6 +1,6 @@
 """What a machine is: pytrees of physical constants, and a catalog with a source per number."""
 
-from cmjax.hardware.load import catalog, load_machine, replace_leaf, sources
+from cmjax.hardware.load import as_machine, catalog, load_machine, replace_leaf, sources
 from cmjax.hardware.machine import (
     TIERS,
     Chip,
@@ -19,6 +19,7 @@ __all__ = [
     "Fabric",
     "Supernode",
     "Tier",
+    "as_machine",
     "catalog",
     "load_machine",
     "replace_leaf",

@@ -62,6 +62,11 @@ def catalog() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in files.iterdir() if f.name.endswith(".toml"))
 
 
+def as_machine(machine: Supernode | str | Path) -> Supernode:
+    """A machine as it is, or loaded by its name or path; see `load_machine`."""
+    return machine if isinstance(machine, Supernode) else load_machine(machine)
+
+
 def load_machine(name_or_path: str | Path) -> Supernode:
     """Load a machine.
 

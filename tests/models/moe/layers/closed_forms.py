@@ -1,6 +1,9 @@
 """What the attention layers share, in float64 NumPy."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def rms_norm(x, gain, eps):
@@ -35,3 +38,25 @@ def causal(tokens, window=None):
     """`[query, key]`: keys up to the query's own, the newest `window` of them."""
     behind = np.arange(tokens)[:, None] - np.arange(tokens)
     return (behind >= 0) & (behind < (window or tokens))
+
+
+def randomized(module):
+    """`module` with every parameter random, gains and biases too."""
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(1 + 0.3 * rng.normal(size=x.shape) if x.ndim == 1 else x, x.dtype),
+        nnx.to_pure_dict(nnx.state(module)),
+    )
+    nnx.update(module, nnx.State(params))
+    return module
+
+
+def inputs(sequences, tokens, hidden):
+    """Normal float32 numbers, `[sequences, tokens, hidden]`."""
+    shape = (sequences, tokens, hidden)
+    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+
+def linear(x, part):
+    """A linear layer of a parameter dictionary."""
+    return x @ part["weight"] + part.get("bias", 0.0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import causal, rms_norm, softmax, turned
+from closed_forms import causal, inputs, linear, randomized, rms_norm, softmax, turned
 from flax import nnx
 
 from cmjax.models.moe.arithmetic import Arithmetic
@@ -39,25 +39,12 @@ CASES = {
 
 @functools.cache
 def _module(config: MoEConfig) -> GQA:
-    """With every parameter random, gains and biases too."""
-    rngs = nnx.Rngs(params=0)
-    module = GQA(config, one_rank(config), arithmetic=Arithmetic.of("float32"), rngs=rngs)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(1 + 0.3 * rng.normal(size=x.shape) if x.ndim == 1 else x, x.dtype),
-        nnx.to_pure_dict(nnx.state(module)),
-    )
-    nnx.update(module, nnx.State(params))
-    return module
+    arithmetic, rngs = Arithmetic.of("float32"), nnx.Rngs(params=0)
+    return randomized(GQA(config, one_rank(config), arithmetic=arithmetic, rngs=rngs))
 
 
 def _x(sequences=2):
-    shape = (sequences, TOKENS, tiny().hidden_size)
-    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
-
-
-def _linear(x, part):
-    return x @ part["weight"] + part.get("bias", 0.0)
+    return inputs(sequences, TOKENS, tiny().hidden_size)
 
 
 def _repeated_heads(module: GQA, x):
@@ -69,7 +56,7 @@ def _repeated_heads(module: GQA, x):
     h = rms_norm(x.astype(np.float64), p["norm"]["gain"], config.norm_eps)
     heads, groups = config.heads, sizes.kv_heads
     q, k, v = np.split(
-        _linear(h, p["qkv"]).reshape(*x.shape[:2], -1, sizes.head_dim),
+        linear(h, p["qkv"]).reshape(*x.shape[:2], -1, sizes.head_dim),
         (heads, heads + groups),
         axis=2,
     )
@@ -81,7 +68,7 @@ def _repeated_heads(module: GQA, x):
     scores = np.einsum("bqhd,bkhd->bhqk", q, k[:, :, each].conj()).real
     weights = softmax(scores * sizes.head_dim**-0.5, causal(x.shape[1], sizes.window))
     found = np.einsum("bhqk,bkhd->bqhd", weights, v[:, :, each])
-    return _linear(found.reshape(*x.shape[:2], -1), p["out"]), k, v
+    return linear(found.reshape(*x.shape[:2], -1), p["out"]), k, v
 
 
 @pytest.mark.parametrize("name", CASES)

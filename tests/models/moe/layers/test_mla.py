@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import causal, rms_norm, softmax, turned
+from closed_forms import causal, inputs, linear, randomized, rms_norm, softmax, turned
 from flax import nnx
 
 from cmjax.models.moe.arithmetic import Arithmetic
@@ -31,25 +31,12 @@ CASES = {
 
 @functools.cache
 def _module(config: MoEConfig) -> MLA:
-    """With every parameter random, gains and biases too."""
-    rngs = nnx.Rngs(params=0)
-    module = MLA(config, one_rank(config), arithmetic=Arithmetic.of("float32"), rngs=rngs)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(1 + 0.3 * rng.normal(size=x.shape) if x.ndim == 1 else x, x.dtype),
-        nnx.to_pure_dict(nnx.state(module)),
-    )
-    nnx.update(module, nnx.State(params))
-    return module
+    arithmetic, rngs = Arithmetic.of("float32"), nnx.Rngs(params=0)
+    return randomized(MLA(config, one_rank(config), arithmetic=arithmetic, rngs=rngs))
 
 
 def _x(sequences=2):
-    shape = (sequences, TOKENS, tiny().hidden_size)
-    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
-
-
-def _linear(x, part):
-    return x @ part["weight"] + part.get("bias", 0.0)
+    return inputs(sequences, TOKENS, tiny().hidden_size)
 
 
 def _expanded(module: MLA, x):
@@ -60,10 +47,10 @@ def _expanded(module: MLA, x):
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(module)))
     positions, rope = np.arange(x.shape[1]), config.rope
     h = rms_norm(x.astype(np.float64), p["norm"], config.norm_eps)
-    low = h if "q_a" not in p else rms_norm(_linear(h, p["q_a"]), p["q_norm"], 1e-6)
-    q = _linear(low, p["q_b"]).reshape(*x.shape[:2], config.heads, sizes.qk_dim)
+    low = h if "q_a" not in p else rms_norm(linear(h, p["q_a"]), p["q_norm"], 1e-6)
+    q = linear(low, p["q_b"]).reshape(*x.shape[:2], config.heads, sizes.qk_dim)
     q_nope, q_rope = q[..., : sizes.qk_nope_dim], q[..., sizes.qk_nope_dim :]
-    down = _linear(h, p["kv_a"])
+    down = linear(h, p["kv_a"])
     latent = rms_norm(down[..., : sizes.kv_lora_rank], p["kv_norm"], 1e-6)
     k_rope = turned(down[..., sizes.kv_lora_rank :], positions, rope.theta, rope.interleave)
     q_rope = turned(q_rope, positions, rope.theta, rope.interleave)
@@ -73,7 +60,7 @@ def _expanded(module: MLA, x):
     scores = scores + np.einsum("bqhr,bkr->bhqk", q_rope, k_rope.conj()).real
     weights = softmax(scores * sizes.qk_dim**-0.5, causal(x.shape[1]))
     heads = np.einsum("bhqk,bkhv->bqhv", weights, value)
-    return _linear(heads.reshape(*x.shape[:2], -1), p["out"]), latent, k_rope
+    return linear(heads.reshape(*x.shape[:2], -1), p["out"]), latent, k_rope
 
 
 def _empty(config, requests, kind="float32") -> LatentCache:
