@@ -11,8 +11,9 @@ import functools
 import importlib.abc
 import importlib.machinery
 import inspect
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -65,7 +66,8 @@ def check_module(module: Any) -> None:
     """Replace the public functions that `module` defines by checked ones."""
     for name, value in list(vars(module).items()):
         own = getattr(value, "__module__", None) == module.__name__
-        if own and not name.startswith("_") and not inspect.isclass(value) and callable(value):
+        function = callable(value) and hasattr(value, "__name__") and not inspect.isclass(value)
+        if own and function and not name.startswith("_"):
             setattr(module, name, checked(value))
 
 
@@ -82,9 +84,11 @@ def checked(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args, **kwargs):
         result = function(*args, **kwargs)
-        if any(map(_has_symbolic_size, jax.tree.leaves((args, kwargs, result)))):
+        leaves = jax.tree.leaves((args, kwargs, result), is_leaf=_is_closed)
+        if any(map(_has_symbolic_size, leaves)):
             return result  # jaxtyping compares whole numbers
         results.append(result)
+        state = random.getstate()  # beartype draws the entries that it looks at
         try:
             replay(*args, **kwargs)
         except TypeCheckError:
@@ -92,6 +96,7 @@ def checked(function: Callable) -> Callable:
             replay(*map(_as_array, args), **{name: _as_array(a) for name, a in kwargs.items()})
         finally:
             results.clear()
+            random.setstate(state)
         check_fields(result)
         return result
 
@@ -107,7 +112,11 @@ def check_fields(record: Any) -> None:
             if dataclasses.is_dataclass(kind)
             else (kind._fields)
         )
-        _fields_checker(kind)(**{name: _as_array(getattr(record, name)) for name in names})
+        values = {name: getattr(record, name) for name in names}
+        try:
+            _fields_checker(kind)(**values)
+        except TypeCheckError:
+            _fields_checker(kind)(**{name: _as_array(value) for name, value in values.items()})
 
 
 @functools.cache
@@ -121,8 +130,16 @@ def _fields_checker(kind: type) -> Callable:
     return jaxtyped(fields, typechecker=_typechecker)
 
 
+def _is_closed(value: Any) -> bool:
+    """Not to be looked into: an iterator is used up, and JAX sorts the keys of a dictionary."""
+    return isinstance(value, Iterator) or (
+        isinstance(value, dict) and not all(isinstance(key, str) for key in value)
+    )
+
+
 def _has_symbolic_size(leaf: Any) -> bool:
-    return any(not isinstance(size, int) for size in getattr(leaf, "shape", ()))
+    shape = () if inspect.isclass(leaf) else getattr(leaf, "shape", ())
+    return any(not isinstance(size, int) for size in shape)
 
 
 def _as_array(value: Any) -> Any:

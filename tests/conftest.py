@@ -20,7 +20,13 @@ from hypothesis import settings
 
 from tests import annotations
 
-CHECKED = ("cmjax.primitives",)
+CHECKED = (
+    "cmjax.primitives",
+    "cmjax.placement",
+    "cmjax.cost",
+    "cmjax.models",
+    "cmjax.deploy",
+)
 """Packages whose annotations are checked at every call; see `tests.annotations`."""
 
 UNCHECKED = ("cmjax.primitives.convolution.kernel",)

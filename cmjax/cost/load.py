@@ -4,10 +4,10 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Num
 
 
-def imbalance(tokens_per_rank: Float[ArrayLike, "*layers ranks"]) -> Float[Array, "*layers"]:
+def imbalance(tokens_per_rank: Num[ArrayLike, "*layers ranks"]) -> Float[Array, "*layers"]:
     """Rows on the slowest rank over the mean: max_r x_r / mean_r x_r, per layer."""
     tokens_per_rank = jnp.asarray(tokens_per_rank, float)
     return jnp.max(tokens_per_rank, -1) / jnp.mean(tokens_per_rank, -1)

@@ -53,7 +53,7 @@ class Timeline:
     total_s: Float[Array, "*batch"]
     parts: tuple[Seconds, ...]
     spans: tuple[Float[Array, "*batch"], ...]
-    work: tuple[Float[Array, "*batch_and_loops operations fields"], ...]
+    work: tuple[Float[Array, "*_batch_and_loops _operations fields"], ...]
     program: Program = dataclasses.field(metadata={"static": True})
 
     @property

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, Num
 
 from cmjax.console import html_table
 from cmjax.cost.fit import fitted_keys
 from cmjax.deploy.deployment import Deployment
-from cmjax.deploy.requests import Number, Requests
+from cmjax.deploy.requests import Requests
 from cmjax.hardware import Supernode
 
+Number = float | np.number | Num[Array, "*_batch"]
 Seconds = Number
 
 
@@ -82,7 +83,7 @@ class Prediction:
         return self.requests.batch * tokens / self.step_s
 
     @property
-    def fits_hbm(self) -> bool | Array:
+    def fits_hbm(self) -> bool | np.bool | Array:
         """Whether weights and caches fit the die."""
         return sum(self.memory_bytes.values()) <= self.machine.chip.hbm_bytes
 

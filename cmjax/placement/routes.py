@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from cmjax.placement.loads import Loads, checked_labels
 
@@ -31,7 +31,7 @@ class Routes:
     Raises: ValueError, one line, for ids that are no routes.
     """
 
-    ids: Int[np.ndarray, "tokens layers top_k"]
+    ids: Integer[np.ndarray, "tokens layers top_k"]
     experts: int
     sequence: Int[np.ndarray, "tokens"] | None = None
     domain: Int[np.ndarray, "tokens"] | None = None

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import tokenizers
 
 BYTES = 256
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
 

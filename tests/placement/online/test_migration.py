@@ -123,7 +123,7 @@ def test_weights_come_from_the_nearest_and_least_busy_holder():
     old[[0, 2, 16]] = 0
     new = old.copy()
     new[[3, 17]] = 0
-    experts = 32 - np.count_nonzero(np.isin(np.arange(32), old, invert=True))
+    experts = 32 - int(np.isin(np.arange(32), old, invert=True).sum())
     _, old, new = (np.searchsorted(np.unique(old), row) for row in (old, old, new))
     new[0], new[2] = old[3], old[17]  # nothing is lost
     current, proposed = (Plan(row[None], experts, 32) for row in (old, new))

@@ -150,9 +150,9 @@ def test_shards_with_an_index_hold_the_same_model(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_survives_being_written(family):
+def test_a_config_survives_being_written(family, tmp_path):
     config = FAMILIES[family]
-    assert parse_config(json.loads(json.dumps(config_json(config))), None) == config  # type: ignore
+    assert parse_config(json.loads(json.dumps(config_json(config))), tmp_path) == config
 
 
 def test_fixtures_are_written_back_value_for_value(data, tmp_path):
