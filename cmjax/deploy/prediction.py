@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Num
+from jaxtyping import Array, ArrayLike, Bool, Num
 
 from cmjax.console import html_table
 from cmjax.cost.fit import fitted_keys
@@ -83,7 +83,7 @@ class Prediction:
         return self.requests.batch * tokens / self.step_s
 
     @property
-    def fits_hbm(self) -> bool | np.bool | Array:
+    def fits_hbm(self) -> Bool[ArrayLike, "*_batch"]:
         """Whether weights and caches fit the die."""
         return sum(self.memory_bytes.values()) <= self.machine.chip.hbm_bytes
 

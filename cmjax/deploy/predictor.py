@@ -109,9 +109,7 @@ class Predictor:
     def sensitivity(self, requests: Requests) -> dict[str, float]:
         """Elasticity of the step time in each machine constant: percent change per percent."""
         symbols = self.symbols(requests.of(self.deployment))
-        total, gradient = jax.jit(
-            jax.value_and_grad(lambda m: price(self.program, m, symbols).total_s)
-        )(self.machine)
+        total, gradient = self._prices(symbols).slopes(self.machine, symbols)
         leaves = jax.tree_util.tree_leaves_with_path(self.machine)
         names = [jax.tree_util.keystr(path)[1:] for path, _ in leaves]
         values = [float(v) for _, v in leaves]
@@ -179,6 +177,7 @@ class _Priced:
         self.scatter = on_host(lambda rows: sampling_imbalance(rows, step.ranks))
         self.timeline = on_host(lambda machine, symbols: price(program, machine, symbols))
         self.summary = on_host(summary)
+        self.slopes = jax.jit(jax.value_and_grad(total_s))
         self.totals = on_host(jax.vmap(total_s, in_axes=(None, 0)))
 
 

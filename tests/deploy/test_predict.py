@@ -156,6 +156,24 @@ def test_sensitivities_name_what_the_step_waits_for(decode):
     assert dimensional == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [4, 96])
+def test_a_sensitivity_is_the_difference_that_predictions_show(decode, batch):
+    """Also at one request per rank and microbatch, where other kernels are chosen than traced."""
+    requests = dataclasses.replace(REQUESTS, batch=batch)
+
+    def device_s(startup_s):
+        chip = dataclasses.replace(M.chip, kernel_startup_s=startup_s)
+        machine = dataclasses.replace(M, chip=chip)
+        step_s = dataclasses.replace(decode, machine=machine).predict(requests).step_s
+        return float(step_s) - float(M.chip.host_step_s)
+
+    startup_s = float(M.chip.kernel_startup_s)
+    slope = (device_s(1.02 * startup_s) - device_s(0.98 * startup_s)) / 0.04 / device_s(startup_s)
+    found = decode.sensitivity(requests)["chip.kernel_startup_s"]
+    assert found == pytest.approx(slope, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
