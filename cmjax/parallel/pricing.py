@@ -1,0 +1,181 @@
+"""How long a step takes under a plan: its pieces' timelines, put together by the schedule.
+
+    step = pipeline(f, b, send) + reduction of gradients that is not hidden + optimizer
+
+Every term is the price of a traced `Program`. Pieces are priced for all micro-batches and places
+of a search at once (`vmap`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from cmjax.cost import price
+from cmjax.cost.host import on_host
+from cmjax.hardware import Supernode
+from cmjax.models.dense import DenseConfig
+from cmjax.parallel import pieces
+from cmjax.parallel.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallel.memory import PARAMETER_BYTES, split_of, stage_parameters
+from cmjax.parallel.plan import Plan
+from cmjax.parallel.schedules import StageTimes, pipeline_s
+from cmjax.program import Program
+
+On = tuple[int, int, int]
+"""Ranks of a group by tier."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step and what they are made of.
+
+    Fields:
+      pipeline: all micro-batches through all stages. busy: of it, what the slowest stage works.
+      reduction: gradients (and gathered parameters) over the replicas, as far as it is waited for.
+      optimizer: the update. tied: the sum of the two ends' word gradients.
+    """
+
+    pipeline: float
+    busy: float
+    reduction: float
+    optimizer: float
+    tied: float
+
+    @property
+    def step_s(self) -> float:
+        return self.pipeline + self.reduction + self.optimizer + self.tied
+
+
+class Prices:
+    """Seconds of pieces on a machine; each is priced once.
+
+    Args:
+      model, machine: what is trained, where.
+      micro_batches: all that will be asked for, so that a piece is priced for them together.
+    """
+
+    def __init__(self, model: DenseConfig, machine: Supernode, micro_batches: tuple[int, ...]):
+        self.model, self.machine = model, machine
+        self.batches = tuple(sorted(set(micro_batches)))
+        self._known: dict[tuple, dict[int, float]] = {}
+
+    def step(self, plan: Plan, global_batch: int) -> StepTime:
+        """Seconds of a step under a plan that divides (`Plan.check`)."""
+        model, machine = self.model, self.machine
+        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
+        on = layout(plan.order, degrees, machine)
+        split, b, m = split_of(plan), plan.micro_batch, plan.micro_batches(global_batch)
+
+        def seconds(piece: pieces.Piece, part: str) -> float:
+            return self._piece(piece, part, on["tensor"])[b]
+
+        layer = pieces.layer(model, split, plan.recompute)
+        first = pieces.embedding(model, split)
+        last = pieces.output(model, split, plan.recompute)
+        each, count = seconds(layer, "both"), model.layers // plan.pipeline
+        ends = seconds(first, "both"), seconds(last, "both")
+        own_query = each if model.query_layer else 0.0  # in `last`, and a layer all the same
+        stage = count * each
+        if plan.pipeline == 1:
+            slowest = total = stage + ends[0] + ends[1] - own_query
+        else:
+            slowest = max(stage + ends[0], stage + ends[1] - own_query)
+            total = plan.pipeline * stage + ends[0] + ends[1] - own_query
+        weights = 0.0
+        if plan.schedule == "zero_bubble":
+            weights = model.layers * max(0.0, each - seconds(layer, "inputs"))
+        sent = float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2
+        send = self._collective("send", sent, on["pipeline"])
+        times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
+        pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
+
+        held = float(max(
+            stage_parameters(model, plan, first=True), stage_parameters(model, plan, first=False)
+        ))  # fmt: skip
+        backward = slowest - count * seconds(layer, "forward")
+        reduction = self._reduction(plan, held, on["data"], m, slowest, backward)
+        shards = 1 if plan.optimizer == "none" else plan.data
+        update = float(_time(pieces.optimizer_update(), machine, {"parameters": held / shards}))
+        tied = 0.0
+        if model.tied and plan.pipeline > 1:
+            words = model.vocab / plan.tensor * model.hidden
+            tied = self._collective("all_reduce", words, _pair(on["pipeline"]))
+        return StepTime(
+            pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
+        )
+
+    def _reduction(self, plan: Plan, held, on: On, m: int, micro_s, backward_s) -> float:
+        """Exposed seconds of what replicas tell one another: an all-reduce of the gradients, or,
+        spread, a reduce-scatter of them and an all-gather of parameters, which is as much; with
+        zero3 the parameters are gathered in both passes of every micro-batch."""
+        whole = self._collective("all_reduce", held, on)
+        hidden = backward_s if plan.overlap else 0.0
+        if plan.optimizer != "zero3":
+            return max(0.0, whole - hidden)
+        gathers = m * whole  # two passes, half an all-reduce each
+        return max(0.0, gathers - (m * micro_s if plan.overlap else 0.0)) + max(
+            0.0, whole / 2 - hidden
+        )
+
+    def _piece(self, piece: pieces.Piece, part: str, on: On) -> dict[int, float]:
+        key = (piece, part, on)
+        if key not in self._known:
+            program = piece.inputs() if part == "inputs" else getattr(piece, part)
+            if piece.ranks > 1:
+                program = _far(program, piece.ranks, reach(on))
+            sizes = {pieces.BATCH: np.array(self.batches, float)}
+            sizes |= dict(zip(SHARES, shares(on, self.machine), strict=True))
+            found = _times(program, self.machine, _needed(program, sizes))
+            self._known[key] = dict(zip(self.batches, map(float, found), strict=True))
+        return self._known[key]
+
+    def _collective(self, kind: str, elements: float, on: On) -> float:
+        if on == (1, 1, 1) or elements == 0:
+            return 0.0
+        part = shares(on, self.machine)
+        if kind == "send":  # to a neighbour, on the furthest links that any of them uses
+            part = tuple(1.0 if tier == reach(on) else 0.0 for tier in range(3))
+            elements = elements / 2  # `on_any_links` takes a peer for one of two ranks
+        program = _far(pieces.reduction(kind), 2, reach(on))
+        sizes = {"elements": elements, **dict(zip(SHARES, part, strict=True))}
+        return float(_time(program, self.machine, sizes))
+
+
+def _pair(on: On) -> On:
+    """Two ranks at the ends of a group."""
+    return tuple(2 if tier == reach(on) else 1 for tier in range(3))  # type: ignore[return-value]
+
+
+def _needed(program: Program, sizes: Mapping) -> dict:
+    return {name: size for name, size in sizes.items() if name in program.symbols}
+
+
+@functools.lru_cache(maxsize=1024)
+def _far(program: Program, ranks: int, furthest: int) -> Program:
+    return on_any_links(program, ranks, furthest)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pricer(program: Program, batched: bool) -> Callable:
+    def one(machine, sizes):
+        return price(program, machine, sizes).total_s
+
+    def many(machine, batch, sizes):
+        return jax.vmap(lambda b: one(machine, {**sizes, pieces.BATCH: b}))(batch)
+
+    return on_host(many if batched else one)
+
+
+def _time(program: Program, machine: Supernode, sizes: Mapping[str, float]):
+    return _pricer(program, False)(machine, _needed(program, sizes))
+
+
+def _times(program: Program, machine: Supernode, sizes: dict):
+    batch = sizes.pop(pieces.BATCH)
+    return _pricer(program, True)(machine, batch, sizes)
+
+
+assert PARAMETER_BYTES == 2.0, "collectives move elements of two bytes"
