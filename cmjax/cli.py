@@ -17,6 +17,7 @@ from cmjax.console import exit_code, terminal
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
+    "parallel": ("Parallel", "how to split training: plans by time and memory"),
     "price": ("Price", "any JAX function, on any machine"),
     "generate": ("Generate", "text from a model, on an emulated supernode"),
     "xl3m": ("XL3M", "an answer from a text longer than the model's window"),

@@ -3,6 +3,7 @@ from .calibrate import Validate as Validate
 from .generate import Generate as Generate
 from .machines import Machines as Machines
 from .micro import Micro as Micro
+from .parallel import Parallel as Parallel
 from .place import Place as Place
 from .predict import Predict as Predict
 from .price import Price as Price

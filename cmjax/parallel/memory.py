@@ -5,6 +5,7 @@ Megatron's 18 bytes a parameter, or 6 + 12 / D with its distributed optimizer.
 """
 
 import dataclasses
+import functools
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig, TensorSplit
@@ -56,6 +57,7 @@ def fits(memory: Memory, machine: Supernode) -> bool:
     return memory.peak <= USABLE * float(machine.chip.hbm_bytes)
 
 
+@functools.lru_cache(maxsize=4096)
 def stage_parameters(model: DenseConfig, plan: Plan, *, first: bool) -> int:
     """Parameters of a device of the first or the last stage; with one stage, all of its rank."""
     split = split_of(plan)
@@ -76,6 +78,11 @@ def split_of(plan: Plan) -> TensorSplit:
     return TensorSplit(plan.tensor, plan.sequence_parallel and plan.tensor > 1)
 
 
+@functools.lru_cache(maxsize=4096)
+def _at(size: Size, micro_batch: int) -> float:
+    return float(size.evaluate({pieces.BATCH: float(micro_batch)}))
+
+
 def _stage(model: DenseConfig, plan: Plan, global_batch: int, *, first: bool) -> Memory:
     split, micro_batches = split_of(plan), plan.micro_batches(global_batch)
     replicas, count = plan.data, float(stage_parameters(model, plan, first=first))
@@ -84,7 +91,7 @@ def _stage(model: DenseConfig, plan: Plan, global_batch: int, *, first: bool) ->
     last = not first or plan.pipeline == 1
 
     def at(size: Size) -> float:
-        return float(size.evaluate({pieces.BATCH: float(plan.micro_batch)}))
+        return _at(size, plan.micro_batch)
 
     kept = number * at(layer.kept)
     if first:

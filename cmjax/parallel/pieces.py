@@ -6,7 +6,7 @@ micro-batch as a symbol. What it keeps for its backward pass is read off its res
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,15 @@ class Piece:
 
     Fields:
       ranks: tensor-parallel ranks.
-      forward: its forward pass. both: that, its backward pass, and the accumulation of gradients.
-      inputs: as `both`, without gradients of parameters (what a zero-bubble schedule sends on).
+      programs: traced when they are asked for. `forward`: its forward pass. `both`: that, its
+        backward pass, and the accumulation of gradients. `inputs`: as `both`, without gradients of
+        parameters (what a zero-bubble schedule sends on first).
       parameters: on the rank. kept: bytes it keeps of a micro-batch between the passes.
       passed: bytes of its input, by which it is made again when everything is recomputed.
     """
 
     ranks: int
-    forward: Program
-    both: Program
-    inputs: Callable[[], Program]
+    programs: Mapping[str, Callable[[], Program]]
     parameters: int
     kept: Size
     passed: Size
@@ -187,9 +186,11 @@ def _piece(make, run, arguments: tuple, keys, split: TensorSplit) -> Piece:
 
     return Piece(
         ranks=split.ranks,
-        forward=read(forward, params, arguments, keys),
-        both=read(both, params, keep, arguments, keys),
-        inputs=functools.cache(lambda: read(inputs, params, arguments, keys)),
+        programs={
+            "forward": functools.cache(lambda: read(forward, params, arguments, keys)),
+            "both": functools.cache(lambda: read(both, params, keep, arguments, keys)),
+            "inputs": functools.cache(lambda: read(inputs, params, arguments, keys)),
+        },
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         kept=_kept_bytes(kept, split, params, arguments, keys),
         passed=_nbytes(arguments[0]),

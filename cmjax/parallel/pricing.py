@@ -61,6 +61,7 @@ class Prices:
         self.model, self.machine = model, machine
         self.batches = tuple(sorted(set(micro_batches)))
         self._known: dict[tuple, dict[int, float]] = {}
+        self._sent: dict[tuple, float] = {}
 
     def step(self, plan: Plan, global_batch: int) -> StepTime:
         """Seconds of a step under a plan that divides (`Plan.check`)."""
@@ -98,7 +99,7 @@ class Prices:
         backward = slowest - count * seconds(layer, "forward")
         reduction = self._reduction(plan, held, on["data"], m, slowest, backward)
         shards = 1 if plan.optimizer == "none" else plan.data
-        update = float(_time(pieces.optimizer_update(), machine, {"parameters": held / shards}))
+        update = self._update(held / shards)
         tied = 0.0
         if model.tied and plan.pipeline > 1:
             words = model.vocab / plan.tensor * model.hidden
@@ -107,23 +108,47 @@ class Prices:
             pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
         )
 
+    def at_least_s(self, plan: Plan, global_batch: int) -> float:
+        """A lower bound of a step's seconds, for which nothing is traced: matrix FLOP at the chip's
+        best, and the four all-reduces of a layer (or what sequence parallelism sends instead)."""
+        model, machine = self.model, self.machine
+        m, p, v = plan.micro_batches(global_batch), plan.pipeline, plan.interleave
+        tokens = plan.micro_batch * model.sequence
+        layer = model.layer_parameters + 2 * model.sequence * model.hidden
+        flops = 6 * tokens * layer * (4 / 3 if plan.recompute == "full" else 1.0) / plan.tensor
+        each = flops / (machine.chip.cube_flops_16bit * machine.efficiency.gemm)
+        if plan.tensor > 1:
+            degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
+            part = shares(layout(plan.order, degrees, machine)["tensor"], machine)
+            nbytes = 4 * 2 * PARAMETER_BYTES * tokens * model.hidden
+            tiers = machine.fabric.die, machine.fabric.node, machine.fabric.supernode
+            pairs = zip(part, tiers, strict=True)
+            each += max(nbytes * share / tier.bandwidth_bytes_per_s for share, tier in pairs)
+        idle = 0.0 if plan.schedule == "zero_bubble" else (p - 1) / v
+        return float(model.layers / p * each * (m + idle) * 0.97)
+
     def _reduction(self, plan: Plan, held, on: On, m: int, micro_s, backward_s) -> float:
         """Exposed seconds of what replicas tell one another: an all-reduce of the gradients, or,
-        spread, a reduce-scatter of them and an all-gather of parameters, which is as much; with
-        zero3 the parameters are gathered in both passes of every micro-batch."""
+        spread, a reduce-scatter of them and an all-gather of parameters, which is as much. Nobody
+        holds all gradients under zero2, so every micro-batch is reduced; under zero3 the parameters
+        are gathered in both of its passes besides."""
         whole = self._collective("all_reduce", held, on)
-        hidden = backward_s if plan.overlap else 0.0
-        if plan.optimizer != "zero3":
-            return max(0.0, whole - hidden)
-        gathers = m * whole  # two passes, half an all-reduce each
-        return max(0.0, gathers - (m * micro_s if plan.overlap else 0.0)) + max(
-            0.0, whole / 2 - hidden
-        )
+        times = {"zero2": (m + 1) / 2, "zero3": 1.5 * m}.get(plan.optimizer, 1.0)
+        every = m * (backward_s if plan.optimizer == "zero2" else micro_s)
+        hidden = every if plan.optimizer in ("zero2", "zero3") else backward_s
+        return max(0.0, times * whole - (hidden if plan.overlap else 0.0))
+
+    def _update(self, parameters: float) -> float:
+        key = ("update", parameters)
+        if key not in self._sent:
+            sizes = {"parameters": parameters}
+            self._sent[key] = float(_time(pieces.optimizer_update(), self.machine, sizes))
+        return self._sent[key]
 
     def _piece(self, piece: pieces.Piece, part: str, on: On) -> dict[int, float]:
         key = (piece, part, on)
         if key not in self._known:
-            program = piece.inputs() if part == "inputs" else getattr(piece, part)
+            program = piece.programs[part]()
             if piece.ranks > 1:
                 program = _far(program, piece.ranks, reach(on))
             sizes = {pieces.BATCH: np.array(self.batches, float)}
@@ -135,6 +160,12 @@ class Prices:
     def _collective(self, kind: str, elements: float, on: On) -> float:
         if on == (1, 1, 1) or elements == 0:
             return 0.0
+        key = (kind, elements, on)
+        if key not in self._sent:
+            self._sent[key] = self._priced(kind, elements, on)
+        return self._sent[key]
+
+    def _priced(self, kind: str, elements: float, on: On) -> float:
         part = shares(on, self.machine)
         if kind == "send":  # to a neighbour, on the furthest links that any of them uses
             part = tuple(1.0 if tier == reach(on) else 0.0 for tier in range(3))

@@ -76,7 +76,8 @@ class ParallelPlans:
     Fields:
       model, machine: names. devices, global_batch, sequence: what was asked for.
       parameters: of the model.
-      plans: at least one. considered, feasible: how many plans divide, and how many of those fit.
+      plans: at least one. considered, feasible: how many plans divide, and how many of those
+        fit and were priced, the others being slower by a lower bound or too large.
     """
 
     model: str

@@ -1,8 +1,9 @@
 """The search: every plan that divides and fits, priced; the fastest first.
 
-It is exhaustive over its space. Two things keep it small: a plan that does not fit is not priced,
-and of two plans that differ only in what cannot make a step faster, the one that needs less memory
-for the same time is taken (GPipe never beats 1F1B; an optimizer is spread as little as fits).
+It is exhaustive over its space. Three things keep it small: a plan that does not fit is not priced;
+of plans that differ only in what cannot make a step faster one is taken (GPipe never beats 1F1B; an
+optimizer is spread as little as fits); and one whose layers and optimizer alone take longer than
+the last of the best so far is left out.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
 from cmjax.parallel.links import layout
-from cmjax.parallel.memory import USABLE, fits, memory_of
+from cmjax.parallel.memory import USABLE, Memory, fits, memory_of
 from cmjax.parallel.plan import DIMENSIONS, Optimizer, Plan, Schedule
 from cmjax.parallel.pricing import Prices
 from cmjax.parallel.result import GIB, PricedPlan, priced
@@ -24,7 +25,8 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("none", "zero1", "zero2", "zero3")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search found: plans, fastest first; how many divide, and how many of those fit."""
+    """What a search found: plans, fastest first; how many divide, and how many of those were found
+    to fit and priced (the others are too slow whatever they need, or fit nowhere)."""
 
     plans: tuple[PricedPlan, ...]
     considered: int
@@ -77,25 +79,28 @@ def search(
     """
     check_devices(devices, machine)
     prices = Prices(model, machine, MICRO_BATCHES)
+    peak_flops = float(machine.chip.cube_flops_16bit)
     least, considered, feasible = None, 0, 0
     found: list[PricedPlan] = []
-    for plan in _candidates(model, devices, global_batch, overlap):
-        for optimizer in OPTIMIZERS if plan.data > 1 else OPTIMIZERS[:1]:
-            option = dataclasses.replace(plan, optimizer=optimizer)
-            considered += 1
-            memory = memory_of(model, option, global_batch)
-            if least is None or memory.peak < least[0]:
-                least = memory.peak, option
-            if fits(memory, machine):
-                break
-        else:
+    bounded = [
+        (prices.at_least_s(placed, global_batch), placed)
+        for plan in _candidates(model, devices, global_batch, overlap)
+        for placed in _orders(plan, machine)
+    ]
+    bounded.sort(key=lambda pair: pair[0])
+    for bound, placed in bounded:
+        considered += 1
+        if len(found) == top and bound > found[-1].step_s:
+            continue  # the rest is slower, and as many plans that fit are known
+        fitting, leanest = _fitting(model, placed, global_batch, machine)
+        if least is None or leanest[0] < least[0]:
+            least = leanest
+        if fitting is None:
             continue
         feasible += 1
-        for order in _orders(option, machine):
-            placed = dataclasses.replace(option, order=order)
-            time = prices.step(placed, global_batch)
-            peak = float(machine.chip.cube_flops_16bit)
-            found.append(priced(model, placed, global_batch, time, memory, peak))
+        plan, memory = fitting
+        time = prices.step(plan, global_batch)
+        found.append(priced(model, plan, global_batch, time, memory, peak_flops))
         found.sort(key=lambda plan: plan.step_s)
         del found[top:]
     if least is None:
@@ -112,6 +117,18 @@ def search(
             "memory would help"
         )
     return Found(plans=tuple(found), considered=considered, feasible=feasible)
+
+
+def _fitting(
+    model: DenseConfig, plan: Plan, global_batch: int, machine: Supernode
+) -> tuple[tuple[Plan, Memory] | None, tuple[float, Plan]]:
+    """The plan with its optimizer spread as little as fits, and the leanest one tried."""
+    for optimizer in OPTIMIZERS if plan.data > 1 else OPTIMIZERS[:1]:
+        option = dataclasses.replace(plan, optimizer=optimizer)
+        memory = memory_of(model, option, global_batch)
+        if fits(memory, machine):
+            return (option, memory), (memory.peak, option)
+    return None, (memory.peak, option)
 
 
 def check_devices(devices: int, machine: Supernode) -> None:
@@ -168,14 +185,14 @@ def _divides(plan: Plan, model: DenseConfig, global_batch: int) -> bool:
     return True
 
 
-def _orders(plan: Plan, machine: Supernode) -> list[tuple[str, ...]]:
-    """Orders of the dimensions that lie differently on the machine."""
+def _orders(plan: Plan, machine: Supernode) -> list[Plan]:
+    """The plan with every order of the dimensions that lies differently on the machine."""
     degrees = {name: getattr(plan, name) for name in DIMENSIONS}
     seen = {}
     for order in itertools.permutations(DIMENSIONS):
         placed = layout(order, degrees, machine)
         seen.setdefault(tuple(placed[name] for name in DIMENSIONS), order)
-    return list(seen.values())
+    return [dataclasses.replace(plan, order=order) for order in seen.values()]
 
 
 def _advice(model: DenseConfig, plan: Plan) -> str:

@@ -4,11 +4,14 @@ from .blocks import roll_up as roll_up
 from .html import Section as Section
 from .html import check_page as check_page
 from .html import write_page as write_page
+from .parallel_tables import measured_table as measured_table
+from .parallel_tables import plans_table as plans_table
 from .placement_page import PlacementPage as PlacementPage
 from .plots import ThroughputPoint as ThroughputPoint
 from .plots import plot_load_curve as plot_load_curve
 from .plots import plot_node_bytes as plot_node_bytes
 from .plots import plot_placement as plot_placement
+from .plots import plot_plans as plot_plans
 from .plots import plot_rank_curve as plot_rank_curve
 from .plots import plot_step as plot_step
 from .plots import plot_steps_compare as plot_steps_compare

@@ -10,6 +10,7 @@ from cmjax.report.plots.placement import (
     plot_rank_curve,
     rank_curve_title,
 )
+from cmjax.report.plots.plans import plans_title, plot_plans
 from cmjax.report.plots.step import plot_step, step_lanes, step_title
 from cmjax.report.plots.throughput import ThroughputPoint, plot_throughput, throughput_title
 from cmjax.report.plots.timeline import layer_period, plot_timeline, timeline_title
@@ -21,9 +22,11 @@ __all__ = [
     "load_curve_title",
     "node_bytes_title",
     "placement_title",
+    "plans_title",
     "plot_load_curve",
     "plot_node_bytes",
     "plot_placement",
+    "plot_plans",
     "plot_rank_curve",
     "plot_step",
     "plot_steps_compare",
