@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 import cmjax

@@ -2,9 +2,10 @@
 
 A rank's neighbours are filled in the plan's order: its first dimension takes the ranks of an NPU,
 then those of a node, and so on (PanGu-alpha, section 4.1: tensor in the server, pipeline in the
-rack, data across). For a group of a x b x c ranks on the three tiers, of N bytes sent in all by a
-flat algorithm, each rank sends (a-1)/a N over the first tier, then (b-1)/(ab) N and (c-1)/(abc) N
-over the next: the hierarchical algorithm (NCCL's rings over all NICs of a node send as many). On a
+rack, data across). Where tiers are networks of their own, a group of n = a x b x c ranks on the
+three tiers passes its data round in rings, as many as a node has NICs (NCCL). Of the N bytes of an
+all-gather every edge of a ring carries (n-1)/n, so a rank sends (n-1)/n N over the first tier,
+1/a of that over the second, and 1/(ab) of it over the third, as far as the group reaches. On a
 Unified Bus, whose ranks reach every other alike, it sends to each directly.
 """
 
@@ -49,7 +50,8 @@ def shares(on: tuple[int, int, int], machine: Supernode) -> tuple[float, float, 
     ranks = a * b * c
     if machine.fabric.shared_ports:
         return (a - 1) / ranks, (a * b - a) / ranks, (ranks - a * b) / ranks
-    return (a - 1) / a, (b - 1) / (a * b), (c - 1) / ranks
+    whole = (ranks - 1) / ranks
+    return whole * (a > 1), whole / a * (b > 1), whole / (a * b) * (c > 1)
 
 
 def reach(on: tuple[int, int, int]) -> int:

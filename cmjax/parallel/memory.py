@@ -103,7 +103,9 @@ def _stage(model: DenseConfig, plan: Plan, global_batch: int, *, first: bool) ->
     if not first:
         flying = float(micro_batches) if plan.schedule == "gpipe" else 1.0
         if plan.interleave > 1:
-            flying = min(float(micro_batches), plan.pipeline - (plan.pipeline - 1) / plan.interleave)
+            flying = min(
+                float(micro_batches), plan.pipeline - (plan.pipeline - 1) / plan.interleave
+            )
     buffers = 0.0
     if plan.recompute != "none":
         whole = pieces.layer(model, split, "none")

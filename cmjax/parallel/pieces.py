@@ -16,7 +16,7 @@ from jax.extend.core import Literal
 
 from cmjax.models.dense import Block, DenseConfig, Embedding, Output, Recompute, TensorSplit
 from cmjax.models.dense.model import own_words
-from cmjax.program import Operand, Program, Size, Tiers, trace
+from cmjax.program import Operand, Program, Size, trace
 
 BATCH = "micro_batch"
 _AXIS = "tensor"

@@ -1,6 +1,6 @@
 """A plan: how training is split over devices in five dimensions (PanGu-alpha, section 4).
 
-    devices = data x tensor x pipeline,        micro-batches = global batch / (data x micro_batch)
+devices = data x tensor x pipeline,        micro-batches = global batch / (data x micro_batch)
 """
 
 import dataclasses

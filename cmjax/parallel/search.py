@@ -33,9 +33,7 @@ class Found:
     feasible: int
 
 
-def price_plan(
-    model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int
-) -> PricedPlan:
+def price_plan(model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int) -> PricedPlan:
     """One plan, priced.
 
     Raises: ValueError: degrees that do not divide, more devices than the machine has, or a plan

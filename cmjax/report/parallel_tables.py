@@ -34,7 +34,9 @@ def plans_table(found: ParallelPlans) -> RenderableType:
 
 def measured_table(found: Comparison) -> RenderableType:
     """Every row's measured and predicted seconds, then the mean and worst error and the ranks."""
-    table: Table = simple_table("measured and predicted steps", "plan", "measured s", "predicted s", "error")
+    table: Table = simple_table(
+        "measured and predicted steps", "plan", "measured s", "predicted s", "error"
+    )
     for row in found.rows:
         plan = row.plan
         table.add_row(

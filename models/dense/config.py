@@ -1,6 +1,6 @@
 """Sizes of dense decoders: PanGu-alpha (arXiv 2104.12369, table 1), GPT, and Llama-like ones.
 
-    parameters = L (12 d^2 + 13 d) + V d + 2 s d + 2 d        PanGu-alpha, query layer inside L
+parameters = L (12 d^2 + 13 d) + V d + 2 s d + 2 d        PanGu-alpha, query layer inside L
 """
 
 import dataclasses
