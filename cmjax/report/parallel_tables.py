@@ -12,7 +12,8 @@ from cmjax.report.tables import simple_table
 
 def plans_table(found: ParallelPlans) -> RenderableType:
     """The plans, fastest first, and what the best one's step and memory are made of."""
-    title = f"{found.model} on {found.devices} devices of {found.machine}, {found.global_batch} sequences a step"
+    where = f"{found.devices} devices of {found.machine}"
+    title = f"{found.model} on {where}, {found.global_batch} sequences a step"
     table = simple_table(title, "plan", "step s", "MFU", "tokens/s/device", "GiB", "bubble")
     for each in found.plans:
         table.add_row(

@@ -1,7 +1,7 @@
 """The ends of a dense decoder, and the whole of it for one rank.
 
 Words are split over tensor-parallel ranks by rows of the embedding. The loss never has the logits
-of all words on one rank:  loss = log sum_r sum_{v in r} exp(z_v) - z_target  (Megatron, 1909.08053).
+of all words on one rank: loss = log sum_r sum_{v in r} exp(z_v) - z_target  (1909.08053).
 """
 
 import jax
