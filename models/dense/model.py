@@ -117,7 +117,7 @@ class DenseModel(nnx.Module):
         self.config, self.split = config, split
         make = nnx.vmap(lambda rngs: Block(config, split, dtype=dtype, rngs=rngs))
         self.embedding = Embedding(config, split, dtype=dtype, rngs=rngs)
-        self.blocks = make(rngs.fork(split=config.blocks)) if config.blocks else None
+        self.blocks = make(rngs.split(config.blocks)) if config.blocks else None
         self.output = Output(config, split, dtype=dtype, rngs=rngs)
         shape, init = (own_words(config, split), config.hidden), nnx.initializers.normal(0.02)
         self.words = None if config.tied else nnx.Param(init(rngs.params(), shape, dtype))
