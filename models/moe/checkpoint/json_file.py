@@ -5,6 +5,7 @@ A schema is a `msgspec.Struct`: a field without a default must be in the file, o
 need not be, and bounds are written in its type.
 """
 
+import collections
 import json
 import re
 import types
@@ -39,7 +40,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=distinct)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:
@@ -66,19 +67,23 @@ def convert[T](raw: Any, schema: type[T], path: Path | None, within: str = "") -
         raise ValueError(where + _explained(str(error), raw, schema)) from None
 
 
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`: an object in which no name comes twice.
+
+    Raises: ValueError: one does.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"named twice: {shortened(twice)}")
+    return found
+
+
 def shortened(names: Sequence[str]) -> str:
     """The first of many names, and how many there are."""
     shown = ", ".join(names[:4])
     return shown + (f", ... ({len(names):,} in all)" if len(names) > 4 else "")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"named twice: {shortened(twice)}")
-    return found
 
 
 def _explained(message: str, raw: Any, schema: Any) -> str:
@@ -92,7 +97,8 @@ def _explained(message: str, raw: Any, schema: Any) -> str:
     value, hint = raw, schema
     for step in steps:
         hint = _hint(hint, step)
-        value = value[step] if isinstance(value, dict | list) else value
+        known = isinstance(step, int) if isinstance(value, list) else isinstance(value, dict)
+        value = value[step] if known and step != "..." else value
     got = _shown(value)
     wanted = _wanted(text, value, hint)
     # what the whole key must hold says more than what one of its entries must be

@@ -260,7 +260,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
             "rope_parameters": {"rope_type": "linear", "factor": 3.0},
             "rope_theta": 7e4,
         },
-    ],  # fmt: skip
+    ],
 )
 def test_rotary_positions_said_twice_are_read_in_the_order_of_transformers(family, change):
     peer, whole = _peer(family)
@@ -280,7 +280,7 @@ def test_rotary_positions_said_twice_are_read_in_the_order_of_transformers(famil
 def test_a_base_of_frequencies_that_would_be_dropped_is_refused():
     raw = {key: value for key, value in MIXTRAL.items() if key != "rope_theta"}
     raw |= {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": YARN}
-    with pytest.raises(ValueError, match="has rope_theta 500000.0, but 'rope_scaling' beside it"):
+    with pytest.raises(ValueError, match=r"has rope_theta 500000\.0, but 'rope_scaling' beside it"):
         parse_config(raw, PATH)
     raw["rope_parameters"]["rope_theta"] = 1e6  # what transformers takes for Mixtral
     assert parse_config(raw, PATH).rope.theta == 1e6
