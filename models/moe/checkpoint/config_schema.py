@@ -28,6 +28,8 @@ class CommonKeys(Struct, kw_only=True):
 
     aliases: ClassVar[dict[str, str]] = {}
     """Other names that transformers takes for a key."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Keys that must be there although they have a default, which is another class's."""
     default_theta: ClassVar[float] = 10000.0
     """The class's base of rotary frequencies."""
 
@@ -98,14 +100,11 @@ class DeepseekV3Keys(_DeepseekKeys, kw_only=True):
 class KimiK2Keys(DeepseekV3Keys, kw_only=True):
     """Kimi-K2's own class, which lies beside its weights: nothing is assumed of its defaults."""
 
-    n_shared_experts: Count | None
-    first_k_dense_replace: Count
-    routed_scaling_factor: Factor
-    n_group: Experts
-    topk_group: Experts
-    norm_topk_prob: bool
-    num_nextn_predict_layers: Count | None
-    rms_norm_eps: Epsilon
+    required: ClassVar[tuple[str, ...]] = (
+        "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor", "n_group",
+        "topk_group", "norm_topk_prob", "num_nextn_predict_layers", "rms_norm_eps",
+    )  # fmt: skip
+
     eos_token_id: Tokens = None
 
 

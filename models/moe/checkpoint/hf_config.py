@@ -81,7 +81,10 @@ def parse_config(raw: dict[str, Any], path: Path) -> MoEConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {name!r}")
     family = FAMILIES[name]
-    keys = convert(_renamed(raw, family.schema.aliases, path), family.schema, path)
+    renamed = _renamed(raw, family.schema.aliases, path)
+    if missing := [key for key in family.schema.required if key not in renamed]:
+        raise ValueError(f"{path}: key {missing[0]!r} is missing")
+    keys = convert(renamed, family.schema, path)
     ends = keys.eos_token_id
     rope = read_rope(raw, keys, path)
     try:

@@ -97,8 +97,7 @@ def _explained(message: str, raw: Any, schema: Any) -> str:
     value, hint = raw, schema
     for step in steps:
         hint = _hint(hint, step)
-        known = isinstance(step, int) if isinstance(value, list) else isinstance(value, dict)
-        value = value[step] if known and step != "..." else value
+        value = _entry(value, step)
     got = _shown(value)
     wanted = _wanted(text, value, hint)
     # what the whole key must hold says more than what one of its entries must be
@@ -106,6 +105,14 @@ def _explained(message: str, raw: Any, schema: Any) -> str:
         value = raw[steps[0]] if isinstance(raw, dict) else raw
         wanted, got, steps = f"hold {description}", _shown(value), steps[:1]
     return f"key {_named(steps)} must {wanted}, got {got}" if steps else f"must {wanted}, got {got}"
+
+
+def _entry(value: Any, step: Any) -> Any:
+    """What a step leads to, or `value` where msgspec does not say which entry it means (`...`)."""
+    try:
+        return value[step]
+    except (KeyError, IndexError, TypeError):
+        return value
 
 
 def _wanted(text: str, value: Any, hint: Any) -> str:
@@ -133,8 +140,8 @@ def _steps(place: str) -> list[Any]:
 
 
 def _named(steps: Sequence[Any]) -> str:
-    text = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).removeprefix(".")
-    return repr(text)
+    indexed = (f"[{s}]" if isinstance(s, int) or s == "..." else f".{s}" for s in steps)
+    return repr("".join(indexed).removeprefix("."))
 
 
 def _shown(value: Any) -> str:

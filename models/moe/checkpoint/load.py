@@ -18,6 +18,10 @@ from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.checkpoint.buffers import ParameterBuffers
 from cmjax.models.moe.checkpoint.folder import list_folder
 from cmjax.models.moe.checkpoint.fused_experts import unfused
+from cmjax.models.moe.checkpoint.generation_config import (
+    GenerationDefaults,
+    read_generation_config,
+)
 from cmjax.models.moe.checkpoint.hf_config import parse_config, read_json
 from cmjax.models.moe.checkpoint.json_file import shortened
 from cmjax.models.moe.checkpoint.safetensor_file import StoredTensor
@@ -44,9 +48,12 @@ class Checkpoint:
 
     folder: Path
     config: MoEConfig
+    """Of its config.json; `end_tokens` of its generation_config.json, where that names some."""
     tensors: dict[str, StoredTensor]
     scales: WeightScales
     """Which of them are few-bit values times scales."""
+    defaults: GenerationDefaults
+    """How its text is drawn where the caller says nothing."""
 
     @property
     def has_mtp(self) -> bool:
@@ -92,7 +99,7 @@ def load(
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a folder's config.json, index and headers.
+    """Read a folder's config.json, generation_config.json, index and headers.
 
     Raises: ValueError: see `load`.
     """
@@ -101,8 +108,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{folder}: no such folder; a checkpoint is one with a config.json")
     raw, file = read_json(folder)
     config = parse_config(raw, file)
+    defaults = read_generation_config(folder)
+    if defaults.end_tokens is not None:
+        config = dataclasses.replace(config, end_tokens=defaults.end_tokens)
     scales = read_scales(raw.get("quantization_config"), file)
-    return Checkpoint(folder, config, unfused(list_folder(folder), config), scales)
+    return Checkpoint(folder, config, unfused(list_folder(folder), config), scales, defaults)
 
 
 def load_params(
