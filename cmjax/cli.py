@@ -19,6 +19,8 @@ _COMMANDS = {
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
     "price": ("Price", "any JAX function, on any machine"),
     "generate": ("Generate", "text from a model, on an emulated supernode"),
+    "transcribe": ("Transcribe", "text from sound files, by a trained recognizer"),
+    "export": ("Export", "a trained recognizer as ONNX, in int8"),
     "xl3m": ("XL3M", "an answer from a text longer than the model's window"),
     "validate": ("Validate", "predictions beside published measurements"),
     "fit": ("Fit", "a machine's constants, from micro-measurements"),

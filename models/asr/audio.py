@@ -148,6 +148,6 @@ def _check_units(channels: Float32[np.ndarray, "time channels"]) -> None:
         )
     if clipped > _MOST_CLIPPED:
         raise BadAudio(
-            f"{clipped:.0%} of its floating-point samples are beyond full scale (up to {most:.3g}): "
-            "write it anew, softer"
+            f"{clipped:.0%} of its floating-point samples are beyond full scale (up to "
+            f"{most:.3g}): write it anew, softer"
         )

@@ -1,15 +1,16 @@
 """What a sound file says of its own length, against what is there.
 
-libsndfile reads what is left of a torn file without a word, and nothing of a file whose writer could
-not go back to fill in the length, as behind a pipe. So sizes are compared first, for the formats
-that state them in their header: WAV (RIFF, RIFX, RF64), AIFF, AU and NIST SPHERE.
+libsndfile reads what is left of a torn file without a word, and nothing of a file whose writer
+could not go back to fill in the length, as behind a pipe. So sizes are compared first, for the
+formats that state them in their header: WAV (RIFF, RIFX, RF64), AIFF, AU and NIST SPHERE.
 """
 
 import struct
 
 _NO_SIZE_BELOW = 1 << 16
-"""Writers to a pipe put 0, or the largest size that they know less their header: SoX 0x7ffff000 (and
-0x7f000000 in AIFF), others 0x7fffffff, 0x80000000 or 0xffffffff. So close to these it is none."""
+"""Writers to a pipe put 0, or the largest size that they know less their header: SoX 0x7ffff000
+(and 0x7f000000 in AIFF), others 0x7fffffff, 0x80000000 or 0xffffffff. So close to these it is
+none."""
 
 
 class BadAudio(ValueError):
@@ -110,7 +111,7 @@ def _are_chunks(data: bytes, order: str) -> bool:
 
 def _is_placeholder(size: int) -> bool:
     return size == 0 or any(
-        0 <= most - size < _NO_SIZE_BELOW
+        abs(most - size) < _NO_SIZE_BELOW
         for most in (0x7F000000, 0x80000000, 0xFFFFFFFF, (1 << 63) - 1, (1 << 64) - 1)
     )
 

@@ -83,6 +83,7 @@ def assemble(
     rate: int,
     unseen: Sequence[str] = (),
     joinable: bool = False,
+    tests_only: bool = False,
 ) -> Corpus:
     """Read and split a list of recordings.
 
@@ -95,6 +96,7 @@ def assemble(
       entries: the list.
       units, rate, joinable: of the corpus.
       unseen: speakers to keep out of training; all they say is the test set "unseen".
+      tests_only: what is named for training is left out unread, and all else is tested on.
     Raises:
       ValueError: an unknown speaker in `unseen`, or nothing left to use; says what was skipped.
     """
@@ -104,6 +106,14 @@ def assemble(
         raise ValueError(
             f"unseen: no speaker {', '.join(unknown)}; there are {', '.join(speakers)}"
         )
+    if tests_only:
+        entries = [
+            dataclasses.replace(entry, split=entry.split or "test")
+            for entry in entries
+            if entry.split != "train"
+        ]
+        if not entries:
+            raise ValueError("no test set: every recording is named for training")
     kept, skipped = [], []
     for item in read_entries(_ordered(entries), rate):
         (skipped if isinstance(item, Skipped) else kept).append(item)

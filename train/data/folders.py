@@ -26,6 +26,7 @@ def load(
     rate: int | None = None,
     unseen: Sequence[str] = (),
     encoding: str = "utf-8",
+    tests_only: bool = False,
 ) -> Corpus:
     """Read a data set.
 
@@ -35,18 +36,25 @@ def load(
       rate: samples per second to resample to; by default the data set's own.
       unseen: speakers to keep out of training.
       encoding: of the lists that have no byte-order mark.
+      tests_only: leave out what is named for training; the rest is the test set, all of it.
     Raises:
       ValueError: a list or the recordings are missing (says which), a broken list (names file and
         line), or no usable recording.
     """
-    entries, units, own_rate, joinable = _LAYOUTS[layout]
+    entries, units, _, joinable = _LAYOUTS[layout]
     return assemble(
         entries(folder, encoding),
         units=units,
-        rate=rate or own_rate,
+        rate=rate or own_rate(layout),
         unseen=unseen,
         joinable=joinable,
+        tests_only=tests_only,
     )
+
+
+def own_rate(layout: Layout) -> int:
+    """Samples per second that a layout's recordings are read at by default."""
+    return _LAYOUTS[layout][2]
 
 
 def fsdd(folder: Path, encoding: str = "utf-8") -> list[Entry]:
@@ -129,7 +137,7 @@ def librispeech(folder: Path, encoding: str = "utf-8") -> list[Entry]:
 
 
 def kaldi(folder: Path, encoding: str = "utf-8") -> list[Entry]:
-    """`wav.scp`, `text`, perhaps `utt2spk` and `segments`; or those in `train/`, `test/` and others.
+    """`wav.scp`, `text`, perhaps `utt2spk` and `segments`; or those in `train/`, `test/`, ...
 
     What a subfolder's name says decides its split. Commands in `wav.scp` (lines that end in `|`)
     are not run; such recordings are skipped.
