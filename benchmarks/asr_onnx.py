@@ -59,4 +59,4 @@ def session_call(network: bytes, threads: int) -> Callable[[Features], np.ndarra
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = ort.InferenceSession(network, options, providers=["CPUExecutionProvider"])
-    return lambda features: session.run(None, {"features": features})[0]
+    return lambda features: np.asarray(session.run(None, {"features": features})[0])

@@ -23,7 +23,7 @@ def check_numbers(options: Any) -> None:
                 raise ValueError(f"{option} must be finite, got {number}")
             if name in (*_RATES, *_COUNTS) and isinstance(number, int | float) and number < 0:
                 raise ValueError(f"{option} must not be negative, got {number}")
-        if name == "seed" and not 0 <= value < _MOST_SEED:
+        if name == "seed" and isinstance(value, int) and not 0 <= value < _MOST_SEED:
             raise ValueError(f"{option} must be 0 to {_MOST_SEED - 1}, got {value}")
 
 

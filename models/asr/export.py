@@ -1,4 +1,5 @@
-"""Acoustic models as ONNX, for runtimes elsewhere; integers as QuantizeLinear/DequantizeLinear pairs.
+"""Acoustic models as ONNX, for runtimes elsewhere; integers as pairs of Quantize- and
+DequantizeLinear.
 
     x -> Q(input_step) -> DQ -> Conv(DQ(int8 filter, a step per output channel), bias) -> activation
 
@@ -101,9 +102,9 @@ class _Graph:
         self.nodes.append(made)
         return name
 
-    def constant(self, value: np.ndarray) -> str:
+    def constant(self, value: np.ndarray | np.generic) -> str:
         name = f"constant_{len(self.tensors)}"
-        self.tensors.append(self._onnx.numpy_helper.from_array(value, name))
+        self.tensors.append(self._onnx.numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def conv(self, value: str, conv: Conv) -> str:
@@ -117,7 +118,7 @@ class _Graph:
             integers = _integers(kernel, filter_step[:, None, None], np.int8, _LIMIT)
             sums = _integers(bias, step * filter_step, np.int32, 2**31 - 1)
             operands = [self.dequantized(integers, filter_step)]
-            operands.append(self.dequantized(sums, np.float32(step * filter_step)))
+            operands.append(self.dequantized(sums, np.asarray(step * filter_step, np.float32)))
         out = self.node(
             "Conv",
             [value, *operands],

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _corpus(config: Config, rate: int | None, tests_only: bool) -> Corpus:
     if config.data == "synthetic":
         return synthetic.digits(voices=config.voices, unseen=config.voices // 4)
     assert config.data_dir is not None  # Config has checked it
-    options = {"rate": rate, "encoding": config.encoding}
+    options: dict[str, Any] = {"rate": rate, "encoding": config.encoding}
     if tests_only:
         corpus = folders.load(config.data, config.data_dir, tests_only=True, **options)
     else:

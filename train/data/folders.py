@@ -252,8 +252,10 @@ def _of_row(row: dict[str, Any], where: str, path: Path, by_file: Split | None) 
 
 
 def _split_of(row: dict[str, Any], where: str) -> Split | None:
-    stated = (stated_split(row.get(column), where) for column in SPLIT_COLUMNS)
-    return next((split for split in stated if split), None)
+    for column in SPLIT_COLUMNS:
+        if split := stated_split(row.get(column), where):
+            return split
+    return None
 
 
 def _segment(line: Line | None, name: str, path: Path) -> tuple[str, tuple[float, float]]:

@@ -22,7 +22,9 @@ _NAMES: tuple[tuple[Split, str], ...] = (
     ),
     ("train", "train|training|trn|trainval"),
 )
-_WORDS = tuple((split, re.compile(rf"(?:{names}){_ENDS}")) for split, names in _NAMES)
+_WORDS: tuple[tuple[Split, re.Pattern[str]], ...] = tuple(
+    (split, re.compile(rf"(?:{names}){_ENDS}")) for split, names in _NAMES
+)
 
 
 def named_split(name: str) -> Split | None:
@@ -44,8 +46,10 @@ def named_split(name: str) -> Split | None:
 
 def path_split(parts: Iterable[str]) -> Split | None:
     """What the folders of a path say, the nearest to the file first."""
-    found = (named_split(part) for part in reversed(list(parts)))
-    return next((split for split in found if split), None)
+    for part in reversed(list(parts)):
+        if split := named_split(part):
+            return split
+    return None
 
 
 def stated_split(value: object, where: str) -> Split | None:

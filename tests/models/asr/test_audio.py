@@ -1,5 +1,6 @@
 """Recordings: every fault that a file can have is named, and what is no fault is read."""
 
+import contextlib
 import io
 import struct
 
@@ -52,12 +53,14 @@ def test_an_empty_wav_is_not_read_as_what_stands_behind_its_sound():
         read_audio(data, RATE)
 
 
-@pytest.mark.parametrize("form", ["WAV", "WAVEX", "RF64", "AIFF", "AU", "NIST", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize(
+    "form", ["WAV", "WAVEX", "RF64", "AIFF", "AU", "NIST", "FLAC", "OGG", "MP3"]
+)
 def test_a_torn_file_is_refused_in_every_format(form):
     kinds = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
     data = _sound(form=form, kind=kinds.get(form, "PCM_16"))
     assert len(read_audio(data, RATE)) == len(WAVE)
-    with pytest.raises(BadAudio, match="truncated|not readable"):
+    with pytest.raises(BadAudio, match=r"truncated|not readable"):
         read_audio(data[: len(data) // 2], RATE)
 
 
@@ -71,7 +74,13 @@ def test_an_aiff_that_came_through_a_pipe_is_read_to_its_end():
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("WAV", "GSM610"), ("WAV", "G721_32"), ("WAV", "MS_ADPCM"), ("WAV", "ALAW"), ("AU", "G723_24")],
+    [
+        ("WAV", "GSM610"),
+        ("WAV", "G721_32"),
+        ("WAV", "MS_ADPCM"),
+        ("WAV", "ALAW"),
+        ("AU", "G723_24"),
+    ],
 )
 def test_codecs_of_telephones_are_read(form, kind):
     samples = read_audio(_sound(form=form, kind=kind), RATE)[: len(WAVE)] / 32768
@@ -79,7 +88,7 @@ def test_codecs_of_telephones_are_read(form, kind):
 
 
 def test_a_codec_that_cannot_be_read_is_a_fault_of_that_file_alone():
-    with pytest.raises(BadAudio, match="not readable as audio: .*fseek"):
+    with pytest.raises(BadAudio, match=r"not readable as audio: .*fseek"):
         read_audio(_sound(form="AIFF", kind="DWVW_16"), RATE)
 
 
@@ -87,7 +96,9 @@ def test_a_codec_that_cannot_be_read_is_a_fault_of_that_file_alone():
 @pytest.mark.parametrize("bits", [16, 24, 32])
 def test_floats_in_units_of_integers_are_refused_with_their_unit(kind, bits):
     loud = np.append(WAVE * 2 ** (bits - 1), 0.99 * 2 ** (bits - 1))
-    with pytest.raises(BadAudio, match=rf"{bits}-bit integers as floats; divide by {1 << bits - 1}"):
+    with pytest.raises(
+        BadAudio, match=rf"{bits}-bit integers as floats; divide by {1 << bits - 1}"
+    ):
         read_audio(_sound(loud, kind=kind), RATE)
 
 
@@ -126,18 +137,18 @@ def test_a_header_that_claims_more_than_memory_holds_costs_none():
     data = bytearray(_sound(form="FLAC"))
     at = data.find(b"fLaC") + 8 + 13  # the last 36 bits of rate, channels, bits and samples
     data[at : at + 5] = bytes([data[at] | 0x0F, 255, 255, 255, 255])
-    with pytest.raises(BadAudio, match="truncated|not readable"):
+    with pytest.raises(BadAudio, match=r"truncated|not readable"):
         read_audio(bytes(data), RATE)
 
 
-@given(st.binary(max_size=200), st.sampled_from(["RIFF", "FORM", ".snd", "NIST_1A", "fLaC", "OggS"]))
+@given(
+    st.binary(max_size=200), st.sampled_from(["RIFF", "FORM", ".snd", "NIST_1A", "fLaC", "OggS"])
+)
 def test_no_bytes_are_more_than_bad_audio(data, magic):
     form = b"WAVE" if magic == "RIFF" else b"AIFF"
     for given_ in (data, magic.encode() + data[:4] + form + data):
-        try:
+        with contextlib.suppress(BadAudio):
             read_audio(given_, RATE)
-        except BadAudio:
-            pass
 
 
 def test_a_file_that_cannot_be_opened_is_bad_audio(tmp_path):

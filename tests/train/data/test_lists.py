@@ -1,4 +1,4 @@
-"""Lists as people's programs write them: separators, encodings, marks, and faults with their line."""
+"""Lists as people's programs write them: separators, encodings, marks; faults with their line."""
 
 import codecs
 

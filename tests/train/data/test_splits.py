@@ -40,12 +40,16 @@ def test_every_name_of_a_held_out_part_is_one(name):
     assert named_split(f"my.{name}.list") in ("dev", "test")
 
 
-@pytest.mark.parametrize("name", ["train", "training", "trainManifest", "train-clean-100", "trainset"])
+@pytest.mark.parametrize(
+    "name", ["train", "training", "trainManifest", "train-clean-100", "trainset"]
+)
 def test_every_name_of_a_training_part_is_one(name):
     assert named_split(name) == "train"
 
 
-@pytest.mark.parametrize("name", ["recordings", "latest", "contest", "developer", "constrained", "a"])
+@pytest.mark.parametrize(
+    "name", ["recordings", "latest", "contest", "developer", "constrained", "a"]
+)
 def test_words_that_only_contain_one_say_nothing(name):
     assert named_split(name) is None
 
