@@ -6,7 +6,7 @@
 
 A checkpoint is written under another name, brought to the disk, and renamed when it is complete;
 only then are older ones deleted, but for the one before. A kill or a full disk leaves the last good
-one. A checkpoint that was damaged later is passed over for the one before, with a line that says so.
+one. A checkpoint that was damaged later is passed over for the one before, and a line says so.
 """
 
 import dataclasses

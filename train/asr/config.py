@@ -107,8 +107,8 @@ class Config:
     units: Units | None = None
     """Labels; by default words for a closed vocabulary, characters otherwise."""
     alphabet: str = "auto"
-    """Labels of characters: "letters" (English), "data" (all that the training transcripts have), or
-    a file with one a line. "auto" takes the letters if they spell 95 % of the transcripts, and
+    """Labels of characters: "letters" (English), "data" (all that the training transcripts have),
+    or a file with one a line. "auto" takes the letters if they spell 95 % of the transcripts, and
     else those of the data."""
     voices: int = 16
     """Synthetic speakers to learn from; a quarter as many more are for the test alone."""

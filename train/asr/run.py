@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmjax.files import replace_text
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.decoding import make_decoder
 from cmjax.models.asr.deployed import whole_call
@@ -34,14 +33,13 @@ from train.asr.evaluate import Result, evaluate
 from train.asr.learner import Learner, Network, Params, make_step, optimiser, take_apart
 from train.asr.quantize import calibrate
 from train.asr.task import Task, measure_statistics, prepare
+from train.asr.trained_on import remember, without_trained
 from train.data.batches import TrainingStream
 from train.data.corpus import shared
 from train.data.folders import own_rate
 from train.metrics import LossNotFinite, MetricsLog
 
 STAGES = ("float", "scales", "all")
-TRAINED_ON = "trained_on.txt"
-"""Digests of the training recordings, one a line, in the run's folder."""
 
 
 @dataclasses.dataclass
@@ -105,7 +103,7 @@ def start(config: Config, console: Console) -> Run:
         run.model.set_statistics(
             *measure_statistics(task.corpus.train, task.framing, task.corpus.rate)
         )
-        _remember(task, config.out)
+        remember(task, config.out)
         return run
     if config.evaluate_only:
         return _to_test(config, found, console)
@@ -121,7 +119,7 @@ def _to_test(config: Config, found: checkpoint.SavedRun, console: Console) -> Ru
         rate = own_rate(found.config["data"]) if found.config["data"] != "synthetic" else 8000
     task = prepare(config, _saved_alphabet(found), rate=rate, tests_only=others)
     if others:
-        task = _without_trained(task, config.out, console)
+        task = without_trained(task, config.out, console)
     return _going_on(config, task, found, console)
 
 
@@ -141,42 +139,6 @@ def _saved_alphabet(found: checkpoint.SavedRun) -> Alphabet:
         return Alphabet(saved["units"], tuple(saved["symbols"]))
     except (KeyError, TypeError) as error:
         raise checkpoint.Damaged(f"{found.path / 'run.json'}: no alphabet ({error!r})") from None
-
-
-def _remember(task: Task, out: Path) -> None:
-    """Write down what is trained on, so that a test of later knows it by its sound."""
-    digests = sorted({utterance.digest() for utterance in task.corpus.train})
-    out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / TRAINED_ON, "".join(f"{digest}\n" for digest in digests))
-
-
-def _without_trained(task: Task, out: Path, console: Console) -> Task:
-    """Other data without the recordings that the network was trained on.
-
-    Raises: ValueError: none is left.
-    """
-    if not (out / TRAINED_ON).is_file():
-        console.print(
-            f"[yellow]no {TRAINED_ON} in {escape(str(out))}[/]: recordings that were trained on may "
-            "be among those of the test"
-        )
-        return task
-    digests = (out / TRAINED_ON).read_text().split()
-    known = shared(task.corpus, digests)
-    tests = {}
-    for name, utterances in task.corpus.tests.items():
-        mine = set(known.get(name, ()))
-        kept = tuple(utterance for utterance in utterances if utterance.name not in mine)
-        if mine:
-            console.print(
-                f"[yellow]{escape(name)}[/]: {len(mine)} of {len(utterances)} recordings are left "
-                "out, because the network was trained on them"
-            )
-        if kept:
-            tests[name] = kept
-    if not tests:
-        raise ValueError("no test set: the network was trained on all of these recordings")
-    return dataclasses.replace(task, corpus=dataclasses.replace(task.corpus, tests=tests))
 
 
 def train(run: Run, console: Console) -> None:

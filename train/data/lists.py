@@ -1,4 +1,4 @@
-"""Lists on disk as people's programs write them: lines, pairs and tables; every error names the line.
+"""Lists on disk as people's programs write them: lines, pairs, tables; every error names the line.
 
 Text is UTF-8, with a byte-order mark or without, or UTF-16 or UTF-32 with one. Another encoding has
 to be named: guessing one would make wrong letters of it without a word. A line ends where an editor
@@ -40,8 +40,8 @@ class Line(NamedTuple):
 def read_list(path: Path, encoding: str = "utf-8") -> str:
     """The text of a file.
 
-    Raises: ValueError: no such file, an unknown encoding, or bytes that it does not have; names file
-      and line.
+    Raises: ValueError: no such file, an unknown encoding, or bytes that it does not have; names
+      file and line.
     """
     try:
         data = path.read_bytes()
@@ -95,8 +95,8 @@ def table(path: Path, columns: tuple[str, ...], encoding: str = "utf-8") -> list
     The separator is the one among comma, tab, semicolon and bar that gives the wanted columns.
     Names are lower-cased.
 
-    Raises: ValueError: no such columns, a row with fewer or more values than columns, or quotes that
-      do not close; names the line. See also `read_list`.
+    Raises: ValueError: no such columns, a row with fewer or more values than columns, or quotes
+      that do not close; names the line. See also `read_list`.
     """
     text = read_list(path, encoding)
     first = next((row for row in re.split("\r\n|\r|\n", text) if row.strip()), "")

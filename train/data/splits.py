@@ -1,8 +1,8 @@
 """Which part of a data set a name says: what to train on, and what never.
 
 People name the parts in many ways: `train_manifest.json` beside `valid_manifest.json`, `dev-clean`,
-`eval92`, `train_dev` (of Kaldi, held out of the training data), `testset`, a column `split`. What is
-held out by any of these is never trained on.
+`eval92`, `train_dev` (of Kaldi, held out of the training data), `testset`, a column `split`. What
+is held out by any of these is never trained on.
 """
 
 import itertools

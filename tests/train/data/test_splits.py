@@ -10,20 +10,10 @@ import soundfile
 from train.data.folders import load
 from train.data.splits import named_split, path_split, stated_split
 
-HELD = "valid val validation dev devel development eval evaluation test testing heldout".split() + [
-    "held-out",
-    "held_out",
-    "holdout",
-    "dev-clean",
-    "test_other",
-    "eval92",
-    "dev93",
-    "train_dev",
-    "train-valid",
-    "testset",
-    "ValidSet",
-    "TEST",
-]
+HELD = (
+    "valid val validation dev devel development eval evaluation test testing heldout held-out "
+    "held_out holdout dev-clean test_other eval92 dev93 train_dev train-valid testset ValidSet TEST"
+).split()
 
 
 def _sound(seed: int, rate: int = 8000) -> bytes:
@@ -104,8 +94,8 @@ def test_kaldi_subfolders_are_what_their_names_say(tmp_path):
     for seed, part in enumerate(("train_si84", "eval92", "dev93")):
         (tmp_path / part).mkdir()
         (tmp_path / part / "a.wav").write_bytes(_sound(seed))
-        (tmp_path / part / "wav.scp").write_text("u%d\ta.wav\n" % seed)
-        (tmp_path / part / "text").write_text("u%d\tone two\n" % seed)
+        (tmp_path / part / "wav.scp").write_text(f"u{seed}\ta.wav\n")
+        (tmp_path / part / "text").write_text(f"u{seed}\tone two\n")
     corpus = load("kaldi", tmp_path, rate=8000)
     assert [u.name for u in corpus.train] == ["u0"]
     assert {name: [u.name for u in items] for name, items in corpus.tests.items()} == {
