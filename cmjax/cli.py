@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cmjax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    parsers = parser.add_subparsers(metavar="COMMAND ARGS", required=True, dest="command")
     for name, (_, gives) in _COMMANDS.items():
         parsers.add_parser(name, help=gives, add_help=False)
     name = parser.parse_args(given[:1]).command

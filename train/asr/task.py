@@ -4,7 +4,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -89,14 +88,17 @@ def _corpus(config: Config, rate: int | None, tests_only: bool) -> Corpus:
     if config.data == "synthetic":
         return synthetic.digits(voices=config.voices, unseen=config.voices // 4)
     assert config.data_dir is not None  # Config has checked it
-    options: dict[str, Any] = {"rate": rate, "encoding": config.encoding}
-    if tests_only:
-        corpus = folders.load(config.data, config.data_dir, tests_only=True, **options)
-    else:
-        corpus = folders.load(config.data, config.data_dir, unseen=config.unseen, **options)
+    corpus = folders.load(
+        config.data,
+        config.data_dir,
+        rate=rate,
+        unseen=config.unseen,
+        encoding=config.encoding,
+        tests_only=tests_only,
+    )
     if config.test_dir is None:
         return corpus
-    extra = folders.load(config.data, config.test_dir, **options | {"rate": corpus.rate})
+    extra = folders.load(config.data, config.test_dir, rate=corpus.rate, encoding=config.encoding)
     everything = (*extra.train, *(u for test in extra.tests.values() for u in test))
     return dataclasses.replace(
         corpus,

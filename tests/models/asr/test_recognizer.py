@@ -289,7 +289,7 @@ def test_a_long_recording_is_heard_as_a_short_one(recognizer):
     wave = np.random.default_rng(2).integers(-4, 5, 36 * 8000).astype(np.int16)
     transcribe = recognizer.transcriber("float32")
     whole, part = transcribe(wave), transcribe(wave[: 30 * 8000])
-    assert len(part) > 10 and whole.startswith(part[:-2])
+    assert len(part) > 100 and whole.startswith(part[:-40])  # the last ones see what follows
     assert transcribe(wave[:100]) == ""  # not one frame
 
 

@@ -51,7 +51,7 @@ def test_an_alphabet_is_that_of_the_data_where_letters_do_not_spell_it(tmp_path)
     task = prepare(_config(_manifest(tmp_path / "ru", RUSSIAN, train=range(4), test=[0, 4])))
     assert task.framing.alphabet.symbols == tuple(" абдежмнотъё")
     assert [u.text for u in task.corpus.train] == ["да", "нет да", "ёж", "объём"]
-    english = _manifest(tmp_path / "en", ["yes", "no"], train=[0], test=[1])
+    english = _manifest(tmp_path / "en", ["yes", "see"], train=[0], test=[1])
     assert prepare(_config(english)).framing.alphabet.size == 29
     assert prepare(_config(english, alphabet="data")).framing.alphabet.symbols == ("e", "s", "y")
 
