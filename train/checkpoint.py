@@ -2,7 +2,7 @@
 
     FOLDER/00000012/arrays/       pytree of arrays (Orbax); 12 counts the checkpoints of the run
     FOLDER/00000012/run.json      configuration and progress
-    FOLDER/00000012/SHA256SUMS    of every file, as `sha256sum --check` reads them
+    FOLDER/00000012/SHA256SUMS    of every file, as `sha256sum -c` reads them
 
 A checkpoint is written under another name, brought to the disk, and renamed when it is complete;
 only then are older ones deleted, but for the one before. A kill or a full disk leaves the last good
