@@ -76,6 +76,11 @@ def _begin(program: str, folder: Path, out: str) -> subprocess.Popen:
     )
 
 
+def _finish(process: subprocess.Popen) -> None:
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+
+
 def _losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
 
@@ -84,12 +89,10 @@ def _losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_signal_in_any_moment_ends_in_one_line_and_a_run_that_goes_on(program, tmp_path):
     """A checkpoint is written after every step, so that most moments are in one."""
-    whole = _begin(program, tmp_path, "whole")
-    assert whole.wait(timeout=600) == 0
+    _finish(_begin(program, tmp_path, "whole"))
     kinds = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
     kinds.append((signal.SIGKILL, -9, None))
-    moment = 0
-    while moment < 10:
+    for moment in range(10):
         number, code, line = kinds[moment % len(kinds)]
         process = _begin(program, tmp_path, "stopped")
         before = len(_losses(tmp_path / "stopped"))
@@ -103,6 +106,5 @@ def test_a_signal_in_any_moment_ends_in_one_line_and_a_run_that_goes_on(program,
         assert process.returncode == code, said
         if line is not None:
             assert said.splitlines()[-1:] == [line] and "Traceback" not in said, said
-        moment += 1
-    assert _begin(program, tmp_path, "stopped").wait(timeout=600) == 0
+    _finish(_begin(program, tmp_path, "stopped"))
     assert _losses(tmp_path / "stopped") == _losses(tmp_path / "whole")
