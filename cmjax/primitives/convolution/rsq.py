@@ -5,8 +5,12 @@
 The range is free ("range-scaled", after Yao et al., RSQ, arXiv:2010.14841: integers that a Winograd
 transform then enlarges need a range of their own, neither the dtype's nor the worst case's), and
 what leaves it saturates. The derivative is chosen, since rounding is flat: straight-through inside
-the range and zero outside for `x`, and for the step the rule of LSQ (Esser et al. 2020,
-arXiv:1902.08153, equation 3), times its gradient scale if one is given.
+the range and zero from its ends on for `x`, and for the step the rule of LSQ (Esser et al. 2020,
+arXiv:1902.08153, equation 3), times its gradient scale if one is given:
+
+    dy/dstep = round(x / step) - x / step   if low < x / step < high,   else low or high
+
+The two belong together: scaling `x` and `step` alike scales `y`, at the ends too.
 """
 
 import math
@@ -14,12 +18,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from cmjax.primitives.define import Zero, count_where, define
+from cmjax.primitives.define import Zero, clamp, count_where, define
 from cmjax.program import Work, cost_rule
 
 _LARGEST_LIMIT = 2**23  # integers and their halves are exact in float32 up to here
+# Share of an end of the range by which x * (1 / step) may be off it by rounding. The step that
+# covers the largest value has that value at the end, and must find it there.
+_AT_END = 2.0**-22
 
 
 def rsq_quantize(
@@ -41,7 +48,9 @@ def rsq_quantize(
       limit: instead of `bits`, the largest integer (range -limit to limit), or (low, high).
       axis: the axis of `x` that a one-dimensional `step` belongs to.
       gradient_scale: factor on the step's gradient; see `lsq_gradient_scale`.
-    Returns: shape and dtype of `x`; computed in float32.
+    Returns: shape and dtype of `x`; computed in float32. NaN stays NaN, and an infinity saturates.
+    Gradient: for `x` 1 within the range and 0 at its ends and beyond; for `step` the rounding error
+      within the range, and low or high at its ends and beyond (LSQ).
     Raises: TypeError if `x` is not floating point; ValueError for a step that does not fit or is
       known to be zero, negative or not finite, or for an impossible range.
     Example: multiples of 0.5 from -1 to 1.
@@ -62,8 +71,19 @@ def rsq_quantize(
     elif step.ndim == 0:
         step = step.reshape((1,) * x.ndim)
     check_steps("rsq_quantize", "step", step)
-    params = {"low": low, "high": high, "gradient_scale": float(gradient_scale)}
+    params = {"low": low, "high": high, "gradient_scale": float(gradient_scale), "closed": False}
     _check(jax.typeof(x), jax.typeof(step), **params)
+    return rsq_quantize_p.bind(x, step, **params)
+
+
+def requantize(
+    x: Float[Array, "..."], step: Float32[Array, "..."], limit: int
+) -> Float[Array, "..."]:
+    """`rsq_quantize` of values that may be integers of the step already, such as -limit or limit.
+
+    Those are not saturated: at the ends the derivative for `x` is 1, and that for the step 0.
+    """
+    params = {"low": -limit, "high": limit, "gradient_scale": 1.0, "closed": True}
     return rsq_quantize_p.bind(x, step, **params)
 
 
@@ -123,15 +143,15 @@ def _range(bits: int | None, limit: int | tuple[int, int] | None) -> tuple[int, 
     return int(low), int(high)
 
 
-def _reference(x, step, *, low, high, gradient_scale):
+def _reference(x, step, *, low, high, gradient_scale, closed):
     z = x.astype(jnp.float32) * rounded(1 / step)
-    return (lax.clamp(float(low), lax.round(z, _HALF_TO_EVEN), float(high)) * step).astype(x.dtype)
+    return (clamp(low, lax.round(z, _HALF_TO_EVEN), high) * step).astype(x.dtype)
 
 
 _HALF_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
 
 
-def _check(x, step, *, low, high, gradient_scale):
+def _check(x, step, *, low, high, gradient_scale, closed):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"rsq_quantize: x must be floating point, got {x.dtype}")
     fits = step.ndim == x.ndim and all(
@@ -145,17 +165,18 @@ def _check(x, step, *, low, high, gradient_scale):
         )
 
 
-def _jvp(p, primals, tangents, *, low, high, gradient_scale):
+def _jvp(p, primals, tangents, *, low, high, gradient_scale, closed):
     x, step = primals
     dx, dstep = tangents
-    out = p.bind(x, step, low=low, high=high, gradient_scale=gradient_scale)
+    out = p.bind(x, step, low=low, high=high, gradient_scale=gradient_scale, closed=closed)
     z = lax.stop_gradient(x.astype(jnp.float32) * rounded(1 / step))
-    inside = (z >= low) & (z <= high)
     tangent = jnp.zeros_like(out)
+    ends = 1 + _AT_END if closed else 1 - _AT_END
+    inside = (z > low * ends) & (z < high * ends)
     if type(dx) is not Zero:
         tangent += jnp.where(inside, dx, jnp.zeros_like(dx))
     if type(dstep) is not Zero:
-        integer = lax.clamp(float(low), lax.round(z, _HALF_TO_EVEN), float(high))
+        integer = clamp(low, lax.round(z, _HALF_TO_EVEN), high)
         slope = jnp.where(inside, integer - z, integer) * gradient_scale
         tangent += (slope * dstep).astype(out.dtype)
     return out, tangent
@@ -165,6 +186,6 @@ rsq_quantize_p = define("cm_rsq_quantize", _reference, check=_check, jvp=_jvp)
 
 
 @cost_rule(rsq_quantize_p)
-def _cost(x, step, *, out, mesh, low, high, gradient_scale) -> Work:
+def _cost(x, step, *, out, mesh, low, high, gradient_scale, closed) -> Work:
     """Multiply, round, clip, multiply: four vector instructions per value."""
     return Work(vector_bytes=x.size * (4.0 * 4), flops=x.size * 4.0)

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
-from cmjax.primitives.define import count_where, define
+from cmjax.primitives.define import clamp, count_where, define
 from cmjax.primitives.msd import mxfp4
 from cmjax.primitives.msd.mxfp4 import Rounding, round_to_e2m1, round_to_integer
 from cmjax.primitives.msd.weight import SMALLEST, WeightFormat, check_format
@@ -102,12 +101,12 @@ def split_int8(x: Float32[Array, "*lead k"], passes: int, rounding: Rounding):
     inverse = jnp.where(good, 127 / jnp.where(good, top, 1), 0)[..., None]
     # The clamps hold in exact arithmetic. They keep the compiler from fusing x * inverse - a1 into
     # one operation, so that every backend rounds alike.
-    rest = lax.clamp(-127.0, jnp.where(good[..., None], x, 0) * inverse, 127.0)
+    rest = clamp(-127.0, jnp.where(good[..., None], x, 0) * inverse, 127.0)
     parts = []
     for _ in range(passes):
         part = round_to_integer(rest, rounding)
         parts.append(part.astype(jnp.int8))
-        rest = lax.clamp(-127.0, 254 * (rest - part), 127.0)
+        rest = clamp(-127.0, 254 * (rest - part), 127.0)
     return parts, jnp.where(jnp.isfinite(top), top, jnp.nan)
 
 

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from cmjax import native
-from cmjax.primitives.define import count_where, define, straight_through
+from cmjax.primitives.define import clamp, count_where, define, straight_through
 from cmjax.primitives.msd import mxfp4
 from cmjax.primitives.msd.decompose import (
     check_activations,
@@ -211,7 +211,7 @@ def _rounded(y):
     Also saturates, so that an overflow does not become inf - inf.
     """
     largest = jnp.finfo(jnp.float32).max
-    return lax.clamp(-largest, y, largest)
+    return clamp(-largest, y, largest)
 
 
 def _over_rows(per_feature, y):

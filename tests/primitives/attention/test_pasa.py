@@ -75,7 +75,7 @@ def test_float64_equals_dense_attention_for_any_beta_mask_and_short_last_block(
                 out, lse = fn(q, k, v, mask)
                 want, want_lse = dense(q, k, v, mask)
                 np.testing.assert_allclose(out, want, atol=1e-9)
-                np.testing.assert_allclose(lse, want_lse, rtol=1e-12)
+                np.testing.assert_allclose(lse, want_lse, rtol=1e-12, atol=1e-13)  # some are near 0
 
 
 @pytest.mark.parametrize("statistics", ["fp32", "exact_offset"])
