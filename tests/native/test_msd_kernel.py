@@ -194,7 +194,7 @@ def _call(target, result, *operands):
     return jax.jit(lambda *a: native.call(target, out, *a))(*operands).block_until_ready()
 
 
-F32, S8, U8, NONE = jnp.float32, jnp.int8, jnp.uint8, jnp.zeros(0)
+F32, S8, U8, NONE = jnp.float32, jnp.int8, jnp.uint8, jnp.zeros(0, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_wrong_buffers_are_refused(target, result, operands, message):
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_offset_or_bias_of_another_length_is_refused(which):
     extra = [NONE, NONE]
-    extra[which] = jnp.zeros(2)
-    operands = jnp.zeros((1, 2, 8)), jnp.zeros((1, 3, 8), S8), jnp.zeros((1, 3, 1))
+    extra[which] = jnp.zeros(2, F32)
+    operands = jnp.zeros((1, 2, 8), F32), jnp.zeros((1, 3, 8), S8), jnp.zeros((1, 3, 1), F32)
     with pytest.raises(Exception, match="offset and bias must be empty or have"):
         _call("cmjax_msd_int8", (1, 2, 3), *operands, *extra)

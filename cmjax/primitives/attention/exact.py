@@ -228,6 +228,7 @@ latent_attention_p = define("cm_latent_attention", _latent_reference, check=_che
 # Vector instructions per score, in float32: scale, running maximum, subtract, exponential (4),
 # running sum, cast; the accumulator's rescaling is spread over a block of keys.
 SOFTMAX_INSTRUCTIONS = 9.0
+CAP_INSTRUCTIONS = 10.0  # per score, of a soft cap: offset, divide, tanh (7), multiply
 
 
 @cost_rule(attention_p)

@@ -32,6 +32,7 @@ from cmjax.primitives.attention.blockwise import (
     ungroup_heads,
     used_by_any,
 )
+from cmjax.primitives.attention.exact import CAP_INSTRUCTIONS
 from cmjax.primitives.attention.hidden import keep, usable_keys
 from cmjax.primitives.attention.merge import with_sinks
 from cmjax.primitives.attention.pasa_shift import pasa_beta, recovery_gain
@@ -324,7 +325,6 @@ flash_attention_p = define(
 # Vector instructions per score: mean (PASA) or scale (FlashAttention), maximum, subtract,
 # exponential (4), sum. Where products read or write another format, one more to convert.
 _SCORE_INSTRUCTIONS = 8.0
-_CAP_INSTRUCTIONS = 10.0  # per score: offset, divide, tanh (7), multiply
 _SHIFT_INSTRUCTIONS = 3.0  # per key element, if not a product: sum, multiply-subtract, scale
 # Per row and block: two multiplications and an addition for each column of the accumulator, and
 # some 16 for averages, offsets, maxima and sums.
@@ -368,7 +368,7 @@ def _cost(
     flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
     vector = _itemsize(form.vector)
     converted = (form.scores != form.vector) + (form.operand != form.vector)
-    further = (0.0 if softcap is None else _CAP_INSTRUCTIONS) + has_bias
+    further = (0.0 if softcap is None else CAP_INSTRUCTIONS) + has_bias
     vector_bytes = scores * (vector * (_SCORE_INSTRUCTIONS + converted + further))
     per_block = v.shape[-1] * _MERGE_INSTRUCTIONS + _ROW_INSTRUCTIONS
     vector_bytes = vector_bytes + scores / block_size * per_block * _itemsize(form.statistics)

@@ -2,7 +2,7 @@
 
     xi = 0                 where x is not finite: no other frame's quantization may feel it
     y[t] = NaN             if one of the frames that y[t] is made of is not finite
-    scale[:, o] = NaN      if the filter of output channel o is not finite
+    y[:, o] = NaN          if the filter of output channel o is not finite
 
 A NaN that became an integer would be a wrong number that looks right. An infinity is no large
 value here: a quantizer that let it saturate would hide it.
@@ -58,8 +58,9 @@ def reached(
       outputs: frames of the result.
       groups: groups of channels that do not meet.
     """
-    batch, length, _ = x.shape
-    bad = ~jnp.isfinite(x).reshape(batch, length, reach.frames, groups, -1)
+    batch, length, channels = x.shape
+    of_group = channels // (reach.frames * groups)
+    bad = ~jnp.isfinite(x).reshape(batch, length, reach.frames, groups, of_group)
     bad = jnp.any(bad, axis=-1).reshape(batch, length * reach.frames, groups)
     low = padding[0] * reach.frames - reach.lead
     needed = reach.frames * (outputs - 1) + reach.spread * (reach.taps - 1) + 1
@@ -82,7 +83,8 @@ def nan_where(
     y: Float[Array, "batch outputs cout"], hit: Bool[Array, "batch outputs groups"]
 ) -> Float[Array, "batch outputs cout"]:
     """`y` with NaN where its group of channels is hit."""
-    split = y.reshape(*y.shape[:2], hit.shape[-1], -1)
+    groups = hit.shape[-1]
+    split = y.reshape(*y.shape[:2], groups, y.shape[-1] // groups)
     return jnp.where(hit[..., None], jnp.nan, split).reshape(y.shape)
 
 
@@ -90,6 +92,8 @@ def steps_of_finite(
     filter_step: Float32[Array, "points cout"], u: Array
 ) -> Float32[Array, "points cout"]:
     """The steps of a filter's quantization, NaN for output channels that it is not finite in.
+
+    The mark is taken up at the end: the minima that keep a rounding may drop a NaN on their way.
 
     Args:
       filter_step: the steps.

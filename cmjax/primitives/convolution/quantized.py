@@ -106,7 +106,9 @@ def quantized_conv(
         direct convolution, where operands are the integers of x, they are then held in 16 bits.
     Raises: ValueError or TypeError for operands that do not fit each other.
     """
-    operands = [x.astype(jnp.float32), u, input_step, point_step, filter_step, bias]
+    u = u.astype(jnp.float32) if jnp.issubdtype(u.dtype, jnp.floating) else u
+    floats = (jnp.asarray(a, jnp.float32) for a in (input_step, point_step, filter_step, bias))
+    operands = [x.astype(jnp.float32), u, *floats]
     if valid_range is not None:
         operands.append(valid_range)
     params = {
@@ -171,7 +173,7 @@ def _reference(x, u, input_step, point_step, filter_step, bias, *valid_range, **
     y = interleave(y, _length(x, params)) + bias
     if params["slope"] != 1:
         y = jnp.maximum(y, np.float32(params["slope"]) * y)
-    y = nan_where(y, hit)
+    y = jnp.where(jnp.any(jnp.isnan(scale), axis=0), jnp.nan, nan_where(y, hit))
     return zero_padding_frames(y, *valid_range) if valid_range else y
 
 
@@ -240,8 +242,9 @@ def _native(x, u, input_step, point_step, filter_step, bias, *valid_range, **par
 def _factors(input_step, point_step, filter_step, u):
     """What is multiplied with: of the input, of transformed inputs, of sums."""
     filter_step = steps_of_finite(filter_step, u)
-    scale = rounded(jnp.max(input_step) * point_step)[:, None] * filter_step
-    return rounded(1 / input_step), rounded(1 / point_step), rounded(scale)
+    scale = rounded(rounded(jnp.max(input_step) * point_step)[:, None] * filter_step)
+    scale = jnp.where(jnp.isnan(filter_step), jnp.nan, scale)
+    return rounded(1 / input_step), rounded(1 / point_step), scale
 
 
 def _largest_operand(params):

@@ -5,12 +5,10 @@
 The range is free ("range-scaled", after Yao et al., RSQ, arXiv:2010.14841: integers that a Winograd
 transform then enlarges need a range of their own, neither the dtype's nor the worst case's), and
 what leaves it saturates. The derivative is chosen, since rounding is flat: straight-through inside
-the range and zero from its ends on for `x`, and for the step the rule of LSQ (Esser et al. 2020,
+the range and zero outside for `x`, and for the step the rule of LSQ (Esser et al. 2020,
 arXiv:1902.08153, equation 3), times its gradient scale if one is given:
 
     dy/dstep = round(x / step) - x / step   if low < x / step < high,   else low or high
-
-The two belong together: scaling `x` and `step` alike scales `y`, at the ends too.
 """
 
 import math
@@ -49,8 +47,8 @@ def rsq_quantize(
       axis: the axis of `x` that a one-dimensional `step` belongs to.
       gradient_scale: factor on the step's gradient; see `lsq_gradient_scale`.
     Returns: shape and dtype of `x`; computed in float32. NaN stays NaN, and an infinity saturates.
-    Gradient: for `x` 1 within the range and 0 at its ends and beyond; for `step` the rounding error
-      within the range, and low or high at its ends and beyond (LSQ).
+    Gradient: for `x` 1 within the range, its ends included, and 0 beyond; for `step` the rounding
+      error within the range, and low or high at its ends and beyond (LSQ).
     Raises: TypeError if `x` is not floating point; ValueError for a step that does not fit or is
       known to be zero, negative or not finite, or for an impossible range.
     Example: multiples of 0.5 from -1 to 1.
@@ -81,7 +79,7 @@ def requantize(
 ) -> Float[Array, "..."]:
     """`rsq_quantize` of values that may be integers of the step already, such as -limit or limit.
 
-    Those are not saturated: at the ends the derivative for `x` is 1, and that for the step 0.
+    At the ends those are not saturated, and move with `x` alone: the step's derivative is 0 there.
     """
     params = {"low": -limit, "high": limit, "gradient_scale": 1.0, "closed": True}
     return rsq_quantize_p.bind(x, step, **params)
@@ -171,12 +169,13 @@ def _jvp(p, primals, tangents, *, low, high, gradient_scale, closed):
     out = p.bind(x, step, low=low, high=high, gradient_scale=gradient_scale, closed=closed)
     z = lax.stop_gradient(x.astype(jnp.float32) * rounded(1 / step))
     tangent = jnp.zeros_like(out)
-    ends = 1 + _AT_END if closed else 1 - _AT_END
-    inside = (z > low * ends) & (z < high * ends)
     if type(dx) is not Zero:
+        inside = (z >= low * (1 + _AT_END)) & (z <= high * (1 + _AT_END))
         tangent += jnp.where(inside, dx, jnp.zeros_like(dx))
     if type(dstep) is not Zero:
         integer = clamp(low, lax.round(z, _HALF_TO_EVEN), high)
+        ends = 1 + _AT_END if closed else 1 - _AT_END
+        inside = (z > low * ends) & (z < high * ends)
         slope = jnp.where(inside, integer - z, integer) * gradient_scale
         tangent += (slope * dstep).astype(out.dtype)
     return out, tangent
