@@ -64,7 +64,8 @@ def _by_hand(x, w, scale, offset, bias):
     """The definition, bit by bit: an exact integer, then float32 operations one by one."""
     a1, a2, top = _split(x)
     a = 254 * a1.astype(np.int64) + a2.astype(np.int64)
-    unit = (top * np.float32(1 / (127 * 254))).astype(np.float32)
+    shrink = np.where(top >= 2.0**100, np.float32(2.0**-64), np.float32(1))  # headroom for the sum
+    unit = (top * shrink * np.float32(1 / (127 * 254))).astype(np.float32)
     largest = np.finfo(np.float32).max
     y = (a @ w.T.astype(np.int64)).astype(np.float32) * unit
     if offset is not None:
@@ -73,6 +74,7 @@ def _by_hand(x, w, scale, offset, bias):
             offset * (a.sum(-1, keepdims=True).astype(np.float32) * unit), -largest, largest
         )
     y = np.clip(y * scale, -largest, largest)
+    y = np.clip(y / shrink, -largest, largest)
     return y if bias is None else np.clip(y + bias, -largest, largest)
 
 

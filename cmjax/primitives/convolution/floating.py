@@ -139,8 +139,9 @@ def _reference(x, *filters, algorithm, taps, padding, transformed, groups, chann
             product = functools.partial(grouped_products, groups=groups, channels=channels)
             products.append(product(seen[None], filter_point[None], dtype=x.dtype)[0])
             continue
-        rows = seen.reshape(-1, seen.shape[-1])  # one large product; XLA batches smaller ones worse
-        products.append((rows @ filter_point).reshape(*seen.shape[:2], -1))
+        batch, count, depth = seen.shape
+        rows = seen.reshape(batch * count, depth)  # one product: XLA batches smaller ones worse
+        products.append((rows @ filter_point).reshape(batch, count, filter_point.shape[-1]))
     outputs = form.at_program.apply(products, _multiply)
     return interleave(outputs, output_length(x.shape[1], padding, taps, 1))
 
@@ -150,7 +151,7 @@ def _batch(args, dims, **params):
     if any(d is not None for d in dims[1:]):
         return jax.vmap(functools.partial(_reference, **params), in_axes=dims)(*args), 0
     x = jnp.moveaxis(args[0], dims[0], 0)
-    out = winograd_p.bind(x.reshape(-1, *x.shape[2:]), *args[1:], **params)
+    out = winograd_p.bind(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), *args[1:], **params)
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 

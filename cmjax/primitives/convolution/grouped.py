@@ -33,7 +33,8 @@ def grouped_products(
     of_one = channels // groups
     frames = v.shape[-1] // channels
     v = v.reshape(*v.shape[:3], frames, groups, of_one)
-    u = u.reshape(u.shape[0], frames, of_one, groups, -1)
+    cout = u.shape[-1]
+    u = u.reshape(u.shape[0], frames, of_one, groups, cout // groups)
     if of_one > 1:
         y = jnp.einsum(
             "pbtkgc,pkcgo->pbtgo",
@@ -47,10 +48,11 @@ def grouped_products(
         y = jnp.zeros((), dtype)
         for k in range(frames):
             y = y + v[:, :, :, k, :, :] * u[:, None, None, k, 0]
-    return y.reshape(*y.shape[:3], -1)
+    return y.reshape(*y.shape[:3], cout)
 
 
 def of_group(x: Array, group: int, *, groups: int, channels: int) -> Array:
     """The channels of one group of a folded signal [..., frames * channels]."""
-    split = x.reshape(*x.shape[:-1], -1, groups, channels // groups)
-    return split[..., group, :].reshape(*x.shape[:-1], -1)
+    frames = x.shape[-1] // channels
+    split = x.reshape(*x.shape[:-1], frames, groups, channels // groups)
+    return split[..., group, :].reshape(*x.shape[:-1], x.shape[-1] // groups)

@@ -107,9 +107,11 @@ def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
 
     XLA's backends contract a product and a sum into one rounding, and its simplifier turns
     quotients into products; either would make a result depend on the program around it. No
-    compiler can know that the value is finite, so it cannot see through this minimum.
+    compiler can know that the value is finite, so it cannot see through this minimum; an infinity
+    is put back.
     """
-    return lax.min(value, jnp.full_like(value, jnp.finfo(jnp.float32).max))
+    most = jnp.full_like(value, jnp.finfo(jnp.float32).max)
+    return lax.select(value > most, value, lax.min(value, most))
 
 
 def check_steps(function: str, argument: str, steps: Array) -> None:

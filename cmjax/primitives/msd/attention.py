@@ -111,7 +111,6 @@ def msd_attention(
     _check_options(causal, window, softcap, sinks, q)
     extras = {"lengths": lengths, "mask": mask, "bias": bias, "sinks": sinks}
     extras = {name: jnp.asarray(x) for name, x in extras.items() if x is not None}
-    _check_values(q, k, k_scale, v_scale, format, causal, window, extras)
     if format == "int8":
         k_scale, v_scale = (
             jnp.broadcast_to(s, (k.shape[0], *s.shape[1:])) if s.ndim == 4 else s
@@ -139,6 +138,7 @@ def msd_attention(
         "rounding": rounding,
     }
     _check(*map(jax.typeof, operands), **params)
+    _check_values(q, k, k_scale, v_scale, format, causal, window, extras)
     return msd_attention_p.bind(*operands, **params)
 
 
@@ -388,13 +388,14 @@ def _check_values(q, k, k_scale, v_scale, format, causal, window, extras):
             if used is None or (e.shape[-3] == 1 and k.shape[-3] != 1):
                 return wrong
             entries = jnp.swapaxes(used, -1, -2)  # [..., kv_len, kv_heads or 1]
-            blocks = entries.reshape(*entries.shape[:-2], e.shape[-3], -1, entries.shape[-1])
+            size = entries.shape[-2] // max(e.shape[-3], 1)
+            blocks = entries.reshape(*entries.shape[:-2], e.shape[-3], size, entries.shape[-1])
             return wrong & jnp.any(blocks, axis=-2)[..., None]
 
         if count := count_where(bad, s):
             raise ValueError(
-                f"msd_attention: every {name} in use must be positive and finite, {count} of "
-                f"{jnp.size(s)} are not"
+                f"msd_attention: every {name} must be positive and finite where it is in use, "
+                f"{count} of {jnp.size(s)} are not"
             )
 
 

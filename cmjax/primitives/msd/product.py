@@ -183,7 +183,7 @@ def _grouped_product(x, w, scale, offset, passes, rounding):
     groups = scale.shape[-1]
 
     def by_group(a):  # [..., inner] -> [groups, ..., group size]
-        return jnp.moveaxis(a.reshape(*a.shape[:-1], groups, -1), -2, 0)
+        return jnp.moveaxis(a.reshape(*a.shape[:-1], groups, a.shape[-1] // groups), -2, 0)
 
     offsets = () if offset is None else (jnp.moveaxis(offset, -1, 0),)
     operands = (by_group(x), by_group(w), jnp.moveaxis(scale, -1, 0), *offsets)

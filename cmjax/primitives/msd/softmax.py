@@ -78,7 +78,8 @@ def scales_in_use(scale, kept):
     entries = scale.shape[-3]
     if entries == 1 and kept.shape[-2] != 1:
         return scale  # per channel
-    blocks = kept.reshape(*kept.shape[:-2], entries, -1, kept.shape[-1])
+    size = kept.shape[-2] // entries if entries else 1
+    blocks = kept.reshape(*kept.shape[:-2], entries, size, kept.shape[-1])
     return jnp.where(jnp.any(blocks, axis=-2)[..., None], scale, jnp.zeros((), scale.dtype))
 
 

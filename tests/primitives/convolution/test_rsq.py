@@ -90,7 +90,7 @@ def test_the_largest_value_is_at_the_end_of_the_step_that_covers_it(limit):
     step = jnp.asarray(top / np.float32(limit))
     gx, gstep = jax.grad(lambda x, s: rsq_quantize(x, s, limit=limit).sum(), (0, 1))(x, step)
     np.testing.assert_array_equal(gx, 1)
-    z = (x / step).astype(np.float64)
+    z = x.astype(np.float64) / np.asarray(step)
     others = np.where(np.abs(x) == top, 0, np.rint(z) - z).sum(1, keepdims=True)
     at_end = np.where(np.abs(x) == top, limit * np.sign(x), 0).sum(1, keepdims=True)
     np.testing.assert_allclose(gstep, at_end + others, atol=1e-3 * np.sqrt(limit), rtol=1e-4)
