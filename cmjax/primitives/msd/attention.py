@@ -37,12 +37,7 @@ from cmjax.primitives.msd.decompose import (
 from cmjax.primitives.msd.kv import keys_of, values_of
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.product import MOST_INNER, recombine_instructions, recombined
-from cmjax.primitives.msd.softmax import (
-    scales_in_use,
-    softmax,
-    used_entries,
-    visible_scores,
-)
+from cmjax.primitives.msd.softmax import scales_in_use, softmax, used_entries, visible_scores
 from cmjax.primitives.msd.weight import WeightFormat
 from cmjax.program import Size, Work, cost_rule
 from cmjax.program.size import minimum

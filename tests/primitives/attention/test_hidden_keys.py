@@ -191,9 +191,7 @@ def test_a_scale_in_use_that_is_none_is_refused_or_turns_what_sees_it_into_nan()
             q, cache.k, cache.v, k_scale=cache.k_scale, v_scale=v_scale, scale=0.2, causal=True
         )
 
-    with pytest.raises(
-        ValueError, match="every v_scale must be positive and finite where it is in use, 1"
-    ):
+    with pytest.raises(ValueError, match=r"every v_scale must .* where it is in use, 1 of"):
         fn(broken)
     got, clean = jax.jit(fn)(broken), fn(cache.v_scale)
     reached = np.zeros(got.shape, bool)

@@ -12,7 +12,13 @@ import pytest
 from jax import export, lax
 
 from cmjax import native
-from cmjax.primitives.convolution import calibrate, prepack, rsq_quantize, winograd_conv1d
+from cmjax.primitives.convolution import (
+    calibrate,
+    fsmn_memory,
+    prepack,
+    rsq_quantize,
+    winograd_conv1d,
+)
 
 needs_kernels = pytest.mark.skipif(not native.status().enabled, reason=native.status().reason)
 
@@ -177,6 +183,18 @@ def test_a_fake_quantizer_keeps_nan_and_saturates_infinities():
     x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.3])
     for fn in (rsq_quantize, jax.jit(rsq_quantize, static_argnames="limit")):
         np.testing.assert_array_equal(fn(x, 0.5, limit=4), np.float32([np.nan, 2, -2, 0.5]))
+
+
+def test_a_memory_keeps_them_where_they_reach_with_kernels_and_without():
+    x = broken(np.random.default_rng(0).normal(size=(3, 41, 8)).astype(np.float32))
+    past, future = np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32)
+    span = jnp.array([[0, 41]] * 3, jnp.int32)
+    fn = jax.jit(lambda x: fsmn_memory(x, x, past, future, span))
+    y = np.asarray(fn(x))
+    np.testing.assert_array_equal(export.export(fn)(x).call(x), y)
+    reached = np.zeros(y.shape, bool)
+    reached[0, 4:10, 3] = reached[1, 17:23, -1] = reached[1, :3, 0] = True
+    np.testing.assert_array_equal(~np.isfinite(y), reached)
 
 
 if __name__ == "__main__":
