@@ -207,10 +207,13 @@ def blockwise_attention(
         else:
             average = row(jnp.mean(scores, axis=-1))  # before any mask: the shift saw all keys
         if softcap is not None:
-            scores = vector(softcap * jnp.tanh((scores + gain * average[..., None]) / softcap))
+            # The true scores, large again: in the format of the statistics until their maximum is
+            # subtracted.
+            scores = row(softcap * jnp.tanh((scores + gain * average[..., None]) / softcap))
             average = jnp.zeros_like(average)
         if bias is not None:
-            scores = vector(scores + of_block(blocks, bias, j).astype(scores.dtype))
+            held = vector if softcap is None else row
+            scores = held(scores + of_block(blocks, bias, j).astype(scores.dtype))
         visible = blocks.visible(j, q.shape[-2], seen, causal, window)
         if visible is None:
             top = jnp.max(scores, axis=-1)
