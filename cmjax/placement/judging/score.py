@@ -134,7 +134,9 @@ def evaluate(plan: Plan, loads: Loads, layer_time_s: LayerTime) -> Score:
     alive = tokens[..., plan.alive]
     dead = tuple(np.flatnonzero(~plan.alive).tolist())
     redundant = plan.slots - plan.experts
-    problem = Problem(loads, plan.ranks, redundant, plan.nodes, without_ranks=dead)
+    problem = Problem(
+        loads, plan.ranks, redundant, plan.nodes, without_ranks=dead, routing=plan.routing
+    )
     return Score(
         par=alive.max(-1) / alive.mean(-1),
         time_s=price_s(layer_time_s, tokens).sum(-1),
