@@ -2,7 +2,9 @@
 
 from cmjax.placement.example import example_family, example_loads
 from cmjax.placement.files import (
+    ENGINES,
     PLAN_FORMATS,
+    Engine,
     domains,
     plan_text,
     read_family,
@@ -11,6 +13,7 @@ from cmjax.placement.files import (
     read_plan,
     read_plans,
     read_routes,
+    routing_of,
     write_plan,
 )
 from cmjax.placement.judging import (
@@ -70,13 +73,17 @@ from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
 from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
+from cmjax.placement.routing import ROUTINGS, Routing
 from cmjax.placement.shared import with_shared
 
 __all__ = [
     "BASELINES",
+    "ENGINES",
     "METHODS",
     "PLAN_FORMATS",
+    "ROUTINGS",
     "Comparison",
+    "Engine",
     "GradientConfig",
     "Judge",
     "LayerTime",
@@ -89,6 +96,7 @@ __all__ = [
     "Rebalancer",
     "Risk",
     "Routes",
+    "Routing",
     "Score",
     "SearchConfig",
     "Transfer",
@@ -130,6 +138,7 @@ __all__ = [
     "register_method",
     "relax_and_round",
     "repair",
+    "routing_of",
     "search",
     "shuffled",
     "step_par",
