@@ -133,6 +133,12 @@ class Place:
         emit(console, output.json, placed.text(output.format), table)
         if self.how.shrink == "auto" and output.json != "-":
             console.print(f"{placed.method} is made for loads shrunk by {placed.shrink:g}")
+        if output.json != "-":
+            said = [placed.unknown] * (self.judging.test is None)
+            way = placed.plan.provenance.get("way")
+            said += [f"robust took: {way}"] * (way is not None)
+            for line in filter(None, said):
+                console.print(line, markup=False, highlight=False)
         if output.json not in (None, "-"):
             for line in placed.told(output.format, output.json):
                 console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -147,7 +147,9 @@ class Search:
     """How to search.
 
     Attributes:
-      method: search, gradient, greedy, hierarchical, one-spare, contiguous or random.
+      method: search, gradient, greedy, hierarchical, one-spare, contiguous or random; robust for
+        texts that are not in the recording: greedy or search on shrunk loads, or contiguous, as
+        serves a workload left out best.
       objective: Of the time of all layers, over the windows: mean, worst, quantile:Q or cvar:Q.
       seconds: Time limit of the search, besides compiling it; Ctrl-C ends it too, with the best so
         far.

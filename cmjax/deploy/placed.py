@@ -184,7 +184,8 @@ def place_with(
         "method": search.method, "machine": machine.name, "loads": train.source,
         "windows": len(train.counts), "seed": search.seed,
     }  # fmt: skip
-    plans[search.method] = replace(plans[search.method], provenance=provenance)
+    made = plans[search.method]
+    plans[search.method] = replace(made, provenance=provenance | dict(made.provenance))
     return Placement(
         plans=plans, scores=scores, loads=problem.loads, price=price, method=search.method,
         objective=search.objective, shrink=float(shrink),

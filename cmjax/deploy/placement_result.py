@@ -19,6 +19,7 @@ from cmjax.placement import (
     Loads,
     Plan,
     Score,
+    domain_of_window,
     once_per_rank,
     plan_text,
 )
@@ -101,8 +102,28 @@ class Placement:
         """
         beside = self._beside() if format == Export.format else {}
         if self.model_layers is not None:
-            beside |= {"model_layers": self.model_layers.layers, "mtp_layers": self.model_layers.mtp}
+            beside |= {
+                "model_layers": self.model_layers.layers,
+                "mtp_layers": self.model_layers.mtp,
+            }
         return plan_text(self.fit(format), format, **beside)
+
+    @property
+    def unknown(self) -> str:
+        """What the recording cannot say of other texts; "" where it holds several workloads."""
+        if domain_of_window(self.loads).any() or self.method == "plan":
+            return ""
+        windows = len(self.loads.counts)
+        seen = "one window" if windows == 1 else f"{windows} windows of one recording"
+        gain = ""
+        greedy = self.scores.get("greedy")
+        if greedy is not None and self.method in ("search", "gradient"):
+            share = 1 - self.score.cost_s / greedy.cost_s
+            gain = f"; the {share:.1%} that {self.method} gains over greedy here may not be there"
+        return (
+            f"{seen}: how far other texts differ is not known from it{gain}. Add workloads "
+            f"(--family), judge on others (--test), or plan for what may come (--method robust)"
+        )
 
     def told(self, format: str, path: str | Path = "PLAN") -> tuple[str, ...]:
         """What a person should know of the file of an engine: its rows, and the options to give.

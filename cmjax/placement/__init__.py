@@ -54,6 +54,7 @@ from cmjax.placement.methods import (
     place,
     register_method,
     relax_and_round,
+    robust,
     search,
     shuffled,
 )
@@ -75,6 +76,7 @@ from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
 from cmjax.placement.routing import ROUTINGS, Routing
 from cmjax.placement.shared import with_shared
+from cmjax.placement.shift import domain_of_window, predictive, without_domain
 
 __all__ = [
     "BASELINES",
@@ -107,6 +109,7 @@ __all__ = [
     "compare",
     "contiguous",
     "count_moves",
+    "domain_of_window",
     "domains",
     "evaluate",
     "evaluate_by_depth",
@@ -128,6 +131,7 @@ __all__ = [
     "optimize_split",
     "place",
     "plan_text",
+    "predictive",
     "reach",
     "read_family",
     "read_loads",
@@ -138,6 +142,7 @@ __all__ = [
     "register_method",
     "relax_and_round",
     "repair",
+    "robust",
     "routing_of",
     "search",
     "shuffled",
@@ -145,5 +150,6 @@ __all__ = [
     "transfers",
     "wire_s",
     "with_shared",
+    "without_domain",
     "write_plan",
 ]

@@ -83,9 +83,7 @@ class Problem:
                 f"over {self.ranks} ranks; the nearest redundant that does is {fits}"
             )
         if self.uneven and (self.without_ranks or self.slots_by_layer is not None):
-            raise ValueError(
-                "Problem: uneven goes with neither without_ranks nor slots_by_layer"
-            )
+            raise ValueError("Problem: uneven goes with neither without_ranks nor slots_by_layer")
         Routing(self.routing)
         self._check_usable()
         alive = self.alive // (self.ranks // self.nodes)
@@ -211,7 +209,7 @@ class Problem:
         """The loads of some layers."""
         labels = self.loads.layer_labels
         named = None if labels is None else tuple(labels[row] for row in rows)
-        return Loads(self.loads.counts[:, rows], self.loads.source, named)
+        return replace(self.loads, counts=self.loads.counts[:, rows], layer_labels=named)
 
     def plan(self, expert_of_slot: Int[np.ndarray, "layers slots"], split=None) -> Plan:
         """A plan for this problem from the expert of every slot; validates it."""

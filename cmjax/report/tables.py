@@ -112,9 +112,7 @@ def placement_table(results: Mapping[str, Score], objective: str = "mean") -> Re
             percent(found.balancedness),
             style="bold" if name == best else "",
         )
-    table.caption = (
-        f"time: all layers, {objective} over windows; PAR: busiest rank over the mean; balance: its inverse"
-    )
+    table.caption = f"time: all layers, {objective} over windows; PAR: busiest rank over the mean; balance: its inverse"
     return table
 
 
@@ -151,7 +149,8 @@ def comparison_table(scores: Mapping[str, Score], objective: str = "mean") -> Re
     planned.caption = (
         "◀ fastest; ms: all layers; over bound: what no plan can beat; PAR: busiest rank over the "
         + (
-            "mean in the slowest workload, which is named" if worst
+            "mean in the slowest workload, which is named"
+            if worst
             else "mean, by windows and layers, and of the worst layer"
         )
         + "; step PAR: of sampled steps" * stepped

@@ -149,7 +149,7 @@ def _program(counts, mean, points, prices, spare, least):
     copies, and by copies the least share of the busiest of them.
     Variables: t and m per window, z.
     """
-    windows, experts = counts.shape
+    windows, _experts = counts.shape
     # One copy of a cold expert exceeds the least m in no window: it needs no more and no variable.
     hot = np.flatnonzero((counts > points[0][:, None]).any(0))
     # More than bring an expert's copies to the mean are of no use to the bound.

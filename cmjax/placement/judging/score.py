@@ -191,6 +191,4 @@ def evaluate_by_depth(plan: Plan, loads: Loads, price_of: Callable[[int], LayerT
         par[:, rows] = found.par
         time_s += found.time_s
         bound_s += found.lower_bound_s
-    return Score(
-        par=par, time_s=time_s, lower_bound_s=bound_s, windows=loads.window_names
-    )
+    return Score(par=par, time_s=time_s, lower_bound_s=bound_s, windows=loads.window_names)

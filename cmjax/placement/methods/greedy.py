@@ -50,7 +50,7 @@ def greedy_on(
     problem: Problem, loads: Float[np.ndarray, "layers experts"], *, groups: int = 1, nodes: int = 1
 ) -> Plan:
     """Replicate and pack any one load per expert, groups first packed onto nodes."""
-    layers, experts = loads.shape
+    layers, _experts = loads.shape
     if problem.copies < problem.slots:
         groups, nodes = 1, 1  # whole nodes of uneven ranks do not divide
 

@@ -143,9 +143,7 @@ def _round(
         factor = jnp.where(slack < 0, 0.0, factor)
     penalty = _Penalty(1 + theta * excess, factor)
     patience = patience * excess.max()
-    state = _overwrite(
-        state, loads, slots[0], chance[0], patience[0], penalty, route, keep_empty
-    )
+    state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty, route, keep_empty)
     per_copy = loads / state.copies[:, None]
 
     def step(carry, drawn):

@@ -57,7 +57,7 @@ def take_apart(
       ranks: that the slots divide over.
       empty_too: whether a rank may have one empty slot at most.
     """
-    layers, slots = expert_of_slot.shape
+    layers, _slots = expert_of_slot.shape
     experts = loads.shape[1]
     held = np.where(expert_of_slot == EMPTY, experts, expert_of_slot)
     ordered = np.sort(held.reshape(layers, ranks, -1), axis=-1)

@@ -90,7 +90,10 @@ def test_one_array_of_counts_is_found_under_any_name_with_what_is_beside_it(tmp_
 def test_json_lines_are_windows_or_rows(rows, tmp_path):
     path = tmp_path / "a.jsonl"
     if rows:
-        lines = [{"layer_id": 3, "expert_id": 0, "count": 4}, {"layer_id": 3, "expert_id": 2, "count": 6}]
+        lines = [
+            {"layer_id": 3, "expert_id": 0, "count": 4},
+            {"layer_id": 3, "expert_id": 2, "count": 6},
+        ]
         expected, labels = [[[4, 0, 6]]], (3,)
     else:
         lines = [{"logical_count": step.tolist()} for step in STEPS]

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cmjax.placement.files.readers.scenario import COUNT_KEYS, SGLANG_KEY, Counts, NoRecordingError, Scenarios
+from cmjax.placement.files.readers.scenario import (
+    COUNT_KEYS,
+    SGLANG_KEY,
+    Counts,
+    NoRecordingError,
+    Scenarios,
+)
 from cmjax.placement.files.readers.tables import document_categories
 from cmjax.placement.loads import SHAPES
 from cmjax.placement.routes import Routes

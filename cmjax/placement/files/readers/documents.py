@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.readers.scenario import COUNT_KEYS, SGLANG_KEY, Counts, NoRecordingError, Scenarios
+from cmjax.placement.files.readers.scenario import (
+    COUNT_KEYS,
+    SGLANG_KEY,
+    Counts,
+    NoRecordingError,
+    Scenarios,
+)
 from cmjax.placement.files.readers.tables import long_scenarios
 from cmjax.placement.loads import SHAPES
 
