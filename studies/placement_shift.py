@@ -185,16 +185,15 @@ def plot(rows: list[dict], path: Path) -> None:
     figure = new_figure(1.1 + 0.24 * len(groups))
     axes = add_axes(figure, left=2.0, right=0.25, bottom=0.6, top=0.55)
     height = {group: -n for n, group in enumerate(groups)}
-    shown = {"greedy": (GREY, "|"), "search": (ORANGE, "D"), "robust": (BLUE, "o")}
+    shown = {
+        "greedy": (GREY, "|", 45), "search": (ORANGE, "D", 25), "robust": (BLUE, "o", -8)
+    }  # fmt: skip
     most = 60.0
-    for method, (colour, marker) in shown.items():
+    for method, (colour, marker, where) in shown.items():
         over = [min(over_best(row, method), most) for row in rows]
         at = [height[row["recording"], int(row["ranks"])] for row in rows]
         axes.plot(over, at, marker, color=colour, markersize=6, alpha=0.75, linestyle="none")
-        axes.annotate(
-            method, (max(over[: max(1, len(rows) // len(groups))]), 0), xytext=(0, 8),
-            textcoords="offset points", ha="center", fontsize=9, color=colour, weight="bold",
-        )  # fmt: skip
+        axes.text(where, 0.75, method, ha="center", fontsize=9, color=colour, weight="bold")
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.axvline(2, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_yticks([height[g] for g in groups], [f"{name}, {ranks}" for name, ranks in groups])

@@ -62,7 +62,8 @@ class _Judging(Judging):
 
     Attributes:
       evaluate: Judge this plan instead of making one: a file of cmjax, SGLang, vLLM, vLLM-Ascend
-        (.json), TensorRT-LLM (.yaml) or OmniPlacement (.npy, .npz; `file.npz:name` for one of several).
+        (.json), TensorRT-LLM (.yaml) or OmniPlacement (.npy, .npz; `file.npz:name` for one of
+        several).
     """
 
     evaluate: str | None = None

@@ -149,7 +149,8 @@ def place_with(
     price = LayerPrice(
         target.model, machine,
         ranks=ranks, experts=counted.experts, nodes=target.nodes, tokens=target.tokens,
-        redundant=target.slots_per_rank(counted.experts) * ranks - counted.experts, shared=target.shared, multicast=target.multicast,
+        redundant=target.slots_per_rank(counted.experts) * ranks - counted.experts,
+        shared=target.shared, multicast=target.multicast,
     )  # fmt: skip
     train_routes, test_routes = _seen(routes, recording, judging)
     problem = _problem(price.scale(train), price, target, search)

@@ -1,6 +1,6 @@
 """What another domain may ask for: a hierarchical model of experts' shares over domains.
 
-In domain d the share p of expert e of a layer is logistic-normal around what domains have in common,
+In domain d the share p of an expert e of a layer is logistic-normal around what domains share,
 
     log p[d, e] = m[e] + σ[e] · ε      (up to the normalisation),      ε ~ N(0, 1)
     m[e]        = middle + τ · ε
@@ -11,8 +11,8 @@ In domain d the share p of expert e of a layer is logistic-normal around what do
 with D domains recorded, a their mean and v[e] their variance: an expert's spread leans on its
 layer's, which leans on the prior s₀ (inverse-gamma priors of ν and ν₀ degrees of freedom; Gelman et
 al., "Bayesian Data Analysis", 3rd edition, chapter 5). What is hot by chance is not hot again: m is
-a drawn towards the middle of its layer, a share k = τ² / (τ² + s² / D) of its distance kept, with τ²
-what the spread of a over experts exceeds s² / D by. A domain that was not recorded is drawn with
+a drawn towards the middle of its layer, k = τ² / (τ² + s² / D) of its distance kept, with τ² what
+the spread of a over experts exceeds s² / D by. A domain that was not recorded is drawn with
 variance σ² (1 + k / D). With one domain the spread is the prior's: one recording says nothing of
 the next.
 """

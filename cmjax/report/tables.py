@@ -112,7 +112,10 @@ def placement_table(results: Mapping[str, Score], objective: str = "mean") -> Re
             percent(found.balancedness),
             style="bold" if name == best else "",
         )
-    table.caption = f"time: all layers, {objective} over windows; PAR: busiest rank over the mean; balance: its inverse"
+    table.caption = (
+        f"time: all layers, {objective} over windows; PAR: busiest rank over the mean; balance: "
+        f"its inverse"
+    )
     return table
 
 

@@ -108,7 +108,7 @@ def replicate(
 def cover(
     loads: Float[np.ndarray, "rows experts"], slots: int, share: Float[np.ndarray, "most"]
 ) -> Int[np.ndarray, "rows experts"]:
-    """Copies that minimise the largest load of a copy, where c copies leave one with `share[c - 1]`.
+    """Copies that minimise the largest load of a copy, one of c copies having `share[c - 1]` of it.
 
     Args:
       loads: tokens of each expert.

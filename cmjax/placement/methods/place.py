@@ -66,9 +66,9 @@ def place(
     Args:
       problem: loads, ranks, slots and objective. Dead ranks and layers with fewer slots are taken
         out of it first, so that no method has to know of them.
-      method: a name in `METHODS`: search, gradient, robust, greedy, hierarchical, one-spare, contiguous,
-        random, or one registered by the caller. Copies of an expert that it puts on one rank are
-        taken apart.
+      method: a name in `METHODS`: search, gradient, robust, greedy, hierarchical, one-spare,
+        contiguous, random, or one registered by the caller. Copies of an expert that it puts on
+        one rank are taken apart.
       layer_time_s: priced time of the layer, `[..., ranks]` tokens to `[...]` seconds.
       seed: for methods that draw at random.
       seconds: wall-clock limit for methods that search.

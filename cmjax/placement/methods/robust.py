@@ -1,8 +1,8 @@
 """Placement for texts that were not recorded: ways to plan, chosen by leaving out whole domains.
 
-Ways, from the simplest: the contiguous plan; greedy on the mean load of the domains, as recorded and
-shrunk; the search on shrunk loads with a window per domain. Each plans on all domains but one and
-is judged on that one; with a single domain, on draws of the model of shift (`shift.predictive`)
+Ways, from the simplest: the contiguous plan; greedy on the mean load of the domains, as recorded
+and shrunk; the search on shrunk loads with a window per domain. Each plans on all domains but one
+and is judged on that one; with a single domain, on draws of the model of shift (`shift.predictive`)
 instead, as nothing else is known. The simplest way is taken that is slower than the best by no more
 than `MARGIN`: what a search fits beyond that is not there in the next domain.
 

@@ -1,4 +1,4 @@
-"""vLLM's own expert map: a JSON list with one list per MoE layer, the expert of every physical slot.
+"""vLLM's own expert map: a JSON list, per MoE layer a list of the expert of every physical slot.
 
     [[expert of slot 0, expert of slot 1, ...], ...]
 

@@ -15,7 +15,8 @@ Read from vLLM-Ascend 0.23.0, which reads it in `eplb/core/eplb_utils.py` and wr
     and shift the slot numbers of the devices after it, so such plans are refused
     (`once_per_rank` mends them).
   * A rank sends all its tokens of an expert to one copy, chosen by rank number modulo the copies:
-    the routing `rank-modulo`, by which plans of this format are judged. Maps that mix in shared experts number them from `experts` on; here they count as experts.
+    the routing `rank-modulo`, by which plans of this format are judged. Maps that mix in shared
+    experts number them from `experts` on; here they count as experts.
 """
 
 from collections.abc import Mapping

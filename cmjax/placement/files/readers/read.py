@@ -48,10 +48,11 @@ def read_loads(
         `.npy`: an array of shape [layers, experts] or [windows, layers, experts];
         `.npz`: the same, as its only array of two or three axes or named `counts` or `loads` (else
           `file.npz:key`), with layer numbers as `layers` and window names as `workload` or
-          `domain`; several arrays of one shape are a domain each; `freq` with `category` is a domain per
-          category; or token-level routes named `ids`, integers [layers, tokens, top_k] or
-          [tokens, layers, top_k] (the longer axis is the tokens), counted per window. Routes with
-          `doc` take their domains from the column category of a `docs.csv` in the same folder;
+          `domain`; several arrays of one shape are a domain each; `freq` with `category` is a
+          domain per category; or token-level routes named `ids`, integers [layers, tokens, top_k]
+          or [tokens, layers, top_k] (the longer axis is the tokens), counted per window. Routes
+          with `doc` take their domains from the column category of a `docs.csv` in the same
+          folder;
         `.csv`: rows = layers, columns = experts, no header; or long form with the columns layer,
           expert, hits or count, and optionally window and domain (others are ignored);
           layer_id, expert_id, count of SGLang's older recorder may leave out rows of 0;
