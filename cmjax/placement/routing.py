@@ -49,8 +49,10 @@ class Routing:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.name!r}")
 
     def __call__(
-        self, held: Bool[Array, "*batch ranks"], sources: Bool[np.ndarray, "ranks"] | None = None
-    ) -> Float[Array, "*batch ranks"]:
+        self,
+        held: Bool[Array | np.ndarray, "*batch ranks"],
+        sources: Bool[np.ndarray, "ranks"] | None = None,
+    ) -> Float[Array | np.ndarray, "*batch ranks"]:
         """The share of an expert's tokens that each rank serves; 0 throughout where none holds it.
 
         Args:
