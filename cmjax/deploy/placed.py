@@ -310,9 +310,10 @@ def export_allows(export: Export, loads: Loads, target: Target, search: Search) 
             f"{loads.source}: {engine.name}'s file numbers layers as the model does, dense ones "
             f"included; give --first-layer (3 for DeepSeek-V3)"
         )
-    if engine.numbered and export.model_layers is not None and export.model_layers <= max(labels):
+    last = max(labels or (0,))
+    if engine.numbered and export.model_layers is not None and export.model_layers <= last:
         raise ValueError(
-            f"{loads.source}: layer {max(labels)} is recorded; model_layers must be above it, got "
+            f"{loads.source}: layer {last} is recorded; model_layers must be above it, got "
             f"{export.model_layers}"
         )
     gap = next((one for one, two in pairwise(labels or ()) if two != one + 1), None)

@@ -21,7 +21,7 @@ def read_pt(file: Path, key: str | None, experts: int | None) -> Scenarios:
       NoRecordingError for other tensors.
     """
     try:
-        import torch  # an optional peer
+        import torch  # pyright: ignore[reportMissingImports]  # an optional peer
     except ImportError:
         raise ValueError(
             f"{file}: .pt files are read by PyTorch, which is not installed; install torch, or "
