@@ -90,10 +90,6 @@ class Target:
         """The ranks; ValueError for numbers out of their range."""
         if self.ranks is None:
             raise ValueError("--ranks is needed to place experts")
-        for name in ("ranks", "nodes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_nodes(self.ranks, self.nodes)
         self.check_tokens()
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib must be positive, got {self.memory_gib}")
@@ -127,7 +123,15 @@ class Target:
         return -(-(experts + self.extra_slots(experts)) // self.check())
 
     def check_tokens(self) -> None:
-        """Raise ValueError unless a rank routes tokens."""
+        """Raise ValueError unless a rank routes tokens, and ranks divide over nodes."""
+        for name in ("ranks", "nodes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.ranks is not None and self.nodes is not None and self.ranks % self.nodes:
+            raise ValueError(
+                f"ranks must be a multiple of nodes: {self.ranks} ranks do not divide over "
+                f"{self.nodes} nodes"
+            )
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
 
@@ -256,14 +260,6 @@ class Export:
 
     format: FormatName = "own"
     model_layers: int | None = None
-
-
-def check_nodes(ranks: int, nodes: int | None) -> None:
-    """Raise ValueError unless the ranks divide over the nodes."""
-    if nodes is not None and (nodes < 1 or ranks % nodes):
-        raise ValueError(
-            f"ranks must be a multiple of nodes: {ranks} ranks do not divide over {nodes} nodes"
-        )
 
 
 def _windows(text: str, windows: int, option: str) -> slice:

@@ -27,7 +27,6 @@ from cmjax.deploy.place_options import (
     Recording,
     Search,
     Target,
-    check_nodes,
 )
 from cmjax.deploy.placement_result import ModelLayers, Placement
 from cmjax.hardware import Supernode, as_machine
@@ -236,10 +235,8 @@ def evaluate(
     >>> sorted(evaluate(plan, counts, "cloudmatrix384").scores)
     ['contiguous', 'greedy', 'plan']
     """
-    Target(tokens=tokens).check_tokens()
+    Target(tokens=tokens, ranks=ranks, nodes=nodes).check_tokens()
     risk = placement.Risk.parse(objective)
-    if ranks is not None:
-        check_nodes(ranks, nodes)
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=ranks, nodes=nodes)
     plan = plan if routing is None else plan.routed(routing)
