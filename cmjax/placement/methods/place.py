@@ -79,7 +79,7 @@ def place(
     >>> problem = Problem(Loads([[60, 10, 20, 30]]), ranks=2, redundant=2)
     >>> plan = place(problem, "greedy", lambda tokens: 1e-6 * tokens.max(-1))
     >>> plan.tokens_per_rank(problem.loads.counts).tolist()
-    [[[60.0, 60.0]]]
+    [[[55.0, 65.0]]]
     """
     check_method(method)
     begin, parts = time.monotonic(), problem.dense()
