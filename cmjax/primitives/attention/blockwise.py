@@ -225,6 +225,7 @@ def blockwise_attention(
             weights = jnp.where(visible, vector(jnp.exp(vector(scores - base[..., None]))), 0)
         mass = row(jnp.sum(weights, axis=-1))
         if usable is not None:
+            assert visible is not None  # a key is used or not only where some are hidden
             broken = jnp.swapaxes(blocks.take(usable.broken, j, -2), -1, -2)
             lost = jnp.any(visible & broken[..., None, None, :], axis=-1)
             mass = jnp.where(lost, jnp.nan, mass)
@@ -265,10 +266,9 @@ def used_by_any(seen, queries, keys, causal, window) -> Array | None:
     """Keys that some query of a key head sees, [..., keys, kv_heads or 1]; `None` for all."""
     if seen is None and not causal:
         return None
-    pairs = _behind(jnp.arange(keys), queries, window) if causal else None
     if seen is None:
-        return jnp.any(pairs, axis=0)[:, None]
-    both = seen if pairs is None else seen & pairs
+        return jnp.any(_behind(jnp.arange(keys), queries, window), axis=0)[:, None]
+    both = seen & _behind(jnp.arange(keys), queries, window) if causal else seen
     used = jnp.any(both, axis=(-3, -2))
     used = jnp.broadcast_to(used, (*used.shape[:-1], keys))
     return jnp.swapaxes(used, -1, -2)
