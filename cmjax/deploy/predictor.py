@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Float
 
 from cmjax.cost.host import on_host
 from cmjax.cost.load import sampling_imbalance
@@ -79,6 +80,21 @@ class Predictor:
             engines_busy_s=engines_s,
             memory_bytes=self.memory_bytes(requests),
         )
+
+    def steps_s(
+        self, batch: Float[np.ndarray, "n"], length: Float[np.ndarray, "n"], acceptance: float = 0.7
+    ) -> Float[np.ndarray, "n"]:
+        """Seconds of steps, the host's included, for many batches at once.
+
+        Args:
+          batch: requests per NPU; need not divide over anything. length: cached tokens of a request
+            in decode, prompt tokens in prefill. acceptance: of drafts.
+        """
+        name = "context" if self.deployment.decoding else "prompt"
+        sizes = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
+        symbols = self.symbols(Requests(acceptance=acceptance, **sizes))
+        totals = self._prices({}).totals(self.machine, symbols)
+        return np.asarray(totals + self.machine.chip.host_step_s, float)
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
