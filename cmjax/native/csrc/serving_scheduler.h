@@ -41,8 +41,12 @@ class Scheduler {
       if (w.growth) steps = std::min(steps, (w.capacity - w.kv()) / w.growth);
     }
     const int64_t sequences = w.decoding + static_cast<int64_t>(w.chunks.size());
-    const double duration =
-        static_cast<double>(steps) * w.steps_s(plan.tokens, plan.work, sequences, steps);
+    const double each = w.steps_s(plan.tokens, plan.work, sequences, steps);
+    if (w.pause_s > 0.0 && steps > 1) {
+      const double until_s = static_cast<double>(w.pauses + 1) * w.pause_every_s - now;
+      steps = std::min(steps, static_cast<int64_t>(until_s / each) + 1);
+    }
+    const double duration = static_cast<double>(steps) * each;
     w.busy = true;
     ++w.version;
     w.steps = steps;
@@ -87,7 +91,9 @@ class Scheduler {
   std::vector<int64_t> lose(Worker& w, double now) {
     if (w.busy) {
       const double each = (w.end_s - w.start_s) / static_cast<double>(w.steps);
-      w.step += std::min(static_cast<int64_t>((now - w.start_s) / each), w.steps - 1);
+      const int64_t steps = std::min(static_cast<int64_t>((now - w.start_s) / each), w.steps - 1);
+      w.step += steps;
+      w.kv_decode += steps * w.growth;
       w.busy_s += now - w.start_s;
     }
     w.busy = false;

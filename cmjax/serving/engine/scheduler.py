@@ -53,7 +53,11 @@ class Scheduler:
             if worker.growth:
                 steps = min(steps, (worker.capacity - worker.kv) // worker.growth)
         sequences = worker.decoding + len(worker.chunks)
-        duration = float(steps) * worker.step_s(tokens, work, sequences, steps)
+        each = worker.step_s(tokens, work, sequences, steps)
+        if worker.pause_s > 0.0 and steps > 1:
+            until_s = float(worker.pauses + 1) * worker.pause_every_s - now
+            steps = min(steps, int(until_s / each) + 1)
+        duration = float(steps) * each
         worker.busy = True
         worker.version += 1
         worker.steps = steps
@@ -98,7 +102,9 @@ class Scheduler:
         """The worker is gone: the requests that were with it, which have lost all it held."""
         if worker.busy:
             each = (worker.end_s - worker.start_s) / float(worker.steps)
-            worker.step += min(int((now - worker.start_s) / each), worker.steps - 1)
+            steps = min(int((now - worker.start_s) / each), worker.steps - 1)
+            worker.step += steps
+            worker.kv_decode += steps * worker.growth
             worker.busy_s += now - worker.start_s
         worker.busy = False
         worker.version += 1
