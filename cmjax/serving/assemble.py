@@ -122,13 +122,13 @@ def _workers(service: Service, times: StepTimes) -> WorkerInputs:
         row = {
             "role": _ROLES[name], "table": table, "ranks": 1, "max_requests": _MANY,
             "max_tokens": _MANY, "chunk": 0, "capacity": times.kv_tokens[name] << FIXED,
-            "waste": ((times.page - 1) << FIXED) // 2, "start_s": pool.start_s,
+            "waste": ((times.page - 1) << FIXED) // 2, "keeps": 0, "start_s": pool.start_s,
             "pause_every_s": 0.0, "pause_s": 0.0,
         }  # fmt: skip
         if isinstance(pool, PrefillPool):
             row |= {"max_tokens": pool.step_tokens, "chunk": pool.chunk, "waste": 0}
         if isinstance(pool, ColocatedPool):
-            row |= {"max_tokens": pool.step_tokens}
+            row |= {"max_tokens": pool.step_tokens, "keeps": int(pool.prefix_caching)}
         if isinstance(pool, DecodePool):
             row |= {"pause_every_s": pool.eplb_every_s, "pause_s": pool.eplb_pause_s}
         if isinstance(pool, DecodePool | ColocatedPool):

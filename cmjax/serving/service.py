@@ -79,6 +79,8 @@ class ColocatedPool(Pool):
     """Tokens of a step, those that decode first; 0: 2048 per NPU."""
     batch: int = 96
     """Requests per NPU, at most."""
+    prefix_caching: bool = True
+    """What a preempted request had computed stays until others claim its memory."""
 
     @property
     def step_tokens(self) -> int:

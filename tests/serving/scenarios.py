@@ -47,7 +47,7 @@ def requests(arrival_s, prompt, output, tokens_per_step=1.0, blocks=None) -> Inp
 def workers(*rows: dict) -> WorkerInputs:
     base = {
         "role": PREFILL, "table": 0, "ranks": 1, "max_requests": MANY, "max_tokens": MANY,
-        "chunk": 0, "capacity": 0, "waste": 0, "start_s": 0.0, "pause_every_s": 0.0, "pause_s": 0.0,
+        "chunk": 0, "capacity": 0, "waste": 0, "keeps": 0, "start_s": 0.0, "pause_every_s": 0.0, "pause_s": 0.0,
     }  # fmt: skip
     types = {"role": np.int32, "table": np.int32, "ranks": np.int32}
     types |= dict.fromkeys(("start_s", "pause_every_s", "pause_s"), float)
@@ -93,7 +93,7 @@ def services(draw) -> EngineInputs:
     first = draw(st.integers(1, 3))
     if draw(st.booleans()):
         row = {"role": COLOCATED, "max_tokens": draw(st.sampled_from([200, 512])), "start_s": starts,
-               "chunk": draw(st.sampled_from([0, 40]))}  # fmt: skip
+               "keeps": draw(st.sampled_from([0, 1])), "chunk": draw(st.sampled_from([0, 40]))}  # fmt: skip
         rows = [row | shared] * first
     else:
         row = {"role": PREFILL, "max_tokens": draw(st.sampled_from([64, 512])), "start_s": starts,

@@ -35,7 +35,7 @@ struct Inputs {
 
   int64_t workers;
   const int32_t *role, *table, *ranks;
-  const int64_t *max_requests, *max_tokens, *chunk, *capacity, *waste;
+  const int64_t *max_requests, *max_tokens, *chunk, *capacity, *waste, *keeps;
   const double *start_s, *pause_every_s, *pause_s;
 
   int64_t stores, blocks, block_tokens, nodes;

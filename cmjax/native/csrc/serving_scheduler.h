@@ -25,7 +25,7 @@ class Scheduler {
   int64_t store(const Worker& w) const { return in_.stores > 1 ? w.index : 0; }
 
   bool joinable(const Worker& w) const {
-    return !w.waiting.empty() && w.fits(requests_.state[w.waiting.front()].prompt << kFixed);
+    return !w.waiting.empty() && w.fits(requests_.needs(w.waiting.front()));
   }
 
   bool start(Worker& w, double now) {
@@ -71,6 +71,7 @@ class Scheduler {
     w.busy_s += now - w.start_s;
     w.step += w.steps;
     w.kv_decode += w.growth * w.steps;
+    w.claimed += w.growth * w.steps;
     w.peak_kv = std::max(w.peak_kv, w.kv());
     while (w.next_finish(requests_) <= w.step) {
       const int64_t request = std::get<1>(w.finishes.top());
@@ -125,9 +126,14 @@ class Scheduler {
     bool preempted = false;
     while (w.decoding && w.kv() + w.growth > w.capacity) {
       const int64_t request = w.last;
+      const int64_t free = w.capacity - w.kv(), held = w.kv();
       evict(w, request, now);
       preempted = true;
       if (w.role == kColocated) {
+        if (w.keeps) {
+          requests_[request].kept = held - w.kv() - w.waste;
+          requests_[request].kept_until = w.claimed + free;
+        }
         w.waiting.push_front(request);
         w.outstanding += requests_[request].prompt;
       } else {
@@ -167,7 +173,11 @@ class Scheduler {
       if (plan.tokens >= budget || w.chunks.size() < w.prefilling.size()) break;
       const int64_t i = w.waiting.front();
       w.waiting.pop_front();
-      if (in_.stores) fetch(w, i, &memory_tokens, &disk_tokens);
+      if (requests_[i].kept) {
+        find_kept(w, requests_[i]);
+      } else if (in_.stores) {
+        fetch(w, i, &memory_tokens, &disk_tokens);
+      }
       if (out_.scheduled_s[i] < 0.0) out_.scheduled_s[i] = now;
       Request& r = requests_[i];
       out_.prefill_worker[i] = w.index;
@@ -175,12 +185,21 @@ class Scheduler {
       w.enter(requests_, i);
       w.prefilling.push_back(i);
       w.kv_prefill += r.prompt << kFixed;
+      w.claimed += (r.prompt - r.computed) << kFixed;
       add_chunk(w, plan, r, std::min({r.prompt - r.computed, budget - plan.tokens, w.chunk}));
     }
     if (memory_tokens + disk_tokens > 0) {
       plan.fetch_s = in_.latency_s + static_cast<double>(memory_tokens) * in_.memory_s +
                      static_cast<double>(disk_tokens) * in_.disk_s;
     }
+  }
+
+  void find_kept(Worker& w, Request& r) {
+    const int64_t gone = std::max(w.claimed - r.kept_until, int64_t{0});
+    const int64_t kept = std::max(r.kept - gone, int64_t{0}) >> kFixed;
+    r.kept = 0;
+    r.computed = std::min(kept, r.prompt - 1);
+    w.outstanding -= r.computed;
   }
 
   void fetch(Worker& w, int64_t i, int64_t* memory_tokens, int64_t* disk_tokens) {

@@ -313,7 +313,7 @@ class Simulation final : private Leaving {
   void cut_short(Worker& w, double now) {
     bool waits = scheduler_.joinable(w);
     if (!waits && w.prefills() && !queue_.empty() && w.waiting.empty()) {
-      waits = w.fits(requests_[queue_.front()].prompt << kFixed);
+      waits = w.fits(requests_.needs(queue_.front()));
     }
     if (waits && scheduler_.truncate(w, now)) push(w.end_s, kStep, w.index, w.version);
   }

@@ -12,6 +12,7 @@ namespace cmjax::serving {
 
 struct Request {
   int64_t prompt, computed = 0, done = 0, joined = 0, epoch = 0;
+  int64_t kept = 0, kept_until = 0;  // of what was computed before a preemption
   int64_t before = -1, after = -1;  // in its worker's batch, by admission
   double token_s = -1.0;  // of the last token before it began to decode
   int32_t worker = -1;
@@ -39,6 +40,8 @@ struct Requests {
   const int32_t* blocks(int64_t i) const { return in.block + in.block_start[i]; }
   int64_t block_count(int64_t i) const { return in.block_start[i + 1] - in.block_start[i]; }
 
+  int64_t needs(int64_t i) const { return (state[i].prompt << kFixed) + in.growth[i]; }
+
   void retry(int64_t i) {
     Request& r = state[i];
     ++r.epoch;
@@ -54,7 +57,8 @@ struct Requests {
 struct Worker {
   int32_t index, role;
   const TableInputs& table;
-  int64_t ranks, max_requests, max_tokens, chunk, capacity, waste;
+  int64_t ranks, max_requests, max_tokens, chunk, capacity, waste, claimed = 0;
+  bool keeps;
   double ready_s, pause_every_s, pause_s;
   int64_t pauses = 0;
   bool alive = true, busy = false;
@@ -71,7 +75,7 @@ struct Worker {
       : index(i), role(in.role[i]), table(in.tables[in.table[i]]), ranks(in.ranks[i]),
         max_requests(in.max_requests[i]), max_tokens(in.max_tokens[i]),
         chunk(in.chunk[i] ? in.chunk[i] : kNever),
-        capacity(in.capacity[i] ? in.capacity[i] : kNever), waste(in.waste[i]),
+        capacity(in.capacity[i] ? in.capacity[i] : kNever), waste(in.waste[i]), keeps(in.keeps[i] != 0),
         ready_s(in.start_s[i]), pause_every_s(in.pause_every_s[i]), pause_s(in.pause_s[i]) {}
 
   bool prefills() const { return role != kDecode; }

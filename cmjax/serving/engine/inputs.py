@@ -48,6 +48,7 @@ class WorkerInputs:
       max_requests: in a batch. max_tokens: in a step. chunk: prompt tokens of one request in a step.
       capacity: tokens of keys and values that it holds, fixed point; 0 is no limit.
       waste: of it, what a request loses to half-filled pages, fixed point.
+      keeps: 1 where what a preempted request computed stays until its memory is claimed.
       start_s: when it is ready. pause_every_s, pause_s: a pause of steps, at most once every so long
         (0: none).
     """
@@ -60,6 +61,7 @@ class WorkerInputs:
     chunk: Int64[np.ndarray, "workers"]
     capacity: Int64[np.ndarray, "workers"]
     waste: Int64[np.ndarray, "workers"]
+    keeps: Int64[np.ndarray, "workers"]
     start_s: Float64[np.ndarray, "workers"]
     pause_every_s: Float64[np.ndarray, "workers"]
     pause_s: Float64[np.ndarray, "workers"]

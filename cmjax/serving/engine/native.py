@@ -14,7 +14,7 @@ _COUNT, _REAL, _ARRAY = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _TABLE_ARRAYS = ("tokens", "length", "requests", "context", "batch_s")
 _REQUESTS = ("arrival_s", "prompt", "output", "steps", "growth", "block_start", "block")
 _WORKERS = (
-    "role", "table", "ranks", "max_requests", "max_tokens", "chunk", "capacity", "waste",
+    "role", "table", "ranks", "max_requests", "max_tokens", "chunk", "capacity", "waste", "keeps",
     "start_s", "pause_every_s", "pause_s",
 )  # fmt: skip
 

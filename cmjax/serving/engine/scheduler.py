@@ -36,7 +36,7 @@ class Scheduler:
         """Whether the first that waits could be in the next step."""
         if not worker.waiting:
             return False
-        return worker.fits(self.requests.prompt[worker.waiting[0]] << FIXED)
+        return worker.fits(self.requests.needs(worker.waiting[0]))
 
     def start(self, worker: Worker, now: float) -> bool:
         """Plan the next steps; False if there is nothing to do."""
@@ -85,6 +85,7 @@ class Scheduler:
         worker.busy_s += now - worker.start_s
         worker.step += worker.steps
         worker.kv_decode += worker.growth * worker.steps
+        worker.claimed += worker.growth * worker.steps
         worker.peak_kv = max(worker.peak_kv, worker.kv)
         while worker.next_finish(requests.epoch) <= worker.step:
             _, request, _ = heapq.heappop(worker.finishes)
@@ -127,9 +128,13 @@ class Scheduler:
         preempted = False
         while worker.decoding and worker.kv + worker.growth > worker.capacity:
             request = next(reversed(worker.batch))
+            free, held = worker.capacity - worker.kv, worker.kv
             self._evict(worker, request, now)
             preempted = True
             if worker.role == COLOCATED:
+                if worker.keeps:
+                    self.requests.kept[request] = held - worker.kv - worker.waste
+                    self.requests.kept_until[request] = worker.claimed + free
                 worker.waiting.appendleft(request)
                 worker.outstanding += self.requests.prompt[request]
             else:
@@ -163,7 +168,9 @@ class Scheduler:
             if tokens >= budget or len(worker.chunks) < len(worker.prefilling):
                 break
             request = worker.waiting.popleft()
-            if self.given.stores:
+            if requests.kept[request]:
+                self._find_kept(worker, request)
+            elif self.given.stores:
                 found = self._fetch(worker, request)
                 memory_tokens, disk_tokens = memory_tokens + found[0], disk_tokens + found[1]
             if requests.scheduled_s[request] < 0.0:
@@ -174,6 +181,7 @@ class Scheduler:
             worker.prefilling.append(request)
             worker.kv_prefill += requests.prompt[request] << FIXED
             computed = requests.computed[request]
+            worker.claimed += (requests.prompt[request] - computed) << FIXED
             chunk = min(requests.prompt[request] - computed, budget - tokens, worker.chunk)
             tokens += chunk
             work += chunk * (2 * computed + chunk)
@@ -186,6 +194,16 @@ class Scheduler:
                 + float(disk_tokens) * self.given.disk_s
             )
         return tokens, work, fetch_s
+
+    def _find_kept(self, worker: Worker, request: int) -> None:
+        """What a preempted request had computed, as far as nobody has claimed its memory: memory is
+        claimed in the order in which it was freed, and of a request from the end."""
+        requests = self.requests
+        gone = max(worker.claimed - requests.kept_until[request], 0)
+        kept = max(requests.kept[request] - gone, 0) >> FIXED
+        requests.kept[request] = 0
+        requests.computed[request] = min(kept, requests.prompt[request] - 1)
+        worker.outstanding -= requests.computed[request]
 
     def _fetch(self, worker: Worker, request: int) -> tuple[int, int]:
         """Take leading blocks from the cache: tokens from memory and from disk."""

@@ -238,7 +238,7 @@ class Simulation:
         """End a worker's steps early where somebody waits who could join."""
         waits = self.scheduler.joinable(worker)
         if not waits and worker.prefills and self.router.queue and not worker.waiting:
-            waits = worker.fits(self.requests.prompt[self.router.queue[0]] << FIXED)
+            waits = worker.fits(self.requests.needs(self.router.queue[0]))
         if waits and self.scheduler.truncate(worker, now):
             self.events.push(worker.end_s, STEP, worker.index, worker.version)
 

@@ -22,6 +22,8 @@ class Requests:
         self.prompt = list(self.asked)  # to prefill: what was asked, and after a retry the answer so far
         self.computed = [0] * count
         self.done = [0] * count  # decode steps
+        self.kept = [0] * count  # tokens computed before a preemption, fixed point
+        self.kept_until = [0] * count  # what its worker has claimed when they begin to be overwritten
         self.joined = [0] * count  # step of the worker at which it began to decode
         self.token_s = [NOWHERE] * count  # of the last token before it began to decode
         self.worker = [-1] * count
@@ -39,6 +41,10 @@ class Requests:
 
     def blocks(self, request: int) -> list[int]:
         return self.block[self.block_start[request] : self.block_start[request + 1]]
+
+    def needs(self, request: int) -> int:
+        """Tokens to hold for its prompt and its next step, fixed point."""
+        return (self.prompt[request] << FIXED) + self.growth[request]
 
     def retry(self, request: int) -> None:
         """All keys and values are lost: prompt and answer so far have to be computed again."""

@@ -26,6 +26,8 @@ class Worker:
         self.chunk = int(workers.chunk[index]) or NEVER
         self.capacity = int(workers.capacity[index]) or NEVER
         self.waste = int(workers.waste[index])
+        self.keeps = bool(workers.keeps[index])
+        self.claimed = 0  # tokens of memory taken so far, fixed point
         self.ready_s = float(workers.start_s[index])
         self.pause_every_s = float(workers.pause_every_s[index])
         self.pause_s = float(workers.pause_s[index])

@@ -99,12 +99,14 @@ def _attention(path: Path, layers: int, **others) -> Table:
     alone = np.array([[points.get((0.0, 0.0, n, c), 0.0) for c in context] for n in requests])
 
     def behind(t: float, k: float) -> np.ndarray:
-        """A chunk with decoding requests, over all of their counts and contexts."""
-        only = points.get((t, k, 0.0, 0.0))
+        """A chunk with decoding requests, over all of their counts and contexts; where it was not
+        measured, more of them add what they add alone."""
         found = np.array([
-            [points.get((t, k, n, c), np.nan) if n else (np.nan if only is None else only)
-             for c in context] for n in requests
-        ])  # fmt: skip
+            [points.get((t, k, n, c if n else 0.0), np.nan) for c in context] for n in requests
+        ])
+        for i in range(1, len(requests)):
+            added = found[i - 1] + alone[i] - alone[i - 1]
+            found[i] = np.where(np.isnan(found[i]), added, found[i])
         return found
 
     grid = {(t, k): behind(t, k) for t in chunk[chunk > 0] for k in cached}
