@@ -17,6 +17,7 @@ from cmjax.console import exit_code, terminal
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
+    "serve": ("Serve", "a request trace: TTFT, TPOT, goodput, queues, cache hits"),
     "price": ("Price", "any JAX function, on any machine"),
     "generate": ("Generate", "text from a model, on an emulated supernode"),
     "transcribe": ("Transcribe", "text from sound files, by a trained recognizer"),

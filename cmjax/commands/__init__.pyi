@@ -8,4 +8,5 @@ from .place import Place as Place
 from .predict import Predict as Predict
 from .price import Price as Price
 from .transcribe import Transcribe as Transcribe
+from .serve import Serve as Serve
 from .xl3m import XL3M as XL3M

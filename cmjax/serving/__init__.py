@@ -10,6 +10,7 @@ The event loop is in `engine`; what is told to it comes from a `Trace` (`traces`
 """
 
 from cmjax.serving.assemble import Replay
+from cmjax.serving.calibrate import calibrate, measured_engine, read_measured
 from cmjax.serving.result import ServingResult
 from cmjax.serving.serve import best_latencies, serve, simulate
 from cmjax.serving.service import (
@@ -39,9 +40,12 @@ __all__ = [
     "StepTimes",
     "Trace",
     "best_latencies",
+    "calibrate",
     "generate",
+    "measured_engine",
     "paper_service",
     "price_service",
+    "read_measured",
     "read_profile",
     "read_service",
     "read_trace",

@@ -75,7 +75,7 @@ class MeasuredRun:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Measured:
     """One number of a run: seconds measured and simulated."""
 
     key: str
@@ -110,7 +110,16 @@ def read_measured(path: str | Path) -> MeasuredRun:
     return MeasuredRun(trace=trace, ttft_s=ttft, e2e_s=e2e)
 
 
-def engine(
+def is_measured(path: str | Path) -> bool:
+    """Whether a file's first line has the times of a measured run."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"first_token_ts"' in file.readline()
+
+
+def measured_engine(
     table: Table, *, batch: int, tokens: int = 2048, kv_tokens: int = 0, page: int = 16
 ) -> tuple[Service, StepTimes]:
     """One engine with continuous batching and chunked prefill, as vLLM's options describe it.
@@ -168,7 +177,7 @@ def replayed(
     return simulate(run.trace, service, machine, times, Replay())
 
 
-def compare(run: MeasuredRun, found: ServingResult) -> list[Comparison]:
+def compare(run: MeasuredRun, found: ServingResult) -> list[Measured]:
     """Mean and percentiles of TTFT and TPOT, measured and simulated."""
     rows = []
     for key, measured, simulated in (
@@ -176,7 +185,7 @@ def compare(run: MeasuredRun, found: ServingResult) -> list[Comparison]:
         ("tpot", run.tpot_s, found.latencies.tpot),
     ):
         for name, of in _statistics():
-            rows.append(Comparison(
+            rows.append(Measured(
                 key=f"{key}_{name}_ms", measured=of(measured) * 1e3, simulated=of(simulated) * 1e3
             ))  # fmt: skip
     return rows

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 from cmjax.console import Progress
 from cmjax.hardware import Supernode, as_machine
 from cmjax.serving.assemble import Replay, assemble
@@ -164,7 +163,9 @@ def _service(deployment, npus: int, cache_blocks: int | None, fields: dict[str, 
         service = read_service(deployment, npus)
     known = {field.name for field in dataclasses.fields(Service)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"serve: unknown option {unknown[0]!r}; a Service has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"serve: unknown option {unknown[0]!r}; a Service has {', '.join(sorted(known))}"
+        )
     service = dataclasses.replace(service, **fields)
     return service if cache_blocks is None else service.with_cache_blocks(cache_blocks)
 
@@ -173,5 +174,3 @@ def _seconds(name: str, ms: float | None) -> float | None:
     if ms is not None and not 0 < ms < float("inf"):
         raise ValueError(f"{name} must be positive, got {ms:g}")
     return None if ms is None else ms * 1e-3
-
-

@@ -165,7 +165,9 @@ def test_decode_ranks_pull_from_prefill_ranks_as_the_paper_maps_them(rank, link)
 def test_hits_of_a_cache_do_not_depend_on_the_loop():
     blocks = [[0, 1, 2], [0, 1, 3], [0, 4], [0, 1, 2]]
     prompt = [3, 3, 2, 3]
-    given = inputs(requests(np.arange(4.0), prompt, [1] * 4, blocks=blocks), workers({}), (table(),))
+    given = inputs(
+        requests(np.arange(4.0), prompt, [1] * 4, blocks=blocks), workers({}), (table(),)
+    )
     for memory, expected in ((10, [0, 2, 1, 3]), (3, [0, 2, 1, 1]), (0, [0, 0, 0, 0])):
         cache = dataclasses.replace(
             given.cache, stores=1, blocks=5, block_tokens=1, node=np.zeros(5, np.int32),

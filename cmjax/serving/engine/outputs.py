@@ -5,7 +5,14 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-GAUGES = ("prefill_queue", "prefill_busy", "decode_queue", "decode_running", "decode_busy", "kv_tokens")
+GAUGES = (
+    "prefill_queue",
+    "prefill_busy",
+    "decode_queue",
+    "decode_running",
+    "decode_busy",
+    "kv_tokens",
+)
 """What is recorded over time, as means over bins."""
 COMPLETED, REJECTED, REJECTED_LATE = 1, 2, 3
 """How a request ended; 0 is a request that was never served, because no worker came back for it."""

@@ -155,9 +155,7 @@ class Scheduler:
             worker.chunks.append(chunk)
         return tokens, work, 0.0
 
-    def _admit(
-        self, worker: Worker, now: float, tokens: int, work: int
-    ) -> tuple[int, int, float]:
+    def _admit(self, worker: Worker, now: float, tokens: int, work: int) -> tuple[int, int, float]:
         requests = self.requests
         budget = worker.max_tokens - worker.decoding * worker.lookup.decode_tokens
         memory_tokens = disk_tokens = 0

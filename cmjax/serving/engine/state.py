@@ -19,11 +19,15 @@ class Requests:
         self.growth: list[int] = given.growth.tolist()
         self.block_start: list[int] = given.block_start.tolist()
         self.block: list[int] = given.block.tolist()
-        self.prompt = list(self.asked)  # to prefill: what was asked, and after a retry the answer so far
+        self.prompt = list(
+            self.asked
+        )  # to prefill: what was asked, and after a retry the answer so far
         self.computed = [0] * count
         self.done = [0] * count  # decode steps
         self.kept = [0] * count  # tokens computed before a preemption, fixed point
-        self.kept_until = [0] * count  # what its worker has claimed when they begin to be overwritten
+        self.kept_until = [
+            0
+        ] * count  # what its worker has claimed when they begin to be overwritten
         self.joined = [0] * count  # step of the worker at which it began to decode
         self.token_s = [NOWHERE] * count  # of the last token before it began to decode
         self.worker = [-1] * count

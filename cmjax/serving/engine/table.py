@@ -47,7 +47,9 @@ class Lookup:
     """A table as the Python loop reads it."""
 
     def __init__(self, table: Table):
-        self.axes = [a.tolist() for a in (table.tokens, table.length, table.requests, table.context)]
+        self.axes = [
+            a.tolist() for a in (table.tokens, table.length, table.requests, table.context)
+        ]
         self.values = table.batch_s.reshape(-1).tolist()
         self.dense = table.dense_tokens.tolist(), table.dense_s.tolist()
         self.rows = table.rows.tolist(), table.rows_s.tolist()

@@ -68,9 +68,7 @@ def _table(name: str, pool: Pool, service: Service, machine: Supernode) -> tuple
 
 
 @functools.lru_cache(maxsize=64)
-def _prefill_table(
-    deployment: Deployment, shape, leaves, limit: int
-) -> tuple[Table, np.ndarray]:
+def _prefill_table(deployment: Deployment, shape, leaves, limit: int) -> tuple[Table, np.ndarray]:
     machine = jax.tree.unflatten(shape, leaves)
     least = deployment.instance_npus * machine.dies_per_npu  # a token per die
     tokens = _nodes(least, max(limit, 2 * least))
@@ -138,7 +136,9 @@ def _both(prefill: Table, decode: Table) -> Table:
 
 def _fastest(deployment: Deployment, machine: Supernode, batch, length) -> np.ndarray:
     """By the faster number of microbatches; one request per die is not halved."""
-    found = [Predictor.of(choice, machine).steps_s(batch, length) for choice in deployment.choices()]
+    found = [
+        Predictor.of(choice, machine).steps_s(batch, length) for choice in deployment.choices()
+    ]
     if len(found) == 1:
         return found[0]
     one_each = deployment.decoding & (batch < 2 * machine.dies_per_npu)

@@ -34,7 +34,9 @@ def read_profile(source: str | Path, *, layers: int | None = None) -> Table:
     path = Path(source)
     if path.is_dir():
         if layers is None or layers < 1:
-            raise ValueError(f"{path}: kernel times are of one layer; say how many layers there are")
+            raise ValueError(
+                f"{path}: kernel times are of one layer; say how many layers there are"
+            )
         return _kernels(path, layers)
     if not path.is_file():
         raise ValueError(f"{source}: no such profile, neither a CSV file nor a folder")
@@ -57,9 +59,7 @@ def _steps(path: Path) -> Table:
         values[index] = points[point]
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError(f"{path}: step_ms must not be negative")
-    return Table(
-        tokens=axes[0], length=axes[1], requests=axes[2], context=axes[3], batch_s=values
-    )
+    return Table(tokens=axes[0], length=axes[1], requests=axes[2], context=axes[3], batch_s=values)
 
 
 def _kernels(path: Path, layers: int) -> Table:
@@ -76,14 +76,21 @@ def _kernels(path: Path, layers: int) -> Table:
     rows = np.unique(np.concatenate(_nodes(once)))
     rows_s = np.sum([np.interp(rows, *of) for of in once.values()], axis=0)
     return _attention(
-        path / "attention.csv", layers, dense_tokens=tokens, dense_s=seconds, rows=rows, rows_s=rows_s
+        path / "attention.csv",
+        layers,
+        dense_tokens=tokens,
+        dense_s=seconds,
+        rows=rows,
+        rows_s=rows_s,
     )
 
 
 def _padded(tokens: np.ndarray) -> np.ndarray:
     """Tokens of a step as its graph has them."""
     at = np.searchsorted(_GRAPH_SIZES, tokens)
-    return np.where(at < len(_GRAPH_SIZES), _GRAPH_SIZES[np.minimum(at, len(_GRAPH_SIZES) - 1)], tokens)
+    return np.where(
+        at < len(_GRAPH_SIZES), _GRAPH_SIZES[np.minimum(at, len(_GRAPH_SIZES) - 1)], tokens
+    )
 
 
 def _attention(path: Path, layers: int, **others) -> Table:
@@ -101,9 +108,9 @@ def _attention(path: Path, layers: int, **others) -> Table:
     def behind(t: float, k: float) -> np.ndarray:
         """A chunk with decoding requests, over all of their counts and contexts; where it was not
         measured, more of them add what they add alone."""
-        found = np.array([
-            [points.get((t, k, n, c if n else 0.0), np.nan) for c in context] for n in requests
-        ])
+        found = np.array(
+            [[points.get((t, k, n, c if n else 0.0), np.nan) for c in context] for n in requests]
+        )
         for i in range(1, len(requests)):
             added = found[i - 1] + alone[i] - alone[i - 1]
             found[i] = np.where(np.isnan(found[i]), added, found[i])
@@ -142,7 +149,9 @@ def _by_layer(path: Path, size: str) -> dict[str, tuple[np.ndarray, np.ndarray]]
     found: dict[str, dict[float, float]] = {}
     for record in _records(path, ("layer", size, "time_us")):
         found.setdefault(record["layer"], {})[float(record[size])] = float(record["time_us"]) * 1e-6
-    return {n: (np.array(sorted(at)), np.array([at[x] for x in sorted(at)])) for n, at in found.items()}
+    return {
+        n: (np.array(sorted(at)), np.array([at[x] for x in sorted(at)])) for n, at in found.items()
+    }
 
 
 def _nodes(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:

@@ -14,7 +14,9 @@ class AzureReader:
         names = [name.strip() for name in header.decode("utf-8-sig").split(",")]
         missing = [name for name in _COLUMNS if name not in names]
         if missing:
-            raise ValueError(f"Azure's header lacks {', '.join(missing)}; it has {', '.join(names)}")
+            raise ValueError(
+                f"Azure's header lacks {', '.join(missing)}; it has {', '.join(names)}"
+            )
         self.at = [names.index(name) for name in _COLUMNS]
         self.zero: np.datetime64 | None = None
 

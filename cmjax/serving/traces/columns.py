@@ -37,7 +37,9 @@ class Columns:
             self.arrival_s.append(arrival_s)
         for name, tokens in (("prompt", prompt), ("output", output)):
             if type(tokens) is not int or tokens < 1:
-                raise ValueError(f"{name} of {tokens} tokens; a whole number of at least 1 is needed")
+                raise ValueError(
+                    f"{name} of {tokens} tokens; a whole number of at least 1 is needed"
+                )
         self.prompt.append(prompt)
         self.output.append(output)
         self.block.extend(blocks)

@@ -53,7 +53,9 @@ def generate(
     if not 0 <= reuse <= 1:
         raise ValueError(f"generate: reuse must lie in 0..1, got {reuse:g}")
     rng = np.random.default_rng(seed)
-    lengths = [_lengths(rng, mean, v, requests) for mean, v in ((prompt, prompt_cv), (output, output_cv))]
+    lengths = [
+        _lengths(rng, mean, v, requests) for mean, v in ((prompt, prompt_cv), (output, output_cv))
+    ]
     gaps = _gaps(rng, kind, cv, requests) / rate
     blocks = without_blocks(requests)
     if reuse:
@@ -86,7 +88,9 @@ def _lengths(rng, mean: float, cv: float, requests: int) -> np.ndarray:
     return np.maximum(np.rint(drawn), 1).astype(np.int64)
 
 
-def _blocks(rng, count, reuse: float, trees: int, branches: int, fork: int) -> dict[str, np.ndarray]:
+def _blocks(
+    rng, count, reuse: float, trees: int, branches: int, fork: int
+) -> dict[str, np.ndarray]:
     """Every block's number: of the path from a root for the first ones, of its own after those."""
     popular = 1 / np.arange(1, trees + 1)
     tree = rng.choice(trees, len(count), p=popular / popular.sum())

@@ -1,0 +1,110 @@
+"""Figures of a replayed trace and of a capacity plan."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cmjax.report.plots import figure as fig
+from cmjax.report.units import number, percent
+from cmjax.serving import ServingResult
+
+
+def queues_title(result: ServingResult) -> str:
+    """The finding: whether the service keeps up, and its longest queue."""
+    queue = result.gauge("prefill_queue") + result.gauge("decode_queue")
+    longest = float(queue.max()) if queue.size else 0.0
+    return f"{result.verdict.capitalize()}: up to {number(longest)} requests wait at a time"
+
+
+def plot_queues(result: ServingResult, path: str | Path) -> None:
+    """Requests that wait and that decode, and busy instances, over the time of the trace.
+
+    Raises: ValueError: a path that no figure can be written to.
+    """
+    fig.checked_path(path)
+    figure = fig.new_figure(4.6)
+    minutes = result.gauge_bins_s / 60
+    top = fig.add_axes(figure, left=0.75, bottom=2.35, top=0.78, right=1.3)
+    lines = (
+        ("prefill_queue", "wait for prefill", fig.VERMILION),
+        ("decode_queue", "wait for decode", fig.ORANGE),
+        ("decode_running", "decode", fig.BLUE),
+    )
+    _lines(top, minutes, [(result.gauge(n), words, colour) for n, words, colour in lines])
+    top.set_ylabel("requests")
+    bottom = fig.add_axes(figure, left=0.75, bottom=0.55, top=2.75, right=1.3)
+    pools = result.service.pools
+    shares = []
+    first = "prefill" if "prefill" in pools else "colocated"
+    shares.append((result.gauge("prefill_busy") / pools[first].instances, first, fig.VERMILION))
+    if "decode" in pools:
+        shares.append((result.gauge("decode_busy") / pools["decode"].instances, "decode", fig.BLUE))
+    _lines(bottom, minutes, [(100 * share, words, colour) for share, words, colour in shares])
+    bottom.set_ylim(0, 105)
+    bottom.set_ylabel("busy instances, %")
+    bottom.set_xlabel("minutes of the trace")
+    fig.set_title(figure, queues_title(result), "Means over equal intervals of the trace")
+    fig.save(figure, path)
+
+
+def latency_title(result: ServingResult) -> str:
+    """The finding: how many requests keep the SLO, or the median and tail of TTFT."""
+    if result.replay.slo_ttft_s is not None or result.replay.slo_tpot_s is not None:
+        return f"{percent(float(result.kept.mean()))} of the requests offered keep the SLO"
+    found = result.latencies.ttft[~np.isnan(result.latencies.ttft)] * 1e3
+    p50, p99 = np.percentile(found, (50, 99))
+    return f"Half of the first tokens come within {number(p50)} ms, 99 % within {number(p99)} ms"
+
+
+def plot_latency(result: ServingResult, path: str | Path) -> None:
+    """How many requests are slower than a TTFT, and than a TPOT.
+
+    Raises: ValueError: a path that no figure can be written to.
+    """
+    fig.checked_path(path)
+    figure = fig.new_figure(3.6)
+    found = result.latencies
+    for left, right, seconds, slo, words in (
+        (0.75, 4.25, found.ttft, result.replay.slo_ttft_s, "time to first token, ms"),
+        (4.55, 0.25, found.tpot, result.replay.slo_tpot_s, "time per output token, ms"),
+    ):
+        axes = fig.add_axes(figure, left=left, right=right)
+        known = np.sort(seconds[~np.isnan(seconds)]) * 1e3
+        if known.size:
+            axes.step(known, 100 * (1 - np.arange(len(known)) / len(known)), color=fig.BLUE)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_ylim(max(100 / len(known), 1e-3), 120)
+        if slo is not None:
+            axes.axvline(slo * 1e3, color=fig.VERMILION, lw=1.2, ls="--")
+            axes.annotate(
+                f"SLO {slo * 1e3:g}", (slo * 1e3, 100), xytext=(3, 0), textcoords="offset points",
+                color=fig.VERMILION, size=9, va="top",
+            )  # fmt: skip
+        axes.set_xlabel(words)
+        if left < 1:
+            axes.set_ylabel("requests that are slower, %")
+    fig.set_title(
+        figure, latency_title(result), "Each curve falls from all requests to the slowest"
+    )
+    fig.save(figure, path)
+
+
+def _lines(axes, x, lines) -> None:
+    """Lines whose names stand at their right end, moved apart where they would overlap."""
+    most = max((float(y.max()) for y, _, _ in lines if y.size), default=0.0) or 1.0
+    ends = []
+    for y, words, colour in lines:
+        axes.plot(x, y, color=colour, lw=1.4)
+        ends.append([float(y[-max(len(y) // 20, 1) :].mean()) if y.size else 0.0, words, colour])
+    ends.sort(key=lambda end: end[0])
+    low = -np.inf
+    for end in ends:
+        at = max(end[0], low + 0.11 * most)
+        low = at
+        axes.annotate(
+            end[1], (1, at), xycoords=("axes fraction", "data"), xytext=(5, 0),
+            textcoords="offset points", color=end[2], size=9, va="center",
+        )  # fmt: skip
+    axes.set_ylim(0, 1.08 * max(most, low))
+    axes.set_xlim(0, float(x[-1]) if x.size else 1.0)
