@@ -18,6 +18,7 @@ _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
     "serve": ("Serve", "a request trace: TTFT, TPOT, goodput, queues, cache hits"),
+    "plan": ("Plan", "how many NPUs for prefill and decode, for a trace and an SLO"),
     "price": ("Price", "any JAX function, on any machine"),
     "generate": ("Generate", "text from a model, on an emulated supernode"),
     "transcribe": ("Transcribe", "text from sound files, by a trained recognizer"),

@@ -5,6 +5,7 @@ from .generate import Generate as Generate
 from .machines import Machines as Machines
 from .micro import Micro as Micro
 from .place import Place as Place
+from .plan import Plan as Plan
 from .predict import Predict as Predict
 from .price import Price as Price
 from .transcribe import Transcribe as Transcribe

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent
 from cmjax.serving import ServingResult
+from cmjax.serving.planner import CapacityPlan, Judged
 
 
 def queues_title(result: ServingResult) -> str:
@@ -74,6 +76,8 @@ def plot_latency(result: ServingResult, path: str | Path) -> None:
             axes.step(known, 100 * (1 - np.arange(len(known)) / len(known)), color=fig.BLUE)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            _plain_numbers(axes.xaxis, known[-1] / known[0])
+            _plain_numbers(axes.yaxis, 1e9)
             axes.set_ylim(max(100 / len(known), 1e-3), 120)
         if slo is not None:
             axes.axvline(slo * 1e3, color=fig.VERMILION, lw=1.2, ls="--")
@@ -88,6 +92,58 @@ def plot_latency(result: ServingResult, path: str | Path) -> None:
         figure, latency_title(result), "Each curve falls from all requests to the slowest"
     )
     fig.save(figure, path)
+
+
+def pareto_title(plan: CapacityPlan) -> str:
+    """The finding: the best split."""
+    prefill, decode = plan.best.service.prefill, plan.best.service.decode
+    assert prefill is not None and decode is not None
+    return (
+        f"{prefill.instances} prefill of {prefill.npus} and {decode.instances} decode of "
+        f"{decode.npus} NPUs serve {number(plan.best.goodput_requests_per_s)} requests/s"
+    )
+
+
+def plot_pareto(plan: CapacityPlan, path: str | Path) -> None:
+    """Output tokens per second and NPU against TPOT, a point per service that was simulated.
+
+    Raises: ValueError: a path that no figure can be written to.
+    """
+    fig.checked_path(path)
+    figure = fig.new_figure(4.0)
+    axes = fig.add_axes(figure, left=0.75)
+    front = plan.pareto()
+    for found in (f for f in plan.tried if f.rate_scale):
+        best = found is plan.best
+        axes.plot(*_point(found, plan.npus), "o", color=fig.VERMILION if best else fig.SKY, ms=6)
+    axes.plot(*zip(*(_point(f, plan.npus) for f in front), strict=True), color=fig.BLUE, lw=1.2)
+    for found in {id(f): f for f in (*front, plan.best)}.values():
+        prefill, decode = found.service.prefill, found.service.decode
+        assert prefill is not None and decode is not None
+        axes.annotate(
+            f"{prefill.instances}x{prefill.npus} + {decode.instances}x{decode.npus}",
+            _point(found, plan.npus), xytext=(6, -3), textcoords="offset points", size=8,
+            color=fig.FAINT,
+        )  # fmt: skip
+    axes.margins(x=0.18, y=0.12)
+    axes.set_xlabel("time per output token, median, ms")
+    axes.set_ylabel("output tokens/s per NPU")
+    fig.set_title(
+        figure, pareto_title(plan),
+        "Prefill + decode instances; each at the largest rate that keeps the SLO",
+    )  # fmt: skip
+    fig.save(figure, path)
+
+
+def _point(found: Judged, npus: int) -> tuple[float, float]:
+    return found.tpot_p50_ms, found.output_tokens_per_s / npus
+
+
+def _plain_numbers(axis, span: float) -> None:
+    """Plain numbers on a logarithmic axis: at 1, 2 and 5 where it spans little."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _lines(axes, x, lines) -> None:

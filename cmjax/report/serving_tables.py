@@ -51,6 +51,58 @@ def measured_table(rows: Sequence[Measured]) -> RenderableType:
     return table
 
 
+def plan_table(result: Mapping[str, Any]) -> RenderableType:
+    """A capacity plan: the best split, what limits it, what more would be worth, what was tried.
+
+    Args:
+      result: as `CapacityPlan.to_dict` gives it.
+    """
+    best = Table(box=None, show_header=False, title_justify="left")
+    best.add_column(style="dim")
+    best.add_column()
+    best.add_row("prefill", f"{result['prefill_instances']} x {result['prefill_npus']} NPUs")
+    best.add_row(
+        "decode",
+        f"{result['decode_instances']} x {result['decode_npus']} NPUs, "
+        f"EP of all dies, up to {result['batch_per_npu']} requests per NPU",
+    )
+    best.add_row(
+        "goodput",
+        f"{number(result['goodput_requests_per_s'])} requests/s "
+        f"({number(result['rate_scale'])} x the trace), "
+        f"{number(result['goodput_per_npu'])} per NPU of {result['npus']}; the fluid model: "
+        f"{number(result['fluid_requests_per_s'])}",
+    )
+    best.add_row("limited by", result["bound_by"])
+    worth = result["one_more_npu"]
+    for name in ("prefill", "decode"):
+        best.add_row(
+            f"one more NPU of {name}",
+            f"{number(worth[name])} requests/s by the fluid model, "
+            f"{number(worth[f'{name}_simulated'])} simulated (one more instance)",
+        )
+    best.add_row("twice the cache", f"{number(result['twice_the_cache'])} requests/s")
+    tried = _table(
+        "Simulated", "prefill + decode", "batch", "requests/s", "within", "TTFT p99", "TPOT p50",
+        "tokens/s",
+    )  # fmt: skip
+    for row in result["tried"]:
+        split = (
+            f"{row['prefill_instances']} x {row['prefill_npus']} + "
+            f"{row['decode_instances']} x {row['decode_npus']}"
+        )
+        cells = [str(row["batch_per_npu"]), number(row["goodput_requests_per_s"])]
+        if row["rate_scale"]:
+            cells += [
+                percent(row["slo_attainment"]), number(row["ttft_p99_ms"]),
+                "" if row["tpot_p50_ms"] is None else number(row["tpot_p50_ms"]),
+                number(row["output_tokens_per_s"]),
+            ]  # fmt: skip
+        tried.add_row(split, *cells)
+    tried.caption = "each at the largest rate that keeps the SLO; latencies in ms"
+    return Group(best, tried)
+
+
 def _headlines(result: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, title_justify="left")
     table.add_column(style="dim")

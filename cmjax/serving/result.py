@@ -64,8 +64,8 @@ class ServingResult:
     @functools.cached_property
     def verdict(self) -> str:
         """*stable*, *backlogged* or *overloaded*; `cmjax.serving.verdict` has the rule."""
-        closed = self.replay.clients > 0
-        return verdict(self.outputs.arrival_s, self.latencies, closed=closed)
+        out, closed = self.outputs, self.replay.clients > 0
+        return verdict(out.arrival_s, out.first_s - out.scheduled_s, self.latencies, closed=closed)
 
     @property
     def gauge_bins_s(self) -> np.ndarray:

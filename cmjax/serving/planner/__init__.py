@@ -2,6 +2,6 @@
 
 from cmjax.serving.planner.fluid import Demand, Fluid, Limits, propose
 from cmjax.serving.planner.judge import Judged, judge
-from cmjax.serving.planner.plan import CapacityPlan, plan
+from cmjax.serving.planner.capacity import CapacityPlan, plan
 
 __all__ = ["CapacityPlan", "Demand", "Fluid", "Judged", "Limits", "judge", "plan", "propose"]

@@ -26,7 +26,7 @@ from cmjax.sweep import executor_of, run_all
 
 PREFILL_NPUS, DECODE_NPUS = (16, 32), (32, 64, 96, 160)
 _LARGEST_BATCH = 192  # requests per NPU that are priced
-_PAIRS, _ROUNDS = 3, 3
+_SIMULATED, _ROUNDS = 8, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,9 +172,13 @@ class _Search:
         hits = self._hit_share(next(iter(priced.values())))
         fluids = {pair: self._fluid(pair, times, hits) for pair, times in priced.items()}
         proposals = {pair: propose(fluid, self.npus) for pair, fluid in fluids.items()}
-        pairs = sorted(proposals, key=lambda pair: -proposals[pair].rate)[:_PAIRS]
-        first = [s for pair in pairs for s in self._around(pair, proposals[pair])]
-        best = self._best(first, priced, proposals)
+        first = [
+            (self._fluid_rate(service, fluids[pair]), service)
+            for pair in priced
+            for service in self._around(pair, proposals[pair])
+        ]
+        first.sort(key=lambda entry: -entry[0])
+        best = self._best([service for _, service in first[:_SIMULATED]], priced, proposals)
         for _ in range(_ROUNDS):
             found = self._best(self._neighbours(best.service), priced, proposals)
             if found is best:
@@ -224,7 +228,9 @@ class _Search:
             raise ValueError(reasons[0] if reasons else "no instance holds the longest request")
         return found
 
-    def _service(self, prefill: int, decode: int, prefills: int, decodes: int, batch: int) -> Service:
+    def _service(
+        self, prefill: int, decode: int, prefills: int, decodes: int, batch: int
+    ) -> Service:
         return dataclasses.replace(
             self.base,
             prefill=PrefillPool(npus=prefill, instances=prefills),
@@ -280,6 +286,13 @@ class _Search:
             if decodes >= 1 and prefills >= 1:
                 found.append(self._service(prefill, decode, prefills, decodes, batch))
         return found
+
+    def _fluid_rate(self, service: Service, fluid: Fluid) -> float:
+        """Of whole instances, which leave some NPUs over."""
+        prefill, decode = service.prefill, service.decode
+        assert prefill is not None and decode is not None
+        per_die = decode.batch / self.machine.dies_per_npu
+        return float(fluid.served(prefill.total_npus, decode.total_npus, per_die))
 
     def _neighbours(self, service: Service) -> list[Service]:
         prefill, decode = service.prefill, service.decode
