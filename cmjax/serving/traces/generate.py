@@ -48,8 +48,10 @@ def generate(
         ("trees", trees, 1), ("branches", branches, 1), ("fork", fork, 1),
         ("block_tokens", block_tokens, 1), ("prompt_cv", prompt_cv, 0), ("output_cv", output_cv, 0),
     ):  # fmt: skip
-        if not low <= value < float("inf") or (name == "rate" and value == 0):
+        if not low <= value < float("inf"):
             raise ValueError(f"generate: {name} must be at least {low}, got {value:g}")
+    if not rate > 0:
+        raise ValueError("generate: rate must be positive, got 0")
     if not 0 <= reuse <= 1:
         raise ValueError(f"generate: reuse must lie in 0..1, got {reuse:g}")
     rng = np.random.default_rng(seed)

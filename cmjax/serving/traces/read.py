@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cmjax.serving.traces import generate as synthetic
 from cmjax.serving.traces.azure import AzureReader
 from cmjax.serving.traces.chats import ChatReader
 from cmjax.serving.traces.columns import Columns
+from cmjax.serving.traces.generate import generate
 from cmjax.serving.traces.lengths import LengthsReader
 from cmjax.serving.traces.mooncake import MooncakeReader
 from cmjax.serving.traces.trace import Trace
@@ -49,7 +49,7 @@ def read_trace(
     """
     kind, colon, options = str(source).partition(":")
     if colon and kind in _GENERATORS:
-        trace = synthetic.generate(kind, **({"seed": seed} | _options(str(source), options)))
+        trace = generate(kind, **({"seed": seed} | _options(str(source), options)))
         trace = trace if requests is None else trace.first(requests)
         return trace if rate is None else trace.at_rate(rate, seed)
     path = Path(source)
@@ -124,7 +124,7 @@ def _reader_of(path: Path, first: bytes, block_tokens: int):
 
 def _options(source: str, text: str) -> dict[str, Any]:
     """`rate=4,requests=1000` as arguments."""
-    names = synthetic.generate.__kwdefaults__
+    names = generate.__kwdefaults__
     found: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
