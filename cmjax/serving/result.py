@@ -114,7 +114,7 @@ class ServingResult:
             "interpolation_error": {"mean": self.times.mean_error, "worst": self.times.worst_error},
             "step_times": self.times.source,
             "machine": self.machine,
-            "deployment": dataclasses.asdict(self.service),
+            "deployment": dataclasses.asdict(self.service) | {"losses": _losses(self.service)},
             "npus": self.service.npus,
             "seed": self.replay.seed,
             "events": out.events,
@@ -168,6 +168,12 @@ def _interval(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
         if low[key] is not None and high[key] is not None
     }
     return found | {key: sorted((low[key], high[key])) for key in _COUNTED}
+
+
+def _losses(service: Service) -> list[dict[str, Any]]:
+    """JSON has no infinity: an instance that never comes back is back at null."""
+    found = [dataclasses.asdict(loss) for loss in service.losses]
+    return [x | {"back_s": x["back_s"] if np.isfinite(x["back_s"]) else None} for x in found]
 
 
 def _rate(requests: int, arrival_s: np.ndarray) -> float | None:

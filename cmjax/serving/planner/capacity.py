@@ -73,7 +73,7 @@ class CapacityPlan:
             "slo_ttft_ms": self.slo_ttft_ms,
             "slo_tpot_ms": self.slo_tpot_ms,
             "target_attainment": self.target,
-            "deployment": dataclasses.asdict(self.best.service),
+            "deployment": dataclasses.asdict(self.best.service) | {"losses": []},
             "tried": [_row(found) for found in self.tried],
         }
 
