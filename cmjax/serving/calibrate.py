@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 
 from cmjax.hardware import Supernode
 from cmjax.serving.assemble import Replay
@@ -26,7 +26,8 @@ from cmjax.serving.step_times import StepTimes
 from cmjax.serving.traces import Trace, read_trace
 
 _NEEDED = ("queued_ts", "first_token_ts", "last_token_ts")
-_STARTS = ((1e-4, 1e-6, 1e-7), (1e-3, 1e-5, 1e-5))
+_STARTS = ((1e-4, 1e-6, 1e-6), (1e-3, 3e-5, 3e-5), (3e-3, 1e-4, 1e-6))
+_SLOPES = (0.03, 0.003)  # relative steps of finite differences: the simulated times have small jumps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,28 +142,36 @@ def calibrate(
 ) -> EngineConstants:
     """Fit the constants of a colocated engine to a measured run."""
 
-    def residual(parameters: np.ndarray) -> float:
-        host, sequence, token, scale = np.exp(parameters)
-        constants = EngineConstants(
-            host_s=host, sequence_s=sequence, token_s=token, kernel_scale=scale
-        )
-        found = replayed(run, service, times, machine, constants).latencies
-        span = run.e2e_s.mean()
-        errors = (
-            (found.ttft - run.ttft_s) / span,
-            (found.e2e - run.e2e_s) / span,
+    first_s, last_s = run.ttft_s.mean(), run.e2e_s.mean()
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        """Of every request; the scale of the kernels is held near 1, as nothing else is known."""
+        found = replayed(run, service, times, machine, _constants(x)).latencies
+        parts = (
+            (found.ttft - run.ttft_s) / first_s,
+            (found.e2e - run.e2e_s) / last_s,
             np.nan_to_num(found.tpot / run.tpot_s - 1),
         )
-        return float(np.mean([np.mean(e**2) for e in errors]) + 0.1 * parameters[3] ** 2)
+        return np.append(np.concatenate(parts) / np.sqrt(run.trace.requests), 0.3 * (x[3] - 1))
 
+    bounds = (np.zeros(4), np.full(4, np.inf))
     fits = [
-        minimize(
-            residual, [*np.log(start), 0.0], method="Nelder-Mead",
-            options={"maxfev": 600, "xatol": 1e-3, "fatol": 1e-9},
+        least_squares(
+            errors, [*start, 1.0], bounds=bounds, x_scale=[1e-3, 1e-5, 1e-5, 0.1], diff_step=step,
         )
         for start in _STARTS
+        for step in _SLOPES
     ]  # fmt: skip
-    host, sequence, token, scale = np.exp(min(fits, key=lambda fit: fit.fun).x).tolist()
+    best = min(fits, key=lambda fit: fit.cost)
+    polished = minimize(
+        lambda logs: float((errors(np.exp(logs)) ** 2).sum()), np.log(np.maximum(best.x, 1e-9)),
+        method="Nelder-Mead", options={"maxfev": 600, "xatol": 1e-3, "fatol": 1e-10},
+    )  # fmt: skip
+    return _constants(np.exp(polished.x) if polished.fun < 2 * best.cost else best.x)
+
+
+def _constants(x: np.ndarray) -> EngineConstants:
+    host, sequence, token, scale = x.tolist()
     return EngineConstants(host_s=host, sequence_s=sequence, token_s=token, kernel_scale=scale)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from cmjax.serving.engine.table import Table
 
-_STEPS, _RATE = 300, 0.03
+_STEPS, _RATE = 1500, 0.05
 _SHARP = 0.02  # of the least rate: how far from it another one still counts
 
 
@@ -159,7 +159,7 @@ def propose(fluid: Fluid, npus: int) -> Proposal:
 
 def _ascend(loss, x: Float[Array, "2"]) -> Float[Array, "2"]:
     """The best point that Adam comes by."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE * 3, _STEPS, alpha=0.05))
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS, alpha=0.01))
 
     def step(carry, _):
         x, state, best, best_x = carry
