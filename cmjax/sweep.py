@@ -1,7 +1,9 @@
-"""Many independent computations, on the cores of this machine or on a cluster: one way to outgrow it.
+"""Many independent computations, on the cores of this machine or on a cluster: one way to outgrow
+it.
 
 Any `concurrent.futures.Executor` will do. The default is a process per core; `cluster(address)` is
-one over a Dask cluster (extra `cluster`). Results come in the order of the items, whatever ran where.
+one over a Dask cluster (extra `cluster`). Results come in the order of the items, whatever ran
+where.
 """
 
 import multiprocessing

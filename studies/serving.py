@@ -2,12 +2,13 @@
 
     python -m studies.serving [--parts cache engine queues pools reuse overload]
 
-*cache*: blocks that a cache of a size finds in Mooncake's conversations, beside the shares published
-with the trace. *engine*: three runs of vLLM, simulated with the kernel times of their own cards, as
-they are and with the engine's constants fitted to one run, beside the errors that LLMServingSim
-published on the same runs. *queues*: long runs against closed forms. *pools*: predictions; separate
-pools against colocated instances, the plane of the cache, SLOs, the loss of an instance. *reuse*: prefill
-with a part of every prompt in the cache. *overload*: admission control, and how the loads of the two pools swing.
+*cache*: blocks that a cache of a size finds in Mooncake's conversations, beside the shares
+published with the trace. *engine*: three runs of vLLM, simulated with the kernel times of their own
+cards, as they are and with the engine's constants fitted to one run, beside the errors that
+LLMServingSim published on the same runs. *queues*: long runs against closed forms. *pools*:
+predictions; separate pools against colocated instances, the plane of the cache, SLOs, the loss of
+an instance. *reuse*: prefill with a part of every prompt in the cache. *overload*: admission
+control, and how the loads of the two pools swing.
 
 What must hold in every run (each request ends once, no token before its prefill, memory within
 bounds, time forward) is a property of `tests/serving/test_engine.py`.
@@ -19,7 +20,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -213,7 +214,7 @@ def pool_table() -> Table:
 def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult | str]]:
     """(what, result, or why there is none)."""
     trace = conversations() if requests is None else conversations().first(requests)
-    slo = {"slo_ttft_ms": 5000.0, "slo_tpot_ms": 50.0, "rate_scale": 15.0}
+    slo: dict[str, Any] = {"slo_ttft_ms": 5000.0, "slo_tpot_ms": 50.0, "rate_scale": 15.0}
     paper = paper_service(384)
     yield "prefill, decode and cache pools", serve(trace, paper, **slo)
     # Colocated instances of the same 384 NPUs; EP320 and EP32 are for separate phases.
@@ -223,7 +224,10 @@ def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult 
     vpc = dataclasses.replace(paper, cache=ContextCache(plane="vpc"))
     yield "the cache over the VPC plane", serve(trace, vpc, **slo)
     yield "no cache", serve(trace, paper, cache_blocks=0, **slo)
-    lost = (Loss(pool="prefill", at_s=60.0, back_s=65.0), Loss(pool="decode", at_s=90.0, back_s=95.0))
+    lost = (
+        Loss(pool="prefill", at_s=60.0, back_s=65.0),
+        Loss(pool="decode", at_s=90.0, back_s=95.0),
+    )
     failing = dataclasses.replace(paper, losses=lost)
     yield "an instance of each pool lost for 5 s", serve(trace, failing, **slo)
     for tpot in (15.0, 30.0, 50.0):
@@ -247,7 +251,10 @@ def reuse_rows(requests: int = 8000) -> Iterator[tuple[float, str, float, float,
     """(share reused, plane, hits, prompt tokens per second and NPU of prefill, mean TTFT in ms)."""
     paper = paper_service(384)
     assert paper.prefill is not None
-    for reuse, plane in ((0.0, "ub"), (0.5, "ub"), (0.5, "vpc"), (0.9, "ub"), (0.9, "vpc")):
+    cases: tuple[tuple[float, Literal["ub", "vpc"]], ...] = (
+        (0.0, "ub"), (0.5, "ub"), (0.5, "vpc"), (0.9, "ub"), (0.9, "vpc"),
+    )  # fmt: skip
+    for reuse, plane in cases:
         service = dataclasses.replace(paper, cache=ContextCache(plane=plane))
         prompts = generate(
             requests=requests, rate=1e6, prompt=4096, output=1, reuse=reuse, trees=64, branches=1
@@ -258,7 +265,7 @@ def reuse_rows(requests: int = 8000) -> Iterator[tuple[float, str, float, float,
         yield reuse, plane, calm["cache_hit_tokens"], tokens, calm["ttft_ms"]["mean"]
 
 
-def _or_why(trace: Trace, service: Service, options: dict[str, float]) -> ServingResult | str:
+def _or_why(trace: Trace, service: Service, options: dict[str, Any]) -> ServingResult | str:
     try:
         return serve(trace, service, **options)
     except ValueError as error:
@@ -291,8 +298,9 @@ def overload_rows(requests: int | None = None) -> Iterator[tuple[str, ServingRes
     small = dataclasses.replace(paper, decode=dataclasses.replace(paper.decode, batch=2))
     for admission in ("none", "late", "early", "predictive"):
         service = dataclasses.replace(small, admission=admission)
-        yield admission, serve(
-            trace, service, rate_scale=25.0, slo_ttft_ms=10_000.0, slo_tpot_ms=100.0
+        yield (
+            admission,
+            serve(trace, service, rate_scale=25.0, slo_ttft_ms=10_000.0, slo_tpot_ms=100.0),
         )
 
 

@@ -19,7 +19,7 @@ from cmjax.sweep import executor_of
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Split NPUs into prefill and decode instances, for the most requests within an SLO.
+    """Split NPUs into prefill and decode, for the most requests within an SLO.
 
     Attributes:
       trace: What `cmjax serve` takes; its rate is scaled to what each split serves.
@@ -48,7 +48,7 @@ class Plan:
     cache_blocks: int | None = None
     prefill_npus: tuple[int, ...] = (16, 32)
     decode_npus: tuple[int, ...] = (32, 64, 96, 160)
-    offered: Offered = Offered()
+    offered: Offered = dataclasses.field(default_factory=Offered)
     workers: int | None = None
     scheduler: str | None = None
     json: str | None = None

@@ -101,7 +101,7 @@ def call(target: str, out: Any, *operands: jax.Array, **attributes: Any) -> Any:
 
 
 def function(name: str) -> Any:
-    """One of `PLAIN`, for ctypes; the caller sets its types. `None` where the kernels do not run."""
+    """One of `PLAIN`, whose types the caller sets; `None` where the kernels do not run."""
     assert name in PLAIN, name
     return getattr(_opened(), name) if status().enabled else None
 

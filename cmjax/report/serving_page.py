@@ -16,8 +16,8 @@ _ROWS = (
 _MEANING = {
     "stable": "Queues stay short for as long as requests arrive.",
     "backlogged": "Queues form that take longer than a request itself, and are worked off.",
-    "overloaded": "The wait grows for as long as requests arrive, or requests are refused: latencies "
-    "depend on where the trace ends.",
+    "overloaded": "The wait grows for as long as requests arrive, or requests are refused: "
+    "latencies depend on where the trace ends.",
 }
 
 

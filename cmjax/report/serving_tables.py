@@ -124,8 +124,13 @@ def _headlines(result: Mapping[str, Any]) -> Table:
         f"{number(result['output_tokens_per_s'])} tokens/s, "
         f"{number(result['tokens_per_s_per_npu'])} per NPU of {result['npus']}",
     )
-    slos = [f"{name} {result[key]:g} ms" for name, key in
-            (("TTFT", "slo_ttft_ms"), ("TPOT", "slo_tpot_ms")) if result[key] is not None]  # fmt: skip
+    slos = [
+        f"{name} {result[key]:g} ms"
+        for name, key in
+        # Fmt: skip.
+        (("TTFT", "slo_ttft_ms"), ("TPOT", "slo_tpot_ms"))
+        if result[key] is not None
+    ]
     if slos:
         table.add_row(
             "within " + " and ".join(slos),
@@ -153,8 +158,9 @@ def _notes(result: Mapping[str, Any]) -> list[Text]:
     if "constants" in result:
         found = result["constants"]
         notes.append(
-            f"fitted: host {found['host_s'] * 1e6:.3g} µs a step, {found['sequence_s'] * 1e6:.3g} µs a "
-            f"sequence, {found['token_s'] * 1e6:.3g} µs a token, kernels x {found['kernel_scale']:.3f}"
+            f"fitted: host {found['host_s'] * 1e6:.3g} µs a step, "
+            f"{found['sequence_s'] * 1e6:.3g} µs a sequence, {found['token_s'] * 1e6:.3g} µs a "
+            f"token, kernels x {found['kernel_scale']:.3f}"
         )
     if "interval" in result:
         for key, words in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):

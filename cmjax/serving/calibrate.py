@@ -27,7 +27,8 @@ from cmjax.serving.traces import Trace, read_trace
 
 _NEEDED = ("queued_ts", "first_token_ts", "last_token_ts")
 _STARTS = ((1e-4, 1e-6, 1e-6), (1e-3, 3e-5, 3e-5), (3e-3, 1e-4, 1e-6))
-_SLOPES = (0.03, 0.003)  # relative steps of finite differences: the simulated times have small jumps
+# Relative steps of finite differences: the simulated times have small jumps.
+_SLOPES = (0.03, 0.003)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
     TTFT = first token - arrival        TPOT = (last token - first token) / (output tokens - 1)
 
-TPOT is one number per request (vLLM's bench and GenAI-Perf's "inter token latency" are this); ITL is
-every gap between two consecutive steps of a request, over all requests (vLLM's bench calls it so).
+TPOT is one number per request (vLLM's bench and GenAI-Perf's "inter token latency" are this); ITL
+is every gap between two consecutive steps of a request, over all requests (vLLM's bench calls it
+so).
 """
 
 import dataclasses

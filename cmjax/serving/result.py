@@ -31,8 +31,9 @@ class ServingResult:
     Fields:
       trace, service, replay: what was replayed, and how. times: of steps.
       machine: its name. outputs: per request, and what the workers did.
-      bin_s: width of the bins of gauges. wall_s: seconds the event loop took; engine: `native` or `python`.
-      bounds: the same run with faster and with slower steps, where step times are uncertain.
+      bin_s: width of the bins of gauges. wall_s: seconds the event loop took; engine: `native` or
+      `python`. bounds: the same run with faster and with slower steps, where step times are
+      uncertain.
     """
 
     trace: Trace

@@ -40,8 +40,8 @@ def serve(
 
     Args:
       trace: a `Trace`, or what `read_trace` takes: a file, or `poisson:rate=4,requests=1000`.
-      deployment: a `Service`, a `.toml` file, or a name; `None` is the paper's instances, prefill of
-        16 NPUs and decode of 160, filling `npus`.
+      deployment: a `Service`, a `.toml` file, or a name; `None` is the paper's instances, prefill
+        of 16 NPUs and decode of 160, filling `npus`.
       machine: a `Supernode`, the name of one in the catalog, or a `.toml` file.
       npus: see `deployment`.
       slo_ttft_ms, slo_tpot_ms: what a good request keeps.
@@ -130,7 +130,7 @@ def simulate(
 
 
 def best_latencies(trace: Trace, service: Service, times: StepTimes) -> tuple[float, float]:
-    """TTFT of the trace's shortest prompt and TPOT at its shortest context, with nobody else [s]."""
+    """With nobody else, in s: TTFT of the trace's shortest prompt, TPOT at its context."""
     first = "prefill" if service.prefill else "colocated"
     then = "decode" if service.decode else "colocated"
     shortest = int(trace.prompt.min())

@@ -46,7 +46,8 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillPool(Pool):
-    """Prefill instances: they batch waiting prompts by tokens, sequence-parallel over their dies."""
+    """Prefill instances: they batch waiting prompts by tokens, sequence-parallel over their
+    dies."""
 
     tokens: int = 0
     """Tokens of a step; 0: 16384 per NPU."""
@@ -216,8 +217,8 @@ class Service:
 
 
 def paper_service(npus: int = 384, **fields) -> Service:
-    """The paper's instances, prefill of 16 NPUs and decode of 160, filling `npus` in a ratio as near
-    to its 6 : 1 as they go.
+    """The paper's instances, prefill of 16 NPUs and decode of 160, filling `npus` in a ratio as
+    near to its 6 : 1 as they go.
 
     Raises: ValueError: fewer NPUs than one of each.
 

@@ -1,9 +1,9 @@
 """Whether a service keeps up with what is offered.
 
 *overloaded*: the wait grows for as long as requests arrive, or more than a hundredth are refused or
-never served: the numbers then depend on where the trace ends. *backlogged*: queues form that take ten
-times as long as a prefill itself, for a tenth of the requests, and are worked off. *stable*: neither.
-(A queue M/M/1 is backlogged from a load of about 0.75.)
+never served: the numbers then depend on where the trace ends. *backlogged*: queues form that take
+ten times as long as a prefill itself, for a tenth of the requests, and are worked off. *stable*:
+neither. (A queue M/M/1 is backlogged from a load of about 0.75.)
 """
 
 from typing import Literal

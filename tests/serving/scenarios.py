@@ -26,8 +26,8 @@ def table(base=0.01, per_token=1e-4, per_request=1e-3, per_context=1e-6, constan
     t, q, n, c = np.meshgrid(tokens, length, requests, context, indexing="ij")
     return Table(
         tokens=tokens, length=length, requests=requests, context=context,
-        batch_s=base + per_token * t + per_token * 1e-3 * t * q + per_request * n + per_context * n * c,
-        constant_s=constant,
+        batch_s=base + per_token * t + per_token * 1e-3 * t * q + per_request * n + per_context * n
+        * c, constant_s=constant,
     )  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def requests(arrival_s, prompt, output, tokens_per_step=1.0, blocks=None) -> Inp
 def workers(*rows: dict) -> WorkerInputs:
     base = {
         "role": PREFILL, "table": 0, "ranks": 1, "max_requests": MANY, "max_tokens": MANY,
-        "chunk": 0, "capacity": 0, "waste": 0, "keeps": 0, "start_s": 0.0, "pause_every_s": 0.0, "pause_s": 0.0,
-    }  # fmt: skip
+        "chunk": 0, "capacity": 0, "waste": 0, "keeps": 0, "start_s": 0.0, "pause_every_s": 0.0,
+    "pause_s": 0.0, }  # fmt: skip
     types = {"role": np.int32, "table": np.int32, "ranks": np.int32}
     types |= dict.fromkeys(("start_s", "pause_every_s", "pause_s"), float)
     full = [base | row for row in rows]
@@ -92,8 +92,14 @@ def services(draw) -> EngineInputs:
     starts = draw(st.sampled_from([0.0, 0.5]))
     first = draw(st.integers(1, 3))
     if draw(st.booleans()):
-        row = {"role": COLOCATED, "max_tokens": draw(st.sampled_from([200, 512])), "start_s": starts,
-               "keeps": draw(st.sampled_from([0, 1])), "chunk": draw(st.sampled_from([0, 40]))}  # fmt: skip
+        row = {
+            "role": COLOCATED,
+            "max_tokens": draw(st.sampled_from([200, 512])),
+            "start_s": starts,
+            # Fmt: skip.
+            "keeps": draw(st.sampled_from([0, 1])),
+            "chunk": draw(st.sampled_from([0, 40])),
+        }
         rows = [row | shared] * first
     else:
         row = {"role": PREFILL, "max_tokens": draw(st.sampled_from([64, 512])), "start_s": starts,

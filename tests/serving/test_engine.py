@@ -1,4 +1,5 @@
-"""The event loop keeps what it must keep, whatever the service; C++ and Python say the same bits."""
+"""The event loop keeps what it must keep, whatever the service; C++ and Python say the same
+bits."""
 
 import dataclasses
 

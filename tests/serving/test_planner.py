@@ -1,6 +1,8 @@
-"""The plan: the fluid model's gradient, and what the simulator confirms; on processes and clusters."""
+"""The plan: the fluid model's gradient, and what the simulator confirms; on processes and
+clusters."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -55,9 +57,7 @@ def test_the_proposal_balances_both_pools_within_the_slo():
     assert found.prefill_npus + found.decode_npus == pytest.approx(100)
     limits = found.limits
     assert float(limits.prefill) == pytest.approx(float(limits.decode), rel=0.1)
-    grid = max(
-        float(min(model.limits(p, 100.0 - p, 10.0))) for p in np.linspace(1, 99, 197)
-    )
+    grid = max(float(min(model.limits(p, 100.0 - p, 10.0))) for p in np.linspace(1, 99, 197))
     assert found.rate == pytest.approx(grid, rel=0.05)
 
 
@@ -99,7 +99,7 @@ def test_the_plan_keeps_the_slo_and_no_other_that_was_tried_serves_more(planned)
     assert planned.bound_by in ("prefill", "decode", "rdma", "cache")
     front = planned.pareto()
     assert all(a.tpot_p50_ms < b.tpot_p50_ms and a.output_tokens_per_s < b.output_tokens_per_s
-               for a, b in zip(front, front[1:], strict=False))  # fmt: skip
+               for a, b in itertools.pairwise(front))  # fmt: skip
 
 
 def test_the_plan_is_the_same_on_a_cluster_of_two_workers(planned):
@@ -127,7 +127,7 @@ def test_the_plan_is_the_same_with_two_processes(planned):
 def test_a_scheduler_that_nobody_answers_at_is_named():
     pytest.importorskip("distributed")
     with (
-        pytest.raises(ValueError, match="scheduler tcp://127.0.0.1:1: nobody answers within 5 s"),
+        pytest.raises(ValueError, match=r"scheduler tcp://127.0.0.1:1: nobody answers within 5 s"),
         executor_of("tcp://127.0.0.1:1"),
     ):
         pass

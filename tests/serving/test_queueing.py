@@ -31,8 +31,8 @@ def time_in_system(service_s: np.ndarray, rate: float, servers: int = 1) -> floa
     tokens = np.maximum(np.rint(service_s * UNIT), 1)
     server = {"max_requests": 1, "max_tokens": 1 << 40}
     found = run(inputs(
-        requests(arrival, tokens, np.ones(len(tokens))), workers(*[server] * servers), (per_token(),),
-        bin_s=1e5,
+        requests(arrival, tokens, np.ones(len(tokens))), workers(*[server] * servers),
+        (per_token(),), bin_s=1e5,
     ))  # fmt: skip
     return float((found.last_s - found.arrival_s).mean())
 
@@ -74,7 +74,7 @@ def test_one_queue_for_many_servers_is_m_m_c(exponential, servers):
 
 @pytest.mark.parametrize("clients", [1, 3, 10])
 def test_a_closed_loop_keeps_mean_value_analysis_and_littles_law(exponential, clients):
-    """Thinking clients and one exponential server: a product-form network, whatever the think time."""
+    """Thinking clients and one exponential server: product form, whatever the think time."""
     think, count = 4.0, COUNT // 4
     tokens = np.maximum(np.rint(exponential[:count] * UNIT), 1)
     found = run(inputs(

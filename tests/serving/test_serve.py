@@ -122,9 +122,7 @@ def test_more_uncertainty_is_a_wider_interval():
     assert high / low == pytest.approx(1.2 / 0.8, rel=0.2)
 
 
-@pytest.mark.parametrize(
-    "rate, expected", [(2.0, "stable"), (5000.0, "overloaded")]
-)
+@pytest.mark.parametrize("rate, expected", [(2.0, "stable"), (5000.0, "overloaded")])
 def test_the_verdict_tells_what_keeps_up_from_what_does_not(rate, expected):
     trace = generate(requests=2000, rate=rate, prompt=8192, output=4)
     assert small(trace).verdict == expected
@@ -139,7 +137,9 @@ def test_refusing_requests_is_no_way_to_keep_up():
     assert result["slo_attainment"] < result["completed"] / result["requests"] + 1e-9
 
 
-@pytest.mark.parametrize("load, expected", [(0.3, "stable"), (0.97, "backlogged"), (1.3, "overloaded")])
+@pytest.mark.parametrize(
+    "load, expected", [(0.3, "stable"), (0.97, "backlogged"), (1.3, "overloaded")]
+)
 def test_the_verdict_of_a_single_server(load, expected):
     from cmjax.serving.metrics import Latencies
 
@@ -218,7 +218,7 @@ def test_a_service_is_read_from_a_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         'model = "tiny"\nrouter = "least-loaded"\n[prefill]\ninstances = 2\nnpus = 4\n'
-        'tokens = 8192\n'
+        "tokens = 8192\n"
         "[decode]\nnpus = 4\nbatch = 8\n[cache]\nblocks = 200\n"
         '[[losses]]\npool = "decode"\nat_s = 1\nback_s = 2.5\n'
     )
@@ -252,8 +252,14 @@ def test_a_file_that_describes_no_service_is_refused(tmp_path, text, message):
     "service, message",
     [
         (dataclasses.replace(SMALL, decode=None), "it has prefill"),
-        (dataclasses.replace(SMALL, prefill=PrefillPool(instances=30)), "484 NPUs .* more than the 384"),
-        (dataclasses.replace(SMALL, prefill=PrefillPool(npus=0)), "prefill.npus must be at least 1"),
+        (
+            dataclasses.replace(SMALL, prefill=PrefillPool(instances=30)),
+            "484 NPUs .* more than the 384",
+        ),
+        (
+            dataclasses.replace(SMALL, prefill=PrefillPool(npus=0)),
+            "prefill.npus must be at least 1",
+        ),
         (dataclasses.replace(SMALL, acceptance=2.0), "acceptance must lie in 0..1"),
         (dataclasses.replace(SMALL, losses=(Loss(pool="decode", instance=3),)), "no instance 3"),
         (dataclasses.replace(SMALL, memory_fraction=1e-9), "use more NPUs per instance"),
@@ -266,13 +272,17 @@ def test_a_service_that_makes_no_sense_is_refused(service, message):
 
 def test_a_request_that_no_instance_can_hold_is_refused_with_its_number():
     trace = generate(requests=3, prompt=10**10, output=4)
-    with pytest.raises(ValueError, match=r"holds the keys and values of [\d,]+ tokens, and request 1"):
+    with pytest.raises(
+        ValueError, match=r"holds the keys and values of [\d,]+ tokens, and request 1"
+    ):
         small(trace)
 
 
 @pytest.mark.parametrize("slo", ["slo_ttft_ms", "slo_tpot_ms"])
 def test_an_slo_that_nobody_keeps_is_refused_with_the_best(slo):
-    with pytest.raises(ValueError, match=r"cannot be met: the shortest request .* alone takes [\d.]+ ms"):
+    with pytest.raises(
+        ValueError, match=r"cannot be met: the shortest request .* alone takes [\d.]+ ms"
+    ):
         small(**{slo: 0.001})
 
 

@@ -55,7 +55,12 @@ def test_a_measured_run_is_read_by_the_clock_of_the_engine(tmp_path):
 def test_prompt_token_ids_become_prefix_blocks(tmp_path):
     shared = list(range(600))
     records = [
-        {"arrival_time_ns": i * 10**9, "input_tok_ids": ids, "input_toks": len(ids), "output_toks": 1}
+        {
+            "arrival_time_ns": i * 10**9,
+            "input_tok_ids": ids,
+            "input_toks": len(ids),
+            "output_toks": 1,
+        }
         for i, ids in enumerate((shared, shared, [*shared[:512], 9], [5, *shared[1:]]))
     ]
     trace = read_trace(written(tmp_path, lines(*records)))

@@ -1,9 +1,9 @@
 """Admission control: which requests are refused, and when.
 
-`late` refuses after the prefill, where the decode workers are full by then: its prefill was in vain.
-`early` looks at the load of the decode workers when a request arrives, and not at those that are
-still in prefill: the loads of the two pools then swing in antiphase (Mooncake, FAST'25, section 7).
-`predictive` estimates the load at the time when the prefill will have ended.
+`late` refuses after the prefill, where the decode workers are full by then: its prefill was in
+vain. `early` looks at the load of the decode workers when a request arrives, and not at those that
+are still in prefill: the loads of the two pools then swing in antiphase (Mooncake, FAST'25, section
+7). `predictive` estimates the load at the time when the prefill will have ended.
 """
 
 from cmjax.serving.engine.inputs import ADMISSIONS, EngineInputs

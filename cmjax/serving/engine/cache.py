@@ -1,7 +1,8 @@
-"""The context cache: blocks addressed by the hash of their prefix, the least recently used go first.
+"""The context cache: blocks addressed by the hash of their prefix, the least recently used go
+first.
 
-A store is spread over nodes by consistent hashing, and every node keeps its own order of use. Behind
-a node's memory may be a disk, which takes what memory evicts and gives it back on a hit.
+A store is spread over nodes by consistent hashing, and every node keeps its own order of use.
+Behind a node's memory may be a disk, which takes what memory evicts and gives it back on a hit.
 """
 
 from collections import OrderedDict

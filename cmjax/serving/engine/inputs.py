@@ -45,12 +45,12 @@ class WorkerInputs:
     Fields:
       role: `PREFILL`, `DECODE` or `COLOCATED`. table: which of the step-time tables is its own.
       ranks: data-parallel ranks that decoding requests spread over, evenly.
-      max_requests: in a batch. max_tokens: in a step. chunk: prompt tokens of one request in a step.
-      capacity: tokens of keys and values that it holds, fixed point; 0 is no limit.
+      max_requests: in a batch. max_tokens: in a step. chunk: prompt tokens of one request in a
+      step. capacity: tokens of keys and values that it holds, fixed point; 0 is no limit.
       waste: of it, what a request loses to half-filled pages, fixed point.
       keeps: 1 where what a preempted request computed stays until its memory is claimed.
-      start_s: when it is ready. pause_every_s, pause_s: a pause of steps, at most once every so long
-        (0: none).
+      start_s: when it is ready. pause_every_s, pause_s: a pause of steps, at most once every so
+        long (0: none).
     """
 
     role: Int32[np.ndarray, "workers"]

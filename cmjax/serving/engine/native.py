@@ -1,5 +1,5 @@
-"""The event loop in C++, called through ctypes: `cmjax/native/csrc/serving.h` has the same fields in
-the same order."""
+"""The event loop in C++, called through ctypes: `cmjax/native/csrc/serving.h` has the same fields
+in the same order."""
 
 import ctypes
 from collections.abc import Callable

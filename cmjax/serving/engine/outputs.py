@@ -22,7 +22,8 @@ GAP_LOW, GAP_BINS, GAP_PER_OCTAVE = -20, 32 * 128, 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class EngineOutputs:
-    """Per request, in the order of arrival; times in s on the trace's clock, -1 where it never came.
+    """Per request, in the order of arrival; times in s on the trace's clock, -1 where it never
+    came.
 
     Fields:
       ended: `COMPLETED`, `REJECTED` (at arrival), `REJECTED_LATE` (after its prefill) or 0.

@@ -102,9 +102,8 @@ class Simulation:
                 continue
             if worker.busy:
                 self._cut_short(worker, now)
-            elif worker.waiting or worker.batch:
-                if self.scheduler.start(worker, now):
-                    self.events.push(worker.end_s, STEP, worker.index, worker.version)
+            elif (worker.waiting or worker.batch) and self.scheduler.start(worker, now):
+                self.events.push(worker.end_s, STEP, worker.index, worker.version)
         self._gauge(now)
 
     def _happen(self, kind: int, subject: int, version: int, now: float) -> None:

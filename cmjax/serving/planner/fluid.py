@@ -41,7 +41,8 @@ class Demand:
 
     Fields:
       uncached_tokens: of its prompt, to be computed. length: of prompts, by tokens (see
-        `engine.table`). prompt_tokens: to hand over. steps: of decode. context: in the middle of it.
+        `engine.table`). prompt_tokens: to hand over. steps: of decode. context: in the middle of
+        it.
     """
 
     uncached_tokens: float

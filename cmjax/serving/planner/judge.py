@@ -1,4 +1,5 @@
-"""What a service is worth: the largest rate of the trace that it serves within the SLO, simulated."""
+"""What a service is worth: the largest rate of the trace that it serves within the SLO,
+simulated."""
 
 import dataclasses
 

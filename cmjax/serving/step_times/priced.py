@@ -1,8 +1,8 @@
 """Step times from the cost model: priced once on a grid, and looked up between its nodes.
 
 A prefill step of T tokens of length L is priced as T / L prompts of L tokens; a decode step of n
-requests per die at context c as it is. Both are nearly linear in T, T L, n and n c between nodes, so
-that few nodes are enough; what is left is measured half-way between them and reported.
+requests per die at context c as it is. Both are nearly linear in T, T L, n and n c between nodes,
+so that few nodes are enough; what is left is measured half-way between them and reported.
 """
 
 import functools
@@ -112,7 +112,8 @@ def _priced(first, second, seconds, *, prefill: bool) -> tuple[Table, np.ndarray
 
 
 def _both(prefill: Table, decode: Table) -> Table:
-    """A step that does both: what each takes alone, and what both would read (weights, mostly) once.
+    """A step that does both: what each takes alone, and what both would read (weights, mostly)
+    once.
 
     The least prefill step and the least decode step stand for the latter.
     """

@@ -15,9 +15,9 @@ class StepTimes:
       kv_tokens: tokens whose keys and values an instance of each pool holds; 0 is no limit.
       kv_token_bytes: bytes of a token's keys and values, all layers.
       tokens_per_step: tokens that a decoding request gains in a step, on average.
-      page: tokens of a page of keys and values; the last page of a request is half empty on average.
-      mean_error, worst_error: of interpolation, relative, between the nodes of the grid; 0 for a
-        profile, whose nodes are all that is known.
+      page: tokens of a page of keys and values; the last page of a request is half empty on
+      average. mean_error, worst_error: of interpolation, relative, between the nodes of the grid; 0
+        for a profile, whose nodes are all that is known.
       source: where they are from.
     """
 

@@ -1,6 +1,7 @@
 """Chats as ShareGPT has them: every answer is a request whose prompt is all that was said before.
 
-Text is counted as a token per 4 bytes of UTF-8, which is near what tokenizers of English make of it.
+Text is counted as a token per 4 bytes of UTF-8, which is near what tokenizers of English make of
+it.
 """
 
 import json

@@ -32,9 +32,9 @@ def generate(
       requests: how many. rate: per second.
       prompt, output: mean tokens. prompt_cv, output_cv: coefficient of variation of the log-normal
         lengths; 0 makes all equal.
-      reuse: share of a prompt's blocks that lie on a prefix tree, from its root; 0 leaves blocks out.
-      trees: how many there are, the k-th as popular as 1 / k. A path forks into `branches` after
-        every `fork` blocks.
+      reuse: share of a prompt's blocks that lie on a prefix tree, from its root; 0 leaves blocks
+      out. trees: how many there are, the k-th as popular as 1 / k. A path forks into `branches`
+        after every `fork` blocks.
       block_tokens: of a block. seed: of the draws.
     Returns: the same trace for the same arguments.
     Raises: ValueError: an argument out of its range, or an unknown kind.

@@ -46,7 +46,8 @@ class LengthsReader:
             ids, size = record[self.ids], self.block_tokens
             if len(ids) != record[self.prompt]:
                 raise ValueError(
-                    f"{len(ids)} {self.ids} for {self.prompt} {record[self.prompt]}; they must agree"
+                    f"{len(ids)} {self.ids} for {self.prompt} "
+                    f"{record[self.prompt]}; they must agree"
                 )
             blocks = prefix_ids(
                 array("q", ids[i : i + size]).tobytes() for i in range(0, len(ids), size)

@@ -68,7 +68,7 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
     size = path.stat().st_size
     columns = Columns()
     with path.open("rb") as raw:
-        file: IO[bytes] = gzip.open(raw) if _is_gzip(raw) else raw  # type: ignore[assignment]
+        file: IO[bytes] = gzip.open(raw) if _is_gzip(raw) else raw  # type: ignore[assignment]  # noqa: SIM115
         try:
             reader = None
             for number, line in enumerate(_lines(file), 1):

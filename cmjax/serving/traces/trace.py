@@ -13,9 +13,9 @@ class Trace:
     Fields:
       arrival_s: seconds from the first one's clock, not decreasing.
       prompt, output: tokens, at least 1.
-      block_start, block: request i has the prefix blocks `block[block_start[i]:block_start[i + 1]]`;
-        equal numbers are equal prefixes. Numbered from 0 without gaps; empty where nothing is known
-        of prefixes.
+      block_start, block: request i has the prefix blocks `block[block_start[i]:block_start[i +
+        1]]`; equal numbers are equal prefixes. Numbered from 0 without gaps; empty where nothing is
+        known of prefixes.
       block_tokens: tokens of a block.
       source: where it is from, for messages.
     Raises: ValueError: times that decrease or are negative, lengths below 1, blocks that do not
@@ -54,7 +54,8 @@ class Trace:
             if (of < 1).any():
                 at = int(np.argmax(of < 1))
                 raise ValueError(
-                    f"{self.source}: request {at + 1} has {name} {of[at]} tokens; at least 1 is needed"
+                    f"{self.source}: request {at + 1} has {name} {of[at]} tokens; "
+                    "at least 1 is needed"
                 )
         if self.has_blocks:
             blocks, needed = np.diff(self.block_start), -(-self.prompt // self.block_tokens)
