@@ -9,7 +9,7 @@ where.
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from cmjax.console import Progress
@@ -29,6 +29,7 @@ def run_all[Item, Result](
       function: importable by its name, as for any process pool. items: that can be pickled.
       executor: where it runs. progress: called as items are done.
     Raises: what a call raised, the first in the order of the items; the others are not waited for.
+      OSError: a process was ended from outside.
     """
     futures = [executor.submit(function, item) for item in items]
     try:
@@ -36,6 +37,11 @@ def run_all[Item, Result](
             if progress is not None:
                 progress(done, len(items), "")
         return [future.result() for future in futures]
+    except BrokenExecutor as error:
+        raise OSError(
+            "a process that computes was ended (is memory full?); a script that starts processes "
+            "must do so under `if __name__ == '__main__':`"
+        ) from error
     except BaseException:
         for future in futures:
             future.cancel()

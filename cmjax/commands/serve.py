@@ -213,7 +213,7 @@ class Serve:
             deployment, times = self.engine.built(constants)
             if constants is not None:
                 extra["constants"] = dataclasses.asdict(constants)
-        named = {"router": where.router, "admission": where.admission}
+        named: dict[str, Any] = {"router": where.router, "admission": where.admission}
         with show_progress("reading", quiet=quiet) as progress:
             trace = self.offered.read(self.trace, progress)
         with show_progress("serving", quiet=quiet) as progress:

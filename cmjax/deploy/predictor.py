@@ -91,7 +91,7 @@ class Predictor:
             in decode, prompt tokens in prefill. acceptance: of drafts.
         """
         name = "context" if self.deployment.decoding else "prompt"
-        sizes = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
+        sizes: dict[str, Any] = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
         symbols = self.symbols(Requests(acceptance=acceptance, **sizes))
         totals = self._prices({}).totals(self.machine, symbols)
         return np.asarray(totals + self.machine.chip.host_step_s, float)

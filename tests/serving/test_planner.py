@@ -102,6 +102,12 @@ def test_the_plan_keeps_the_slo_and_no_other_that_was_tried_serves_more(planned)
                for a, b in itertools.pairwise(front))  # fmt: skip
 
 
+def test_no_plan_serves_more_than_the_flow_that_bounds_it(planned):
+    """A short trace is repeated, so that a queue that only grows does not pass for throughput."""
+    flow = min(planned.proposal.limits.prefill, planned.proposal.limits.decode)
+    assert 0.3 * flow < planned.best.goodput_requests_per_s < 1.05 * flow
+
+
 def test_the_plan_is_the_same_on_a_cluster_of_two_workers(planned):
     distributed = pytest.importorskip("distributed")
     with (

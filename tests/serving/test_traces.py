@@ -172,6 +172,16 @@ def test_a_large_cache_finds_the_share_that_a_prefix_tree_was_made_with():
     assert cache_hits(trace, 10**6).blocks == pytest.approx(0.75, abs=0.01)
 
 
+def test_a_repeated_trace_keeps_its_rate_and_shares_no_prefix_between_copies():
+    trace = generate(requests=50, rate=3.0, reuse=0.8)
+    again = trace.repeated(3)
+    assert again.requests == 150 and again.blocks == 3 * trace.blocks
+    assert again.rate == pytest.approx(trace.rate, rel=0.02)
+    first, last = again.block[: len(trace.block)], again.block[-len(trace.block) :]
+    np.testing.assert_array_equal(first, trace.block)
+    assert not set(first.tolist()) & set(last.tolist())
+
+
 def test_ticks_are_spread_without_changing_their_order(tmp_path):
     trace = Trace(
         arrival_s=np.repeat([0.0, 3.0, 6.0], 4), prompt=np.arange(1, 13), output=np.ones(12, int),

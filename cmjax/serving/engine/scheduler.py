@@ -8,6 +8,7 @@ time of the middle one, until a request is done, memory is full or somebody can 
 """
 
 import heapq
+from collections.abc import Callable
 
 from cmjax.serving.engine.cache import Cache
 from cmjax.serving.engine.inputs import COLOCATED, FIXED, CacheInputs
@@ -27,7 +28,9 @@ class Scheduler:
 
     def __init__(self, requests: Requests, cache: Cache, given: CacheInputs):
         self.requests, self.cache, self.given = requests, cache, given
-        self.on_prefilled = self.on_done = self.on_lost = lambda *_: None
+        self.on_prefilled: Callable[[Worker, int, float], None] = _nothing
+        self.on_done: Callable[[int, float], None] = _nothing
+        self.on_lost: Callable[[int, float], None] = _nothing
 
     def store(self, worker: Worker) -> int:
         return worker.index if self.given.stores > 1 else 0
@@ -285,3 +288,7 @@ class Scheduler:
             self._leave_decode(worker, request)
             requests.token_s[request] = now
         requests.retry(request)
+
+
+def _nothing(*_) -> None:
+    """Nobody waits for what leaves the worker."""

@@ -16,7 +16,7 @@ from cmjax.console import Progress
 from cmjax.hardware import Supernode, as_machine
 from cmjax.serving.assemble import Replay, decode_steps
 from cmjax.serving.cache_curve import cache_hits
-from cmjax.serving.planner.fluid import Demand, Fluid, Proposal, propose
+from cmjax.serving.planner.fluid import Demand, Fluid, Proposal, at, propose
 from cmjax.serving.planner.judge import Judged, Question, judge
 from cmjax.serving.serve import check_slo
 from cmjax.serving.service import ContextCache, DecodePool, PrefillPool, Service
@@ -35,7 +35,7 @@ class CapacityPlan:
 
     Fields:
       best: judged by the simulator. tried: all that were, best first.
-      proposal: of the fluid model for the best one's sizes of instances.
+      proposal: the fluid model at the best one: its rate, slopes and limits.
       bound_by: `prefill`, `decode`, `rdma`, or `cache` where prefill is and more cache would help.
       instance_worth: requests per second per NPU that one more instance of a pool adds, simulated
         beyond `npus`.
@@ -173,7 +173,7 @@ class _Search:
         fluids = {pair: self._fluid(pair, times, hits) for pair, times in priced.items()}
         proposals = {pair: propose(fluid, self.npus) for pair, fluid in fluids.items()}
         first = [
-            (self._fluid_rate(service, fluids[pair]), service)
+            (self._flow(service, fluids[pair]).rate, service)
             for pair in priced
             for service in self._around(pair, proposals[pair])
         ]
@@ -187,7 +187,7 @@ class _Search:
         if not best.rate_scale:
             self._explain(priced)
         pair = _pair(best.service)
-        proposal = proposals[pair]
+        proposal = self._flow(best.service, fluids[pair])
         worth = self._worth(best, priced, proposals)
         limits = proposal.limits._asdict()
         bound = min(limits, key=lambda name: limits[name])
@@ -195,7 +195,7 @@ class _Search:
             fluids[pair],
             demand=self._demand(priced[pair], self._hit_share(priced[pair], 2.0)),
         )
-        cache_worth = propose(more, self.npus).rate - proposal.rate
+        cache_worth = self._flow(best.service, more).rate - proposal.rate
         if bound == "prefill" and cache_worth > 0.05 * proposal.rate:
             bound = "cache"
         return CapacityPlan(
@@ -287,12 +287,12 @@ class _Search:
                 found.append(self._service(prefill, decode, prefills, decodes, batch))
         return found
 
-    def _fluid_rate(self, service: Service, fluid: Fluid) -> float:
-        """Of whole instances, which leave some NPUs over."""
+    def _flow(self, service: Service, fluid: Fluid) -> Proposal:
+        """The fluid model at whole instances, which leave some NPUs over."""
         prefill, decode = service.prefill, service.decode
         assert prefill is not None and decode is not None
-        per_die = decode.batch / self.machine.dies_per_npu
-        return float(fluid.served(prefill.total_npus, decode.total_npus, per_die))
+        per_die = min(decode.batch / self.machine.dies_per_npu, fluid.most_per_die())
+        return at(fluid, float(prefill.total_npus), float(decode.total_npus), per_die)
 
     def _neighbours(self, service: Service) -> list[Service]:
         prefill, decode = service.prefill, service.decode

@@ -120,7 +120,7 @@ class Fluid:
 
 
 class Proposal(NamedTuple):
-    """Where the fluid model is best.
+    """A point of the fluid model.
 
     Fields:
       prefill_npus, decode_npus: in all. per_die: requests. rate: requests per second.
@@ -149,8 +149,12 @@ def propose(fluid: Fluid, npus: int) -> Proposal:
         return -jnp.log(fluid.served(*unpack(x)))
 
     x = _ascend(loss, jnp.array([0.0, np.log(max(most / 2, 1.0))], jnp.float32))
-    prefill, decode, per_die = unpack(x)
-    slopes = jax.grad(fluid.served, argnums=(0, 1))(prefill, decode, per_die)
+    return at(fluid, *unpack(x))
+
+
+def at(fluid: Fluid, prefill, decode, per_die) -> Proposal:
+    """The rate with so many NPUs in all and requests per die, its slopes and what limits it."""
+    slopes = jax.grad(fluid.served, argnums=(0, 1))(*(float(v) for v in (prefill, decode)), per_die)
     return Proposal(
         *(float(v) for v in (prefill, decode, per_die, fluid.served(prefill, decode, per_die))),
         *(float(s) for s in slopes),

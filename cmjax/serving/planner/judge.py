@@ -2,6 +2,7 @@
 simulated."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from cmjax.serving.service import Service
 from cmjax.serving.step_times import StepTimes
 from cmjax.serving.traces import Trace
 
-_HALVINGS = 6
+_LEAST_S, _SLOS, _MOST = 20.0, 20, 200_000
+"""A rate must be served for so many seconds and so many times as long as TTFT may be, which a short
+trace is repeated for, up to so many requests: else a queue that only grows would pass."""
 _WIDEST = 64.0  # times the first guess, up or down
 
 
@@ -64,7 +67,8 @@ def judge(question: Question) -> Judged:
     scale = question.guess
     while high / max(low, 1e-9) > 1.02:
         found = _at(question, scale)
-        if found is not None and float(found.kept.mean()) >= question.target:
+        kept = float(found.kept.mean()) >= question.target
+        if kept and found.verdict != "overloaded":
             low, best = scale, found
         else:
             high = scale
@@ -81,9 +85,13 @@ def judge(question: Question) -> Judged:
     return Judged(service=question.service) if best is None else _judged(question, low, best)
 
 
-def _at(question: Question, scale: float) -> ServingResult | None:
-    """The trace at a rate; `None` where an instance cannot hold a request."""
-    trace = question.trace.faster(scale)
+def _at(question: Question, scale: float) -> ServingResult:
+    """The trace at a rate, for long enough to tell."""
+    slo_s = question.replay.slo_ttft_s or _LEAST_S
+    least_s = max(_LEAST_S, _SLOS * slo_s)
+    duration_s = max(question.trace.duration_s / scale, 1e-3)
+    copies = min(math.ceil(least_s / duration_s), max(_MOST // question.trace.requests, 1))
+    trace = question.trace.repeated(copies).faster(scale)
     return simulate(trace, question.service, question.machine, question.times, question.replay)
 
 
@@ -91,7 +99,7 @@ def _judged(question: Question, scale: float, found: ServingResult) -> Judged:
     result = found.to_dict()
     offered = question.trace.rate * scale
     attainment = float(found.kept.mean())
-    mean_output = float(question.trace.output[found.kept].mean())
+    mean_output = float(found.trace.output[found.kept].mean())
     tpot = result["tpot_ms"] or {"p50": float("nan"), "p99": float("nan")}
     return Judged(
         service=question.service,

@@ -124,7 +124,7 @@ def _reader_of(path: Path, first: bytes, block_tokens: int):
 
 def _options(source: str, text: str) -> dict[str, Any]:
     """`rate=4,requests=1000` as arguments."""
-    names = generate.__kwdefaults__
+    names: dict[str, Any] = generate.__kwdefaults__ or {}
     found: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")

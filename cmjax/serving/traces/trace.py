@@ -119,6 +119,22 @@ class Trace:
             raise ValueError(f"rate-scale must be positive, got {scale:g}")
         return dataclasses.replace(self, arrival_s=self.arrival_s / scale)
 
+    def repeated(self, times: int) -> "Trace":
+        """The trace so many times in a row; no copy shares a prefix with another one."""
+        if times == 1:
+            return self
+        step_s = self.duration_s * self.requests / max(self.requests - 1, 1) or 1.0
+        copy = np.arange(times)
+        ends = self.block_start[1:] + (copy * len(self.block))[:, None]
+        return dataclasses.replace(
+            self,
+            arrival_s=(self.arrival_s + (copy * step_s)[:, None]).ravel(),
+            prompt=np.tile(self.prompt, times),
+            output=np.tile(self.output, times),
+            block_start=np.concatenate([[0], ends.ravel()]),
+            block=(self.block + (copy * self.blocks)[:, None]).ravel().astype(np.int32),
+        )
+
     def at_rate(self, rate: float, seed: int = 0) -> "Trace":
         """The same requests as a Poisson process of `rate` requests per second.
 
