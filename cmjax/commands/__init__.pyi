@@ -8,6 +8,6 @@ from .place import Place as Place
 from .plan import Plan as Plan
 from .predict import Predict as Predict
 from .price import Price as Price
-from .transcribe import Transcribe as Transcribe
 from .serve import Serve as Serve
+from .transcribe import Transcribe as Transcribe
 from .xl3m import XL3M as XL3M
