@@ -113,16 +113,17 @@ def plot_pareto(plan: CapacityPlan, path: str | Path) -> None:
     figure = fig.new_figure(4.0)
     axes = fig.add_axes(figure, left=0.75)
     front = plan.pareto()
-    for found in (f for f in plan.tried if f.rate_scale):
+    for found in reversed([f for f in plan.tried if f.rate_scale]):  # the best on top
         best = found is plan.best
         axes.plot(*_point(found, plan.npus), "o", color=fig.VERMILION if best else fig.SKY, ms=6)
     axes.plot(*zip(*(_point(f, plan.npus) for f in front), strict=True), color=fig.BLUE, lw=1.2)
-    for found in {id(f): f for f in (*front, plan.best)}.values():
+    named = {id(f): f for f in (*front, plan.best)}.values()
+    for i, found in enumerate(sorted(named, key=lambda f: f.tpot_p50_ms)):
         prefill, decode = found.service.prefill, found.service.decode
         assert prefill is not None and decode is not None
         axes.annotate(
             f"{prefill.instances}x{prefill.npus} + {decode.instances}x{decode.npus}",
-            _point(found, plan.npus), xytext=(6, -3), textcoords="offset points", size=8,
+            _point(found, plan.npus), xytext=(6, -11) if i % 2 else (-6, 6), textcoords="offset points", size=8,
             color=fig.FAINT,
         )  # fmt: skip
     axes.margins(x=0.18, y=0.12)
