@@ -123,8 +123,8 @@ def plot_pareto(plan: CapacityPlan, path: str | Path) -> None:
         assert prefill is not None and decode is not None
         axes.annotate(
             f"{prefill.instances}x{prefill.npus} + {decode.instances}x{decode.npus}",
-            _point(found, plan.npus), xytext=(6, -11) if i % 2 else (-6, 6), textcoords="offset points", size=8,
-            color=fig.FAINT,
+            _point(found, plan.npus), xytext=(6, -11) if i % 2 else (-6, 6),
+            textcoords="offset points", size=8, color=fig.FAINT, ha="left" if i % 2 else "right",
         )  # fmt: skip
     axes.margins(x=0.18, y=0.12)
     axes.set_xlabel("time per output token, median, ms")
