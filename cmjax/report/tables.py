@@ -134,14 +134,14 @@ def comparison_table(scores: Mapping[str, Score], objective: str = "mean") -> Re
     columns = ["method", "planned\nms", "over\nbound", "PAR\nmean", "\nworst"]
     worst = objective != "mean" and any(len(found.time_s) > 1 for found in some)
     if worst:
-        columns[3:] = ["PAR\nslowest", "workload"]
+        columns[3:] = ["worst\nPAR", "slowest\nworkload"]
     columns += ["step\nPAR"] * stepped + ["nodes/\ntoken"] * reached + ["solved\nin"]
     planned = _table(f"Placement, judged by the {objective} of its windows", *columns)
     best = min(scores, key=lambda name: scores[name].cost_s, default=None)
     for name, found in scores.items():
         cells = [number(found.cost_s * 1e3), percent(found.cost_gap, sign=True)]
         if worst:
-            cells += [f"{found.slowest_par:.3f}", found.slowest_name]
+            cells += [f"{found.slowest_par:.2f}", found.slowest_name]
         else:
             cells += [f"{found.mean_par:.2f}", f"{found.worst_par:.2f}"]
         if found.step_par is not None:
