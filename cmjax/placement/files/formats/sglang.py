@@ -12,8 +12,8 @@ Read from SGLang 0.5.6, `srt/eplb/expert_location.py`:
   * Every row has experts + `--ep-num-redundant-experts` slots, a multiple of `--ep-size`; slot s
     lives on rank s // (slots / ep_size). The file does not say the ranks.
   * Where a rank, or failing that its node, holds a copy itself, SGLang sends it all of its own
-    tokens for that expert; only tokens without a near copy are spread over all. `tokens_per_rank`
-    and `evaluate`, which split evenly, see an even split of the sources.
+    tokens for that expert; only tokens without a near copy are spread over all: the routing
+    `nearest-copy`, by which plans of this format are judged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.formats.own import table
-from cmjax.placement.plan import EMPTY, Plan
+from cmjax.placement.files.formats.own import check_only_slots, table
+from cmjax.placement.plan import Plan
 
 KEY = "physical_to_logical_map"
 
@@ -40,10 +40,7 @@ def to_sglang(plan: Plan, *, model_layers: int | None = None) -> dict[str, Any]:
             f"{plan.source}: SGLang's rows are the model's layers, dense ones included, and this "
             f"plan does not number its layers; number them (first layer 3 for DeepSeek-V3)"
         )
-    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
-        raise ValueError(
-            f"{plan.source}: SGLang's format holds neither empty slots nor shares per slot"
-        )
+    check_only_slots(plan, "SGLang's format")
     last = max(plan.layer_labels)
     if model_layers is not None and model_layers <= last:
         raise ValueError(
@@ -86,4 +83,7 @@ def from_sglang(
     if experts.min() < 0:
         raise ValueError(f"{source}: expected expert numbers of 0 or more, found {experts.min()}")
     count = int(experts.max()) + 1
-    return Plan(experts[list(labels)], count, ranks, nodes, labels, source=source)
+    return Plan(
+        experts[list(labels)], count, ranks, nodes, labels,
+        source=source, routing="nearest-copy",
+    )  # fmt: skip

@@ -14,8 +14,9 @@ Read from vLLM-Ascend 0.23.0, which reads it in `eplb/core/eplb_utils.py` and wr
   * A device addresses one copy of an expert. A second copy on the same device would be dead weight
     and shift the slot numbers of the devices after it, so such plans are refused
     (`once_per_rank` mends them).
-  * A rank sends all its tokens of an expert to one copy, chosen by rank number: even if the sources
-    are. Maps that mix in shared experts number them from `experts` on; here they count as experts.
+  * A rank sends all its tokens of an expert to one copy, chosen by rank number modulo the copies:
+    the routing `rank-modulo`, by which plans of this format are judged. Maps that mix in shared
+    experts number them from `experts` on; here they count as experts.
 """
 
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.formats.own import table
-from cmjax.placement.plan import EMPTY, Plan
+from cmjax.placement.files.formats.own import check_only_slots, table
+from cmjax.placement.plan import Plan
 
 KEYS = ("moe_layer_count", "layer_list")
 
@@ -34,10 +35,7 @@ def to_vllm_ascend(plan: Plan) -> dict[str, Any]:
 
     Raises: ValueError if the plan says more than the format can, or a rank holds an expert twice.
     """
-    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
-        raise ValueError(
-            f"{plan.source}: vLLM-Ascend's format holds neither empty slots nor shares per slot"
-        )
+    check_only_slots(plan, "vLLM-Ascend's format")
     by_rank = plan.expert_of_slot.reshape(plan.layers, plan.ranks, -1)
     ordered = np.sort(by_rank, axis=-1)
     twice = np.argwhere(ordered[..., 1:] == ordered[..., :-1])
@@ -82,7 +80,10 @@ def from_vllm_ascend(document: Mapping[str, Any], source: str, *, nodes: int = 1
         raise ValueError(f"{source}: expected whole expert numbers of 0 or more in device_expert")
     labels = [record.get("model_layer") for record in layers]
     named = None if None in labels else tuple(labels)
-    return Plan(experts, int(experts.max()) + 1, ranks, nodes, named, source=source)
+    return Plan(
+        experts, int(experts.max()) + 1, ranks, nodes, named,
+        source=source, routing="rank-modulo",
+    )  # fmt: skip
 
 
 def _experts(record, where, position):
