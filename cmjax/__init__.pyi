@@ -13,8 +13,8 @@ from .deploy import price as price
 from .hardware import Supernode as Supernode
 from .hardware import load_machine as load_machine
 from .mesh import RankMesh as RankMesh
-from .parallel import ParallelPlans as ParallelPlans
-from .parallel import parallel as parallel
+from .parallelism import ParallelPlans as ParallelPlans
+from .parallelism import parallel as parallel
 from .primitives import attention_numerics as attention_numerics
 from .primitives import combine as combine
 from .primitives import dispatch as dispatch

@@ -10,7 +10,7 @@ from cmjax import report
 from cmjax.console import check_target, emit
 from cmjax.hardware import load_machine
 from cmjax.models.dense import DenseConfig, preset
-from cmjax.parallel import compare
+from cmjax.parallelism import compare
 
 _SIZES = ("layers", "hidden", "heads", "ffn", "vocab", "sequence")
 
@@ -58,7 +58,7 @@ class Parallel:
             if self.plot is not None or self.plan is not None:
                 raise ValueError("--measured takes neither --plan nor --plot")
             found = compare(self.measured, load_machine(self.on))
-            emit(console, self.json, found.to_dict(), report.measured_table(found))
+            emit(console, self.json, found.to_dict(), report.rows_table(found))
             return
         plans = cmjax.parallel(
             self.sizes(),
@@ -73,7 +73,7 @@ class Parallel:
             plans = dataclasses.replace(plans, model=self.model)
         if self.plot is not None:
             report.plot_plans(plans, self.plot)
-        emit(console, self.json, plans.to_dict(), report.plans_table(plans))
+        emit(console, self.json, plans.to_dict(), report.parallel_table(plans))
 
     def sizes(self) -> DenseConfig:
         """The model that the options describe."""

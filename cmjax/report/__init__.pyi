@@ -4,8 +4,8 @@ from .blocks import roll_up as roll_up
 from .html import Section as Section
 from .html import check_page as check_page
 from .html import write_page as write_page
-from .parallel_tables import measured_table as measured_table
-from .parallel_tables import plans_table as plans_table
+from .parallel_tables import parallel_table as parallel_table
+from .parallel_tables import rows_table as rows_table
 from .placement_page import PlacementPage as PlacementPage
 from .plots import ThroughputPoint as ThroughputPoint
 from .plots import plot_load_curve as plot_load_curve

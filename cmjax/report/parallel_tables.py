@@ -4,13 +4,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cmjax.parallel import Comparison, ParallelPlans
-from cmjax.parallel.memory import PARTS
-from cmjax.parallel.result import GIB
+from cmjax.parallelism import Comparison, ParallelPlans
+from cmjax.parallelism.memory import PARTS
+from cmjax.parallelism.result import GIB
 from cmjax.report.tables import simple_table
 
 
-def plans_table(found: ParallelPlans) -> RenderableType:
+def parallel_table(found: ParallelPlans) -> RenderableType:
     """The plans, fastest first, and what the best one's step and memory are made of."""
     where = f"{found.devices} devices of {found.machine}"
     title = f"{found.model} on {where}, {found.global_batch} sequences a step"
@@ -33,7 +33,7 @@ def plans_table(found: ParallelPlans) -> RenderableType:
     )
 
 
-def measured_table(found: Comparison) -> RenderableType:
+def rows_table(found: Comparison) -> RenderableType:
     """Every row's measured and predicted seconds, then the mean and worst error and the ranks."""
     table: Table = simple_table(
         "measured and predicted steps", "plan", "measured s", "predicted s", "error"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from cmjax.parallel import ParallelPlans
-from cmjax.parallel.memory import PARTS
-from cmjax.parallel.result import GIB
+from cmjax.parallelism import ParallelPlans
+from cmjax.parallelism.memory import PARTS
+from cmjax.parallelism.result import GIB
 from cmjax.report.plots import figure as fig
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")  # Okabe and Ito

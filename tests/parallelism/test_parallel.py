@@ -7,9 +7,9 @@ import pytest
 import cmjax
 from cmjax.hardware import load_machine, replace_leaf
 from cmjax.models.dense import DenseConfig, preset
-from cmjax.parallel import Plan, compare, memory_of, price_plan, search
-from cmjax.parallel.links import layout, shares
-from cmjax.parallel.memory import USABLE
+from cmjax.parallelism import Plan, compare, memory_of, price_plan, search
+from cmjax.parallelism.links import layout, shares
+from cmjax.parallelism.memory import USABLE
 
 SMALL = DenseConfig(layers=8, hidden=1024, heads=16, ffn=4096, vocab=32000, sequence=512)
 GIB = 2.0**30

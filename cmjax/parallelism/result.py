@@ -5,10 +5,10 @@ from typing import Any
 
 from cmjax.console import html_table
 from cmjax.models.dense import DenseConfig
-from cmjax.parallel.memory import PARTS, Memory
-from cmjax.parallel.plan import Plan
-from cmjax.parallel.pricing import StepTime
-from cmjax.parallel.schedules import bubble
+from cmjax.parallelism.memory import PARTS, Memory
+from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.pricing import StepTime
+from cmjax.parallelism.schedules import bubble
 
 GIB = 2.0**30
 

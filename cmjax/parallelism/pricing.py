@@ -17,11 +17,11 @@ from cmjax.cost import price
 from cmjax.cost.host import on_host
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
-from cmjax.parallel import pieces
-from cmjax.parallel.links import SHARES, layout, on_any_links, reach, shares
-from cmjax.parallel.memory import PARAMETER_BYTES, split_of, stage_parameters
-from cmjax.parallel.plan import Plan
-from cmjax.parallel.schedules import StageTimes, pipeline_s
+from cmjax.parallelism import pieces
+from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
+from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.schedules import StageTimes, pipeline_s
 from cmjax.program import Program
 
 On = tuple[int, int, int]

@@ -12,7 +12,7 @@ m (f + b) plus the bubble:
 import dataclasses
 from collections.abc import Sequence
 
-from cmjax.parallel.plan import Schedule
+from cmjax.parallelism.plan import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

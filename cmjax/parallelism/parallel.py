@@ -4,9 +4,9 @@ from pathlib import Path
 
 from cmjax.hardware import Supernode, as_machine
 from cmjax.models.dense import DenseConfig, preset
-from cmjax.parallel.plan import Plan, parse_plan
-from cmjax.parallel.result import ParallelPlans
-from cmjax.parallel.search import price_plan, search
+from cmjax.parallelism.plan import Plan, parse_plan
+from cmjax.parallelism.result import ParallelPlans
+from cmjax.parallelism.search import price_plan, search
 
 
 def parallel(

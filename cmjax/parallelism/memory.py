@@ -10,9 +10,9 @@ import functools
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig, TensorSplit
 from cmjax.models.dense.model import own_words
-from cmjax.parallel import pieces
-from cmjax.parallel.plan import Plan
-from cmjax.parallel.schedules import in_flight
+from cmjax.parallelism import pieces
+from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.schedules import in_flight
 from cmjax.program import Size
 
 USABLE = 0.95

@@ -3,7 +3,7 @@
 import pytest
 
 from cmjax.models.dense import preset
-from cmjax.parallel import Plan, parse_plan
+from cmjax.parallelism import Plan, parse_plan
 
 
 def test_a_plan_is_read_back_from_its_own_text():

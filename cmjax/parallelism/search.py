@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
-from cmjax.parallel.links import layout
-from cmjax.parallel.memory import USABLE, Memory, fits, memory_of
-from cmjax.parallel.plan import DIMENSIONS, Optimizer, Plan, Schedule
-from cmjax.parallel.pricing import Prices
-from cmjax.parallel.result import GIB, PricedPlan, priced
+from cmjax.parallelism.links import layout
+from cmjax.parallelism.memory import USABLE, Memory, fits, memory_of
+from cmjax.parallelism.plan import DIMENSIONS, Optimizer, Plan, Schedule
+from cmjax.parallelism.pricing import Prices
+from cmjax.parallelism.result import GIB, PricedPlan, priced
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 CHUNKS = (2, 3, 4, 6, 8)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.parallel import bubble, in_flight, pipeline_s, replay
-from cmjax.parallel.schedules import StageTimes
+from cmjax.parallelism import bubble, in_flight, pipeline_s, replay
+from cmjax.parallelism.schedules import StageTimes
 
 
 @pytest.mark.parametrize(

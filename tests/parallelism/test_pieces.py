@@ -3,7 +3,7 @@
 import pytest
 
 from cmjax.models.dense import DenseConfig, TensorSplit
-from cmjax.parallel import pieces
+from cmjax.parallelism import pieces
 
 GPT = DenseConfig(
     layers=48, hidden=6144, heads=64, ffn=4 * 6144, vocab=51200, sequence=2048, dropout=0.1

@@ -15,9 +15,9 @@ from scipy.stats import kendalltau
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
-from cmjax.parallel.memory import fits, memory_of
-from cmjax.parallel.plan import Plan
-from cmjax.parallel.search import CHUNKS, MICRO_BATCHES, check_devices, price_anyway
+from cmjax.parallelism.memory import fits, memory_of
+from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.search import CHUNKS, MICRO_BATCHES, check_devices, price_anyway
 
 VOCABULARY = 51_200
 """GPT-2's vocabulary, padded: taken where a row has none."""
