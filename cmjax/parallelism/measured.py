@@ -22,6 +22,10 @@ from cmjax.parallelism.search import CHUNKS, MICRO_BATCHES, check_devices, price
 VOCABULARY = 51_200
 """GPT-2's vocabulary, padded: taken where a row has none."""
 
+ORDER = ("tensor", "data", "pipeline")
+"""Megatron's and DeepSpeed's ranks: stages are furthest apart (`mpu/initialize.py` of the one,
+`PipeModelDataParallelTopology` of the other)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredRow:
@@ -131,7 +135,7 @@ def _priced(line: int, row: Mapping[str, str], machine: Supernode) -> Iterator[M
     for plan, measured in _measured(row, model, batch, devices, data, tensor, pipeline):
         options = list(_completed(plan, row, model, batch, machine))
         found = min(
-            (price_anyway(model, machine, option, batch) for option in options),
+            (price_anyway(model, machine, option, batch, eager=True) for option in options),
             key=lambda priced: priced.step_s,
         )
         yield MeasuredRow(
@@ -143,7 +147,7 @@ def _priced(line: int, row: Mapping[str, str], machine: Supernode) -> Iterator[M
 def _measured(
     row, model: DenseConfig, batch: int, devices, data, tensor, pipeline
 ) -> Iterator[tuple[Plan, float]]:
-    plan = Plan(data=data, tensor=tensor, pipeline=pipeline, recompute="full")
+    plan = Plan(data=data, tensor=tensor, pipeline=pipeline, recompute="full", order=ORDER)
     if row.get("iteration_ms"):
         yield plan, _number(row, "iteration_ms") / 1e3
     elif row.get("tflops_per_gpu"):

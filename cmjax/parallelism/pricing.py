@@ -55,10 +55,19 @@ class Prices:
     Args:
       model, machine: what is trained, where.
       micro_batches: all that will be asked for, so that a piece is priced for them together.
+      eager: the recomputed pass computes what nobody reads too, the last product and the last
+        all-reduce of a layer, as PyTorch's checkpoint does; JAX leaves that out.
     """
 
-    def __init__(self, model: DenseConfig, machine: Supernode, micro_batches: tuple[int, ...]):
-        self.model, self.machine = model, machine
+    def __init__(
+        self,
+        model: DenseConfig,
+        machine: Supernode,
+        micro_batches: tuple[int, ...],
+        *,
+        eager: bool = False,
+    ):
+        self.model, self.machine, self.eager = model, machine, eager
         self.batches = tuple(sorted(set(micro_batches)))
         self._known: dict[tuple, dict[int, float]] = {}
         self._sent: dict[tuple, float] = {}
@@ -77,6 +86,9 @@ class Prices:
         first = pieces.embedding(model, split)
         last = pieces.output(model, split, plan.recompute)
         each, count = seconds(layer, "both"), model.layers // plan.pipeline
+        if self.eager and plan.recompute == "full":
+            whole = pieces.layer(model, split, "none")
+            each = seconds(whole, "forward") + seconds(whole, "both")
         ends = seconds(first, "both"), seconds(last, "both")
         own_query = each if model.query_layer else 0.0  # in `last`, and a layer all the same
         stage = count * each
@@ -88,8 +100,7 @@ class Prices:
         weights = 0.0
         if plan.schedule == "zero_bubble":
             weights = model.layers * max(0.0, each - seconds(layer, "inputs"))
-        sent = float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2
-        send = self._collective("send", sent, on["pipeline"])
+        send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
         times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
         pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
 
@@ -157,6 +168,15 @@ class Prices:
             self._known[key] = dict(zip(self.batches, map(float, found), strict=True))
         return self._known[key]
 
+    def _send(self, plan: Plan, elements: float, on: Mapping[str, On]) -> float:
+        """Seconds from one stage to the next. Ranks of a tensor-parallel group hold the same: each
+        sends its part to its own peer, and they gather it there (arXiv 2104.04473, section 4.1)."""
+        if plan.pipeline == 1 or plan.tensor == 1 or plan.sequence_parallel:
+            return self._collective("send", elements, on["pipeline"])
+        part = elements / plan.tensor
+        sent = self._collective("send", part, on["pipeline"])
+        return sent + self._collective("all_gather", part, on["tensor"])
+
     def _collective(self, kind: str, elements: float, on: On) -> float:
         if on == (1, 1, 1) or elements == 0:
             return 0.0
@@ -208,5 +228,3 @@ def _times(program: Program, machine: Supernode, sizes: dict):
     batch = sizes.pop(pieces.BATCH)
     return _pricer(program, True)(machine, batch, sizes)
 
-
-assert PARAMETER_BYTES == 2.0, "collectives move elements of two bytes"

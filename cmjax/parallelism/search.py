@@ -48,10 +48,10 @@ def price_plan(model: DenseConfig, machine: Supernode, plan: Plan, global_batch:
 
 
 def price_anyway(
-    model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int
+    model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int, *, eager: bool = False
 ) -> PricedPlan:
-    """One plan that divides, priced whether it fits or not."""
-    time = Prices(model, machine, (plan.micro_batch,)).step(plan, global_batch)
+    """One plan that divides, priced whether it fits or not; `eager` as `Prices` takes it."""
+    time = Prices(model, machine, (plan.micro_batch,), eager=eager).step(plan, global_batch)
     memory, peak = memory_of(model, plan, global_batch), float(machine.chip.cube_flops_16bit)
     return priced(model, plan, global_batch, time, memory, peak)
 

@@ -173,9 +173,18 @@ class Block(nnx.Module):
         return self._add(x, h, self.ffn_bias, keys[2])
 
     def _add(self, x, y, bias, key):
-        """x + dropout(y + bias): one pass, since nothing outside needs what is in between."""
-        y = y if bias is None else y + bias[...]
-        return x + dropout(y, self.config.dropout, key)
+        """x + dropout(y + bias): one kernel, as nothing outside needs what is in between. Its
+        derivative keeps the mask alone, being linear in the rest."""
+        bias = () if bias is None else (bias[...],)
+        rate = self.config.dropout
+        kept = () if key is None or rate == 0 else (_kept(key, rate, y.shape),)
+
+        def add(x, y, *rest):
+            rest = list(rest)
+            y = y + rest.pop(0) if bias else y
+            return x + (_drop(y, rest[0], rate) if kept else y)
+
+        return fused("residual")(add)(x, y, *bias, *kept)
 
 
 def dropout(x: Array, rate: float, key) -> Array:
@@ -185,9 +194,17 @@ def dropout(x: Array, rate: float, key) -> Array:
         return x
 
     def drop(x, kept):
-        return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+        return _drop(x, kept, rate)
 
-    return fused("dropout")(drop)(x, jax.random.bernoulli(key, 1 - rate, x.shape))
+    return fused("dropout")(drop)(x, _kept(key, rate, x.shape))
+
+
+def _kept(key, rate: float, shape):
+    return jax.random.bernoulli(key, 1 - rate, shape)
+
+
+def _drop(x, kept, rate: float):
+    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 def rotate(x: Float[Array, "batch sequence heads size"]) -> Array:
