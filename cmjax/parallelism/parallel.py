@@ -36,7 +36,7 @@ def parallel(
     >>> import cmjax
     >>> found = cmjax.parallel("pangu-2.6b", "ascend910-2048", plan="data=64,tensor=8")
     >>> f"{found.best.memory.peak / 2**30:.1f} GiB a device"
-    '6.8 GiB a device'
+    '5.8 GiB a device'
     """
     sizes = preset(model) if isinstance(model, str) else model
     machine = as_machine(machine)

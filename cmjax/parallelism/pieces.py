@@ -101,7 +101,7 @@ def optimizer_update() -> Program:
     def update(master, grads, state):
         updates, state = transform.update(grads, state, master)
         master = optax.apply_updates(master, updates)
-        return master, master.astype(HALF), state
+        return master, jnp.asarray(master, HALF), state
 
     state = jax.eval_shape(transform.init, whole)
     return trace(update, whole, whole, state, at={"parameters": 1e8})
@@ -168,7 +168,7 @@ def _piece(make, run, arguments: tuple, keys, split: TensorSplit) -> Piece:
         floats = tuple(arguments[i] for i in moving)
         out, back = jax.vjp(lambda p, f: by(p, f, arguments, keys), params, floats)
         grads, sent = back(start(out))
-        return out, jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, grads), sent
+        return out, jax.tree.map(lambda a, g: a + jnp.asarray(g, a.dtype), sums, grads), sent
 
     def inputs(params, arguments, keys):
         floats = tuple(arguments[i] for i in moving)

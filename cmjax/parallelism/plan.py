@@ -5,7 +5,7 @@ devices = data x tensor x pipeline,        micro-batches = global batch / (data 
 
 import dataclasses
 import difflib
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from cmjax.models.dense import DenseConfig, Recompute
 
@@ -106,18 +106,25 @@ class Plan:
         """Whether the tensor degree cannot split the model's layers."""
         return any(n % self.tensor for n in (model.heads, model.key_heads, model.ffn))
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; `parse_plan` takes the same names."""
         return dataclasses.asdict(self) | {"order": "-".join(self.order)}
 
     def __str__(self) -> str:
-        values = self.to_dict()
+        """Its degrees and what differs from the defaults, as `parse_plan` reads it."""
+        usual = Plan().to_dict()
+        values = {
+            name: value
+            for name, value in self.to_dict().items()
+            if name in _DEGREES or value != usual[name]
+        }
         return ",".join(
             f"{name}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in values.items()
         )
 
 
+_DEGREES = ("data", "tensor", "pipeline", "micro_batch", "schedule", "recompute", "optimizer")
 _CHOICES: dict[str, tuple] = {
     "schedule": get_args(Schedule),
     "recompute": get_args(Recompute),
@@ -135,7 +142,7 @@ def parse_plan(text: str) -> Plan:
     Raises: ValueError: an unknown name or value, with what would do.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(Plan)}
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         name = name.replace("-", "_")
@@ -147,12 +154,12 @@ def parse_plan(text: str) -> Plan:
         if name in values:
             raise ValueError(f"plan: {name} is given twice")
         values[name] = _read(name, value, kinds[name])
-    interleaved = isinstance(values.get("interleave"), int) and values["interleave"] != 1
+    interleaved = values.get("interleave", 1) != 1
     if interleaved and values.get("schedule", "1f1b") == "1f1b":
         values["schedule"] = "interleaved"  # as Megatron names 1F1B with virtual stages
     if values.get("schedule") == "zero-bubble":
         values["schedule"] = "zero_bubble"
-    return Plan(**values)  # type: ignore[arg-type]
+    return Plan(**values)
 
 
 def _read(name: str, value: str, kind: object) -> object:

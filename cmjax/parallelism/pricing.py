@@ -16,7 +16,7 @@ import numpy as np
 from cmjax.cost import price
 from cmjax.cost.host import on_host
 from cmjax.hardware import Supernode
-from cmjax.models.dense import DenseConfig
+from cmjax.models.dense import DenseConfig, TensorSplit
 from cmjax.parallelism import pieces
 from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
@@ -26,6 +26,9 @@ from cmjax.program import Program
 
 On = tuple[int, int, int]
 """Ranks of a group by tier."""
+_GATHERS = {(False, False): 8, (False, True): 10, (True, False): 10, (True, True): 13}
+"""All-gathers' worth of bytes that a layer sends, by sequence parallelism and full recomputation;
+an all-reduce is two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,23 +123,51 @@ class Prices:
         )
 
     def at_least_s(self, plan: Plan, global_batch: int) -> float:
-        """A lower bound of a step's seconds, for which nothing is traced: matrix FLOP at the chip's
-        best, and the four all-reduces of a layer (or what sequence parallelism sends instead)."""
-        model, machine = self.model, self.machine
-        m, p, v = plan.micro_batches(global_batch), plan.pipeline, plan.interleave
-        tokens = plan.micro_batch * model.sequence
-        layer = model.layer_parameters + 2 * model.sequence * model.hidden
-        flops = 6 * tokens * layer * (4 / 3 if plan.recompute == "full" else 1.0) / plan.tensor
-        each = flops / (machine.chip.cube_flops_16bit * machine.efficiency.gemm)
-        if plan.tensor > 1:
-            degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-            part = shares(layout(plan.order, degrees, machine)["tensor"], machine)
-            nbytes = 4 * 2 * PARAMETER_BYTES * tokens * model.hidden
-            tiers = machine.fabric.die, machine.fabric.node, machine.fabric.supernode
-            pairs = zip(part, tiers, strict=True)
-            each += max(nbytes * share / tier.bandwidth_bytes_per_s for share, tier in pairs)
-        idle = 0.0 if plan.schedule == "zero_bubble" else (p - 1) / v
-        return float(model.layers / p * each * (m + idle) * 0.97)
+        """A lower bound of a step's seconds, for which only one rank's pieces are traced: they are
+        split evenly at best, and what is sent takes as long as its bytes."""
+        model, t, p, b = self.model, plan.tensor, plan.pipeline, plan.micro_batch
+        m, one, whole = plan.micro_batches(global_batch), TensorSplit(), (1, 1, 1)
+        on = layout(plan.order, {"data": plan.data, "tensor": t, "pipeline": p}, self.machine)
+        layer = pieces.layer(model, one, plan.recompute)
+        least = self._piece(layer, "both", whole)[b] / t
+        stream = PARAMETER_BYTES * b * model.sequence * model.hidden
+        gathers = _GATHERS[plan.sequence_parallel, plan.recompute == "full"]
+        each = least + self._wire_s(gathers * stream, on["tensor"])
+        end = self._piece(pieces.output(model, one, plan.recompute), "both", whole)[b] / t
+        stage = model.layers / p * each
+        slowest = stage + end - (least if model.query_layer else 0.0)
+        idle = (p - 1) / plan.interleave * stage
+        if plan.schedule == "zero_bubble":
+            # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
+            weights = 1.1 * (least - self._piece(layer, "inputs", whole)[b] / t)
+            weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
+            weights += 20 * float(self.machine.chip.kernel_startup_s)
+            idle *= max(0.0, 1 - 2 * weights / each)
+        send = self._furthest_s(stream / t, on["pipeline"])
+        sends = 2 * (m * plan.interleave + p - 1) * send
+        held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
+        whole_s = self._wire_s(2 * held, on["data"])
+        reduction = max(0.0, min(  # whatever the optimizer is spread over
+            times * whole_s - passes * slowest * plan.overlap
+            for times, passes in ((1.0, 1), ((m + 1) / 2, m), (1.5 * m, m))
+        ))  # fmt: skip
+        return float((m * slowest + idle + sends + reduction) * 0.98)
+
+    def _wire_s(self, nbytes: float, on: On) -> float:
+        """At least what an all-gather of that many bytes takes."""
+        part = shares(on, self.machine)
+        return max(nbytes * share / rate for share, rate in zip(part, self._rates, strict=True))
+
+    def _furthest_s(self, nbytes: float, on: On) -> float:
+        return nbytes / self._rates[reach(on)] if max(on) > 1 else 0.0
+
+    @functools.cached_property
+    def _rates(self) -> tuple[float, ...]:
+        """Bytes a second of every tier, at best."""
+        fabric, exchange = self.machine.fabric, self.machine.exchange
+        best = max(float(exchange.bandwidth), float(exchange.bandwidth_from_hbm))
+        tiers = fabric.die, fabric.node, fabric.supernode
+        return tuple(float(tier.bandwidth_bytes_per_s) * best for tier in tiers)
 
     def _reduction(self, plan: Plan, held, on: On, m: int, micro_s, backward_s) -> float:
         """Exposed seconds of what replicas tell one another: an all-reduce of the gradients, or,
@@ -227,4 +258,3 @@ def _time(program: Program, machine: Supernode, sizes: Mapping[str, float]):
 def _times(program: Program, machine: Supernode, sizes: dict):
     batch = sizes.pop(pieces.BATCH)
     return _pricer(program, True)(machine, batch, sizes)
-
