@@ -23,11 +23,12 @@ _DTYPES = {"int8": jnp.int8, "bf16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class MicroBenchmark:
-    """A traced micro-benchmark and how its result is reported."""
+    """A traced micro-benchmark, how its result is reported, and whose kernels it runs."""
 
     program: Program
     flops: float
     kv_bytes: float
+    engine: str | None = None
 
     def measure(self, machine: Supernode) -> dict:
         """Results on `machine`, differentiable in its constants.
@@ -35,6 +36,7 @@ class MicroBenchmark:
         Returns: `us` (time), `tflops` (useful FLOP over time), `utilization` (of the 8- or 16-bit
         peak), `gb_per_s` (cache or weight bytes over time).
         """
+        machine = machine.under(self.engine)
         seconds = price(self.program, machine, {}).total_s
         totals = self.program.totals({})
         peak = (
@@ -60,8 +62,11 @@ def micro_exchange(
     hidden: int = 7168,
     experts: int = 256,
     quant: str = "int8",
+    engine: str | None = None,
 ) -> MicroBenchmark:
-    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread."""
+    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread,
+    with the kernels of a serving engine (default: the machine's first one)."""
+    machine.running(engine)
     mesh = mesh_for(ep, machine)
     slots_per_rank = max(1, experts // ep)
     common = {"axes": mesh.axes, "ranks": ep, "slots_per_rank": slots_per_rank}
@@ -83,7 +88,7 @@ def micro_exchange(
     else:
         program = trace(receive, rows, slots, weights, axis_sizes=axis_sizes)
     filled = tokens * copies / (ep * slots_per_rank)
-    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0)
+    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0, engine)
 
 
 def micro_gemm(

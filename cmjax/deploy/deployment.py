@@ -32,6 +32,8 @@ class Deployment:
     """Format of the latent cache."""
     mtp: bool = True
     """Draft one token per request and step with the MTP module."""
+    engine: str | None = None
+    """Serving engine, whose host time the NPU waits for (default: the machine's first one)."""
 
     def __post_init__(self):
         if self.npus is None:

@@ -1,6 +1,7 @@
 """What an instance serves: how many requests at a time, how long, how many drafts are right."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
@@ -30,6 +31,9 @@ class Requests:
     """Generated tokens of a request; decode is priced in the middle of them."""
     context: Number | None = None
     """Cached tokens of a request in decode, in place of prompt and output."""
+    context_spread: Number | None = None
+    """Standard deviation of requests' context (or prompt) lengths over their mean; by default what
+    being anywhere between the prompt and the last generated token makes."""
     acceptance: Annotated[Number, tyro.conf.arg(name="mtp-acceptance")] = 0.7
     """Probability that a draft is accepted (ignored without drafts)."""
     load: Annotated[Any, tyro.conf.Suppress] = None
@@ -54,6 +58,8 @@ class Requests:
             value = getattr(self, name)
             if _known(value) and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value:g}")
+        if _known(self.context_spread) and not 0 <= self.context_spread < float("inf"):
+            raise ValueError(f"context-spread must not be negative, got {self.context_spread:g}")
         if _known(self.output) and not 0 <= self.output < float("inf"):
             raise ValueError(f"output must not be negative, got {self.output:g}")
         if _known(self.acceptance) and not 0 <= self.acceptance <= 1:
@@ -64,6 +70,14 @@ class Requests:
         if phase == "prefill":
             return self.prompt
         return self.prompt + self.output / 2 if self.context is None else self.context
+
+    def length_spread(self, phase: Phase) -> Number:
+        """Standard deviation of the tokens per request over their mean."""
+        if self.context_spread is not None:
+            return self.context_spread
+        if phase == "prefill" or self.context is not None:
+            return 0.0
+        return self.output / math.sqrt(12.0) / self.length(phase)
 
     def longest(self, phase: Phase) -> Number:
         """Tokens per request that the caches must hold."""

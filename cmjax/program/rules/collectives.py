@@ -17,6 +17,7 @@ def exchange(nbytes: Size, names, mesh: Mapping[str, int]) -> dict:
         "node_bytes": nbytes * node,
         "supernode_bytes": nbytes * supernode,
         "reach": reach,
+        "ranks": int(ranks),
         "launches": 1.0 if ranks > 1 else 0.0,
     }
 
