@@ -5,7 +5,10 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from cmjax import placement
@@ -17,6 +20,7 @@ from cmjax.deploy.prediction import Prediction, fastest
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
+from cmjax.deploy.width import explain
 from cmjax.hardware import Supernode, as_machine
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table
@@ -69,7 +73,7 @@ def predict(
     counts = None if loads is None else as_loads(loads, Recording())
     placed = None if plan is None else _read_plan(plan, deployment, machine)
     table = None if placed is None else plan_table(placed, deployment, machine)
-    load, found, reasons = None, [], []
+    load, found, predictors, reasons = None, [], [], []
     for choice in deployment.choices():
         try:
             predictor = Predictor.of(choice, machine, table)
@@ -82,11 +86,28 @@ def predict(
                 served = predictor.largest_batch(served, slo_tpot_ms)
             prediction = predictor.predict(served)
             found.append(dataclasses.replace(prediction, deployment=deployment))
+            predictors.append(predictor)
         except ValueError as error:
             reasons.append(error)
     if not found:
         raise reasons[0]
-    return fastest(found)
+    best = fastest(found)
+    where = [i for i, one in enumerate(found) if one is best]
+    return with_interval(best, predictors[where[0]]) if where else best
+
+
+def with_interval(prediction: Prediction, predictor: Predictor) -> Prediction:
+    """A prediction and how sure it is, where its numbers are known."""
+    if any(isinstance(x, Tracer) or jnp.ndim(x) for x in jax.tree.leaves(prediction.step_s)):
+        return prediction
+    intervals = predictor.intervals(prediction.requests)
+    if not intervals:
+        return prediction
+    return dataclasses.replace(
+        prediction,
+        interval={key: np.array([i.low, i.high]) for key, i in intervals.items()},
+        width_from=explain(intervals["step_ms"], prediction),
+    )
 
 
 def predictor_of(prediction: Prediction, plan: Plan | None = None) -> Predictor:

@@ -22,12 +22,11 @@ from cmjax.deploy.prediction import Prediction
 from cmjax.deploy.program_cache import kept
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
-from cmjax.hardware import Supernode, leaf_names
+from cmjax.hardware import Supernode, Uncertainty, leaf_names, uncertainty
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable
 from cmjax.program import Program, Size
 
-_HEADLINES = ("step", "layer")
 MOST_REQUESTS = 4096
 """Where the search for a batch per NPU ends."""
 
@@ -56,7 +55,10 @@ class Predictor:
         """
         # What is built depends on the machine's counts and names, which its shape holds; constants
         # of the program are made in one of JAX's two precisions.
-        shape, x64 = jax.tree.structure(machine), jax.config.read("jax_enable_x64")
+        shape, x64 = (
+            jax.tree.structure(dataclasses.replace(machine, origin="")),
+            jax.config.read("jax_enable_x64"),
+        )
         origin = dataclasses.replace(deployment, engine=None), shape, table, x64
         step, program, _ = _traced(*origin)
         return Predictor(deployment, machine.under(deployment.engine), step, program, origin)
@@ -101,19 +103,14 @@ class Predictor:
         )
         names = leaf_names(self.machine)
         at = [names.index(key) for key in known.keys]
-        values = self.predict(requests).headlines()
-        headline = dict(zip(_HEADLINES, np.asarray(found), strict=True))
-        by_key = {
-            "step_ms": headline["step"],
-            "tpot_ms": headline["step"],
-            "ttft_ms": headline["step"],
-            "tokens_per_s_per_npu": -headline["step"],
-            "per_layer_us": headline["layer"],
-        }
+        predicted = self.predict(requests)
+        step, layer, *streams = np.asarray(found)
+        names = sorted(predicted.streams_s)
+        of_stream = {f"{name}_stream_us": e for name, e in zip(names, streams, strict=True)}
+        by_key = {"tokens_per_s_per_npu": -step, "per_layer_us": layer, **of_stream}
         return {
-            key: interval(float(value), by_key[key][at], known)
-            for key, value in values.items()
-            if key in by_key
+            key: interval(float(value), by_key.get(key, step)[at], known)
+            for key, value in predicted.headlines().items()
         }
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
@@ -259,7 +256,8 @@ class _Priced:
             timeline = price(program, machine, symbols, differences=differences)
             step_s = timeline.total_s + machine.running().host_s(drafts)
             layer = _layer_loop(timeline, step.layers)
-            return jnp.log(jnp.stack([step_s, layer.each_s]))
+            busy = [layer.streams_s[name] for name in sorted(layer.streams_s)]
+            return jnp.log(jnp.stack([step_s, layer.each_s, *busy]))
 
         def elasticities(machine, symbols, differences, drafts):
             logs = [jnp.zeros(()) for _ in jax.tree.leaves(machine)]
@@ -299,6 +297,18 @@ def _number(value: Any) -> Any:
     return jnp.asarray(value, float) if isinstance(value, Tracer) else np.asarray(
         value, jax.dtypes.canonicalize_dtype(float)
     )  # fmt: skip
+
+
+def known_uncertainty(machine: Supernode) -> Uncertainty | None:
+    """How sure a machine's constants are, where a file says so and JAX does not trace them."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(machine)):
+        return None
+    return _uncertainty_of(machine.origin) if machine.origin else None
+
+
+@functools.lru_cache(maxsize=16)
+def _uncertainty_of(origin: str) -> Uncertainty:
+    return uncertainty(origin)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

@@ -113,6 +113,7 @@ def load_machine(name_or_path: str | Path) -> Supernode:
         fabric[tier] = Tier(**fabric[tier])
     return Supernode(
         name=name,
+        origin=str(name_or_path),
         chip=Chip(**values["chip"]),
         fabric=Fabric(**fabric),
         exchange=Exchange(**values["exchange"]),

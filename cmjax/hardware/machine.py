@@ -180,6 +180,8 @@ class Supernode:
       chip, fabric, exchange, efficiency: its constants. factors: what they leave unexplained.
       engines: serving engines that are known on it, by name; engine: the one meant where none is
         named.
+      origin: name in the catalog or path of the file that says how sure the constants are; empty
+        where there is none.
     """
 
     chip: Chip
@@ -190,6 +192,7 @@ class Supernode:
     factors: Factors = dataclasses.field(default_factory=Factors)
     engine: str = static()
     name: str = static()
+    origin: str = static(default="")
     nodes: int = static()
     npus_per_node: int = static()
     dies_per_npu: int = static()

@@ -192,11 +192,23 @@ def _headlines(result: Mapping) -> Table:
     table = Table(title=title, box=None, show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")
+    table.add_column(style="dim")
     table.add_row("batch per NPU, prompt", f"{asked['batch']:g}, {asked['prompt']:,g}")
     for key, words in _HEADLINES:
         if result.get(key):
-            table.add_row(words, quantity(key, result[key]))
+            low_high = result.get("interval", {}).get(key)
+            table.add_row(words, quantity(key, result[key]), _range(key, low_high))
+    if result.get("interval"):
+        table.caption = f"width: {result['width_from']}"
     return table
+
+
+def _range(key: str, low_high: Sequence[float] | None) -> str:
+    """`90 % interval 43.0 ms - 50.6 ms`, or nothing."""
+    if low_high is None:
+        return ""
+    low, high = (quantity(key, value) for value in low_high)
+    return f"90 % interval {low} – {high}"
 
 
 def _blocks(result: Mapping) -> Table:
@@ -235,7 +247,9 @@ def _memory(result: Mapping) -> Text:
 
 
 def _comparison(title: str, rows: Sequence[ValidationRow], model: str = "predicted") -> Table:
-    table = _table(title, "what", model, "published", "error")
+    sure = any(row.interval is not None for row in rows)
+    columns = ["90 % interval"] * sure
+    table = _table(title, "what", model, "published", "error", *columns)
     for row in rows:
         size = abs(row.error)
         style = "green" if size <= _GOOD else "yellow" if size <= _FAIR else "red"
@@ -244,14 +258,28 @@ def _comparison(title: str, rows: Sequence[ValidationRow], model: str = "predict
             quantity(row.key, row.predicted),
             quantity(row.key, row.measured),
             Text(percent(row.error, sign=True), style=style),
+            *([_ends(row)] * sure),
         )
     return table
+
+
+def _ends(row: ValidationRow) -> Text:
+    if row.interval is None:
+        return Text("")
+    low, high = (quantity(row.key, end) for end in row.interval)
+    return Text(f"{low} – {high}", style="green" if row.inside else "red")
 
 
 def _summary(rows: Sequence[ValidationRow]) -> Text:
     lines = (
         f"{role}: {found.rows} rows, mean error {percent(found.mean_error)}, "
         f"worst {percent(found.worst_error)} ({found.worst_row})"
+        + (
+            f"; {percent(found.coverage)} inside the 90 % interval, median half-width "
+            f"{percent(found.half_width)}"
+            if found.coverage is not None and found.half_width is not None
+            else ""
+        )
         for role, found in summary(rows).items()
     )
     return Text("\n".join(lines))
