@@ -18,7 +18,8 @@ measurements, of any kind, and moves whatever they say something about.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ import numpy as np
 import scipy  # its parts are imported with their first use
 from jaxtyping import Array, Float
 
+from cmjax.cost.host import on_host
 from cmjax.cost.measured import Measurement
 from cmjax.cost.micro import micro
 from cmjax.files import replace_text
@@ -114,7 +116,7 @@ def fit(name_or_path: str, rows: Sequence[Measurement]) -> Calibration:
     at = [before.keys.index(key) for key in keys]
     known = Uncertainty(tuple(keys), before.covariance[np.ix_(at, at)])
     measures = [micro_measure(row, machine) for row in used]
-    return _posterior(machine, known, used, measures, NOISE, keep=True)
+    return _posterior(machine, known, used, measures, NOISE, keep=keys)
 
 
 def update(
@@ -138,8 +140,8 @@ def update(
     _check_agreement(rows)
     at = np.flatnonzero(before.spread > 0)
     known = Uncertainty(tuple(before.keys[i] for i in at), before.covariance[np.ix_(at, at)])
-    found = _posterior(machine, known, rows, measures, noise, keep=False)
-    if not found.values:
+    found = _posterior(machine, known, rows, measures, noise, keep=before.joint)
+    if (found.uncertainty.spread > _LEARNT * found.before).all():
         raise ValueError(
             f"fit: the {len(rows)} row(s) identify no constant of {machine.name}: none becomes "
             "surer by them"
@@ -159,7 +161,9 @@ def micro_measure(row: Measurement, machine: Supernode) -> Measure:
     return lambda at: benchmark.measure(at)[row.key]
 
 
-def _posterior(machine, known: Uncertainty, rows, measures, noise, *, keep: bool) -> Calibration:
+def _posterior(
+    machine, known: Uncertainty, rows, measures, noise, *, keep: Collection[str]
+) -> Calibration:
     """The most probable constants, and the Laplace approximation around them."""
     keys, root = known.keys, np.linalg.cholesky(known.covariance)
     names, leaves = leaf_names(machine), jax.tree.leaves(machine)
@@ -174,13 +178,12 @@ def _posterior(machine, known: Uncertainty, rows, measures, noise, *, keep: bool
                 changed = replace_leaf(changed, key, value)
             return changed
 
-        @jax.jit
-        def off(z):
+        def distances(z):
             at = machine_at(jnp.asarray(mean) + jnp.asarray(root) @ z)
             found = jnp.stack([jnp.asarray(measure(at), float) for measure in measures])
             return (jnp.log(found) - measured) / noise
 
-        slopes = jax.jit(jax.jacfwd(off))
+        off, slopes = on_host(distances), on_host(jax.jacrev(distances))
 
         def residuals(z):
             r = np.asarray(off(z))
@@ -207,7 +210,9 @@ def _posterior(machine, known: Uncertainty, rows, measures, noise, *, keep: bool
         lambda m, kv: replace_leaf(m, *kv), zip(keys, values.tolist(), strict=True), machine
     )
     kept = [
-        i for i in range(len(keys)) if keep or np.sqrt(covariance[i, i]) < _LEARNT * known.spread[i]
+        i
+        for i in range(len(keys))
+        if keys[i] in keep or np.sqrt(covariance[i, i]) < _LEARNT * known.spread[i]
     ]
     results = tuple(Residual(row, float(p)) for row, p in zip(rows, predicted, strict=True))
     return Calibration(
@@ -282,17 +287,26 @@ def write_back(path: Path, found: Calibration, *, model_error: bool = False) -> 
     lines += ["constants = [", *(f'  "{key}",' for key in found.uncertainty.keys), "]"]
     rows = (", ".join(f"{c:.4g}" for c in row) for row in found.uncertainty.covariance)
     lines += ["covariance = [", *(f"  [{row}]," for row in rows), "]"]
-    if model_error or factors:
+    kinds = found.model_error if model_error else {}
+    if kinds or factors:
+        entries = tomllib.loads(text).get("factors", {})
         text = _without_table(text, "factors")
+        said = "mean error of the rows that cmjax fit used"
+        for kind, spread in kinds.items():
+            entries[kind] = {"value": "100 %", "source": said, "spread": f"{spread:.1%}"}
+        for key in factors:
+            entry = entries.get(key[8:], {"spread": f"{_spread_of(key, found):.1%}"})
+            entry |= {"value": f"{found.values[key]:.2%}", "source": "updated by cmjax fit --rows"}
+            entries[key[8:]] = entry
         lines += ["", "[factors]  # time over the model's, by kind of operation"]
-        for name in [*dict.fromkeys([*found.model_error, *(k[8:] for k in factors)])]:
-            value = found.values.get(f"factors.{name}", 1.0)
-            spread = found.model_error.get(name, 0.1)
-            lines.append(
-                f'{name} = {{ value = "{value:.2%}", source = "mean error of the rows that '
-                f'cmjax fit used", spread = "{spread:.1%}" }}'
-            )
+        for name, entry in entries.items():
+            written = ", ".join(f'{k} = "{entry[k]}"' for k in ("value", "source", "spread"))
+            lines.append(f"{name} = {{ {written} }}")
     replace_text(path, text.rstrip("\n") + "\n" + "\n".join(lines) + "\n")
+
+
+def _spread_of(key: str, found: Calibration) -> float:
+    return float(found.uncertainty.spread[found.uncertainty.keys.index(key)])
 
 
 def _without_table(text: str, name: str) -> str:

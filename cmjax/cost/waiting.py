@@ -55,6 +55,18 @@ def expected_maximum(ranks: int) -> float:
     return float(np.sum(x * ranks * below ** (ranks - 1) * density) * (x[1] - x[0]))
 
 
+def wait_s(work_s, ranks: int, machine: Supernode, spread_s: Scalar = 0.0):
+    """Mean wait for the last of `ranks` that come from `work_s` seconds of work.
+
+    Args:
+      spread_s: standard deviation of their arrivals besides jitter.
+    """
+    variance = machine.exchange.jitter_s * work_s + jnp.square(jnp.asarray(spread_s))
+    positive = variance > 0
+    sigma = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    return expected_maximum(ranks) * machine.factors.waiting * sigma
+
+
 def waits_s(program: Program, total, machine: Supernode, differences: Differences):
     """The wait that every operation of a level adds, to itself or to who waits for it.
 
@@ -68,22 +80,19 @@ def waits_s(program: Program, total, machine: Supernode, differences: Difference
         return jnp.zeros_like(total), jnp.zeros_like(total)
     since = static.since @ jnp.stack([total, jnp.where(static.attention, total, 0.0)], -1)
     work, attention = since[:, 0], since[:, 1]
-    variance = machine.exchange.jitter_s * work + (differences.attention * attention) ** 2
-    positive = variance > 0
-    sigma = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
-    wait = static.largest * machine.factors.waiting * sigma
+    wait = wait_s(work, static.ranks, machine, differences.attention * attention)
     return jnp.where(static.meets, wait, 0.0), jnp.where(static.meets, 0.0, wait)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """since: [operations, operations], 1 for the work before an exchange (or up to and with a
-    kernel) since its stream last met the others; largest: `expected_maximum` of their ranks."""
+    kernel) since its stream last met the others; ranks: how many meet."""
 
     since: np.ndarray
     attention: np.ndarray
     meets: np.ndarray
-    largest: float
+    ranks: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,4 +119,4 @@ def _static(program: Program) -> _Static | None:
         if meets[i]:
             work[op.stream.name] = []
     attention = np.array([op.work.kind == "attention" for op in operations])
-    return _Static(since, attention, meets, expected_maximum(ranks))
+    return _Static(since, attention, meets, ranks)

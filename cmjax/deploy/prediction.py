@@ -43,10 +43,10 @@ class Prediction:
         makes it slow: jitter, contexts of other lengths, expert load.
       breakdown_s: on its stream, by scope. engines_busy_s: by engine.
       memory_bytes: HBM of one die by what fills it, caches at their largest.
-      interval: 90 % of what the numbers of `headlines` may be, low and high, as far as the machine's
-        constants are known; empty where the prediction is traced or the machine's sources are not
-        in the catalog. width_from: what most of that width comes from, and which measurement
-        would narrow it.
+      interval: 90 % of what the numbers of `headlines` may be, low and high, as far as the
+        machine's constants are known; empty where the prediction is traced or no file says how
+        sure they are. width_from: what most of that width comes from, and which measurement would
+        narrow it.
     """
 
     deployment: Deployment

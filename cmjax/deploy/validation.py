@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.cost.fit import parse_options
+from cmjax.cost.fit import Measure, micro_measure, parse_options
 from cmjax.cost.host import on_host
 from cmjax.cost.interval import interval
 from cmjax.cost.measured import Measurement, read_measurements
@@ -123,6 +123,30 @@ def compare(measurement: Measurement, machine: str) -> ValidationRow:
         key=measurement.key,
         interval=intervals.get(measurement.key),
     )
+
+
+def measure_of(row: Measurement, machine: Supernode) -> Measure:
+    """What a row measures, as a function of the machine: for `cmjax.cost.fit.update`.
+
+    Raises: ValueError: a command that cannot be read, or a key without a gradient.
+    """
+    kind, what, *arguments = row.command
+    if kind == "micro":
+        return micro_measure(row, machine)
+    try:
+        options = _predict_options(what, arguments)
+    except _Unreadable as error:
+        raise ValueError(
+            f"row {row.row!r}: cannot read {' '.join(row.command)!r}: {error}"
+        ) from None
+    options.pop("on", None)
+    model = options.pop("model", "deepseek-r1")
+    known = predict(model, machine, **options).headlines()
+    if row.key not in known:
+        raise ValueError(
+            f"row {row.row!r}: no key {row.key!r} to fit to; there are {', '.join(known)}"
+        )
+    return lambda at: predict(model, at, **options).headlines()[row.key]
 
 
 def summary(rows: Sequence[ValidationRow]) -> dict[str, RoleSummary]:

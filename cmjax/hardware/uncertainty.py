@@ -42,10 +42,12 @@ class Uncertainty:
     Fields:
       keys: dotted keys of the machine's leaves that are not 0, which stay 0.
       covariance: of the logarithms of their values.
+      joint: keys that a fit has seen, which share a covariance.
     """
 
     keys: tuple[str, ...]
     covariance: Float[np.ndarray, "keys keys"]
+    joint: tuple[str, ...] = ()
 
     @property
     def spread(self) -> Float[np.ndarray, "keys"]:
@@ -78,11 +80,13 @@ def _uncertainty(name_or_path: str | Path, *, fitted: bool) -> Uncertainty:
     keys = tuple(key for key, value in values.items() if value != 0)
     spread = [_spread(key, entries.get(key, {}), said.get(key, ""), origin) for key in keys]
     covariance = np.diag(np.square(spread))
+    joint: tuple[str, ...] = ()
     if fitted and "fit" in tree:
         found = _fit(tree["fit"], keys, origin)
         at = [keys.index(key) for key in found.keys]
         covariance[np.ix_(at, at)] = found.covariance
-    return Uncertainty(keys, covariance)
+        joint = found.keys
+    return Uncertainty(keys, covariance, joint)
 
 
 def _fit(table: Any, keys: tuple[str, ...], origin: str) -> Uncertainty:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from cmjax.cost.fit import Calibration
 from cmjax.deploy.validation import ValidationRow, summary
+from cmjax.hardware import describe_key
 from cmjax.placement import Score
 from cmjax.report.blocks import BLOCKS, roll_up
 from cmjax.report.units import number, percent, quantity
@@ -73,11 +74,22 @@ def residual_table(fit: Calibration) -> RenderableType:
         )
         for r in fit.residuals
     ]
-    constants = _table("Fitted constants", "constant", "value")
-    for key, value in fit.values.items():
-        shown = f"{number(value * 1e6)} µs" if key.endswith("_s") else percent(value)
-        constants.add_row(key, shown)
+    constants = _table("Fitted constants", "constant", "value", "spread", "before")
+    spreads = zip(fit.values.items(), fit.uncertainty.spread, fit.before, strict=True)
+    for (key, value), after, before in spreads:
+        constants.add_row(key, _constant(key, value), percent(after), percent(before))
     return Group(constants, _comparison("Calibration rows", rows, model="fitted"), _summary(rows))
+
+
+def _constant(key: str, value: float) -> str:
+    dimension = describe_key(key)
+    if dimension == "s":
+        return f"{number(value * 1e6)} µs"
+    if dimension == "fraction":
+        return percent(value)
+    scales = {"bytes/s": (1e9, " GB/s"), "flop/s": (1e12, " TFLOPS"), "bytes": (1e9, " GB")}
+    scale, unit = scales.get(dimension, (1.0, ""))
+    return f"{number(value / scale)}{unit}"
 
 
 def validation_table(rows: Sequence[ValidationRow]) -> RenderableType:
