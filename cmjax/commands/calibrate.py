@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cmjax import report
 from cmjax.console import check_target, emit, track
-from cmjax.cost.fit import fit, update, write_back
+from cmjax.cost.fit import fit, fitted_prior, update, write_back
 from cmjax.cost.measured import measured_machines, read_measurements
 from cmjax.deploy.validation import measure_of, summary, validate
 from cmjax.hardware import load_machine, uncertainty
@@ -33,7 +33,7 @@ class Fit:
         machine = load_machine(self.machine)
         rows = read_measurements(self.rows or self.machine)
         if self.rows is None:
-            found = fit(self.machine, rows)
+            found = fit(*fitted_prior(self.machine), rows)
         else:
             measures = [measure_of(row, machine) for row in track(rows, "rows")]
             found = update(machine, uncertainty(self.machine), rows, measures)

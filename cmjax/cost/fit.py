@@ -97,26 +97,30 @@ def fitted_keys(name_or_path: str) -> list[str]:
     return [key for key, source in sources(name_or_path).items() if source.startswith(FITTED)]
 
 
-def fit(name_or_path: str, rows: Sequence[Measurement]) -> Calibration:
-    """Calibrate a machine's fitted constants on the `micro` rows whose role is `calibrate`.
+def fitted_prior(name_or_path: str) -> tuple[Supernode, Uncertainty]:
+    """A machine before its fit, and what is believed of the constants that it may change."""
+    machine, before = prior(name_or_path)
+    keys = fitted_keys(name_or_path)
+    at = [before.keys.index(key) for key in keys]
+    return machine, Uncertainty(tuple(keys), before.covariance[np.ix_(at, at)])
 
+
+def fit(machine: Supernode, before: Uncertainty, rows: Sequence[Measurement]) -> Calibration:
+    """Calibrate constants of a machine on the `micro` rows whose role is `calibrate`.
+
+    Args:
+      machine: its constants before. before: those that may change, and how sure they are; for a
+        machine of the catalog both are `fitted_prior`.
     Raises: ValueError: nothing to fit, or an end-to-end row.
     """
     used = [row for row in rows if row.role == "calibrate"]
     for row in used:
         if row.command[0] != "micro":
             raise ValueError(f"fit: row {row.row!r} is end-to-end; only micro rows may calibrate")
-    machine, before = prior(name_or_path)
-    keys = fitted_keys(name_or_path)
-    if not keys or not used:
-        raise ValueError(
-            f"fit: {len(used)} rows for {len(keys)} constants; a constant may change whose source "
-            f"is {FITTED!r}"
-        )
-    at = [before.keys.index(key) for key in keys]
-    known = Uncertainty(tuple(keys), before.covariance[np.ix_(at, at)])
+    if not before.keys or not used:
+        raise ValueError(f"fit: {len(used)} rows for {len(before.keys)} constants")
     measures = [micro_measure(row, machine) for row in used]
-    return _posterior(machine, known, used, measures, NOISE, keep=keys)
+    return _posterior(machine, before, used, measures, NOISE, keep=before.keys)
 
 
 def update(
@@ -278,8 +282,7 @@ def write_back(path: Path, found: Calibration, *, model_error: bool = False) -> 
         section = re.compile(
             rf'(?ms)(^\[{re.escape(table)}\](?:(?!^\[).)*?^{key} = {{ value = )("[^"]*"|[\d.]+)'
         )
-        shown = _shown(dotted, value)
-        text, count = section.subn(lambda m, shown=shown: m[1] + shown, text, count=1)
+        text, count = section.subn(lambda m, k=dotted, v=value: m[1] + _shown(k, v), text, count=1)
         if count != 1:
             raise ValueError(f"{path}: cannot find {dotted} to write it back")
     text = _without_table(text, "fit")

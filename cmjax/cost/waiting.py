@@ -55,7 +55,9 @@ def expected_maximum(ranks: int) -> float:
     return float(np.sum(x * ranks * below ** (ranks - 1) * density) * (x[1] - x[0]))
 
 
-def wait_s(work_s, ranks: int, machine: Supernode, spread_s: Scalar = 0.0):
+def wait_s(
+    work_s, ranks: int, machine: Supernode, spread_s: float | Float[Array, "*operations"] = 0.0
+):
     """Mean wait for the last of `ranks` that come from `work_s` seconds of work.
 
     Args:

@@ -106,8 +106,9 @@ def load_machine(name_or_path: str | Path) -> Supernode:
         name: _parse_entry(entry, "fraction", origin, f"factors.{name}")
         for name, entry in _known_factors(tree.pop("factors", {}), origin).items()
     }
-    engines = _engines(tree.pop("engines", None), origin)
+    tables = tree.pop("engines", None)
     values = _parse(tree, _SCHEMA, origin, prefix="")
+    engines = _engines(tables, origin)
     fabric = dict(values["fabric"])
     for tier in ("die", "node", "supernode", "rdma", "vpc"):
         fabric[tier] = Tier(**fabric[tier])
@@ -120,7 +121,7 @@ def load_machine(name_or_path: str | Path) -> Supernode:
         efficiency=Efficiency(**values["efficiency"]),
         engines=engines,
         factors=Factors(**factors),
-        engine=next(iter(engines)),
+        engine=engines[0].name,
         nodes=values["nodes"],
         npus_per_node=values["npus_per_node"],
         dies_per_npu=values["dies_per_npu"],
@@ -154,17 +155,22 @@ def describe_key(dotted: str) -> str:
 
 def leaf_names(machine: Supernode) -> list[str]:
     """Dotted keys of a machine's leaves, in the order of `jax.tree.leaves`."""
+
+    def name(key) -> str:
+        return machine.engines[key.idx].name if hasattr(key, "idx") else key.name
+
     paths = jax.tree_util.tree_leaves_with_path(machine)
-    return [".".join(str(getattr(k, "name", getattr(k, "key", k))) for k in p) for p, _ in paths]
+    return [".".join(name(key) for key in path) for path, _ in paths]
 
 
 def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
     """`replace_leaf(machine, "chip.hbm_bytes_per_s", 2e12)`: a machine with one value changed."""
     head, _, rest = dotted.partition(".")
-    if isinstance(machine, dict):
-        if head not in machine:
-            raise ValueError(f"there is no {head!r}; there are {', '.join(machine)}")
-        return {**machine, head: replace_leaf(machine[head], rest, value)}
+    if head == "engines" and rest:
+        name, _, field = rest.partition(".")
+        new = dataclasses.replace(machine.running(name), **{field: value})
+        engines = tuple(new if old.name == name else old for old in machine.engines)
+        return dataclasses.replace(machine, engines=engines)
     names = [f.name for f in dataclasses.fields(machine)]
     if head not in names:
         raise ValueError(f"{type(machine).__name__} has no {head!r}; it has {', '.join(names)}")
@@ -192,13 +198,13 @@ def _known_factors(table: Any, origin: str) -> dict[str, Any]:
     return table
 
 
-def _engines(tables: Any, origin: str) -> dict[str, Engine]:
+def _engines(tables: Any, origin: str) -> tuple[Engine, ...]:
     if not isinstance(tables, dict) or not tables:
         raise ValueError(f"{origin}: no engine; expected a table such as [engines.my-engine]")
-    return {
-        name: Engine(**_parse_entry(table, _ENGINE, origin, f"engines.{name}"))
+    return tuple(
+        Engine(name=name, **_parse_entry(table, _ENGINE, origin, f"engines.{name}"))
         for name, table in tables.items()
-    }
+    )
 
 
 def _read(name_or_path: str) -> tuple[str, str]:

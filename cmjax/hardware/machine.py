@@ -148,6 +148,7 @@ class Engine:
     step_s: Scalar
     draft_s: Scalar
     copy_s: Scalar
+    name: str = static()
 
     def host_s(self, drafts: Scalar) -> Scalar:
         """Host time of a step with so many drafts a request."""
@@ -178,7 +179,7 @@ class Supernode:
 
     Fields:
       chip, fabric, exchange, efficiency: its constants. factors: what they leave unexplained.
-      engines: serving engines that are known on it, by name; engine: the one meant where none is
+      engines: serving engines that are known on it; engine: the name of the one meant where none is
         named.
       origin: name in the catalog or path of the file that says how sure the constants are; empty
         where there is none.
@@ -188,7 +189,7 @@ class Supernode:
     fabric: Fabric
     exchange: Exchange
     efficiency: Efficiency
-    engines: dict[str, Engine]
+    engines: tuple[Engine, ...]
     factors: Factors = dataclasses.field(default_factory=Factors)
     engine: str = static()
     name: str = static()
@@ -203,10 +204,11 @@ class Supernode:
         Raises: ValueError: it is not known on this machine; lists those that are.
         """
         name = engine or self.engine
-        if name not in self.engines:
-            known = ", ".join(self.engines)
-            raise ValueError(f"engine {name!r} is not known on {self.name}; known: {known}")
-        return self.engines[name]
+        for found in self.engines:
+            if found.name == name:
+                return found
+        known = ", ".join(found.name for found in self.engines)
+        raise ValueError(f"engine {name!r} is not known on {self.name}; known: {known}")
 
     def under(self, engine: str | None) -> "Supernode":
         """The machine with another serving engine on it; raises as `running` does."""
