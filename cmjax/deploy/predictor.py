@@ -203,7 +203,7 @@ class Predictor:
 
     def tokens_per_step(self, requests: Requests):
         """Tokens that a request gains in a step: one, and each draft that is accepted."""
-        return 1 + requests.acceptance * self.step.drafts * self.deployment.decoding
+        return requests.tokens_per_step(self.step.drafts * self.deployment.decoding)
 
     @property
     def host_s(self):
