@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy  # its parts are imported with their first use
-from jaxtyping import Array, Float
+from jaxtyping import ArrayLike, Float
 
 from cmjax.cost.host import on_host
 from cmjax.cost.measured import Measurement
@@ -57,7 +57,7 @@ _KIND = {
     "latent-attention": "attention",
     "attention": "attention",
 }
-Measure = Callable[[Supernode], Float[Array, ""]]
+Measure = Callable[[Supernode], Float[ArrayLike, ""]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from cmjax.hardware import Supernode
 from cmjax.program import Program
@@ -55,9 +55,7 @@ def expected_maximum(ranks: int) -> float:
     return float(np.sum(x * ranks * below ** (ranks - 1) * density) * (x[1] - x[0]))
 
 
-def wait_s(
-    work_s, ranks: int, machine: Supernode, spread_s: float | Float[Array, "*operations"] = 0.0
-):
+def wait_s(work_s, ranks: int, machine: Supernode, spread_s: Float[ArrayLike, "*operations"] = 0.0):
     """Mean wait for the last of `ranks` that come from `work_s` seconds of work.
 
     Args:

@@ -105,7 +105,7 @@ def with_interval(prediction: Prediction, predictor: Predictor) -> Prediction:
         return prediction
     return dataclasses.replace(
         prediction,
-        interval={key: np.array([i.low, i.high]) for key, i in intervals.items()},
+        interval={key: (i.low, i.high) for key, i in intervals.items()},
         width_from=explain(intervals["step_ms"], prediction),
     )
 

@@ -61,7 +61,7 @@ class Prediction:
     breakdown_s: dict[str, Seconds]
     engines_busy_s: dict[str, Seconds]
     memory_bytes: dict[str, Number]
-    interval: dict[str, Num[ArrayLike, "2"]] = dataclasses.field(default_factory=dict)
+    interval: dict[str, tuple[Number, Number]] = dataclasses.field(default_factory=dict)
     width_from: str = ""
 
     @property
@@ -116,7 +116,7 @@ class Prediction:
         chosen = dataclasses.replace(self.deployment, microbatches=int(self.microbatches))
         return {
             **{key: float(value) for key, value in self.headlines().items()},
-            "interval": {k: list(map(float, v)) for k, v in self.interval.items()},
+            "interval": {k: [float(v[0]), float(v[1])] for k, v in self.interval.items()},
             "width_from": self.width_from,
             "waiting_ms": {k: float(v) * 1e3 for k, v in self.waiting_s.items()},
             "breakdown": {k: float(v) * 1e3 for k, v in self.breakdown_s.items()},

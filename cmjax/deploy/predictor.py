@@ -126,6 +126,7 @@ class Predictor:
 
     def differences(self, requests: Requests) -> Differences:
         """How the work of ranks differs under these requests, beyond jitter and expert load."""
+        assert requests.batch is not None
         each = requests.batch / (self.machine.dies_per_npu * self.step.microbatches)
         spread = requests.length_spread(self.deployment.phase)
         return jax.tree.map(_number, Differences(attention=spread / each**0.5))

@@ -59,8 +59,9 @@ class Requests:
             value = getattr(self, name)
             if _known(value) and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value:g}")
-        if _known(self.context_spread) and not 0 <= self.context_spread < float("inf"):
-            raise ValueError(f"context-spread must not be negative, got {self.context_spread:g}")
+        spread: Any = self.context_spread
+        if _known(spread) and not 0 <= spread < float("inf"):
+            raise ValueError(f"context-spread must not be negative, got {spread:g}")
         if _known(self.output) and not 0 <= self.output < float("inf"):
             raise ValueError(f"output must not be negative, got {self.output:g}")
         each = self.acceptance if isinstance(self.acceptance, tuple) else (self.acceptance,)
