@@ -237,9 +237,7 @@ def test_acceptances_of_another_number_of_drafts_are_refused():
 
 def test_an_engine_that_the_machine_does_not_know_is_refused():
     deployment = Deployment(phase="decode", model="tiny", npus=8, engine="triton", microbatches=1)
-    with pytest.raises(
-        ValueError, match="^engine 'triton' is not known on cloudmatrix384; known: "
-    ):
+    with pytest.raises(ValueError, match=r"^engine 'triton' is not known on cloudmatrix384"):
         Predictor.of(deployment, M)
 
 
