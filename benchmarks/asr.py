@@ -25,7 +25,7 @@ import tyro
 from flax import nnx
 from rich.table import Table
 
-from benchmarks.asr_onnx import quantized, session_call, to_onnx
+from benchmarks.asr_onnx import quantized, session_call
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
@@ -33,6 +33,7 @@ from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.conv import PRECISIONS
 from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
 from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
+from cmjax.models.asr.export import network_to_onnx
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from cmjax.primitives.convolution import calibrate
@@ -122,7 +123,7 @@ def candidates(name: str, options: Options) -> tuple[dict[str, dict[str, Run]], 
         runs["backbone"][precision] = _run(backbone_call(integers), given)
     if not importlib.util.find_spec("onnxruntime") or not importlib.util.find_spec("onnx"):
         return runs, None
-    exported = to_onnx(model, length)
+    exported = network_to_onnx(model, frames=length)
     sample = np.asarray(features)
     peers = {"ONNX Runtime float32": exported, "ONNX Runtime int8": quantized(exported, [sample])}
     calls = {peer: session_call(network, options.threads) for peer, network in peers.items()}

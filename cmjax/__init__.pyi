@@ -25,5 +25,7 @@ from .primitives import quantize_kv as quantize_kv
 from .primitives import quantize_weight as quantize_weight
 from .primitives import rsq_quantize as rsq_quantize
 from .primitives import winograd_conv1d as winograd_conv1d
+from .serving import ServingResult as ServingResult
+from .serving import serve as serve
 from .verify import Traffic as Traffic
 from .verify import run_on_mesh as run_on_mesh

@@ -17,8 +17,12 @@ from cmjax.console import exit_code, terminal
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
+    "serve": ("Serve", "a request trace: TTFT, TPOT, goodput, queues, cache hits"),
+    "plan": ("Plan", "how many NPUs for prefill and decode, for a trace and an SLO"),
     "price": ("Price", "any JAX function, on any machine"),
     "generate": ("Generate", "text from a model, on an emulated supernode"),
+    "transcribe": ("Transcribe", "text from sound files, by a trained recognizer"),
+    "export": ("Export", "a trained recognizer as ONNX, in int8"),
     "xl3m": ("XL3M", "an answer from a text longer than the model's window"),
     "validate": ("Validate", "predictions beside published measurements"),
     "fit": ("Fit", "a machine's constants, from micro-measurements"),
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cmjax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    parsers = parser.add_subparsers(metavar="COMMAND ARGS", required=True, dest="command")
     for name, (_, gives) in _COMMANDS.items():
         parsers.add_parser(name, help=gives, add_help=False)
     name = parser.parse_args(given[:1]).command

@@ -176,7 +176,7 @@ def _start(x, w, algorithm: str, input_limit: int | None) -> ConvScales:
     scales = calibrate(
         x, w, algorithm=algorithm, input_limit=input_limit, requantize="none", pair_rule=False
     )
-    step = least_error_step(x, (0, 1, 2), jnp.float32(input_limit)).reshape(())
+    step = least_error_step(x, (0, 1, 2), input_limit).reshape(())
     return dataclasses.replace(scales, input_step=step)
 
 

@@ -147,7 +147,7 @@ def _scales(pipeline: str, algorithm: str, x, w) -> ConvScales:
 def _ranged(x, w, algorithm: str, limit: int) -> ConvScales:
     """Signals of integers up to `limit`, their transforms passed on as they are."""
     scales = _calibrated(x, w, algorithm, requantize="none")
-    step = least_error_step(x, (0, 1, 2), jnp.float32(limit)).reshape(())
+    step = least_error_step(x, (0, 1, 2), limit).reshape(())
     return dataclasses.replace(scales, input_step=step, input_limit=limit)
 
 

@@ -73,6 +73,10 @@ def check_module(module: Any) -> None:
 
 def checked(function: Callable) -> Callable:
     """`function`, whose accepted calls are held against its annotations."""
+    if inspect.isgeneratorfunction(inspect.unwrap(function)):
+        return (
+            function  # it makes an iterator or a context manager, and its annotation says what of
+        )
     results: list[Any] = []
 
     @functools.wraps(function)

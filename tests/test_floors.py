@@ -14,6 +14,7 @@ FLOORS = {
     "files": 0,
     "occupancy": 0,
     "console": 1,
+    "sweep": 2,
     "hardware": 0,
     "native": 0,
     "mesh": 1,

@@ -19,9 +19,10 @@ import tyro
 from jaxtyping import Int
 from rich.console import Console
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.models.moe.model import MoEModel
+from train.interrupt import training_exit_code
 from train.metrics import read_metrics
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
@@ -54,5 +55,7 @@ def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) ->
 
 if __name__ == "__main__":
     sys.exit(
-        exit_code(lambda: main(tyro.cli(LanguageModelConfig, description=__doc__), terminal()))
+        training_exit_code(
+            lambda: main(tyro.cli(LanguageModelConfig, description=__doc__), terminal())
+        )
     )

@@ -21,7 +21,6 @@ import optax
 import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
-from rich.console import Console
 
 from cmjax.console import bar
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
@@ -30,7 +29,9 @@ from cmjax.models.moe.layers.rope import angles, frequencies, rotate
 from cmjax.models.moe.layers.transformer import DenseLayer
 from cmjax.models.moe.model import MoEModel, from_config
 from train import checkpoint
+from train.interrupt import training_exit_code
 from train.metrics import LossNotFinite, MetricsLog
+from train.options import check_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class Recall:
     """Steps between checkpoints."""
 
     def __post_init__(self):
+        check_numbers(self)
         if not 0 <= self.unanswerable < 1:
             raise ValueError(f"Recall: unanswerable must lie in [0, 1), got {self.unanswerable}")
         if self.save_every < 1:
@@ -204,7 +206,7 @@ def train(recall: Recall) -> MoEModel:
     step, found = 0, checkpoint.latest(recall.out / "checkpoints")
     if found is not None:
         found.check_config(recall.record())
-        state, step = found.arrays(state), found.progress["step"]
+        state, step = found.arrays(state), found.count("step", recall.steps)
     log = MetricsLog(recall.out / "metrics.jsonl", keep=step)
     key = jax.random.key(recall.seed)
     with bar(quiet=False) as progress:
@@ -320,16 +322,11 @@ def _pairs(length: int, questions: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    console = Console(stderr=True)
-    try:
+
+    def command():
         train(tyro.cli(Recall, args=arguments, description=__doc__))
-    except (ValueError, OSError) as error:
-        console.print(f"[red]passkey:[/] {error}", highlight=False)
-        return 2 if isinstance(error, ValueError) else 1
-    except LossNotFinite as error:
-        console.print(f"[red]passkey:[/] {error}", highlight=False)
-        return 1
-    return 0
+
+    return training_exit_code(command)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.mesh import prepare_devices
 from train.asr.config import Config
 from train.asr.evaluate import Result
-from train.asr.run import measure, start, train
+from train.asr.run import measure, start, train, write_recognizer
+from train.interrupt import training_exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code: 0, 1 if training or saving failed, 2 for bad input."""
+    """Run the command; its exit code: 0, 1 if training or saving failed, 2 for bad input,
+    130 after Ctrl-C, 143 after SIGTERM."""
 
     def command():
         train_and_test(tyro.cli(Config, description=__doc__, args=arguments), terminal())
 
-    return exit_code(command)
+    return training_exit_code(command)
 
 
 def train_and_test(config: Config, console: Console) -> None:
@@ -38,7 +40,9 @@ def train_and_test(config: Config, console: Console) -> None:
     if config.compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compiled.absolute()))
     run = start(config, console)
-    if not config.evaluate_only:
+    if config.evaluate_only:
+        write_recognizer(run)
+    else:
         train(run, console)
     console.print(results_table(measure(run)))
 

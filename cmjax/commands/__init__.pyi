@@ -1,9 +1,13 @@
 from .calibrate import Fit as Fit
 from .calibrate import Validate as Validate
+from .export import Export as Export
 from .generate import Generate as Generate
 from .machines import Machines as Machines
 from .micro import Micro as Micro
 from .place import Place as Place
+from .plan import Plan as Plan
 from .predict import Predict as Predict
 from .price import Price as Price
+from .serve import Serve as Serve
+from .transcribe import Transcribe as Transcribe
 from .xl3m import XL3M as XL3M

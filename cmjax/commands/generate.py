@@ -1,6 +1,7 @@
 """`cmjax generate`: text from a model on an emulated (or real) mesh."""
 
 import dataclasses
+import json
 import re
 import time
 from pathlib import Path
@@ -11,13 +12,20 @@ from rich.console import Console
 
 from cmjax.console import check_target, emit, show_progress
 from cmjax.mesh import RankMesh, prepare_devices
+from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import Sampler, check_prompts
+from cmjax.models.moe.generation.chat import read_chat_template
 from cmjax.models.moe.generation.generator import Generated
 from cmjax.models.moe.generation.open import GeneratorOptions, open_generator
-from cmjax.models.moe.generation.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from cmjax.models.moe.generation.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    encode_prompt,
+    open_tokenizer,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +33,8 @@ class Generate:
     """Generate text with a model on an emulated mesh.
 
     Prompts are batched over the ranks of the mesh; experts live where the placement plan, or the
-    published deployment, puts them. Tokens come from the checkpoint's tokenizer.json, or are bytes.
+    published deployment, puts them. Tokens come from the checkpoint's tokenizer, or are bytes; how
+    they are drawn and what ends a text, from its generation_config.json where no option says it.
     Completions go to standard output, progress and speed to standard error.
     """
 
@@ -39,6 +48,16 @@ class Generate:
     """More prompts, one a line."""
     prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Prompts as token numbers: `1,2,3`."""
+    chat: bool = False
+    """Prompts are what a user says: the checkpoint's chat template makes them prompts."""
+    system: str | None = None
+    """With --chat: the system's message before each."""
+    chat_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """With --chat: what else the template knows, `enable_thinking=false`; values are JSON, or
+    text."""
+    special_tokens: bool = True
+    """Whether the tokens that begin a text are put before a prompt. They never come twice, and a
+    chat template writes its own."""
     mesh: str = "1x1"
     """Ranks, as nodes x npus (x dies): 48x8 is the supernode. A node is one XLA device."""
     model: tyro.conf.OmitArgPrefixes[GeneratorOptions] = dataclasses.field(
@@ -49,10 +68,14 @@ class Generate:
     """Most tokens to add to each prompt."""
     context: int | None = None
     """Tokens the cache holds per request (default: as many as the longest needs)."""
-    temperature: float = Sampler.temperature
-    """0 takes the likeliest token."""
-    top_p: float = Sampler.top_p
-    """Draw from the fewest likeliest tokens whose probabilities reach this."""
+    temperature: float | None = None
+    """0 takes the likeliest token (default: as the checkpoint says, else 0)."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens whose probabilities reach this (default: as the
+    checkpoint says, else 1)."""
+    top_k: int | None = None
+    """Of these, first, only this many likeliest; 0 for all (default: as the checkpoint says, else
+    all)."""
     seed: int = Sampler.seed
     """Of the drawn tokens, and of random parameters."""
     ignore_end: bool = False
@@ -67,12 +90,17 @@ class Generate:
         """
         check_target(self.json)
         log = Console(stderr=True)
-        sampler = Sampler(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        self._sampler(GenerationDefaults())  # bad options are found before a file is read
         mesh = RankMesh.parse(self.mesh)
         model, config = open_model(self.weights, self.random)
+        defaults = model.defaults if isinstance(model, Checkpoint) else GenerationDefaults()
+        sampler = self._sampler(defaults)
+        if defaults.left_out:
+            left_out = f"generation_config.json: left out: {', '.join(defaults.left_out)}"
+            log.print(left_out, markup=False, highlight=False)
         tokenizer = open_tokenizer(self.weights, config.vocab_size) if self._texts() else None
         if isinstance(tokenizer, ByteTokenizer):
-            log.print("no tokenizer.json: every byte is a token")
+            log.print("no tokenizer: every byte is a token")
         prompts = self._prompts(tokenizer)
         check_prompts(config, prompts, self.new_tokens, self.context)
         prepare_mesh(mesh, self.mesh)
@@ -109,8 +137,19 @@ class Generate:
             raise ValueError(f"{self.prompt_file}: cannot be read ({error})") from None
         return *self.prompt, *filter(None, lines)
 
+    def _sampler(self, defaults: GenerationDefaults) -> Sampler:
+        return Sampler.of(
+            defaults,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+
     def _prompts(self, tokenizer: Tokenizer | None) -> list[list[int]]:
-        prompts = [tokenizer.encode(text) for text in self._texts()] if tokenizer else []
+        special = self.special_tokens and not self.chat
+        texts = self._chats() if self.chat else self._texts()
+        prompts = [encode_prompt(tokenizer, t, special=special) for t in texts] if tokenizer else []
         for given in self.prompt_tokens:
             try:
                 prompts.append([int(token) for token in re.split(r"[,\s]+", given.strip())])
@@ -118,9 +157,28 @@ class Generate:
                 raise ValueError(
                     f"--prompt-tokens must be numbers with commas, got {given!r}"
                 ) from None
+        if not self.chat and (self.system is not None or self.chat_option):
+            raise ValueError("--system and --chat-option go with --chat")
         if not prompts:
             raise ValueError("no prompt: give --prompt, --prompt-file or --prompt-tokens")
         return prompts
+
+    def _chats(self) -> list[str]:
+        """Each prompt as a chat of one message, or two with the system's."""
+        if self.weights is None:
+            raise ValueError("--chat needs the chat template of a checkpoint: give --weights")
+        template, options = read_chat_template(self.weights), {}
+        for given in self.chat_option:
+            name, equals, value = given.partition("=")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"--chat-option must be NAME=VALUE, got {given!r}")
+            try:
+                options[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                options[name] = value
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        chats = ([*before, {"role": "user", "content": text}] for text in self._texts())
+        return [template.render(chat, **options) for chat in chats]
 
     def _show(
         self,

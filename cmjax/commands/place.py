@@ -20,7 +20,8 @@ class _What(Recording):
     """Which of the loads.
 
     Attributes:
-      domain: Which workload of several, by name; with `--evaluate`, a pattern such as `*` for many.
+      domain: Which workload of several, by name; a pattern such as `*` plans all it names as one
+        family, and judges each with `--evaluate`.
     """
 
     family: tuple[str, ...] = ()
@@ -60,8 +61,9 @@ class _Judging(Judging):
     """On what else the plan is judged, or which existing plan is.
 
     Attributes:
-      evaluate: Judge this plan instead of making one: a file of cmjax, SGLang, vLLM-Ascend (.json)
-        or OmniPlacement (.npy, .npz; `file.npz:name` for one of several).
+      evaluate: Judge this plan instead of making one: a file of cmjax, SGLang, vLLM, vLLM-Ascend
+        (.json), TensorRT-LLM (.yaml) or OmniPlacement (.npy, .npz; `file.npz:name` for one of
+        several).
     """
 
     evaluate: str | None = None
@@ -86,7 +88,7 @@ class _Output(Export):
 
 _EVALUATED = {
     "domain", "windows", "first_layer", "ranks", "nodes", "model", "tokens", "on", "evaluate",
-    "json", "plot", "html",
+    "json", "plot", "html", "objective", "routing",
 }  # fmt: skip
 """Options that `--evaluate` heeds."""
 
@@ -132,6 +134,15 @@ class Place:
         emit(console, output.json, placed.text(output.format), table)
         if self.how.shrink == "auto" and output.json != "-":
             console.print(f"{placed.method} is made for loads shrunk by {placed.shrink:g}")
+        if output.json != "-":
+            said = [placed.unknown] * (self.judging.test is None)
+            way = placed.plan.provenance.get("way")
+            said += [f"robust took: {way}"] * (way is not None)
+            for line in filter(None, said):
+                console.print(line, markup=False, highlight=False)
+        if output.json not in (None, "-"):
+            for line in placed.told(output.format, output.json):
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _say_what_changed(self, placed: Placement, console: Console) -> None:
         """What the file's format cannot hold, and what that costs."""
@@ -179,7 +190,8 @@ class Place:
         found = {
             (name, workload): evaluate(
                 plan, loads, where.on,
-                model=where.model, tokens=where.tokens, nodes=where.nodes,
+                model=where.model, tokens=where.tokens, ranks=where.ranks, nodes=where.nodes,
+                objective=self.how.objective, routing=where.routing,
                 baselines=len(plans) == 1,
             )
             for name, plan in plans.items()
@@ -202,7 +214,8 @@ class Place:
             "machine": next(iter(found.values())).price.machine.name,
             "evaluation": {title: score.to_dict() for title, score in scores.items()},
         }
-        emit(console, output.json, result, report.placement_table(scores))
+        table = report.placement_table(scores, self.how.objective)
+        emit(console, output.json, result, table)
 
     def _family(self) -> dict[str, placement.Loads]:
         what = self.what

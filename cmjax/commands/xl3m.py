@@ -41,7 +41,7 @@ class XL3M:
     arithmetic: str = GeneratorOptions.arithmetic
     """What the model computes in: float32, bfloat16, int8, ... (as of `cmjax generate`)."""
     window: int | None = None
-    """Longest input the model is trusted with (default: its max_position)."""
+    """Longest input the model is trusted with (default: as many as it is meant for)."""
     segment: int | None = None
     """Tokens of a segment (default: a quarter of the window)."""
     stride: int | None = None
@@ -72,7 +72,7 @@ class XL3M:
         model, config = open_model(self.weights, self.random)
         tokenizer = open_tokenizer(self.weights, config.vocab_size)
         if isinstance(tokenizer, ByteTokenizer):
-            log.print("no tokenizer.json: every byte is a token")
+            log.print("no tokenizer: every byte is a token")
         question = np.array(tokenizer.encode(self.question, special=False), np.int32)
         if not question.size:
             raise ValueError("--question is empty")
@@ -100,10 +100,10 @@ class XL3M:
         self._show(console, key, content, tokenizer, answer)
 
     def _sizes(self, config: MoEConfig, prefix: tuple[int, ...]) -> XL3MConfig:
-        window = config.max_position if self.window is None else self.window
-        if window > config.max_position:
+        window = config.context_limit if self.window is None else self.window
+        if window > config.context_limit:
             raise ValueError(
-                f"--window {window} is more than the {config.max_position} tokens the model is "
+                f"--window {window} is more than the {config.context_limit} tokens the model is "
                 "meant for (max_position)"
             )
         segment = max(window // 4, 1) if self.segment is None else self.segment

@@ -11,6 +11,10 @@ import numpy as np
 
 from cmjax.hardware.units import parse_quantity
 from cmjax.placement import Loads, Plan
+from cmjax.placement.routing import RoutingName
+
+FormatName = Literal["own", "sglang", "vllm-ascend", "vllm", "tensorrt-llm"]
+"""Formats that plans are written in; see `cmjax.placement.PLAN_FORMATS`."""
 
 LoadsLike = str | Path | np.ndarray | Loads
 """Loads: a file or folder that `cmjax.placement.read_loads` reads, counts of shape
@@ -22,8 +26,9 @@ class Recording:
     """What to place.
 
     Attributes:
-      domain: Which workload of several, by name.
-      windows: Time windows to count token-level routes in.
+      domain: Which workload of several, by name; a pattern such as `*` places all it names as one
+        family, each a workload.
+      windows: Time windows to count token-level routes in, or to add recorded windows up to.
       family: More loads of the same model, each one more workload (its windows are added).
       train_windows: Plan on these windows only, A:B (from A to before B).
       first_layer: The model's number of the first layer in the loads (3 for DeepSeek-V3), where
@@ -50,7 +55,9 @@ class Target:
 
     Attributes:
       ranks: Expert-parallel ranks (dies); needed unless an existing plan says them.
-      redundant: Extra slots per layer, over all ranks together.
+      redundant: Extra slots per layer, over all ranks together (default: the fewest with which the
+        experts divide over the ranks).
+      uneven: Do not fill up: ranks hold one expert more or less where they do not divide.
       nodes: Nodes the ranks are spread over (default: as few as hold them).
       model: Whose hidden and expert sizes the layer has; the number of experts is the loads'.
       tokens: Tokens a rank routes per step; the counts are scaled to it.
@@ -61,10 +68,14 @@ class Target:
       without_ranks: Ranks that hold nothing, such as dead ones: 3,17.
       memory_gib: Memory of a rank for all experts of these layers; redundant slots go where they
         save most.
+      routing: How tokens choose among the copies of their expert (default: as the engine does that
+        --format is for): even; nearest-copy, the own rank's, else the own node's, else spread
+        (SGLang); rank-modulo, by the number of the sending rank (vLLM-Ascend).
     """
 
     ranks: int | None = None
-    redundant: int = 0
+    redundant: int | None = None
+    uneven: bool = False
     nodes: int | None = None
     model: str = "deepseek-r1"
     tokens: int = 96
@@ -73,6 +84,7 @@ class Target:
     shared: int = 0
     without_ranks: str | Sequence[int] = ""
     memory_gib: float | None = None
+    routing: RoutingName | None = None
 
     def check(self) -> int:
         """The ranks; ValueError for numbers out of their range."""
@@ -81,15 +93,45 @@ class Target:
         self.check_tokens()
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib must be positive, got {self.memory_gib}")
-        if not 0 <= self.shared <= self.redundant:
+        most = self.shared if self.redundant is None else self.redundant
+        if not 0 <= self.shared <= most:
             raise ValueError(
                 f"shared experts live in redundant slots: shared must lie in 0 to "
-                f"{self.redundant}, got {self.shared}"
+                f"{self.redundant or 0}, got {self.shared}"
             )
         return self.ranks
 
+    def extra_slots(self, experts: int) -> int:
+        """Redundant slots of layers with so many experts: `redundant`, or the fewest that divide.
+
+        Raises: ValueError for more than one copy of every expert on every rank.
+        """
+        ranks = self.check()
+        if self.redundant is None:
+            short = -(experts + self.shared) % ranks
+            return self.shared + (0 if self.uneven else short)
+        most = experts * (ranks - 1) + self.shared * ranks
+        if self.redundant > most:
+            raise ValueError(
+                f"{experts} experts with {self.redundant} redundant slots on {ranks} ranks: a "
+                f"second copy on a rank is of no use; redundant of at most {most} is"
+            )
+        return self.redundant
+
+    def slots_per_rank(self, experts: int) -> int:
+        """Slots of a rank, the fullest one where they are uneven."""
+        return -(-(experts + self.extra_slots(experts)) // self.check())
+
     def check_tokens(self) -> None:
-        """Raise ValueError unless a rank routes tokens."""
+        """Raise ValueError unless a rank routes tokens, and ranks divide over nodes."""
+        for name in ("ranks", "nodes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.ranks is not None and self.nodes is not None and self.ranks % self.nodes:
+            raise ValueError(
+                f"ranks must be a multiple of nodes: {self.ranks} ranks do not divide over "
+                f"{self.nodes} nodes"
+            )
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
 
@@ -109,7 +151,9 @@ class Search:
     """How to search.
 
     Attributes:
-      method: search, gradient, greedy, hierarchical, one-spare, contiguous or random.
+      method: search, gradient, greedy, hierarchical, one-spare, contiguous or random; robust for
+        texts that are not in the recording: greedy or search on shrunk loads, or contiguous, as
+        serves a workload left out best.
       objective: Of the time of all layers, over the windows: mean, worst, quantile:Q or cvar:Q.
       seconds: Time limit of the search, besides compiling it; Ctrl-C ends it too, with the best so
         far.
@@ -179,7 +223,7 @@ class Judging:
     """How to judge it, beside the loads it is made for.
 
     Attributes:
-      test: Judge on these loads too: a later recording, another domain.
+      test: Judge on these loads too: a later recording, another domain (`FILE:DOMAIN`).
       test_windows: Judge on these windows too, A:B.
       step_tokens: Tokens a rank routes in the sampled steps whose balance is reported; 0 samples
         none.
@@ -210,9 +254,12 @@ class Export:
 
     Attributes:
       format: What is written: the plan with its evaluation, or the file that an engine loads.
+      model_layers: Layers of the model, dense ones included, for files that go by their numbers
+        (default: those of --model if it has as many experts, else up to the last recorded).
     """
 
-    format: Literal["own", "sglang", "vllm-ascend"] = "own"
+    format: FormatName = "own"
+    model_layers: int | None = None
 
 
 def _windows(text: str, windows: int, option: str) -> slice:

@@ -10,16 +10,29 @@ A plan is judged by the priced time of the MoE layers on their slowest rank (`La
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from cmjax import placement
 from cmjax.console import Progress
+from cmjax.cost.ranks import mesh_spread
 from cmjax.deploy.layer_price import LayerPrice
-from cmjax.deploy.place_options import Export, Judging, LoadsLike, Recording, Search, Target
-from cmjax.deploy.placement_result import Placement
+from cmjax.deploy.place_options import (
+    Export,
+    FormatName,
+    Judging,
+    LoadsLike,
+    Recording,
+    Search,
+    Target,
+)
+from cmjax.deploy.placement_result import ModelLayers, Placement
 from cmjax.hardware import Supernode, as_machine
+from cmjax.models.moe import load_config
 from cmjax.placement import Judge, Loads, Plan, Problem, Routes, Score
+from cmjax.placement.routing import RoutingName
 
 
 def place(
@@ -27,7 +40,8 @@ def place(
     machine: Supernode | str,
     *,
     ranks: int,
-    redundant: int = Target.redundant,
+    redundant: int | None = Target.redundant,
+    uneven: bool = Target.uneven,
     nodes: int | None = Target.nodes,
     model: str = Target.model,
     tokens: int = Target.tokens,
@@ -45,6 +59,7 @@ def place(
     shared: int = Target.shared,
     without_ranks: str | Sequence[int] = Target.without_ranks,
     memory_gib: float | None = Target.memory_gib,
+    routing: RoutingName | None = Target.routing,
     domain: str | None = Recording.domain,
     windows: int = Recording.windows,
     family: Sequence[LoadsLike] = Recording.family,
@@ -53,7 +68,8 @@ def place(
     test: LoadsLike | None = Judging.test,
     test_windows: str | None = Judging.test_windows,
     step_tokens: int = Judging.step_tokens,
-    format: Literal["own", "sglang", "vllm-ascend"] = Export.format,
+    format: FormatName = Export.format,
+    model_layers: int | None = Export.model_layers,
     progress: Progress | None = None,
 ) -> Placement:
     """Decide where experts live, by the priced time of the MoE layer on its slowest rank.
@@ -89,7 +105,7 @@ def place(
         Target(
             ranks=ranks, redundant=redundant, nodes=nodes, model=model, tokens=tokens,
             multicast=multicast, groups=groups, shared=shared, without_ranks=without_ranks,
-            memory_gib=memory_gib,
+            memory_gib=memory_gib, routing=routing, uneven=uneven,
         ),
         Search(
             method=method, objective=objective, seconds=seconds, seed=seed, shrink=shrink,
@@ -97,7 +113,7 @@ def place(
             migration_budget=migration_budget,
         ),
         Judging(test=test, test_windows=test_windows, step_tokens=step_tokens),
-        Export(format=format),
+        Export(format=format, model_layers=model_layers),
         progress=progress,
     )  # fmt: skip
 
@@ -120,15 +136,20 @@ def place_with(
     search.check()
     judging.check()
     counted = as_loads(loads, recording)
-    export_allows(export.format, counted, target, search)
+    target = replace(
+        target, redundant=target.extra_slots(counted.experts),
+        routing=target.routing or placement.routing_of(export.format),
+    )  # fmt: skip
+    export_allows(export, counted, target, search)
     for path in recording.family:
         counted = counted.join(as_loads(path, replace(recording, domain=None)))
     routes = _routes(loads, recording, target, counted.experts)
     train, test = _split(counted, recording, judging)
     price = LayerPrice(
         target.model, machine,
-        ranks=ranks, experts=counted.experts, redundant=target.redundant, nodes=target.nodes,
-        tokens=target.tokens, shared=target.shared, multicast=target.multicast,
+        ranks=ranks, experts=counted.experts, nodes=target.nodes, tokens=target.tokens,
+        redundant=target.slots_per_rank(counted.experts) * ranks - counted.experts,
+        shared=target.shared, multicast=target.multicast,
     )  # fmt: skip
     train_routes, test_routes = _seen(routes, recording, judging)
     problem = _problem(price.scale(train), price, target, search)
@@ -163,10 +184,12 @@ def place_with(
         "method": search.method, "machine": machine.name, "loads": train.source,
         "windows": len(train.counts), "seed": search.seed,
     }  # fmt: skip
-    plans[search.method] = replace(plans[search.method], provenance=provenance)
+    made = plans[search.method]
+    plans[search.method] = replace(made, provenance=provenance | dict(made.provenance))
     return Placement(
         plans=plans, scores=scores, loads=problem.loads, price=price, method=search.method,
         objective=search.objective, shrink=float(shrink),
+        model_layers=_model_layers(export, target.model, counted),
     )  # fmt: skip
 
 
@@ -182,12 +205,15 @@ def evaluate(
     domain: str | None = Recording.domain,
     windows: int = Recording.windows,
     first_layer: int | None = Recording.first_layer,
+    objective: str = Search.objective,
+    routing: RoutingName | None = Target.routing,
     baselines: bool = True,
 ) -> Placement:
     """Judge an existing plan on loads.
 
     Layers are matched by number where plan and loads have numbers, else by position, and each is
-    priced with the slots it has.
+    priced with the slots it has. A plan of an engine is judged as that engine routes, and where
+    that is not an even split over copies, by an even split too.
 
     Args:
       plan: a plan, or a file of one in any known format (`cmjax.placement.read_plan`).
@@ -195,9 +221,12 @@ def evaluate(
       model, tokens: what the MoE layer is priced for; tokens are per rank and step.
       ranks, nodes: where the file does not say them.
       domain, windows, first_layer: of loads that are read; see `Recording`.
+      objective: of the time of all layers, over the windows, as in `place`.
+      routing: how tokens choose among copies (default: as the plan's engine does).
       baselines: a plan of as many slots in every layer is joined by greedy and contiguous ones of
         its size, made for these loads.
-    Returns: the plan as `plan`, its score, and those it is compared with.
+    Returns: the plan as `plan`, its score, and those it is compared with; `plan, split evenly` is
+      the same slots under an even split.
     Raises: ValueError of one line for a file that is no plan, or a plan that is not for the loads.
 
     >>> import numpy as np
@@ -206,52 +235,125 @@ def evaluate(
     >>> sorted(evaluate(plan, counts, "cloudmatrix384").scores)
     ['contiguous', 'greedy', 'plan']
     """
-    Target(tokens=tokens).check_tokens()
+    Target(tokens=tokens, ranks=ranks, nodes=nodes).check_tokens()
+    risk = placement.Risk.parse(objective)
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=ranks, nodes=nodes)
+    plan = plan if routing is None else plan.routed(routing)
+    machine = as_machine(machine)
+    plan = plan if nodes is not None else on_nodes(plan, machine)
     recording = Recording(domain=domain, windows=windows, first_layer=first_layer)
     part, counted = placement.align(plan, as_loads(loads, recording))
     price = LayerPrice(
-        model, as_machine(machine),
+        model, machine,
         ranks=plan.ranks, experts=plan.experts, redundant=plan.slots - plan.experts,
         nodes=plan.nodes if plan.nodes > 1 else nodes, tokens=tokens,
     )  # fmt: skip
     served = price.scale(counted)
     plans: dict[str, Plan] = {"plan": part}
-    scores: dict[str, Score] = {"plan": placement.evaluate_by_depth(part, served, price.with_slots)}
-    if baselines and (plan.filled == plan.slots_per_rank).all():
-        problem = Problem(served, plan.ranks, plan.slots - plan.experts, plan.nodes)
-        for method in ("greedy", "contiguous"):
+    if part.routing != "even" and part.split is None:
+        plans["plan, split evenly"] = part.even()
+    problem = None
+    if (plan.filled == plan.slots_per_rank).all():
+        problem = Problem(
+            served, plan.ranks, plan.slots - plan.experts, plan.nodes,
+            objective=risk, routing=part.routing,
+        )  # fmt: skip
+        for method in ("greedy", "contiguous") if baselines else ():
             plans[method] = placement.place(problem, method, price)
-            scores[method] = placement.evaluate(plans[method], served, price)
-    return Placement(plans=plans, scores=scores, loads=served, price=price, method="plan")
+    scores: dict[str, Score] = {}
+    for name, found in plans.items():
+        score = placement.evaluate_by_depth(found, served, price.with_slots)
+        bound_s = float(risk(score.lower_bound_s))
+        if problem is not None:
+            routed = replace(problem, routing=found.routing)
+            bound_s = placement.lower_bound_objective_s(routed, price)
+        scores[name] = replace(
+            score, objective_s=float(risk(score.time_s)), objective_bound_s=bound_s
+        )
+    return Placement(
+        plans=plans, scores=scores, loads=served, price=price, method="plan", objective=objective
+    )
 
 
-def export_allows(format: str, loads: Loads, target: Target, search: Search) -> None:
+def on_nodes(plan: Plan, machine: Supernode) -> Plan:
+    """The plan on as few nodes of a machine as hold its ranks, where its routing asks for nodes and
+    it knows of one only (an engine's file does not say)."""
+    if plan.routing != "nearest-copy" or plan.nodes > 1:
+        return plan
+    return replace(plan, nodes=mesh_spread(plan.ranks, machine).nodes)
+
+
+def export_allows(export: Export, loads: Loads, target: Target, search: Search) -> None:
     """Before long work: can a plan for these loads be written in this format?
 
     Raises: ValueError of one line, saying what is missing.
     """
+    format, labels = export.format, loads.layer_labels
     full = not (search.weighted or target.without_ranks or target.memory_gib is not None)
-    if format != Export.format and not full:
+    empty = target.uneven and (loads.experts + target.extra_slots(loads.experts)) % target.check()
+    if format != Export.format and (not full or empty):
         raise ValueError(
             f"--format {format} holds neither empty slots nor shares per slot: do without "
-            f"--without-ranks, --memory-gib and --weighted"
+            f"--without-ranks, --memory-gib, --uneven and --weighted"
         )
-    if format == "sglang" and loads.layer_labels is None:
+    if search.weighted and target.routing != "even":
+        raise ValueError("--weighted makes shares of its own: it goes with --routing even")
+    engine = placement.ENGINES.get(format)
+    if engine is None:
+        return
+    if engine.numbered and labels is None:
         raise ValueError(
-            f"{loads.source}: SGLang's file numbers layers as the model does, dense ones "
+            f"{loads.source}: {engine.name}'s file numbers layers as the model does, dense ones "
             f"included; give --first-layer (3 for DeepSeek-V3)"
         )
+    last = max(labels or (0,))
+    if engine.numbered and export.model_layers is not None and export.model_layers <= last:
+        raise ValueError(
+            f"{loads.source}: layer {last} is recorded; model_layers must be above it, got "
+            f"{export.model_layers}"
+        )
+    gap = next((one for one, two in pairwise(labels or ()) if two != one + 1), None)
+    if not engine.numbered and gap is not None:
+        raise ValueError(
+            f"{loads.source}: {engine.name}'s file counts the MoE layers one by one, and layer "
+            f"{gap + 1} is not recorded; record all layers"
+        )
+
+
+def _model_layers(export: Export, model: str, loads: Loads) -> ModelLayers | None:
+    """The layers of the model, for files that go by their numbers; None where it is not known."""
+    known = load_config(model)
+    fits = known.routed_experts == loads.experts
+    if export.model_layers is not None:
+        return ModelLayers(export.model_layers, known.mtp_layers if fits else 0)
+    labels = loads.layer_labels
+    if not fits or labels is None or max(labels) >= known.layers:
+        return None
+    return ModelLayers(known.layers, known.mtp_layers)
 
 
 def as_loads(loads: LoadsLike, recording: Recording) -> Loads:
     """Loads as given or read, their layers numbered."""
     if isinstance(loads, str | Path):
-        read = placement.read_loads(loads, windows=recording.windows, domain=recording.domain)
-        return read.numbered(recording.first_layer)
+        of = {"windows": recording.windows, "domain": recording.domain}
+        if not set("*?[") & set(recording.domain or ""):
+            return placement.read_loads(loads, **of).numbered(recording.first_layer)
+        family = placement.read_family(loads, **of)
+        named = [
+            replace(part, window_names=_named(name, part), source=str(loads))
+            for name, part in family.items()
+        ]
+        joined = reduce(lambda one, two: one.join(two), named)
+        return joined.numbered(recording.first_layer)
     given = loads if isinstance(loads, Loads) else Loads(loads)
     return given.numbered(recording.first_layer)
+
+
+def _named(name: str, loads: Loads) -> tuple[str, ...]:
+    """Names of the windows of a workload."""
+    many = len(loads.counts) > 1
+    return tuple(f"{name} {n}" if many else name for n in range(len(loads.counts)))
 
 
 def _split(loads: Loads, recording: Recording, judging: Judging) -> tuple[Loads, Loads | None]:
@@ -259,9 +361,9 @@ def _split(loads: Loads, recording: Recording, judging: Judging) -> tuple[Loads,
     count = len(loads.counts)
     train, test = loads, None
     if recording.train_windows is not None:
-        train = replace(loads, counts=loads.counts[recording.trained_on(count)])
+        train = loads.of_windows(recording.trained_on(count))
     if judging.test_windows is not None:
-        test = replace(loads, counts=loads.counts[judging.tested_on(count)])
+        test = loads.of_windows(judging.tested_on(count))
     if judging.test is not None:
         test = as_loads(judging.test, Recording(first_layer=recording.first_layer))
         loads.check_same_model(test)
@@ -293,10 +395,13 @@ def _seen(routes: Routes | None, recording: Recording, judging: Judging):
 
 
 def _problem(loads: Loads, price: LayerPrice, target: Target, search: Search) -> Problem:
+    routing = target.routing or "even"
+    nodes = price.spread if routing == "nearest-copy" else 1
     problem = Problem(
-        loads, price.ranks, target.redundant - target.shared, target.nodes or 1, target.groups,
+        loads, price.ranks, (target.redundant or 0) - target.shared, target.nodes or nodes,
+        target.groups,
         objective=placement.Risk.parse(search.objective),
-        without_ranks=target.dead_ranks,
+        without_ranks=target.dead_ranks, routing=routing, uneven=target.uneven,
     )  # fmt: skip
     if target.memory_gib is None:
         return problem
@@ -308,4 +413,6 @@ def _running(plan, target: Target, problem: Problem) -> Plan:
     """The plan that is running, with the layers of the loads."""
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=target.ranks, nodes=target.nodes)
+    if problem.routing != "even":
+        plan = replace(plan, nodes=problem.nodes, routing=problem.routing)
     return placement.align(plan, problem.loads)[0]

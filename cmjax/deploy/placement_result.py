@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,15 +14,24 @@ from cmjax.deploy.place_options import Export, Search
 from cmjax.files import replace_text
 from cmjax.placement import (
     BASELINES,
+    ENGINES,
     PLAN_FORMATS,
     Loads,
     Plan,
     Score,
+    domain_of_window,
     once_per_rank,
     plan_text,
 )
 
 _DRAWN = ("contiguous", "greedy")  # of the rules: the others look like these
+
+
+class ModelLayers(NamedTuple):
+    """Layers of a model: all but those of multi-token prediction, and these."""
+
+    layers: int
+    mtp: int = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -38,6 +47,7 @@ class Placement:
       method: which of the plans was asked for.
       objective: what was minimised, over the windows.
       shrink: how much nearer to even the loads were that the plan was made for.
+      model_layers: layers of the model that the plan is for, where known.
     """
 
     plans: Mapping[str, Plan]
@@ -47,6 +57,7 @@ class Placement:
     method: str
     objective: str = Search.objective
     shrink: float = 0.0
+    model_layers: ModelLayers | None = None
 
     @property
     def plan(self) -> Plan:
@@ -80,7 +91,9 @@ class Placement:
 
         Raises: ValueError where it cannot be made so.
         """
-        return once_per_rank(self.plan, self.loads) if format == "vllm-ascend" else self.plan
+        if format == "vllm-ascend" and self.plan.doubles:
+            return once_per_rank(self.plan, self.loads)
+        return self.plan
 
     def text(self, format: str = Export.format) -> str:
         """The plan as the text of a file; what stands beside it is kept in cmjax's own only.
@@ -88,7 +101,57 @@ class Placement:
         Raises: ValueError for an unknown format, or a plan that the format cannot hold.
         """
         beside = self._beside() if format == Export.format else {}
+        if self.model_layers is not None:
+            beside |= {
+                "model_layers": self.model_layers.layers,
+                "mtp_layers": self.model_layers.mtp,
+            }
         return plan_text(self.fit(format), format, **beside)
+
+    @property
+    def unknown(self) -> str:
+        """What the recording cannot say of other texts; "" where it holds several workloads."""
+        if domain_of_window(self.loads).any() or self.method == "plan":
+            return ""
+        windows = len(self.loads.counts)
+        seen = "one window" if windows == 1 else f"{windows} windows of one recording"
+        gain = ""
+        greedy = self.scores.get("greedy")
+        if greedy is not None and self.method in ("search", "gradient"):
+            share = 1 - self.score.cost_s / greedy.cost_s
+            gain = f"; the {share:.1%} that {self.method} gains over greedy here may not be there"
+        return (
+            f"{seen}: how far other texts differ is not known from it{gain}. Add workloads "
+            f"(--family), judge on others (--test), or plan for what may come (--method robust)"
+        )
+
+    def told(self, format: str, path: str | Path = "PLAN") -> tuple[str, ...]:
+        """What a person should know of the file of an engine: its rows, and the options to give.
+
+        Args:
+          format: that of the file.
+          path: of the file, as the engine is told it.
+        Returns: sentences; none for cmjax's own format.
+        """
+        engine = ENGINES.get(format)
+        if engine is None:
+            return ()
+        lines = [f"{engine.name} needs: {engine.options(self.plan, str(path))}"]
+        labels = self.plan.layer_labels
+        if engine.numbered and labels is not None:
+            known = self.model_layers
+            layers = known.layers if known else max(labels) + 1
+            last = layers + (known.mtp if known and format == "tensorrt-llm" else 0)
+            first, kept = min(labels), last - len(labels)
+            if format == "tensorrt-llm":
+                kept = last - layers
+            lines.append(
+                f"the file has rows for layers {first if format == 'tensorrt-llm' else 0} to "
+                f"{last - 1}"
+                + (f", {kept} of them as without a plan (dense or not recorded)" if kept else "")
+                + ("" if known else "; if the model has more layers, give --model-layers")
+            )
+        return tuple(lines)
 
     def save(self, path: str | Path, format: str = Export.format) -> None:
         """Write the plan; an existing file is replaced only once the new one is complete.
@@ -136,6 +199,7 @@ class Placement:
             "method": self.method,
             "objective": self.objective,
             "shrink": self.shrink,
+            "routed": self.plan.routing,
             "machine": self.price.machine.name,
             "evaluation": {name: score.to_dict() for name, score in self.scores.items()},
         }

@@ -15,7 +15,7 @@ from cmjax import placement
 from cmjax.cost.load import imbalance
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.place_options import LoadsLike, Recording
-from cmjax.deploy.placed import as_loads
+from cmjax.deploy.placed import as_loads, on_nodes
 from cmjax.deploy.prediction import Prediction, fastest
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
@@ -194,6 +194,6 @@ def _split_options(model, requests, options) -> tuple[Deployment, Requests]:
 
 
 def _read_plan(plan, deployment: Deployment, machine: Supernode) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
-    return placement.read_plan(str(plan), ranks=_ep_ranks(deployment, machine))
+    if not isinstance(plan, Plan):
+        plan = placement.read_plan(str(plan), ranks=_ep_ranks(deployment, machine))
+    return on_nodes(plan, machine)

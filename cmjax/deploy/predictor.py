@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Float
 
 from cmjax.cost.host import on_host
 from cmjax.cost.interval import Interval, interval
@@ -112,6 +113,22 @@ class Predictor:
             key: interval(float(value), by_key.get(key, step)[at], known)
             for key, value in predicted.headlines().items()
         }
+
+    def steps_s(
+        self, batch: Float[np.ndarray, "n"], length: Float[np.ndarray, "n"], acceptance: float = 0.7
+    ) -> Float[np.ndarray, "n"]:
+        """Seconds of steps, the host's included, for many batches at once.
+
+        Args:
+          batch: requests per NPU; need not divide over anything. length: cached tokens of a request
+            in decode, prompt tokens in prefill. acceptance: of drafts.
+        """
+        name = "context" if self.deployment.decoding else "prompt"
+        sizes: dict[str, Any] = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
+        requests = Requests(acceptance=acceptance, **sizes)
+        symbols, differences = self.symbols(requests), self.differences(requests)
+        totals = self._prices({}).totals(self.machine, symbols, differences)
+        return np.asarray(totals + self.host_s, float)
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""

@@ -24,6 +24,9 @@ TARGETS = (
     "cmjax_sum_words",
 )
 
+# Functions that are called as they are, on arrays of the host: see `function`.
+PLAIN = ("cmjax_serve_hits", "cmjax_serve_run", "cmjax_serve_take")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
@@ -70,7 +73,7 @@ def status() -> Status:
             "install cmjax again".format(*built, *running),
             needed=switch == "on",
         )
-    missing = [name for name in TARGETS if not hasattr(library, name)]
+    missing = [name for name in (*TARGETS, *PLAIN) if not hasattr(library, name)]
     if missing:
         return _without(
             f"the library was built from older sources and lacks {', '.join(missing)}; "
@@ -95,6 +98,17 @@ def call(target: str, out: Any, *operands: jax.Array, **attributes: Any) -> Any:
     assert target in TARGETS and status().enabled, (target, status())  # the first call registers
     outs = list(out) if isinstance(out, Sequence) else out
     return jax.ffi.ffi_call(target, outs)(*operands, **attributes)
+
+
+def function(name: str) -> Any:
+    """One of `PLAIN`, whose types the caller sets; `None` where the kernels do not run."""
+    assert name in PLAIN, name
+    return getattr(_opened(), name) if status().enabled else None
+
+
+@functools.cache
+def _opened() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_PATH))
 
 
 def _choice(variable: str, default: str, values: tuple[str, ...]) -> str:

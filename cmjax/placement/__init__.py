@@ -2,7 +2,9 @@
 
 from cmjax.placement.example import example_family, example_loads
 from cmjax.placement.files import (
+    ENGINES,
     PLAN_FORMATS,
+    Engine,
     domains,
     plan_text,
     read_family,
@@ -11,6 +13,7 @@ from cmjax.placement.files import (
     read_plan,
     read_plans,
     read_routes,
+    routing_of,
     write_plan,
 )
 from cmjax.placement.judging import (
@@ -51,6 +54,7 @@ from cmjax.placement.methods import (
     place,
     register_method,
     relax_and_round,
+    robust,
     search,
     shuffled,
 )
@@ -70,13 +74,18 @@ from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
 from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
+from cmjax.placement.routing import ROUTINGS, Routing
 from cmjax.placement.shared import with_shared
+from cmjax.placement.shift import domain_of_window, predictive, without_domain
 
 __all__ = [
     "BASELINES",
+    "ENGINES",
     "METHODS",
     "PLAN_FORMATS",
+    "ROUTINGS",
     "Comparison",
+    "Engine",
     "GradientConfig",
     "Judge",
     "LayerTime",
@@ -89,6 +98,7 @@ __all__ = [
     "Rebalancer",
     "Risk",
     "Routes",
+    "Routing",
     "Score",
     "SearchConfig",
     "Transfer",
@@ -99,6 +109,7 @@ __all__ = [
     "compare",
     "contiguous",
     "count_moves",
+    "domain_of_window",
     "domains",
     "evaluate",
     "evaluate_by_depth",
@@ -120,6 +131,7 @@ __all__ = [
     "optimize_split",
     "place",
     "plan_text",
+    "predictive",
     "reach",
     "read_family",
     "read_loads",
@@ -130,11 +142,14 @@ __all__ = [
     "register_method",
     "relax_and_round",
     "repair",
+    "robust",
+    "routing_of",
     "search",
     "shuffled",
     "step_par",
     "transfers",
     "wire_s",
     "with_shared",
+    "without_domain",
     "write_plan",
 ]

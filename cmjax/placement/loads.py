@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +20,7 @@ class Loads:
       source: where the counts are from, for messages and reports.
       layer_labels: the model's own number of each layer, where the recording says; a recording may
         hold layers 0, 10 and 20 only, and a model's first layers may be dense.
+      window_names: what each window is, where the recording says: a workload's name.
     Raises: ValueError, one line, for counts that are no loads.
 
     >>> loads = Loads([[30, 10, 20, 40]])  # one window of one layer
@@ -31,6 +33,7 @@ class Loads:
     counts: Float[np.ndarray, "windows layers experts"]
     source: str = "loads"
     layer_labels: tuple[int, ...] | None = None
+    window_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         counts = np.asarray(self.counts)
@@ -66,6 +69,18 @@ class Loads:
         object.__setattr__(
             self, "layer_labels", checked_labels(self.layer_labels, counts.shape[1], self.source)
         )
+        if self.window_names is not None:
+            if len(self.window_names) != len(counts):
+                raise ValueError(
+                    f"{self.source}: expected {len(counts)} names of windows, found "
+                    f"{len(self.window_names)}"
+                )
+            object.__setattr__(self, "window_names", tuple(map(str, self.window_names)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for every window: its own, else its number."""
+        return self.window_names or tuple(f"window {n}" for n in range(len(self.counts)))
 
     @property
     def layers(self) -> int:
@@ -95,7 +110,15 @@ class Loads:
         self.check_same_model(other)
         total = float(self.counts[0].sum(-1).mean())
         counts = [part.scaled(total).counts for part in (self, other)]
-        return replace(self, counts=np.concatenate(counts))
+        names = [part.window_names or _numbered(part) for part in (self, other)]
+        return replace(self, counts=np.concatenate(counts), window_names=(*names[0], *names[1]))
+
+    def of_windows(self, windows: slice | Sequence[int]) -> "Loads":
+        """The loads of some windows."""
+        names = self.window_names
+        if names is not None:
+            names = tuple(np.array(names, object)[windows])
+        return replace(self, counts=self.counts[windows], window_names=names)
 
     def check_same_model(self, other: "Loads") -> None:
         """Raise ValueError unless both count the same layers and experts."""
@@ -120,6 +143,13 @@ class Loads:
             raise ValueError(f"shrink must lie between 0 and 1, got {share}")
         mean = self.counts.mean(-1, keepdims=True)
         return replace(self, counts=(1 - share) * self.counts + share * mean)
+
+
+def _numbered(loads: Loads) -> tuple[str, ...]:
+    """Names of windows after where they are from."""
+    stem = PurePath(loads.source).name.rpartition(".")[0] or loads.source
+    count = len(loads.counts)
+    return (stem,) if count == 1 else tuple(f"{stem} {n}" for n in range(count))
 
 
 def checked_labels(

@@ -1,9 +1,11 @@
 """A placement: which expert each physical slot of each rank holds, and how its tokens are split.
 
-Slot s lives on rank s // slots_per_rank. Where an expert's tokens are split evenly over its copies,
-a rank receives
+Slot s lives on rank s // slots_per_rank, which receives
 
-    tokens[r] = sum over slots s of rank r of  load[expert[s]] / copies[expert[s]].
+    tokens[r] = sum over slots s of rank r of  load[expert[s]] · share[s],
+
+where the share is 1 / copies[expert[s]] if an expert's tokens are split evenly over its copies, and
+what the engine's rule makes of it otherwise (`routing`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cmjax.placement.loads import checked_labels
+from cmjax.placement.routing import Routing
 
 EMPTY = -1
 """What an empty slot holds."""
@@ -32,12 +35,14 @@ class Plan:
       nodes: nodes the ranks are spread over, in order.
       layer_labels: the model's own number of each layer, where known.
       split: float64 `[layers, slots]`, the share of its expert's tokens that a slot serves, 0 in
-        empty slots; None is an even split over copies.
+        empty slots; None is what `routing` makes of it.
       provenance: how the plan came about, as JSON can hold it.
       source: where it was read, for messages.
+      routing: how tokens choose among the copies of their expert: `even`, `nearest-copy` (SGLang)
+        or `rank-modulo` (vLLM-Ascend); see `cmjax.placement.routing`.
     Raises: ValueError, one line that starts with `source`, if slots do not divide over the ranks, a
-      slot names no expert, an expert of some layer has no slot, labels are not one per layer, or
-      the shares of an expert do not sum to 1.
+      slot names no expert, an expert of some layer has no slot, labels are not one per layer, the
+      shares of an expert do not sum to 1, or for an unknown routing.
 
     >>> plan = Plan([[0, 1, 2, 0]], experts=3, ranks=2)  # rank 0: experts 0, 1; rank 1: 2, 0
     >>> plan.tokens_per_rank([[60, 10, 20]]).tolist()
@@ -54,6 +59,7 @@ class Plan:
     split: Float[np.ndarray, "layers slots"] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     source: str = "plan"
+    routing: str = "even"
 
     def __post_init__(self):
         experts = np.asarray(self.expert_of_slot)
@@ -88,6 +94,7 @@ class Plan:
         object.__setattr__(self, "layer_labels", labels)
         if self.split is not None:
             object.__setattr__(self, "split", self._checked_split())
+        Routing(self.routing)
 
     def __repr__(self) -> str:
         nodes = f" of {self.nodes} nodes" if self.nodes > 1 else ""
@@ -128,13 +135,15 @@ class Plan:
         """The share of its expert's tokens that each slot serves; 0 in empty slots."""
         if self.split is not None:
             return self.split
+        if self.routing != "even":
+            return self._routed_split()
         copies = np.take_along_axis(self.copies, np.maximum(self.expert_of_slot, 0), axis=1)
         return np.where(self.expert_of_slot == EMPTY, 0.0, 1 / copies)
 
     def tokens_per_rank(
         self, counts: Float[np.ndarray, "*batch layers experts"]
     ) -> Float[np.ndarray, "*batch layers ranks"]:
-        """Tokens each rank receives when every expert splits its tokens as the plan says.
+        """Tokens each rank receives when tokens choose copies as the plan says.
 
         Args:
           counts: tokens per layer and expert, any leading axes (windows).
@@ -153,7 +162,21 @@ class Plan:
 
     def even(self) -> "Plan":
         """The same slots, every expert's tokens split evenly over its copies."""
-        return replace(self, split=None)
+        return replace(self, split=None, routing="even")
+
+    def routed(self, routing: str) -> "Plan":
+        """The same slots and shares, under another rule of choosing a copy.
+
+        Raises: ValueError for an unknown rule.
+        """
+        return replace(self, routing=routing)
+
+    @property
+    def doubles(self) -> int:
+        """Slots that hold what another slot of their rank holds too, over all layers."""
+        ordered = np.sort(self.expert_of_slot.reshape(self.layers, self.ranks, -1), axis=-1)
+        same = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != EMPTY)
+        return int(same.sum())
 
     def select(self, layers: Sequence[int]) -> "Plan":
         """Some layers, by position; no rank has more slots than one of them fills.
@@ -180,6 +203,19 @@ class Plan:
             split=None if self.split is None else kept(self.split),
             layer_labels=None if labels is None else tuple(labels[row] for row in rows),
         )
+
+    def _routed_split(self):
+        """Shares by rule; of two copies on a rank the first gets all, as engines address one."""
+        layer = np.arange(self.layers)[:, None]
+        home = np.arange(self.slots) // self.slots_per_rank
+        held = np.zeros((self.layers, self.experts + 1, self.ranks), bool)
+        held[layer, self.expert_of_slot, home] = True  # -1, an empty slot, is the last row
+        share = Routing(self.routing, self.nodes)(held, self.alive)
+        row = self.expert_of_slot.reshape(self.layers, self.ranks, -1)
+        again = np.tril(row[..., None] == row[..., None, :], -1).any(-1)
+        again = again.reshape(self.expert_of_slot.shape)
+        found = share[layer, self.expert_of_slot, home]
+        return np.where((self.expert_of_slot == EMPTY) | again, 0.0, found)
 
     def _checked_split(self):
         split = np.asarray(self.split)

@@ -1,8 +1,9 @@
 """The placement problem: loads, and the machine's side of the bargain.
 
-A layer has `experts` routed experts and `slots = experts + redundant` physical slots, the same
-number on every rank. Dead ranks and layers with fewer slots make some of them unusable; `dense`
-splits such a problem into ones without exceptions, which is all that a method has to solve.
+A layer has `experts` routed experts and `copies = experts + redundant` places to fill, the same
+number on every rank, or one less on some (`uneven`: a slot of those stays empty). Dead ranks and
+layers with fewer slots make some slots unusable; `dense` splits such a problem into ones without
+exceptions, which is all that a method has to solve.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from cmjax.placement.loads import Loads
 from cmjax.placement.plan import EMPTY, Plan, count_copies
 from cmjax.placement.risk import MEAN, Risk
+from cmjax.placement.routing import Routing
 
 __all__ = ["Plan", "Problem", "count_copies"]
 
@@ -33,8 +35,11 @@ class Problem:
       objective: what counts of the time of all layers, over the windows.
       without_ranks: ranks that hold nothing, such as dead ones.
       slots_by_layer: slots of a rank that each layer may use (default: all of them).
-    Raises: ValueError if ranks, nodes, slots or groups do not divide (it says what would), or the
-      usable slots are fewer than the experts.
+      routing: how tokens choose among the copies of their expert, which every plan of the problem
+        is judged by (`cmjax.placement.routing`).
+      uneven: experts + redundant need not divide over the ranks; some hold one expert less.
+    Raises: ValueError if ranks, nodes, slots or groups do not divide (it says what would), the
+      usable slots are fewer than the experts, or for an unknown routing.
 
     >>> problem = Problem(Loads([[60, 10, 20]]), ranks=2, redundant=1)
     >>> problem.slots, problem.slots_per_rank
@@ -51,6 +56,8 @@ class Problem:
     objective: Risk = MEAN
     without_ranks: tuple[int, ...] = ()
     slots_by_layer: tuple[int, ...] | None = None
+    routing: str = "even"
+    uneven: bool = False
 
     def __post_init__(self):
         for name in ("ranks", "nodes", "groups"):
@@ -67,15 +74,23 @@ class Problem:
             raise ValueError(
                 f"Problem: {self.experts} experts do not divide into {self.groups} groups"
             )
-        over = self.slots % self.ranks
-        if over:
+        over = self.copies % self.ranks
+        if over and not self.uneven:
             fits = [self.redundant - over, self.redundant + self.ranks - over]
             fits = " or ".join(str(fit) for fit in fits if fit >= 0)
             raise ValueError(
                 f"Problem: {self.experts} experts + {self.redundant} redundant slots do not divide "
                 f"over {self.ranks} ranks; the nearest redundant that does is {fits}"
             )
+        if self.uneven and (self.without_ranks or self.slots_by_layer is not None):
+            raise ValueError("Problem: uneven goes with neither without_ranks nor slots_by_layer")
+        Routing(self.routing)
         self._check_usable()
+        alive = self.alive // (self.ranks // self.nodes)
+        if self.routing == "nearest-copy" and len(set(np.bincount(alive).tolist()) - {0}) > 1:
+            raise ValueError(
+                "Problem: routing nearest-copy needs equally many ranks alive on every node"
+            )
 
     @property
     def layers(self) -> int:
@@ -86,12 +101,31 @@ class Problem:
         return self.loads.counts.shape[2]
 
     @property
-    def slots(self) -> int:
+    def copies(self) -> int:
+        """Places that may hold an expert."""
         return self.experts + self.redundant
 
     @property
     def slots_per_rank(self) -> int:
-        return self.slots // self.ranks
+        return -(-self.copies // self.ranks)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a layer: `copies`, and those that stay empty where ranks are uneven."""
+        return self.slots_per_rank * self.ranks
+
+    @property
+    def most_copies(self) -> int:
+        """Copies that an expert gets at most: one a rank, as a second one there is of no use.
+
+        More only where a rank has more slots than there are experts.
+        """
+        return max(self.ranks, -(-self.copies // self.experts))
+
+    @property
+    def route(self) -> Routing:
+        """The rule that gives copies their shares."""
+        return Routing(self.routing, self.nodes)
 
     @property
     def alive(self) -> Int[np.ndarray, "alive"]:
@@ -120,7 +154,8 @@ class Problem:
             return [(np.arange(self.layers), self)]
         alive = self.alive
         by_node = np.bincount(alive // (self.ranks // self.nodes), minlength=self.nodes)
-        nodes = self.nodes if len(set(by_node.tolist())) == 1 else 1
+        by_node = by_node[by_node > 0]
+        nodes = len(by_node) if len(set(by_node.tolist())) == 1 else 1
         parts = []
         for size in np.unique(self.usable):
             rows = np.flatnonzero(self.usable == size)
@@ -174,7 +209,7 @@ class Problem:
         """The loads of some layers."""
         labels = self.loads.layer_labels
         named = None if labels is None else tuple(labels[row] for row in rows)
-        return Loads(self.loads.counts[:, rows], self.loads.source, named)
+        return replace(self.loads, counts=self.loads.counts[:, rows], layer_labels=named)
 
     def plan(self, expert_of_slot: Int[np.ndarray, "layers slots"], split=None) -> Plan:
         """A plan for this problem from the expert of every slot; validates it."""
@@ -186,7 +221,7 @@ class Problem:
             )
         return Plan(
             np.asarray(expert_of_slot), self.experts, self.ranks, self.nodes,
-            self.loads.layer_labels, split,
+            self.loads.layer_labels, split, routing=self.routing,
         )  # fmt: skip
 
     def _check_usable(self):

@@ -12,6 +12,7 @@ from cmjax.primitives.attention import (
     merge_by_lse,
     pasa_attention,
     pasa_beta,
+    with_sinks,
 )
 from cmjax.primitives.convolution import (
     ALGORITHMS,
@@ -84,4 +85,5 @@ __all__ = [
     "quantize_weight",
     "rsq_quantize",
     "winograd_conv1d",
+    "with_sinks",
 ]

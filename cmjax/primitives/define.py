@@ -12,13 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from cmjax.native import status
 
-__all__ = ["Primitive", "Zero", "count_where", "define", "reference_of", "straight_through"]
+__all__ = [
+    "Primitive",
+    "Zero",
+    "clamp",
+    "count_where",
+    "define",
+    "reference_of",
+    "straight_through",
+]
 
 Zero = ad.Zero  # a tangent known to be zero; derivative rules test `type(t) is Zero`
 _REFERENCES: dict[Primitive, Callable] = {}
@@ -33,6 +42,11 @@ def count_where(bad: Callable[[Any], Any], x: Any) -> int:
         return 0
     with jax.ensure_compile_time_eval():
         return int(jnp.sum(bad(jnp.asarray(x)), dtype=jnp.int32))
+
+
+def clamp(low: Any, x: Any, high: Any) -> Any:
+    """`lax.clamp` between plain numbers: they take the dtype of `x`, not float64 under x64."""
+    return lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
 
 
 def reference_of(p: Primitive) -> Callable | None:

@@ -14,6 +14,11 @@ from .plots import plot_step as plot_step
 from .plots import plot_steps_compare as plot_steps_compare
 from .plots import plot_throughput as plot_throughput
 from .plots import plot_timeline as plot_timeline
+from .serving_page import ServingPage as ServingPage
+from .serving_plots import plot_pareto as plot_pareto
+from .serving_tables import measured_table as measured_table
+from .serving_tables import plan_table as plan_table
+from .serving_tables import serving_table as serving_table
 from .tables import comparison_table as comparison_table
 from .tables import key_value_table as key_value_table
 from .tables import placement_table as placement_table

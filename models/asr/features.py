@@ -158,7 +158,7 @@ def _native(samples, *, options: LogMel) -> Float32[Array, "*batch frames bands"
     energies = native.call(
         "cmjax_mel_energies",
         jax.ShapeDtypeStruct((math.prod(lead), count, options.bands), jnp.float32),
-        samples.reshape(-1, length),
+        samples.reshape(math.prod(lead), length),
         jnp.asarray(_povey(options.frame) * FULL_SCALE, jnp.float32),
         jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=-1), jnp.float32),
         jnp.asarray(filters),
@@ -183,7 +183,8 @@ def _windowed(x: Array, count: int, options: LogMel) -> Float32[Array, "*batch c
     before = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])[..., :-1]
     # XLA would compute what is in a barrier anew for every frame that it is part of.
     emphasised = lax.optimization_barrier(x - PRE_EMPHASIS * before)
-    rows, emphasised = (y.reshape(*y.shape[:-1], -1, shift) for y in (x, emphasised))
+    steps = length // shift
+    rows, emphasised = (y.reshape(*y.shape[:-1], steps, shift) for y in (x, emphasised))
     sums = {width: rows[..., :width].sum(axis=-1) for width in set(widths)}
     total = sum(sums[width][..., j : j + count] for j, width in enumerate(widths))
     left = lax.optimization_barrier(total * ((1 - PRE_EMPHASIS) / frame))[..., None]

@@ -5,6 +5,7 @@ Label 0 is CTC's blank in both.
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -43,6 +44,11 @@ class Alphabet:
         """Every word of some transcripts, in alphabetical order."""
         return cls("words", tuple(sorted({word for text in transcripts for word in text.split()})))
 
+    @classmethod
+    def of_characters(cls, transcripts: Iterable[str]) -> "Alphabet":
+        """Every character of some transcripts, in the order of their code points."""
+        return cls("characters", tuple(sorted(set("".join(transcripts)))))
+
     @property
     def size(self) -> int:
         """Labels, the blank among them."""
@@ -71,6 +77,24 @@ class Alphabet:
 
 
 def normalise(text: str) -> str:
-    """Lower case; dashes and punctuation become spaces; curly apostrophes straight ones."""
-    text = text.lower().replace("\u2019", "'")
-    return " ".join(re.sub(r"[-\u2010-\u2015.,;:!?\"()\[\]\u201c\u201d]", " ", text).split())
+    """Lower case; dashes and punctuation become spaces; curly apostrophes straight ones.
+
+    Letters are composed (NFC): in files of some systems й is и and a breve. Of ASCII, what is read
+    aloud (% & @ and the like) stays, so that its utterance is found to be misspelled.
+
+    Example:
+
+      >>> normalise("«Чай — это я», don’t!")
+      "чай это я don't"
+    """
+    text = unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'")
+    text = re.sub(r"[-.,;:!?\"()\[\]]", " ", text)
+    return " ".join("".join(_spoken(character) for character in text).split())
+
+
+def _spoken(character: str) -> str:
+    """A character; a space for punctuation outside ASCII, and nothing for what has no width."""
+    if character.isascii():
+        return character
+    category = unicodedata.category(character)
+    return " " if category.startswith("P") else "" if category == "Cf" else character

@@ -27,15 +27,18 @@ from cmjax.models.moe.config import (
     tiny,
 )
 from cmjax.models.moe.generation import (
+    ChatTemplate,
     Completion,
     Generated,
     Generator,
     GeneratorOptions,
     Sampler,
+    encode_prompt,
     generate,
     open_generator,
     open_tokenizer,
     place_params,
+    read_chat_template,
 )
 from cmjax.models.moe.layers import extend_cache, quantize_params
 from cmjax.models.moe.model import MoEModel, convert_params, from_config
@@ -62,6 +65,7 @@ __all__ = [
     "ARITHMETICS",
     "PRESETS",
     "Arithmetic",
+    "ChatTemplate",
     "Checkpoint",
     "Completion",
     "DecodeInputs",
@@ -88,6 +92,7 @@ __all__ = [
     "decode_fn",
     "deepseek_r1",
     "deepseek_v3",
+    "encode_prompt",
     "ep_table",
     "extend_cache",
     "from_config",
@@ -107,6 +112,7 @@ __all__ = [
     "prefill_fn",
     "published_table",
     "quantize_params",
+    "read_chat_template",
     "read_config",
     "save",
     "shard_params",

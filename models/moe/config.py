@@ -71,6 +71,8 @@ class LinearScaling:
     """Position interpolation (Chen et al. 2023): every frequency is divided by `factor`."""
 
     factor: float
+    mscale_all_dim: float | None = None
+    """See `YarnConfig`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class DynamicScaling:
     """
 
     factor: float
+    mscale_all_dim: float | None = None
+    """See `YarnConfig`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,8 @@ class Llama3Scaling:
     """Dimensions that turn more often than this are kept."""
     original_max_position: int
     """Context length of pre-training."""
+    mscale_all_dim: float | None = None
+    """See `YarnConfig`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ class YarnConfig:
     mscale: float | None = None
     """Numerator of the factor on cos and sin."""
     mscale_all_dim: float | None = None
-    """Denominator of that factor; also scales the softmax temperature."""
+    """Denominator of that factor; with latent attention also scales the softmax's temperature."""
     attention_factor: float | None = None
     """The factor on cos and sin itself, instead of the two before."""
     truncate: bool = True
@@ -184,7 +190,7 @@ class MoEConfig:
     tie_embeddings: bool = False
     """Whether the output head is the embedding, transposed."""
     max_position: int = 4096
-    """Longest context the model is meant for, tokens."""
+    """Longest context the model is meant for, tokens; see `context_limit`."""
     mtp_layers: int = 0
     """Multi-token-prediction modules."""
     end_tokens: tuple[int, ...] = ()
@@ -235,6 +241,14 @@ class MoEConfig:
         """Layers with experts."""
         return self.layers - len(self.dense_layers)
 
+    @property
+    def context_limit(self) -> int:
+        """Longest context, tokens: `max_position`, or as far as YaRN stretches the original one."""
+        yarn = self.rope.scaling
+        if not isinstance(yarn, YarnConfig):
+            return self.max_position
+        return max(self.max_position, int(yarn.factor * yarn.original_max_position))
+
     def kind(self, layer: int) -> LayerKind:
         """What the feed-forward block of a layer is."""
         return "dense" if layer in self.dense_layers else "moe"
@@ -282,6 +296,7 @@ def deepseek_v3() -> MoEConfig:
         ),
         max_position=163840,
         mtp_layers=1,
+        end_tokens=(1,),
     )
 
 

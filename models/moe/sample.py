@@ -15,6 +15,7 @@ def sample(
     uniform: Float32[Array, "*batch"],
     temperature: Float32[Array, "*#batch"],
     top_p: Float32[Array, "*#batch"],
+    top_k: Int32[Array, "*#batch"] | None = None,
 ) -> Int32[Array, "*batch"]:
     """Draw a token by inverse transform from the nucleus of `softmax(logits / temperature)`.
 
@@ -30,13 +31,18 @@ def sample(
       temperature: 0 means greedy.
       top_p: the nucleus is the fewest most likely tokens whose probabilities reach `top_p`; at
         least one token.
+      top_k: of the nucleus's tokens, first, only this many likeliest; `None` for no limit.
     """
     cold = jnp.where(temperature > 0, temperature, 1)[..., None]
     tokens = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     keys, ranked = lax.sort((-logits / cold, tokens), dimension=-1, num_keys=1)
+    if top_k is not None:
+        keys = jnp.where(tokens < top_k[..., None], keys, jnp.inf)
     probability = jax.nn.softmax(-keys, axis=-1)
     reached = jnp.cumsum(probability, axis=-1)
     in_nucleus = (reached - probability < top_p[..., None]).at[..., 0].set(True)
+    if top_k is not None:
+        in_nucleus &= tokens < jnp.maximum(top_k, 1)[..., None]
     total = jnp.max(jnp.where(in_nucleus, reached, 0), axis=-1)
     below = (reached <= (uniform * total)[..., None]) & in_nucleus
     last = jnp.sum(in_nucleus, axis=-1, dtype=jnp.int32) - 1

@@ -38,6 +38,7 @@ class Sampling:
     uniform: Float32[Array, "requests *new"]  # in [0, 1), one per token the step may emit
     temperature: Float32[Array, "requests"]  # 0: greedy
     top_p: Float32[Array, "requests"]
+    top_k: Int32[Array, "requests"] | None = None  # None: no limit
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +107,8 @@ def decode_step(model: MoEModel, inputs: DecodeInputs) -> DecodeOutput:
     logits = model.main.logits(jnp.concatenate(hidden))
     with jax.named_scope("sample"):
         how = inputs.sampling
-        sampled = sample(logits, how.uniform, how.temperature[:, None], how.top_p[:, None])
+        top_k = None if how.top_k is None else how.top_k[:, None]
+        sampled = sample(logits, how.uniform, how.temperature[:, None], how.top_p[:, None], top_k)
         agrees = (sampled[:, :-1] == inputs.tokens[:, 1:]).astype(jnp.int32)
         accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1)
         tokens = jnp.take_along_axis(sampled, accepted[:, None], axis=1)
@@ -130,7 +132,7 @@ def prefill_step(model: MoEModel, inputs: PrefillInputs, kv_cache: KVCache) -> P
     logits = model.main.logits(_at(jnp.concatenate(hidden), last))
     with jax.named_scope("sample"):
         how = inputs.sampling
-        first = sample(logits, how.uniform, how.temperature, how.top_p)
+        first = sample(logits, how.uniform, how.temperature, how.top_p, how.top_k)
     out = first[:, None]
     if model.mtp is not None:
         with jax.named_scope("mtp"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cmjax.cli import main
-from cmjax.placement import read_plan
+from cmjax.placement import Plan, read_plan, routing_of, write_plan
 
 SMALL = ["--ranks", "4", "--redundant", "4", "--method", "greedy"]
 
@@ -23,24 +23,62 @@ def evaluate(capsys, plan, *arguments):
     return json.loads(capsys.readouterr().out)["evaluation"]
 
 
-@pytest.mark.parametrize("format", ["own", "sglang", "vllm-ascend"])
+NUMBERED = {"sglang", "tensorrt-llm"}
+SILENT = {"sglang", "tensorrt-llm", "vllm"}  # as to the ranks
+
+
+@pytest.mark.parametrize("format", ["own", "sglang", "vllm-ascend", "vllm", "tensorrt-llm"])
 def test_a_written_plan_is_judged_as_when_it_was_made(format, capsys, loads, tmp_path):
-    path = tmp_path / "plan.json"
+    path = tmp_path / ("plan.yaml" if format == "tensorrt-llm" else "plan.json")
     path.write_text("old")
-    main(["place", loads, *SMALL, "--json", "-"])
+    routing = routing_of(format)
+    main(["place", loads, *SMALL, "--routing", routing, "--json", "-"])
     made = json.loads(capsys.readouterr().out)["evaluation"]["greedy"]
-    labels = ["--first-layer", "3"] if format == "sglang" else []
+    main(["place", loads, *SMALL, "--json", "-"])
+    made_even = json.loads(capsys.readouterr().out)["evaluation"]["greedy"]
+    labels = ["--first-layer", "3"] if format in NUMBERED else []
     assert main(["place", loads, *SMALL, *labels, "--format", format, "--json", str(path)]) == 0
     said = capsys.readouterr().out
-    ranks = [*labels, "--ranks", "4"] if format == "sglang" else []
+    ranks = [*labels, "--ranks", "4"] if format in SILENT else []
     found = evaluate(capsys, path, loads, *ranks)
-    assert set(found) == {"plan", "greedy", "contiguous"}
+    both = routing != "even"
+    beside = {"plan, split evenly"} if both else set()
+    assert set(found) == {"plan", "greedy", "contiguous"} | beside
     assert found["greedy"] == pytest.approx({name: made[name] for name in found["greedy"]})
-    if format == "vllm-ascend":  # greedy has an expert twice on a rank, which must be undone
-        assert "one copy of an expert per rank: 2 slots changed" in said
-        assert f"-> {found['plan']['mean_par']:.4f}" in said
-    else:
-        assert found["plan"] == pytest.approx(found["greedy"])
+    assert found["plan"] == pytest.approx(found["greedy"])
+    if both:
+        split = found["plan, split evenly"]
+        assert split == pytest.approx({name: made_even[name] for name in split})
+    assert ("needs:" in said) == (format != "own")
+
+
+@pytest.mark.parametrize("format", ["sglang", "vllm-ascend"])
+def test_a_plan_is_made_and_judged_as_its_engine_routes(format, capsys, tmp_path):
+    loads, path = tmp_path / "loads.json", tmp_path / "plan.json"
+    loads.write_text("[[300, 100, 100, 100, 100, 100, 100, 100]]")
+    shape = ["--ranks", "4", "--nodes", "2"]
+    made = [*shape, "--redundant", "4", "--first-layer", "0", "--format", format]
+    assert main(["place", str(loads), *made, "--json", str(path)]) == 0
+    capsys.readouterr()
+    assert evaluate(capsys, path, str(loads), *shape)["plan"]["mean_par"] == pytest.approx(1.0)
+    old = Plan([[0, 6, 2, 0, 7, 2, 0, 3, 1, 1, 4, 5]], 8, 4, 2, (0,))
+    write_plan(path, old, format)
+    found = evaluate(capsys, path, str(loads), *shape)
+    assert found["plan, split evenly"]["mean_par"] == pytest.approx(1.0)
+    assert found["plan"]["mean_par"] == pytest.approx(1.2)
+
+
+def test_copies_stay_within_the_ranks_of_engines_that_want_one_a_rank(capsys, tmp_path):
+    loads, path = tmp_path / "loads.json", tmp_path / "plan.json"
+    hot = [600, 100, 60, 60, 60, 40, 40, 40]
+    loads.write_text(json.dumps([hot, hot[::-1]]))
+    shape = ["--ranks", "4", "--redundant", "8", "--format", "vllm-ascend"]
+    assert main(["place", str(loads), *shape, "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    plan = read_plan(path)
+    assert plan.doubles == 0 and plan.copies.max() == 4
+    assert evaluate(capsys, path, str(loads))["plan"]["mean_par"] < 1.0134
+    assert '"num_redundant_experts": 8' in said
 
 
 def test_our_own_file_says_how_the_plan_came_about(capsys, loads, tmp_path):

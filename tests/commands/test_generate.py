@@ -1,11 +1,17 @@
 """The command: what it prints, and one line for what it cannot do."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from cmjax.cli import main
+from cmjax.models import moe
+from cmjax.models.moe.config import Rope, YarnConfig
 from cmjax.placement import Plan, write_plan
 
 RANDOM = ["--random", "tiny", "--prompt", "a"]
@@ -51,6 +57,13 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
         ([*RANDOM, "--new-tokens", "256"], "prompt 1 has 1 tokens and is to get 256 more"),
         ([*RANDOM, "--context", "10"], "prompt 1 has 1 tokens .* the cache holds 10"),
         ([*RANDOM, "--top-p", "2"], "top_p must lie in 0..1, got 2"),
+        ([*RANDOM, "--top-p", "0"], "top_p must be more than 0, got 0"),
+        ([*RANDOM, "--top-p", "nan"], "top_p must lie in 0..1, got nan"),
+        ([*RANDOM, "--temperature", "nan"], "temperature must be a finite number, got nan"),
+        ([*RANDOM, "--temperature", "inf"], "temperature must be a finite number, got inf"),
+        ([*RANDOM, "--top-k", "-1"], "top_k must be at least 0 .* got -1"),
+        ([*RANDOM, "--chat"], "--chat needs the chat template of a checkpoint"),
+        ([*RANDOM, "--system", "Be kind."], "--system and --chat-option go with --chat"),
         (["--random", "tiny", "--prompt-tokens", "1;2"], "numbers with commas, got '1;2'"),
         (["--random", "tiny", "--prompt-tokens", "1,400"], "holds token 400"),
         ([*RANDOM, "--prompt-file", "no/such.txt"], "no/such.txt: cannot be read"),
@@ -95,3 +108,92 @@ def test_greedy_tokens_of_a_checkpoint_on_a_mesh_equal_hugging_face(data, capsys
     assert found["speed"]["decode_steps"] == 15
     assert "every byte is a token" in output.err
     assert "tokens/s" in output.err
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %} {{ answer | default('assistant') }}{% endif %}"
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random model with a tokenizer of words that begins texts, a template, and defaults."""
+    moe.save(moe.from_config(moe.tiny()), tmp_path)
+    words = ["<s>", "</s>", "the", "cat", "user", "system", "assistant", "kind", "?"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    inner.pre_tokenizer = Whitespace()  # type: ignore
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def _found(capsys, folder, *options):
+    assert _run(["--weights", str(folder), "--new-tokens", "6", "--json", "-", *options]) == 0
+    output = capsys.readouterr()
+    return json.loads(output.out)["requests"][0], output.err
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        (["--prompt", "the cat"], [0, 2, 3]),
+        (["--prompt", "<s> the cat"], [0, 2, 3]),
+        (["--prompt", "the cat", "--no-special-tokens"], [2, 3]),
+        (["--prompt", "the cat", "--chat"], [0, 4, 2, 3, 6]),
+        (["--prompt", "cat", "--chat", "--system", "kind"], [0, 5, 7, 4, 3, 6]),
+        (["--prompt", "cat", "--chat", "--chat-option", "answer=kind"], [0, 4, 3, 7]),
+    ],
+)
+def test_a_prompt_begins_once_and_may_be_a_chat(capsys, checkpoint, options, want):
+    pytest.importorskip("jinja2", reason="needs jinja2 (extra 'text')")
+    assert _found(capsys, checkpoint, *options)[0]["prompt_tokens"] == want
+
+
+def test_the_checkpoint_says_how_text_is_drawn_and_ends_unless_options_do(capsys, checkpoint):
+    prompt = ["--prompt", "the cat"]
+    greedy, _ = _found(capsys, checkpoint, *prompt)
+    file = checkpoint / "generation_config.json"
+    file.write_text('{"do_sample": true, "temperature": 5.0, "repetition_penalty": 1.2}')
+    drawn, said = _found(capsys, checkpoint, *prompt)
+    assert drawn["tokens"] != greedy["tokens"]
+    assert "left out: repetition_penalty 1.2" in said
+    assert _found(capsys, checkpoint, *prompt, "--temperature", "0")[0] == greedy
+    assert _found(capsys, checkpoint, *prompt, "--top-k", "1")[0] == greedy
+    end = greedy["tokens"][2]
+    file.write_text(json.dumps({"eos_token_id": [319, end]}))
+    ended, _ = _found(capsys, checkpoint, *prompt)
+    first = greedy["tokens"].index(end) + 1
+    assert (ended["tokens"], ended["stopped_by"]) == (greedy["tokens"][:first], "end token")
+    assert _found(capsys, checkpoint, *prompt, "--ignore-end")[0]["tokens"] == greedy["tokens"]
+
+
+def test_text_in_python_is_the_command_s(capsys, checkpoint):
+    pytest.importorskip("jinja2", reason="needs jinja2 (extra 'text')")
+    (checkpoint / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 5.0, "num_beams": 4}'
+    )
+    want = _found(capsys, checkpoint, "--prompt", "the cat", "--chat")[0]["text"]
+    with pytest.warns(UserWarning, match="asks for num_beams 4, which is left out"):
+        assert moe.generate(checkpoint, ["the cat"], 6, chat=True) == [want]
+
+
+def test_a_context_goes_as_far_as_yarn_stretches_it(capsys, tmp_path):
+    yarn = YarnConfig(factor=4.0, original_max_position=16, mscale=1.0, mscale_all_dim=1.0)
+    config = dataclasses.replace(moe.tiny(), max_position=16, rope=Rope(scaling=yarn), mtp_layers=0)
+    model = moe.from_config(config)
+    moe.save(model, tmp_path)
+    prompt = [int(token) for token in np.random.default_rng(0).integers(0, 320, 50)]
+    given = ["--prompt-tokens", ",".join(map(str, prompt))]
+    found, _ = _found(capsys, tmp_path, *given)
+    tokens = list(prompt)
+    for _ in range(6):
+        tokens.append(int(model(np.array([tokens], np.int32))[0, -1].argmax()))
+    assert found["tokens"] == tokens[50:]
+    assert _run(["--weights", str(tmp_path), *given, "--new-tokens", "15"]) == 2
+    assert "has 50 tokens and is to get 15 more, the cache holds 64" in capsys.readouterr().err

@@ -1,21 +1,29 @@
 """Everything that a speech recognition run can be told; the command line is made of it."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from cmjax.models.asr.augment import SpecAugment
+from cmjax.models.asr.decoding import Decoding
 from cmjax.models.asr.dfsmn import ConvDFSMNConfig
+from cmjax.models.asr.recognizer import Sizes
 from cmjax.models.asr.text import Units
 from cmjax.models.asr.wav2letter import Wav2letterConfig
 from train.data.folders import Layout
 from train.data.perturb import Perturb
 from train.data.strings import Strings
+from train.options import check_numbers
 
 Ranges = Literal["per-tap", "scaled", "safe", "naive"]
 
 # May change between a kill and the resumption: they do not change a number.
-FREE = ("out", "evaluate_only", "test_dir", "beam", "checkpoint_every", "devices", "compiled")
+FREE = ("out", "evaluate_only", "test_dir", "decoding", "checkpoint_every", "devices", "compiled")
+DATA = ("data", "data_dir", "unseen", "development", "encoding")
+"""What says which data to read; a test of a trained network may be told others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +102,14 @@ class Config:
     """Leave the test sets alone and test on a fifth of the training data: to choose options."""
     rate: int | None = None
     """Samples per second; by default the data set's own."""
+    encoding: str = "utf-8"
+    """Of the data set's lists, where they have no byte-order mark: latin-1, cp1251, ..."""
     units: Units | None = None
     """Labels; by default words for a closed vocabulary, characters otherwise."""
+    alphabet: str = "auto"
+    """Labels of characters: "letters" (English), "data" (all that the training transcripts have),
+    or a file with one a line. "auto" takes the letters if they spell 95 % of the transcripts, and
+    else those of the data."""
     voices: int = 16
     """Synthetic speakers to learn from; a quarter as many more are for the test alone."""
     bands: int = 40
@@ -132,8 +146,8 @@ class Config:
     """Quantization-aware loss."""
     devices: int = 1
     """Emulated devices that share each batch."""
-    beam: int = 0
-    """Prefixes of the beam search in tests; 0 takes the most likely path."""
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = dataclasses.field(default_factory=Decoding)
+    """How tests find text."""
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
     seed: int = 0
@@ -143,7 +157,8 @@ class Config:
     out: Path = Path("out/rsq_asr")
     """Folder of checkpoints, metrics and results; an unfinished run in it goes on."""
     evaluate_only: bool = False
-    """Test the finished run in `out`, and train nothing."""
+    """Test the finished run in `out`, on its own test sets or, with --data and --data-dir, on
+    others; train nothing. What the network is comes from the checkpoint."""
 
     def __post_init__(self):
         if self.data != "synthetic" and self.data_dir is None:
@@ -156,12 +171,63 @@ class Config:
             raise ValueError(
                 f"--batch ({self.batch}) must be a multiple of --devices ({self.devices})"
             )
-        if self.checkpoint_every < 1 or self.beam < 0:
-            raise ValueError("--checkpoint-every must be at least 1, --beam not negative")
+        if self.checkpoint_every < 1:
+            raise ValueError(f"--checkpoint-every must be at least 1, got {self.checkpoint_every}")
+        if self.quant.calibration_batches < 1:
+            raise ValueError(
+                "--quant.calibration-batches must be at least 1, got "
+                f"{self.quant.calibration_batches}"
+            )
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the network."""
+        return self.dfsmn if self.model == "dfsmn" else self.wav2letter
+
+    @property
+    def stride(self) -> int:
+        """Feature frames per output frame."""
+        return math.prod(self.dfsmn.strides) if self.model == "dfsmn" else self.wav2letter.stride
 
     def record(self) -> dict[str, Any]:
         """As plain JSON values: what a checkpoint remembers."""
         return _plain(dataclasses.asdict(self))
+
+    def tested(self, record: dict[str, Any]) -> tuple["Config", bool]:
+        """The configuration of a finished run to be tested as this one says.
+
+        Args: record: of the finished run.
+        Returns: it with this one's folders, decoding and, if this one names data, data; and whether
+          the data are others than those of the run.
+        """
+        trained = _rebuilt(Config(), record)
+        own = Config()
+        names = [name for name in DATA if getattr(self, name) != getattr(own, name)]
+        taken = DATA if "data" in names or "data_dir" in names else tuple(names)
+        changes = {name: getattr(self, name) for name in (*FREE, *taken)}
+        config = dataclasses.replace(trained, **changes)
+        return config, (config.data, config.data_dir) != (trained.data, trained.data_dir)
+
+
+def _rebuilt(default: Any, record: Any) -> Any:
+    """A dataclass like `default` with the values of its record; what that lacks is the default."""
+    values = {}
+    for field in dataclasses.fields(default):
+        if field.name not in record:
+            continue
+        own, value = getattr(default, field.name), record[field.name]
+        if dataclasses.is_dataclass(own):
+            value = _rebuilt(own, value)
+        elif isinstance(own, tuple):
+            value = tuple(value)
+        elif field.name in _PATHS and value is not None:
+            value = Path(value)
+        values[field.name] = value
+    return dataclasses.replace(default, **values)
+
+
+_PATHS = ("data_dir", "test_dir", "compiled", "out", "language_model")
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from cmjax.models.asr.ctc import greedy_decode, prefix_beam_decode
+from cmjax.models.asr.decoding import Decoder
 from cmjax.models.asr.score import ErrorRate, character_error_rate, word_error_rate
-from cmjax.models.asr.text import Alphabet
 from train.data.audio import Utterance
 from train.data.batches import Framing, test_batches
 
@@ -52,10 +50,10 @@ def evaluate(
     call: Callable,
     utterances: Sequence[Utterance],
     framing: Framing,
+    decode: Decoder,
     *,
     batch: int,
     rate: int,
-    beam: int = 0,
 ) -> Result:
     """Recognise utterances and count the errors; `call` is a network's `whole_call`."""
     heard = [""] * len(utterances)
@@ -68,8 +66,7 @@ def evaluate(
         start = time.perf_counter()
         logits, frames = jax.block_until_ready(call(rows.samples, rows.lengths))
         compute_s += time.perf_counter() - start
-        decoded = decode(logits, frames, framing.alphabet, beam)
-        for index, text in zip(indices, decoded, strict=False):
+        for index, text in zip(indices, decode(logits, frames), strict=False):
             heard[index] = text
     said = [utterance.text for utterance in utterances]
     return Result(
@@ -83,14 +80,3 @@ def evaluate(
             if utterance.text != text
         ),
     )
-
-
-def decode(logits, frames, alphabet: Alphabet, beam: int) -> list[str]:
-    """Transcripts of a batch, by the most likely path or with a beam."""
-    if not beam:
-        return [alphabet.decode(labels) for labels in greedy_decode(logits, frames)]
-    scores = np.asarray(jax.nn.log_softmax(logits))
-    return [
-        alphabet.decode(prefix_beam_decode(own[:count], beam=beam, least=-12.0)[0][0])
-        for own, count in zip(scores, np.asarray(frames), strict=True)
-    ]

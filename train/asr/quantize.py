@@ -108,29 +108,6 @@ def scales_of(conv: Conv, x: Array, algorithm: str, ranges: Ranges) -> ConvScale
     return best
 
 
-def saved_plans(model: AcousticModel) -> list[dict[str, Any]]:
-    """What calibration fixed of every convolution, as plain JSON values."""
-    return [
-        {
-            "precision": conv.precision,
-            "algorithm": conv.algorithm,
-            "input_limit": conv.input_limit,
-            "requantize": conv.requantize,
-        }
-        for conv in model.convolutions()
-    ]
-
-
-def restore_plans(model: AcousticModel, plans: Sequence[dict[str, Any]]) -> None:
-    """Make a new model as `saved_plans` says, with steps of the right shapes to be filled."""
-    for conv, plan in zip(model.convolutions(), plans, strict=True):
-        if plan["algorithm"] is not None:
-            conv.prepare_scales(
-                plan["algorithm"], plan["input_limit"], requantize=plan["requantize"]
-            )
-        conv.switch(plan["precision"])
-
-
 def layer_sqnr_db(model: AcousticModel, batches: Sequence[Batch], framing: Framing) -> list[float]:
     """Of every convolution in integers: signal to noise against float32 on the same input, dB."""
     total: list[tuple[float, float]] = [(0.0, 0.0)] * len(model.convolutions())

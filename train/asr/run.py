@@ -18,18 +18,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
+from cmjax.models.asr.decoding import make_decoder
 from cmjax.models.asr.deployed import whole_call
+from cmjax.models.asr.plans import restore_plans, saved_plans
+from cmjax.models.asr.recognizer import FILE, Recognizer, save_recognizer
 from cmjax.models.asr.text import Alphabet
 from train import checkpoint
 from train.asr.config import FREE, Config, Loss
 from train.asr.evaluate import Result, evaluate
 from train.asr.learner import Learner, Network, Params, make_step, optimiser, take_apart
-from train.asr.quantize import calibrate, restore_plans, saved_plans
+from train.asr.quantize import calibrate
 from train.asr.task import Task, measure_statistics, prepare
+from train.asr.trained_on import remember, without_trained
 from train.data.batches import TrainingStream
+from train.data.corpus import shared
+from train.data.folders import own_rate
 from train.metrics import LossNotFinite, MetricsLog
 
 STAGES = ("float", "scales", "all")
@@ -79,30 +86,59 @@ def start(config: Config, console: Console) -> Run:
     """Read the data, and the last checkpoint of the folder if there is one.
 
     Raises:
-      ValueError: the checkpoint is of another configuration; or `evaluate_only` without one.
+      ValueError: no test set, which an hour of training would end without a result for; the
+        checkpoint is of another configuration; or `evaluate_only` without one.
     """
     found = checkpoint.latest(config.out / "checkpoints")
     if found is None:
         if config.evaluate_only:
             raise ValueError(f"--evaluate-only: no checkpoint in {config.out}")
         task = prepare(config)
-        _report(task, console)
         if not task.corpus.train:
             raise ValueError("the data set has no training utterance")
+        _report(task, console)
         run = Run(config, task, task.model(config))
         if config.quant.precision != "float32":  # before hours of training, not behind them
             layer_algorithms(run.model, config.quant.precision, config.quant.algorithm)
         run.model.set_statistics(
             *measure_statistics(task.corpus.train, task.framing, task.corpus.rate)
         )
+        remember(task, config.out)
         return run
+    if config.evaluate_only:
+        return _to_test(config, found, console)
     found.check_config(config.record(), ignore=FREE)
-    task = prepare(config, Alphabet(**found.progress["alphabet"]))
+    return _going_on(config, prepare(config, _saved_alphabet(found)), found, console)
+
+
+def _to_test(config: Config, found: checkpoint.SavedRun, console: Console) -> Run:
+    """A run to be tested: its network is that of the checkpoint, its data may be others."""
+    config, others = config.tested(found.config)
+    rate = found.progress.get("rate") or config.rate
+    if rate is None and config.data != "synthetic":  # of a version that did not save it
+        rate = own_rate(found.config["data"]) if found.config["data"] != "synthetic" else 8000
+    task = prepare(config, _saved_alphabet(found), rate=rate, tests_only=others)
+    if others:
+        task = without_trained(task, config.out, console)
+    return _going_on(config, task, found, console)
+
+
+def _going_on(config: Config, task: Task, found: checkpoint.SavedRun, console: Console) -> Run:
     _report(task, console)
-    run = Run(config, task, task.model(config), found.progress["stage"], found.progress["step"])
+    stage = found.count("stage", len(STAGES))
+    run = Run(config, task, task.model(config), stage)
+    run.step = found.count("step", 0 if run.done else run.steps[stage])
     _restore(run, found)
     console.print(f"going on from {found.path}")
     return run
+
+
+def _saved_alphabet(found: checkpoint.SavedRun) -> Alphabet:
+    try:
+        saved = found.progress["alphabet"]
+        return Alphabet(saved["units"], tuple(saved["symbols"]))
+    except (KeyError, TypeError) as error:
+        raise checkpoint.Damaged(f"{found.path / 'run.json'}: no alphabet ({error!r})") from None
 
 
 def train(run: Run, console: Console) -> None:
@@ -131,6 +167,7 @@ def measure(run: Run, *, only: str | None = None) -> dict[str, dict[str, Result]
       only: one precision instead of all.
     """
     results: dict[str, dict[str, Result]] = {}
+    decode = make_decoder(run.task.framing.alphabet, run.config.decoding)
     for precision, (network, params) in _networks(run).items():
         if only not in (None, precision):
             continue
@@ -141,9 +178,9 @@ def measure(run: Run, *, only: str | None = None) -> dict[str, dict[str, Result]
                 call,
                 utterances,
                 run.task.framing,
+                decode,
                 batch=run.config.batch,
                 rate=run.task.corpus.rate,
-                beam=run.config.beam,
             )
             results[precision][name] = result
     _write(
@@ -226,6 +263,15 @@ def _finish_stage(run: Run, stream: TrainingStream, console: Console) -> None:
             )
             run.teacher = take_apart(run.model)[1]
     _save(run)
+    write_recognizer(run)
+
+
+def write_recognizer(run: Run) -> None:
+    """Write what `cmjax transcribe` reads, into the run's folder."""
+    framing = run.task.framing
+    networks = {name: network.model(params) for name, (network, params) in _networks(run).items()}
+    recognizer = Recognizer(run.config.sizes, framing.front, framing.alphabet, networks)
+    save_recognizer(run.config.out / FILE, recognizer)
 
 
 def _optimiser(run: Run):
@@ -270,6 +316,7 @@ def _save(run: Run) -> None:
             "step": run.step,
             "alphabet": dataclasses.asdict(run.task.framing.alphabet),
             "plans": saved_plans(run.model),
+            "rate": run.task.corpus.rate,
             "teacher": run.teacher is not None,
             "optimiser": run.learner is not None,
         },
@@ -321,8 +368,14 @@ def _report(task: Task, console: Console) -> None:
         f"{len(corpus.train)} training utterances ({seconds / 60:.1f} min); tests: {sizes}; "
         f"{task.framing.alphabet.size} labels"
     )
+    for name, names in shared(corpus, (item.digest() for item in corpus.train)).items():
+        console.print(
+            f"[yellow]{escape(name)}[/]: {len(names)} of its recordings are in the training data "
+            f"too, such as {escape(names[0])}"
+        )
     for item in corpus.skipped:
-        console.print(f"[yellow]skipped[/] {item.name}: {item.reason}", highlight=False)
+        said = escape(f"{item.name}: {item.reason}")
+        console.print(f"[yellow]skipped[/] {said}", highlight=False)
 
 
 def _progress(console: Console) -> Progress:

@@ -1,22 +1,23 @@
 """From a configuration to what training needs: corpus, labels, front end and an untrained model."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from cmjax.models.asr.acoustic import AcousticModel
-from cmjax.models.asr.dfsmn import ConvDFSMN
 from cmjax.models.asr.features import LogMel
-from cmjax.models.asr.text import Alphabet
-from cmjax.models.asr.wav2letter import Wav2letter
+from cmjax.models.asr.recognizer import new_network
+from cmjax.models.asr.text import Alphabet, Units, normalise
 from train.asr.config import Config
 from train.asr.learner import features_of
 from train.data import folders, synthetic
 from train.data.audio import Utterance
 from train.data.batches import Framing, fitting, test_batches
 from train.data.corpus import Corpus, development
+from train.data.lists import read_list
 from train.data.pauses import with_cut_words
 from train.data.strings import strings_of
 
@@ -37,49 +38,39 @@ class Task:
 
     def model(self, config: Config) -> AcousticModel:
         """The network of the configuration, untrained."""
-        rngs = nnx.Rngs(config.seed)
-        sizes = {"inputs": self.framing.front.bands, "outputs": self.framing.alphabet.size}
-        if config.model == "dfsmn":
-            return ConvDFSMN(config.dfsmn, **sizes, rngs=rngs)
-        return Wav2letter(config.wav2letter, **sizes, rngs=rngs)
+        framing = self.framing
+        return new_network(config.sizes, framing.front, framing.alphabet, config.seed)
 
 
-def prepare(config: Config, alphabet: Alphabet | None = None) -> Task:
+def prepare(
+    config: Config,
+    alphabet: Alphabet | None = None,
+    *,
+    rate: int | None = None,
+    tests_only: bool = False,
+) -> Task:
     """Read the data and fix labels and front end.
 
     Args:
       config: of the run.
       alphabet: labels of a model trained before; by default those of the training data.
+      rate: samples per second of a model trained before.
+      tests_only: read what is there to test on: all that is not named for training.
     Raises:
-      ValueError: see `folders.load`.
+      ValueError: no test set is left, or an alphabet that cannot be read; see also `folders.load`.
     """
-    if config.data == "synthetic":
-        corpus = synthetic.digits(voices=config.voices, unseen=config.voices // 4)
-    else:
-        assert config.data_dir is not None  # Config has checked it
-        corpus = folders.load(config.data, config.data_dir, rate=config.rate, unseen=config.unseen)
-    if config.test_dir is not None and config.data != "synthetic":
-        extra = folders.load(config.data, config.test_dir, rate=corpus.rate)
-        everything = (*extra.train, *(u for test in extra.tests.values() for u in test))
-        corpus = dataclasses.replace(
-            corpus,
-            tests={**corpus.tests, "test_dir": everything},
-            skipped=corpus.skipped + extra.skipped,
-        )
-    if config.development:
+    corpus = _corpus(config, rate or config.rate, tests_only)
+    if config.development and not tests_only:
         corpus = development(corpus)
     if alphabet is None:
-        units = config.units or corpus.units
-        texts = [utterance.text for utterance in corpus.train]
-        alphabet = Alphabet.letters() if units == "characters" else Alphabet.of_words(texts)
+        alphabet = _alphabet(config, corpus)
     front = LogMel(sample_rate=corpus.rate, bands=config.bands)
-    stride = int(np.prod(config.dfsmn.strides))
-    if config.model == "wav2letter":
-        stride = config.wav2letter.stride
-    framing = Framing(front, alphabet, stride)
+    framing = Framing(front, alphabet, config.stride)
     if config.cut_words and alphabet.units == "words":
         corpus = with_cut_words(corpus)
     corpus = fitting(corpus, framing)
+    if not corpus.tests:
+        raise ValueError(_no_tests(corpus, config))
     if corpus.joinable:
         joined = {
             f"{name} strings": tuple(
@@ -90,6 +81,76 @@ def prepare(config: Config, alphabet: Alphabet | None = None) -> Task:
         }
         corpus = dataclasses.replace(corpus, tests={**corpus.tests, **joined})
     return Task(corpus, framing)
+
+
+def _corpus(config: Config, rate: int | None, tests_only: bool) -> Corpus:
+    """The data set of the configuration, and its further test set."""
+    if config.data == "synthetic":
+        return synthetic.digits(voices=config.voices, unseen=config.voices // 4)
+    assert config.data_dir is not None  # Config has checked it
+    corpus = folders.load(
+        config.data,
+        config.data_dir,
+        rate=rate,
+        unseen=config.unseen,
+        encoding=config.encoding,
+        tests_only=tests_only,
+    )
+    if config.test_dir is None:
+        return corpus
+    extra = folders.load(config.data, config.test_dir, rate=corpus.rate, encoding=config.encoding)
+    everything = (*extra.train, *(u for test in extra.tests.values() for u in test))
+    return dataclasses.replace(
+        corpus,
+        tests={**corpus.tests, "test_dir": everything},
+        skipped=corpus.skipped + extra.skipped,
+    )
+
+
+def _alphabet(config: Config, corpus: Corpus) -> Alphabet:
+    units = config.units or corpus.units
+    texts = [utterance.text for utterance in corpus.train]
+    if config.alphabet not in ("auto", "letters", "data"):
+        return _alphabet_file(Path(config.alphabet), units, config.encoding)
+    if units == "words" and config.alphabet != "letters":
+        return Alphabet.of_words(texts)
+    letters = Alphabet.letters()
+    spelled = sum(set(text) <= set(letters.symbols) for text in texts)
+    if config.alphabet == "letters" or (config.alphabet == "auto" and spelled >= 0.95 * len(texts)):
+        return letters
+    return Alphabet.of_characters(texts)
+
+
+def _alphabet_file(path: Path, units: Units, encoding: str) -> Alphabet:
+    """One symbol a line; `<space>`, or a line of one space, is the space."""
+    symbols: dict[str, int] = {}
+    for number, line in enumerate(re.split("\r\n|\r|\n", read_list(path, encoding)), 1):
+        symbol = " " if line in (" ", "<space>") else line.strip(" \t")
+        if not symbol:
+            continue
+        spelled = symbol if symbol == " " else normalise(symbol)
+        if symbol != spelled or (units == "characters" and len(symbol) > 1):
+            wanted = "one character" if units == "characters" else "one word"
+            raise ValueError(
+                f"--alphabet {path}, line {number}: {wanted} in lower case is wanted, got {line!r}"
+            )
+        if symbol in symbols:
+            raise ValueError(
+                f"--alphabet {path}, line {number}: {symbol!r} stands in line {symbols[symbol]} too"
+            )
+        symbols[symbol] = number
+    if not symbols:
+        raise ValueError(f"--alphabet {path}: no symbols")
+    return Alphabet(units, tuple(symbols))
+
+
+def _no_tests(corpus: Corpus, config: Config) -> str:
+    if config.evaluate_only:
+        return f"no test set: every recording in {config.data_dir} is named for training"
+    return (
+        f"no test set: all {len(corpus.train)} usable utterances are for training. Name one with "
+        "--test-dir, keep speakers for it with --unseen, or a fifth with --development"
+    )
 
 
 def measure_statistics(

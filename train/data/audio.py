@@ -1,25 +1,20 @@
-"""Recordings: read from any format libsndfile knows, checked, and resampled by soxr."""
+"""Recordings of a data set: where they are, loose or in archives, and one with its transcript."""
 
 import dataclasses
 import gzip
-import io
-import struct
+import hashlib
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-import soundfile
-import soxr
 from jaxtyping import Float32, Int16
 
-RATES = (4_000, 192_000)
-SUFFIXES = (".wav", ".flac", ".sph", ".ogg", ".mp3", ".aiff")
+from cmjax.models.asr.audio import SUFFIXES
 
-
-class BadAudio(ValueError):
-    """A recording that cannot be used; the message says why."""
+Reader = Callable[[], bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,54 +37,63 @@ class Utterance:
         """Samples as fractions of full scale."""
         return self.samples.astype(np.float32) / 32768
 
-
-def read_audio(
-    data: bytes, rate: int, *, samples: int | None = None, seconds: float | None = None
-) -> Int16[np.ndarray, "time"]:
-    """One channel of a recording, resampled.
-
-    Args:
-      data: a whole file.
-      rate: samples per second wanted.
-      samples: how many samples the file should hold, if a list says so.
-      seconds: how long it should last, if a list says so.
-    Raises:
-      BadAudio: not audio, empty, truncated, silent, not finite, an impossible sample rate, or a
-        length that contradicts `samples` or `seconds` (such as a wrong rate in the header).
-    """
-    if not data:
-        raise BadAudio("the file is empty")
-    _check_riff(data)
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            stated, own_rate = file.frames, file.samplerate
-            wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise BadAudio(f"not readable as audio: {error}") from None
-    if not RATES[0] <= own_rate <= RATES[1]:
-        raise BadAudio(f"the header gives {own_rate} samples per second, {RATES[0]} is the least")
-    if len(wave) < stated:
-        raise BadAudio(f"truncated: {len(wave)} of {stated} samples")
-    if not len(wave):
-        raise BadAudio("holds no samples")
-    if samples is not None and len(wave) != samples:
-        raise BadAudio(f"holds {len(wave)} samples, its list says {samples}")
-    if seconds is not None and abs(len(wave) / own_rate - seconds) > 0.02 + 0.02 * seconds:
-        raise BadAudio(
-            f"lasts {len(wave) / own_rate:.2f} s at the {own_rate} Hz of its header, its list says "
-            f"{seconds:.2f} s: truncated, or a wrong sample rate in the header"
-        )
-    if not np.isfinite(wave).all():
-        raise BadAudio("holds samples that are not finite")
-    if not wave.any():
-        raise BadAudio("is silent: every sample is zero")
-    if own_rate != rate:
-        wave = soxr.resample(wave, own_rate, rate)
-    return np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
+    def digest(self) -> str:
+        """Of the samples: equal for the same recording under any name."""
+        return hashlib.blake2b(self.samples.tobytes(), digest_size=8).hexdigest()
 
 
-def find_audio(folder: Path) -> dict[str, Callable[[], bytes]]:
-    """Recordings of a folder and of the `.tar.gz` in it: path inside -> a function that reads it.
+class Recordings:
+    """Recordings of a folder and of the `.tar.gz` in it, by their path inside."""
+
+    def __init__(self, folder: Path, readers: dict[str, Reader]):
+        self._folder, self._readers = folder, readers
+        self._by_end: dict[str, list[str]] = {}
+        for path in readers:
+            for name in {PurePosixPath(path).name, PurePosixPath(path).stem}:
+                self._by_end.setdefault(name, []).append(path)
+
+    def items(self) -> Iterable[tuple[str, Reader]]:
+        """(path, a function that reads it) of every recording."""
+        return self._readers.items()
+
+    def names(self) -> dict[str, str]:
+        """Path -> file name; the path itself where two files of different folders share theirs."""
+        shared = Counter(PurePosixPath(path).name for path in self._readers)
+        last = {path: PurePosixPath(path).name for path in self._readers}
+        return {path: name if shared[name] == 1 else path for path, name in last.items()}
+
+    def find(self, given: str, where: str) -> Reader | None:
+        """The recording that a list means: by its path in the folder, by the end of that path, with
+        or without suffix, or anywhere on this machine; None where there is none.
+
+        Raises: ValueError: several recordings end in `given`.
+        """
+        name = str(PurePosixPath(given.replace("\\", "/")))
+        if name in self._readers:
+            return self._readers[name]
+        ends = self._by_end.get(PurePosixPath(name).name, [])
+        fits = [path for path in ends if f"/{path}".endswith(f"/{name}")]
+        fits = fits or [
+            p for p in ends if f"/{PurePosixPath(p).with_suffix('')}".endswith(f"/{name}")
+        ]
+        if len(fits) > 1:
+            raise ValueError(
+                f"{where}: {given!r} may be {' or '.join(sorted(fits)[:3])}; give its folder too"
+            )
+        if fits:
+            return self._readers[fits[0]]
+        path = self._folder / given
+        try:
+            return path.read_bytes if path.is_file() else None
+        except OSError:  # a name that no file can have
+            return None
+
+
+def find_audio(folder: Path) -> Recordings:
+    """Recordings of a folder and of the `.tar.gz` in it.
+
+    Where archives (or one of them and the folder) have different recordings of one path, the
+    archive's name comes in front of it.
 
     Raises:
       ValueError: no such folder, an archive that is broken, or no recordings; says what was looked
@@ -97,24 +101,28 @@ def find_audio(folder: Path) -> dict[str, Callable[[], bytes]]:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
-    found: dict[str, Callable[[], bytes]] = {}
+    found: dict[str, list[tuple[str, Reader]]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
-            found[str(path.relative_to(folder))] = path.read_bytes
+        inside = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            found.setdefault(inside, []).append(("", path.read_bytes))
         elif path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            found.update(_members(path))
-    if not found:
+            for name, read in _members(path).items():
+                found.setdefault(name, []).append((inside, read))
+    readers = {}
+    for path in sorted(found):
+        own = found[path]
+        if len({hashlib.sha256(read()).digest() for _, read in own} if len(own) > 1 else own) == 1:
+            readers[path] = own[0][1]
+        else:
+            readers |= {f"{origin}/{path}" if origin else path: read for origin, read in own}
+    if not readers:
         raise ValueError(f"no recordings ({', '.join(SUFFIXES)}) in {folder} or its .tar.gz")
-    return found
+    return Recordings(folder, readers)
 
 
-def by_name(paths: Iterable[str]) -> dict[str, str]:
-    """File name without folders and suffix -> path."""
-    return {Path(path).stem: path for path in paths}
-
-
-def _members(path: Path) -> dict[str, Callable[[], bytes]]:
-    def reader(data: bytes) -> Callable[[], bytes]:
+def _members(path: Path) -> dict[str, Reader]:
+    def reader(data: bytes) -> Reader:
         return lambda: data
 
     out = {}
@@ -124,28 +132,8 @@ def _members(path: Path) -> dict[str, Callable[[], bytes]]:
                 if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
                     file = archive.extractfile(member)
                     assert file is not None  # a plain file
-                    out[member.name] = reader(file.read())
+                    out[str(PurePosixPath(member.name))] = reader(file.read())
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         said = str(error).partition("\n")[0].rstrip(":")
         raise ValueError(f"{path} is no archive, or a broken one: {said}") from None
     return out
-
-
-def _check_riff(data: bytes) -> None:
-    """Compare a WAV file's header with its size; libsndfile reads what is left of a torn file."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return
-    at = 12
-    while at + 8 <= len(data):
-        chunk, size = data[at : at + 4], struct.unpack("<I", data[at + 4 : at + 8])[0]
-        left = len(data) - at - 8
-        if chunk == b"fmt " and left >= 8:
-            rate = struct.unpack("<I", data[at + 12 : at + 16])[0]
-            if not RATES[0] <= rate <= RATES[1]:
-                raise BadAudio(f"the header gives {rate} samples per second")
-        if chunk == b"data":
-            if size not in (0, 0xFFFFFFFF) and size > left:  # a stream's header has no size
-                raise BadAudio(f"truncated: {left} of {size} bytes of sound")
-            return
-        at += 8 + size + size % 2
-    raise BadAudio("truncated: the header ends before the sound")

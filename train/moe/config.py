@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
+from train.options import check_numbers
 
 # May change between a kill and the resumption: they do not change a number.
 FREE = ("out", "checkpoint_every", "test_windows")
@@ -57,6 +58,7 @@ class LanguageModelConfig:
     """Folder of checkpoints and metrics; an unfinished run in it goes on."""
 
     def __post_init__(self):
+        check_numbers(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and field.name not in ("seed",) and value < 1:

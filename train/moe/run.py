@@ -57,7 +57,7 @@ def start(config: LanguageModelConfig, console: Console) -> LanguageModelRun:
         arrays = found.arrays(run.state)
         parallelism = parallelism_of(config, mesh)
         run.state = TrainState(place_params(arrays.params, parallelism, mesh), arrays.optimizer)
-        run.step = found.progress["step"]
+        run.step = found.count("step", config.steps)
         console.print(f"going on from {found.path}")
     return run
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -129,6 +130,30 @@ void run(ffi::ThreadPool pool, const Conv1d& c, const Conv1dKernel& kernel, int6
   });
 }
 
+bool is_finite(const float* x, int64_t count) {
+  return std::all_of(x, x + count, [](float value) { return value - value == 0.0f; });
+}
+
+// NaN in the results that a frame of x which is not finite reaches.
+void spread_nan(const Conv1d& c) {
+  const int64_t channels = c.cin / c.frames;
+  for (int64_t at = 0; at < c.batch * c.length; ++at) {
+    if (c.odd[at] == 0) continue;
+    const int64_t b = at / c.length, folded = at % c.length;
+    const float* row = c.x + at * c.cin;
+    for (int64_t i = 0; i < c.frames; ++i) {
+      if (is_finite(row + i * channels, channels)) continue;
+      const int64_t frame = (folded + c.padding) * c.frames + i - c.lead;
+      for (int64_t j = 0; j < c.taps; ++j) {
+        const int64_t first = frame - j * c.spread;  // of the output's frames, if it is one's first
+        if (first < 0 || first % c.frames != 0 || first / c.frames >= c.out_length) continue;
+        float* out = c.out + (b * c.out_length + first / c.frames) * c.cout;
+        std::fill_n(out, c.cout, std::numeric_limits<float>::quiet_NaN());
+      }
+    }
+  }
+}
+
 // Zeros in the frames of every sequence that do not exist: before span[b][0], from span[b][1] on.
 void clear_outside(const Conv1d& c, const int32_t* span) {
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -148,7 +173,8 @@ ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
                   ffi::Buffer<ffi::F32> inverse_step, ffi::Buffer<ffi::F32> requant,
                   ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> bias,
                   ffi::Buffer<ffi::S32> span, std::string_view algorithm, int64_t tap_blocks, int64_t dilation,
-                  int64_t padding, int64_t input_limit, int64_t operand_limit, float slope,
+                  int64_t padding, int64_t input_limit, int64_t zero_point, int64_t operand_limit,
+                  int64_t frames, int64_t lead, int64_t spread, int64_t taps, float slope,
                   ffi::ResultBuffer<ffi::F32> out) {
   const bool wide = filter.element_type() == ffi::S16;
   if (!wide && filter.element_type() != ffi::S8) return invalid("filter must be int8 or int16");
@@ -164,6 +190,12 @@ ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   if (input_limit < 1 || input_limit > 32767 || operand_limit < 1 ||
       operand_limit > (wide ? 32767 : 127)) {
     return invalid("limits must lie in 1..32767, operand_limit of an int8 filter in 1..127");
+  }
+  if (zero_point < -input_limit - 1 || zero_point > input_limit) {
+    return invalid("zero_point must lie in -input_limit - 1 to input_limit");
+  }
+  if (frames < 1 || in[2] % frames != 0 || lead < 0 || spread < 1 || taps < 1) {
+    return invalid("frames must divide the channels, lead be at least 0, spread and taps 1");
   }
   const int64_t group = kGroupBytes / (wide ? 2 : 1);
   Conv1d c = {};
@@ -198,7 +230,15 @@ ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
 
   std::vector<float> steps(ceil_div(c.cin, kLongestVector) * kLongestVector, 0.0f);
   std::copy_n(inverse_step.typed_data(), c.cin, steps.begin());
-  c.input_limit = static_cast<float>(input_limit);
+  const int64_t further = zero_point == 0 ? 0 : 1;  // two's complement has one more below zero
+  c.input_low = static_cast<float>(-input_limit - further - zero_point);
+  c.input_high = static_cast<float>(input_limit - zero_point);
+  std::vector<char> odd(c.batch * c.length, 0);
+  c.odd = odd.data();
+  c.frames = frames;
+  c.lead = lead;
+  c.spread = spread;
+  c.taps = taps;
   c.operand_limit = static_cast<float>(operand_limit);
   c.slope = slope;
   c.x = x.typed_data();
@@ -209,6 +249,7 @@ ffi::Error conv1d(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   c.filter = filter.untyped_data();
   c.out = out->typed_data();
   run(pool, c, *kernel, c.depth * (wide ? 2 : 1));
+  spread_nan(c);
   if (ends != 0) clear_outside(c, span.typed_data());
   return ffi::Error::Success();
 }
@@ -230,7 +271,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_conv1d, conv1d,
                                   .Attr<int64_t>("dilation")
                                   .Attr<int64_t>("padding")
                                   .Attr<int64_t>("input_limit")
+                                  .Attr<int64_t>("zero_point")
                                   .Attr<int64_t>("operand_limit")
+                                  .Attr<int64_t>("frames")
+                                  .Attr<int64_t>("lead")
+                                  .Attr<int64_t>("spread")
+                                  .Attr<int64_t>("taps")
                                   .Attr<float>("slope")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

@@ -1,12 +1,13 @@
 // 1-D convolution of 8- or 16-bit integers by Toom-Cook algorithms; direct is the algorithm F(1,1).
 //
-//   xi[t,c]    = clip(round(x[t,c] * inverse_step[c]), input_limit)
+//   xi[t,c]    = clip(round(x[t,c] * inverse_step[c]), input_low, input_high)
 //   v[p,t,c]   = clip(round(sum_j BT[p,j] xi[m t + j, c] * requant[p]), operand_limit)
 //   acc[p,t,o] = sum over tap blocks j, channels c of u[p, (j, c), o] v[p, t + dilation j, c]
 //   y[m t + i, o] = activation(sum_p AT[i,p] (float(acc[p,t,o]) * scale[p,o]) + bias[o])
 //
 // One pipeline, compiled for three instruction sets. Every rounding is to nearest even and none is
-// saved by a fused operation, so all three give the same bits.
+// saved by a fused operation, so all three give the same bits. What is not finite in x counts as 0,
+// and an output that one of its taps meets it in is NaN.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,11 @@ struct Conv1d {
   int64_t depth;       // input channels, padded to whole groups
   int64_t groups;      // of all tap blocks
   int64_t panels;
-  float input_limit, operand_limit, slope;
+  float input_low, input_high, operand_limit, slope;
+  // The taps of output t meet frames t * frames + lead + j * spread, j < taps, of a signal that had
+  // `frames` of its frames folded into one.
+  int64_t frames, lead, spread, taps;
+  char* odd;  // [batch][length], frames of x that are not finite, marked as they are met
   const float* x;
   const float* inverse_step;
   const float* requant;

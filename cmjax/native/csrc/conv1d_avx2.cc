@@ -17,6 +17,16 @@ inline F largest(F a, F b) { return _mm256_max_ps(a, b); }
 inline F clip(F x, float limit) {
   return _mm256_min_ps(_mm256_max_ps(x, splat(-limit)), splat(limit));
 }
+inline F between(F x, F low, F high) { return _mm256_min_ps(_mm256_max_ps(x, low), high); }
+struct Finite {  // zeros for lanes that are not finite, which it remembers
+  F odd = _mm256_setzero_ps();
+  F of(F x) {
+    const F wrong = _mm256_cmp_ps(x - x, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    odd = _mm256_or_ps(odd, wrong);
+    return _mm256_andnot_ps(wrong, x);
+  }
+  bool all() const { return _mm256_movemask_ps(odd) == 0; }
+};
 inline F from_int32(const int32_t* x) {
   return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }

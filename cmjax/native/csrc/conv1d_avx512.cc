@@ -23,6 +23,17 @@ inline F clip(F x, float limit) {
   constexpr int kSmallerMagnitudeWithSignOfFirst = 2;
   return _mm512_range_ps(x, _mm512_set1_ps(limit), kSmallerMagnitudeWithSignOfFirst);
 }
+inline F between(F x, F low, F high) { return _mm512_min_ps(_mm512_max_ps(x, low), high); }
+struct Finite {  // zeros for lanes that are not finite, which it remembers
+  __mmask16 odd = 0;
+  F of(F x) {
+    constexpr int kNanOrInfinity = 0x99;
+    const __mmask16 wrong = _mm512_fpclass_ps_mask(x, kNanOrInfinity);
+    odd |= wrong;
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(~wrong), x);
+  }
+  bool all() const { return odd == 0; }
+};
 inline F from_int32(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
 inline F fused(float c, F a, F b) { return _mm512_fmadd_ps(_mm512_set1_ps(c), a, b); }
 inline void narrow(F x, uint8_t* to) {

@@ -28,6 +28,26 @@ inline F clip(F x, float limit) {
   }
   return to;
 }
+inline F between(F x, F low, F high) {
+  F to;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const float above = x[i] > low[i] ? x[i] : low[i];
+    to[i] = above < high[i] ? above : high[i];
+  }
+  return to;
+}
+struct Finite {  // zeros for lanes that are not finite, which it remembers
+  bool odd = false;
+  F of(F x) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const bool wrong = x[i] - x[i] != 0.0f;
+      odd |= wrong;
+      if (wrong) x[i] = 0.0f;
+    }
+    return x;
+  }
+  bool all() const { return !odd; }
+};
 inline F from_int32(const int32_t* x) {
   F to;
   for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<float>(x[i]);

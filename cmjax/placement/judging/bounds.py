@@ -4,7 +4,9 @@ A rank holds whole copies, so for copies c of the experts the slowest rank of wi
 
     m[w] >= max( total[w] / ranks,  max over experts e of load[w, e] / c[e] ),    sum of c = slots.
 
-For one window the best c is greedy (`replicate`). Windows share one c, though: what a weighted sum
+with 1 / c replaced by the least that an engine's rule leaves to the busiest of c copies
+(`Routing.least_top_share`), which is more. For one window the best c is greedy (`replicate`), or
+found by bisection under a rule (`cover`). Windows share one c, though: what a weighted sum
 of their times can reach at least is an integer program of each layer, whose relaxation (a share
 z[e, k] of expert e having k copies) is solved by HiGHS:
 
@@ -22,7 +24,7 @@ import numpy as np
 import scipy
 from jaxtyping import Float
 
-from cmjax.placement.methods.greedy import replicate
+from cmjax.placement.methods.greedy import cover, replicate
 from cmjax.placement.plan import count_copies
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
@@ -35,16 +37,35 @@ def lower_bound_tokens(problem: Problem) -> Float[np.ndarray, "windows layers"]:
     """Tokens that the busiest rank gets at least, each window served by a plan of its own.
 
     The mean over ranks, or the smallest largest load of a single copy that the slots allow: some
-    rank has to hold that copy. Holds for any split of an expert's tokens over its copies.
+    rank has to hold that copy. Holds for any split of an expert's tokens over its copies where the
+    problem's routing is even, as shares of one's own are.
     """
     bound = np.zeros(problem.loads.counts.shape[:2])
     for rows, part in problem.dense():
         counts = part.loads.counts
         flat = counts.reshape(-1, part.experts)
-        copies = count_copies(replicate(flat, part.slots), part.experts)
-        copy = (flat / copies).max(-1).reshape(counts.shape[:2])
+        copy = _least_copy(part, flat).reshape(counts.shape[:2])
         bound[:, rows] = np.maximum(counts.sum(-1) / part.ranks, copy)
     return bound
+
+
+def _least_copy(part, loads) -> Float[np.ndarray, "rows"]:
+    """The smallest largest load of a copy."""
+    return _largest_copy(part, loads, _fewest(part, loads)).max(-1)
+
+
+def _fewest(part, loads):
+    """Copies, [rows, experts], that make the largest load of a copy as small as can be."""
+    if part.routing == "even":
+        return count_copies(replicate(loads, part.copies, part.most_copies), part.experts)
+    return cover(loads, part.copies, part.route.least_top_share(part.ranks))
+
+
+def _largest_copy(part, loads, copies):
+    """Tokens that the busiest of so many copies of an expert gets at least."""
+    if part.routing == "even":
+        return loads / copies
+    return loads * part.route.least_top_share(part.ranks)[copies - 1]
 
 
 def lower_bound_time_s(
@@ -99,15 +120,15 @@ def _programs(problem, layer_time_s):
         least = lower_bound_tokens(part)
         # Copies that serve every window at once: no plan need be worse than they allow.
         covering = (counts / mean[..., None]).max(0)
-        copies = count_copies(replicate(covering, part.slots), part.experts)
+        copies = _fewest(part, covering)
         most = np.maximum(mean, counts.max(-1))
         points = least + (most - least) * np.linspace(0, 1, _CUTS)[:, None, None] ** 2
         prices = np.stack([_price_of_peak(part, layer_time_s, p) for p in points])
-        coupled = ((counts / copies).max(-1) > least * (1 + 1e-9)).any(0)
+        coupled = (_largest_copy(part, counts, copies).max(-1) > least * (1 + 1e-9)).any(0)
         for at in np.flatnonzero(coupled):
             programs[int(rows[at])] = _program(
-                counts[:, at], mean[:, at], points[:, :, at], prices[:, :, at], part.slots,
-                part.ranks,
+                counts[:, at], mean[:, at], points[:, :, at], prices[:, :, at],
+                part.redundant, part.route.least_top_share(part.ranks),
             )  # fmt: skip
     return programs
 
@@ -121,17 +142,19 @@ def _price_of_peak(problem, layer_time_s, peak):
     return price_s(layer_time_s, tokens)
 
 
-def _program(counts, mean, points, prices, slots, ranks):
+def _program(counts, mean, points, prices, spare, least):
     """The linear program of one layer, a function of the windows' weights that returns times.
 
-    Args: counts [windows, experts], mean [windows], points and prices [cuts, windows].
+    Args: counts [windows, experts], mean [windows], points and prices [cuts, windows], extra
+    copies, and by copies the least share of the busiest of them.
     Variables: t and m per window, z.
     """
-    windows, experts = counts.shape
+    windows, _experts = counts.shape
     # One copy of a cold expert exceeds the least m in no window: it needs no more and no variable.
     hot = np.flatnonzero((counts > points[0][:, None]).any(0))
-    most = np.minimum(np.ceil((counts[:, hot] / mean[:, None]).max(0)).astype(int), ranks)
-    spare = slots - experts
+    # More than bring an expert's copies to the mean are of no use to the bound.
+    enough = np.searchsorted(-least, -(mean[:, None] / counts[:, hot]).min(0) * (1 + 1e-12)) + 1
+    most = np.minimum(enough, len(least))
     kept = [(e, k) for e, limit in zip(hot, most, strict=True) for k in range(1, limit + 1)]
     expert, copies = np.array(kept).T
     t, m, z = 0, windows, 2 * windows
@@ -153,7 +176,7 @@ def _program(counts, mean, points, prices, slots, ranks):
         for e in hot:
             if counts[w, e] > points[0, w]:
                 mine = np.flatnonzero(expert == e)
-                share = counts[w, e] / mean[w] / copies[mine]
+                share = counts[w, e] / mean[w] * least[copies[mine] - 1]
                 add([*zip(z + mine, share, strict=True), (m + w, -1.0)], 0.0)
     add(list(zip(z + np.arange(len(kept)), copies - 1.0, strict=True)), float(spare))
     upper = scipy.sparse.coo_array((values, (rows, columns)), shape=(len(limits), size)).tocsr()

@@ -33,6 +33,7 @@ class Score:
       reach: ranks and nodes a token goes to; None without routes.
       solve_s: seconds that the plan took to make.
       test: the plan's score under loads it was not made for; None if none were given.
+      windows: names of the windows, where they have some.
     """
 
     par: Float[np.ndarray, "windows layers"]
@@ -44,6 +45,23 @@ class Score:
     reach: Reach | None = None
     solve_s: float | None = None
     test: "Score | None" = None
+    windows: tuple[str, ...] | None = None
+
+    @property
+    def slowest_window(self) -> int:
+        """The window that takes longest."""
+        return int(self.time_s.argmax())
+
+    @property
+    def slowest_name(self) -> str:
+        """Its name."""
+        number = self.slowest_window
+        return f"window {number}" if self.windows is None else self.windows[number]
+
+    @property
+    def slowest_par(self) -> float:
+        """PAR of the window that takes longest, averaged over layers."""
+        return float(self.par[self.slowest_window].mean())
 
     @property
     def mean_par(self) -> float:
@@ -87,9 +105,9 @@ class Score:
         """`cost_s` over what no plan can beat, minus one."""
         return self.gap if self.objective_gap is None else self.objective_gap
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | str]:
         """What is known, as plain numbers: the entries of `cmjax place --json`."""
-        found = {
+        found: dict[str, float | str] = {
             "mean_par": self.mean_par,
             "worst_par": self.worst_par,
             "balancedness": self.balancedness,
@@ -100,6 +118,10 @@ class Score:
             found["objective_ms"] = self.objective_s * 1e3
         if self.objective_gap is not None:
             found["objective_gap_to_bound"] = self.objective_gap
+        if len(self.time_s) > 1:
+            found["slowest_workload"] = self.slowest_name
+            found["slowest_workload_par"] = self.slowest_par
+            found["slowest_workload_ms"] = float(self.time_s.max()) * 1e3
         if self.solve_s is not None:
             found["solve_s"] = self.solve_s
         if self.test is not None:
@@ -134,11 +156,14 @@ def evaluate(plan: Plan, loads: Loads, layer_time_s: LayerTime) -> Score:
     alive = tokens[..., plan.alive]
     dead = tuple(np.flatnonzero(~plan.alive).tolist())
     redundant = plan.slots - plan.experts
-    problem = Problem(loads, plan.ranks, redundant, plan.nodes, without_ranks=dead)
+    problem = Problem(
+        loads, plan.ranks, redundant, plan.nodes, without_ranks=dead, routing=plan.routing
+    )
     return Score(
         par=alive.max(-1) / alive.mean(-1),
         time_s=price_s(layer_time_s, tokens).sum(-1),
         lower_bound_s=lower_bound_time_s(problem, layer_time_s).sum(-1),
+        windows=loads.window_names,
     )
 
 
@@ -166,4 +191,4 @@ def evaluate_by_depth(plan: Plan, loads: Loads, price_of: Callable[[int], LayerT
         par[:, rows] = found.par
         time_s += found.time_s
         bound_s += found.lower_bound_s
-    return Score(par=par, time_s=time_s, lower_bound_s=bound_s)
+    return Score(par=par, time_s=time_s, lower_bound_s=bound_s, windows=loads.window_names)

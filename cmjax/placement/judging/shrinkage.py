@@ -50,8 +50,9 @@ def choose_shrink(
     loads, counts = problem.loads, problem.loads.counts
     if len(counts) < 2 or folds < 2:
         raise ValueError(
-            f"choose_shrink: windows are left out in turn, which needs 2 or more windows and folds,"
-            f" got {len(counts)} and {folds}; give the share itself"
+            f"shrink auto leaves windows out in turn to see what recurs, which needs 2 or more "
+            f"windows and folds, got {len(counts)} and {folds}: record more, count routes in "
+            f"windows, join a family, or give the share itself"
         )
     windows = np.arange(len(counts))
     total_s = np.zeros(len(shares))

@@ -7,6 +7,7 @@ from cmjax.placement.methods.greedy import greedy, greedy_global, greedy_hierarc
 from cmjax.placement.methods.once_per_rank import once_per_rank
 from cmjax.placement.methods.one_spare import one_spare
 from cmjax.placement.methods.place import METHODS, check_method, place, register_method
+from cmjax.placement.methods.robust import robust
 from cmjax.placement.methods.search import SearchConfig, search
 from cmjax.placement.methods.shuffled import shuffled
 from cmjax.placement.methods.split import optimize_split
@@ -28,6 +29,7 @@ __all__ = [
     "place",
     "register_method",
     "relax_and_round",
+    "robust",
     "search",
     "shuffled",
 ]

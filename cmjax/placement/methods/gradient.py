@@ -8,7 +8,8 @@ rounding for all layers and restarts at once, in one compiled program,
 while s rises, so that the slowest rank and window come to count alone and X comes to be decided.
 Its gradient sees all workloads and all copies together, where a move of the exact search sees two
 ranks. Rounded plans (`rounding`) go through that search too, beside the covering copies that the
-method `search` starts from.
+method `search` starts from. What is relaxed is an even split; the search that follows is exact
+under the problem's routing.
 
 For the worst of 12 workloads, 58 layers of 256 experts at 320 slots on 160 ranks (`python -m
 studies.placement --robust`), it ends at 1.237 times the mean, `search` at 1.236, which is therefore
@@ -29,12 +30,13 @@ from jaxtyping import Array, Int
 from cmjax.console import Progress
 from cmjax.placement.methods.incumbent import Incumbent
 from cmjax.placement.methods.relaxation import project, relaxed_cost, soft_places
-from cmjax.placement.methods.rounding import round_copies, round_places
+from cmjax.placement.methods.rounding import round_copies
 from cmjax.placement.methods.search import (
     SearchConfig,
     consider_rules,
     covering,
     improve_plans,
+    pack_copies,
     relative_loads,
 )
 from cmjax.placement.plan import Plan, count_copies
@@ -135,7 +137,7 @@ def relax_and_round(
     rows = config.restarts * layers
     loads = np.tile(relative_loads(problem).transpose(1, 0, 2), (config.restarts, 1, 1))
     unit = problem.loads.counts.sum(-1).T / ranks  # tokens of a rank's mean, [layers, windows]
-    whole = count_copies(covering(problem)[0], experts)
+    whole = count_copies(covering(problem)[0] + 1, experts + 1)[:, 1:]
     spare = np.tile(whole - 1 + 1 / experts, (config.restarts, 1))
     key = jax.random.key(seed)
     state = _start(
@@ -150,7 +152,7 @@ def relax_and_round(
     # jit keys its programs by hashable callables.
     price = layer_time_s if isinstance(layer_time_s, Hashable) else partial(_call, layer_time_s)
     static = {
-        "layers": layers, "slots": problem.slots, "price": price, "risk": problem.objective,
+        "layers": layers, "slots": problem.copies, "price": price, "risk": problem.objective,
         "rates": (config.learning_rate, config.learning_rate * config.copies_rate),
     }  # fmt: skip
     for at in range(0, config.steps, config.chunk):
@@ -158,9 +160,10 @@ def relax_and_round(
             break
         part = jnp.asarray(schedule[at : at + config.chunk], jnp.float32)
         state = _descend(state, a, units, part, **static)
-    copies = round_copies(np.asarray(_copies(state.phi, problem.slots)), problem.slots, ranks)
-    wishes = _settle(state, jnp.asarray(copies, jnp.float32), slots=problem.slots)
-    placed = round_places(copies, loads, ranks, wishes, wish=config.wish)
+    relaxed = np.asarray(_copies(state.phi, problem.copies))
+    copies = round_copies(relaxed, problem.copies, ranks)
+    wishes = _settle(state, jnp.asarray(copies, jnp.float32), slots=problem.copies)
+    placed = pack_copies(problem, copies, wishes, wish=config.wish)
     return placed.reshape(config.restarts, layers, -1)
 
 

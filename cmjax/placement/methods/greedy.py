@@ -6,14 +6,16 @@
    processing time first, with bins of equal size).
 
 Hierarchical where the router's groups divide over the nodes: groups are packed onto nodes first,
-then the two steps run inside each node. Both copies of an expert may land on one rank, as in the
-published method. It balances the mean of the windows; it knows nothing of their spread.
+then the two steps run inside each node. It balances the mean of the windows; it knows nothing of
+their spread. The published method may put two copies of an expert on one rank, where the second is
+of no use; here an expert gets one copy a rank at most, and doubles are exchanged (`take_apart`).
 """
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from cmjax.placement.plan import count_copies
+from cmjax.placement.methods.once_per_rank import take_apart
+from cmjax.placement.plan import EMPTY, count_copies
 from cmjax.placement.problem import Plan, Problem
 
 
@@ -48,18 +50,28 @@ def greedy_on(
     problem: Problem, loads: Float[np.ndarray, "layers experts"], *, groups: int = 1, nodes: int = 1
 ) -> Plan:
     """Replicate and pack any one load per expert, groups first packed onto nodes."""
-    layers, experts = loads.shape
+    layers, _experts = loads.shape
+    if problem.copies < problem.slots:
+        groups, nodes = 1, 1  # whole nodes of uneven ranks do not divide
 
     by_node = _experts_by_node(loads, groups, nodes)
     node_loads = np.take_along_axis(loads, by_node, axis=1).reshape(layers * nodes, -1)
-    copied = replicate(node_loads, problem.slots // nodes)
-    copies = count_copies(copied, node_loads.shape[1])
+    fill, own = problem.copies // nodes, node_loads.shape[1]
+    copied = replicate(node_loads, fill, max(problem.ranks // nodes, -(-fill // own)))
+    copies = count_copies(copied, own)
     copy_loads = np.take_along_axis(node_loads / copies, copied, axis=1)
-    slots = pack(copy_loads, problem.ranks // nodes)
+    room = ((0, 0), (0, problem.slots // nodes - fill))  # an empty slot is a copy without load
+    slots = pack(np.pad(copy_loads, room), problem.ranks // nodes)
 
-    local = np.take_along_axis(copied, slots, axis=1).reshape(layers, nodes, -1)
-    local = local + (experts // nodes) * np.arange(nodes)[:, None]
-    return problem.plan(np.take_along_axis(by_node, local.reshape(layers, -1), axis=1))
+    local = np.take_along_axis(np.pad(copied, room), slots, axis=1)
+    local = np.where(slots >= fill, EMPTY, local)
+    local = take_apart(local, node_loads, problem.ranks // nodes, empty_too=problem.uneven)
+    local = local.reshape(layers, nodes, -1)
+    index = np.maximum(local, 0) + own * np.arange(nodes)[:, None]
+    found = np.take_along_axis(by_node, index.reshape(layers, -1), axis=1)
+    found = np.where(local.reshape(layers, -1) == EMPTY, EMPTY, found)
+    # Copies that a node has no more ranks for go to others.
+    return problem.plan(take_apart(found, loads, problem.ranks, empty_too=problem.uneven))
 
 
 def replicate(
@@ -91,6 +103,39 @@ def replicate(
                 copies[row, hottest] == most, -1.0, per_copy[row, hottest]
             )
     return filled
+
+
+def cover(
+    loads: Float[np.ndarray, "rows experts"], slots: int, share: Float[np.ndarray, "most"]
+) -> Int[np.ndarray, "rows experts"]:
+    """Copies that minimise the largest load of a copy, one of c copies having `share[c - 1]` of it.
+
+    Args:
+      loads: tokens of each expert.
+      slots: copies in all, at least one per expert.
+      share: by copies, 1 to the most that an expert gets; it does not rise.
+    Returns: copies of every expert, as few as reach the least, what is left given to the largest
+      load over copies.
+    """
+    most = np.append(share, 0.0)  # one more copy than can be had
+    low, high = np.zeros(len(loads)), loads.max(1)
+
+    def needed(limit):
+        ratio = limit[:, None] / np.maximum(loads, 1e-300)
+        return np.searchsorted(-most, -ratio * (1 + 1e-12)) + 1
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = (needed(middle) <= len(share)).all(1) & (needed(middle).sum(1) <= slots)
+        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+    copies = needed(high)
+    row = np.arange(len(loads))
+    while (left := copies.sum(1) < slots).any():
+        hottest = np.where(copies < len(share), loads / copies, -1.0).argmax(1)
+        copies[row, hottest] += left & (copies[row, hottest] < len(share))
+        if (copies == len(share)).all(1).any():
+            break
+    return copies
 
 
 def pack(loads: Float[np.ndarray, "rows items"], bins: int) -> Int[np.ndarray, "rows items"]:

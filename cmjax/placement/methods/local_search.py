@@ -21,7 +21,8 @@ The best of the moves tried is made if it raises Φ by less than an exponential 
 times the largest aim[w] - 1: Metropolis' rule, by which the search leaves plans that no single
 move improves (Kirkpatrick et al., "Optimization by simulated annealing", Science 1983).
 
-Moves, all evaluated exactly, with copies of an expert sharing its tokens evenly:
+Moves, all evaluated exactly, with copies of an expert sharing its tokens evenly or as the engine's
+rule has it (`Routing`), by which a move changes the shares of all copies of both experts:
 
     swap       a slot on a hot rank and a slot elsewhere change experts
     overwrite  a slot gives up its expert (which has other copies), or was empty, and holds another
@@ -38,7 +39,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cmjax.placement.routing import Routing
+
 _EPS = 1e-6
+_ROUTED = 4  # of so many candidates one is tried where shares have to be found by rule
 
 
 @jax.tree_util.register_dataclass
@@ -60,19 +64,29 @@ class SearchState:
 
 
 def start_state(
-    experts: Int[Array, "rows ranks size"], loads: Float[Array, "rows experts1 windows"]
+    experts: Int[Array, "rows ranks size"],
+    loads: Float[Array, "rows experts1 windows"],
+    *,
+    route: Routing | None = None,
 ) -> SearchState:
     """State of given plans under `loads`, relative to the mean over ranks; see `improve`."""
     rows, ranks, size = experts.shape
     row = jnp.arange(rows)[:, None]
     flat = experts.reshape(rows, -1)
     copies = jnp.zeros(loads.shape[:2], loads.dtype).at[row, flat].add(1.0).at[:, -1].set(1.0)
-    per_slot = (loads / copies[..., None])[row, flat]
-    tokens = per_slot.reshape(rows, ranks, size, -1).sum(2).swapaxes(1, 2)
+    if route is None:
+        per_slot = (loads / copies[..., None])[row, flat]
+        tokens = per_slot.reshape(rows, ranks, size, -1).sum(2).swapaxes(1, 2)
+    else:
+        held = jnp.zeros((rows, loads.shape[1], ranks), bool)
+        held = held.at[row, flat, jnp.arange(ranks * size) // size].set(True)
+        tokens = jnp.einsum("ner,new->nwr", route(held), loads)
     return SearchState(experts, copies, tokens, tokens.max(-1))
 
 
-@partial(jax.jit, static_argnames=("layers", "swaps", "tail", "ignore_slower"))
+@partial(
+    jax.jit, static_argnames=("layers", "swaps", "tail", "ignore_slower", "route", "keep_empty")
+)
 def improve(
     state: SearchState,
     loads: Float[Array, "rows experts1 windows"],
@@ -85,6 +99,8 @@ def improve(
     swaps: int,
     tail: int,
     ignore_slower: bool = False,
+    route: Routing | None = None,
+    keep_empty: bool = False,
 ) -> SearchState:
     """Rounds of one overwrite and `swaps` swaps.
 
@@ -100,8 +116,12 @@ def improve(
       swaps: swap steps a round; `slots` and `chance` hold one more step, for the overwrite.
       tail: how many of the slowest windows count.
       ignore_slower: only the fastest of the tail counts, not those slower than it (a quantile).
+      route: the rule that gives copies their shares; None is an even split, which is faster.
+      keep_empty: empty slots stay so many, one on a rank at most; else they are filled.
     """
-    one = partial(_round, swaps=swaps, ignore_slower=ignore_slower)
+    one = partial(
+        _round, swaps=swaps, ignore_slower=ignore_slower, route=route, keep_empty=keep_empty
+    )
     by_row = jax.vmap(one, (0, 0, 0, None, None, None, None))
 
     def step(state, drawn):
@@ -112,7 +132,10 @@ def improve(
     return jax.lax.scan(step, state, (theta, patience, slots, chance))[0]
 
 
-def _round(state, slack, loads, theta, patience, slots, chance, *, swaps, ignore_slower):
+def _round(
+    state, slack, loads, theta, patience, slots, chance,
+    *, swaps, ignore_slower, route, keep_empty,
+):  # fmt: skip
     """One row: experts [ranks, size], tokens [windows, ranks], slack [windows]."""
     excess = jnp.maximum(state.top + jnp.maximum(slack, 0) - 1, _EPS)
     factor = 1 / ((1 - theta) * excess)
@@ -120,12 +143,16 @@ def _round(state, slack, loads, theta, patience, slots, chance, *, swaps, ignore
         factor = jnp.where(slack < 0, 0.0, factor)
     penalty = _Penalty(1 + theta * excess, factor)
     patience = patience * excess.max()
-    state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty)
+    state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty, route, keep_empty)
     per_copy = loads / state.copies[:, None]
 
     def step(carry, drawn):
         (experts, tokens), (tried, chances, patient) = carry, drawn
-        return _swap(experts, tokens, per_copy, tried, chances, patient, penalty), None
+        swap = partial(_swap, per_copy=per_copy)
+        if route is not None:
+            swap = partial(_swap_routed, loads=loads, route=route)
+        kept = {"keep_empty": keep_empty}
+        return swap(experts, tokens, tried, chances, patient, penalty, **kept), None
 
     (experts, tokens), _ = jax.lax.scan(
         step,
@@ -162,7 +189,7 @@ def _hot_rank(tokens, chance, penalty):
     return (share / chance).argmax() % tokens.shape[1]
 
 
-def _swap(experts, tokens, per_copy, slots, chance, patience, penalty):
+def _swap(experts, tokens, slots, chance, patience, penalty, *, per_copy, keep_empty):
     size, nothing = experts.shape[1], len(per_copy) - 1
     hot = _hot_rank(tokens, chance, penalty)
     other = slots // size
@@ -174,9 +201,7 @@ def _swap(experts, tokens, per_copy, slots, chance, patience, penalty):
         penalty(hot_tokens) + penalty(other_tokens)
         - penalty(hot_tokens - shift) - penalty(other_tokens + shift)
     )  # fmt: skip
-    doubles = ((here[:, None] == there) & (there < nothing)).any(0) | (
-        experts[other] == here[:, None, None]
-    ).any(-1)
+    doubles = _swap_doubles(experts, here, there, other, nothing + keep_empty)
     gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
     best = gain.argmax()
     i, j = best // len(slots), best % len(slots)
@@ -189,7 +214,47 @@ def _swap(experts, tokens, per_copy, slots, chance, patience, penalty):
     return experts, tokens
 
 
-def _overwrite(state, loads, slots, chance, patience, penalty):
+def _swap_doubles(experts, here, there, other, kinds):
+    """Where a rank would hold something numbered below `kinds` twice, [size, candidates]."""
+    arriving = ((here[:, None] == there) & (there < kinds)).any(0)
+    return arriving | (experts[other] == here[:, None, None]).any(-1)
+
+
+def _swap_routed(
+    experts, tokens, slots, chance, patience, penalty, *, loads, route, keep_empty
+):  # fmt: skip
+    """`_swap` where a copy's share depends on which ranks hold the others."""
+    slots = slots[: max(1, len(slots) // _ROUTED)]
+    ranks, size = experts.shape
+    nothing = loads.shape[0] - 1
+    hot = _hot_rank(tokens, chance, penalty)
+    other = slots // size
+    here, there = experts[hot], experts.reshape(-1)[slots]
+    held_here = (experts == here[:, None, None]).any(-1)  # [size, ranks]
+    held_there = (experts == there[:, None, None]).any(-1)  # [candidates, ranks]
+    at_hot, at_other = jnp.arange(ranks) == hot, jnp.arange(ranks) == other[:, None]
+    gone = (held_here & ~at_hot)[:, None] | at_other  # e from the hot rank to the other
+    come = (held_there & ~at_other) | at_hot
+    change_e = route(gone) - route(held_here)[:, None]  # [size, candidates, ranks]
+    change_f = route(come) - route(held_there)
+    new = (
+        tokens.T
+        + change_e[..., None] * loads[here][:, None, None]
+        + (change_f[..., None] * loads[there][:, None])
+    )  # [size, candidates, ranks, windows]
+    gain = penalty(tokens.T).sum() - penalty(new).sum(-1)
+    doubles = _swap_doubles(experts, here, there, other, nothing + keep_empty)
+    gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
+    best = gain.argmax()
+    i, j = best // len(slots), best % len(slots)
+    better = gain.reshape(-1)[best] > -patience
+    e, f = here[i], there[j]
+    experts = experts.at[hot, i].set(jnp.where(better, f, e))
+    experts = experts.at[other[j], slots[j] % size].set(jnp.where(better, e, f))
+    return experts, jnp.where(better, new[i, j].T, tokens)
+
+
+def _overwrite(state, loads, slots, chance, patience, penalty, route, keep_empty):
     experts, copies, tokens = state.expert_of_slot, state.copies, state.tokens
     ranks, size = experts.shape
     nothing = loads.shape[0] - 1
@@ -200,12 +265,16 @@ def _overwrite(state, loads, slots, chance, patience, penalty):
     held_here = (experts == here[:, None, None]).sum(-1).astype(tokens.dtype)  # [size, ranks]
     held_there = (experts == there[:, None, None]).sum(-1).astype(tokens.dtype)
     target = jax.nn.one_hot(other, ranks, dtype=tokens.dtype)
-    more, fewer = copies[here] + 1, jnp.maximum(copies[there] - 1, 1)
     # Share of the expert's tokens that each rank gains: [size, candidates, ranks].
-    gain_e = (held_here[:, None] + target) / more[:, None, None] - (
-        held_here / copies[here][:, None]
-    )[:, None]
-    gain_f = (held_there - target) / fewer[:, None] - held_there / copies[there][:, None]
+    if route is None:
+        more, fewer = copies[here] + 1, jnp.maximum(copies[there] - 1, 1)
+        gain_e = (held_here[:, None] + target) / more[:, None, None] - (
+            held_here / copies[here][:, None]
+        )[:, None]
+        gain_f = (held_there - target) / fewer[:, None] - held_there / copies[there][:, None]
+    else:
+        gain_e = route(held_here[:, None] + target > 0) - route(held_here > 0)[:, None]
+        gain_f = route(held_there - target > 0) - route(held_there > 0)
     gain_f = jnp.where((there == nothing)[:, None], 0.0, gain_f)
     new = (
         tokens.T
@@ -213,7 +282,7 @@ def _overwrite(state, loads, slots, chance, patience, penalty):
         + gain_f[..., None] * loads[there][:, None]
     )  # [size, candidates, ranks, windows]
     gain = penalty(tokens.T).sum() - penalty(new).sum(-1)
-    free = (there == nothing) | (copies[there] > 1)
+    free = ((there == nothing) & (not keep_empty)) | ((copies[there] > 1) & (there < nothing))
     doubles = (experts[other] == here[:, None, None]).any(-1) | (here == nothing)[:, None]
     gain = jnp.where(doubles | ~free, -jnp.inf, gain)
     best = gain.argmax()

@@ -3,13 +3,16 @@
 import difflib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from cmjax.console import Progress
 from cmjax.placement.methods.contiguous import contiguous
 from cmjax.placement.methods.gradient import gradient
 from cmjax.placement.methods.greedy import greedy, greedy_global, greedy_hierarchical
+from cmjax.placement.methods.once_per_rank import take_apart
 from cmjax.placement.methods.one_spare import one_spare
+from cmjax.placement.methods.robust import robust
 from cmjax.placement.methods.search import search
 from cmjax.placement.methods.shuffled import shuffled
 from cmjax.placement.pricing import LayerTime
@@ -63,8 +66,9 @@ def place(
     Args:
       problem: loads, ranks, slots and objective. Dead ranks and layers with fewer slots are taken
         out of it first, so that no method has to know of them.
-      method: a name in `METHODS`: search, gradient, greedy, hierarchical, one-spare, contiguous,
-        random, or one registered by the caller.
+      method: a name in `METHODS`: search, gradient, robust, greedy, hierarchical, one-spare,
+        contiguous, random, or one registered by the caller. Copies of an expert that it puts on
+        one rank are taken apart.
       layer_time_s: priced time of the layer, `[..., ranks]` tokens to `[...]` seconds.
       seed: for methods that draw at random.
       seconds: wall-clock limit for methods that search.
@@ -75,7 +79,7 @@ def place(
     >>> problem = Problem(Loads([[60, 10, 20, 30]]), ranks=2, redundant=2)
     >>> plan = place(problem, "greedy", lambda tokens: 1e-6 * tokens.max(-1))
     >>> plan.tokens_per_rank(problem.loads.counts).tolist()
-    [[[60.0, 60.0]]]
+    [[[55.0, 65.0]]]
     """
     check_method(method)
     begin, parts = time.monotonic(), problem.dense()
@@ -84,10 +88,14 @@ def place(
         left = None
         if seconds is not None:
             left = (seconds - (time.monotonic() - begin)) / (len(parts) - index)
-        plans.append(METHODS[method](
+        plan = METHODS[method](
             part, layer_time_s,
             seed=seed, seconds=left, progress=_of_part(progress, index, len(parts)),
-        ))  # fmt: skip
+        )  # fmt: skip
+        if plan.doubles and plan.split is None:
+            mean = part.loads.counts.mean(0)
+            plan = replace(plan, expert_of_slot=take_apart(plan.expert_of_slot, mean, part.ranks))
+        plans.append(plan)
     return problem.assemble(plans)
 
 
@@ -114,6 +122,7 @@ def check_method(method: str) -> None:
 
 register_method("search")(search)
 register_method("gradient")(gradient)
+register_method("robust")(robust)
 
 
 @register_method("random")

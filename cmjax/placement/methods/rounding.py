@@ -6,7 +6,8 @@ time first), on the rank with room that is lightest with the copy on it in *all*
     argmin over ranks r of  max over windows w of  x[w, r] + a[w, e]  -  ε · wish[e, r],
 
 so experts that are hot at different times share a rank, which packing any one load per expert, as
-`greedy` does, cannot see. Wishes, of a relaxed plan say, settle what is nearly a tie.
+`greedy` does, cannot see. Wishes, of a relaxed plan say, settle what is nearly a tie. Copies may be
+kept on different nodes, for engines that send tokens to the nearest one.
 """
 
 from functools import partial
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_DOUBLE = 1e3  # outweighs any load: a second copy on a rank only when no other has room
+_DOUBLE = 1e4  # outweighs any load: a second copy on a rank only when no other has room
+_SAME_NODE = 1e2  # likewise, of copies on one node
 
 
 def round_copies(
@@ -49,6 +51,7 @@ def round_places(
     wishes: Float[Array, "rows experts ranks"] | None = None,
     *,
     wish: float = 0.01,
+    apart: int = 1,
 ) -> Int[np.ndarray, "rows slots"]:
     """The expert of each slot, ranks in order; every rank gets equally many slots.
 
@@ -58,6 +61,7 @@ def round_places(
       ranks: ranks to place on.
       wishes: fractional copies of each expert on each rank; None is no wish.
       wish: ε, what a full wish outweighs, in units of a rank's mean tokens.
+      apart: nodes that the copies of an expert are spread over first.
     """
     rows, experts = copies.shape
     slots = int(copies[0].sum())
@@ -68,14 +72,15 @@ def round_places(
     if wishes is None:
         wishes = jnp.zeros((rows, experts, 1))
     rank = _pack(
-        jnp.asarray(copied), jnp.asarray(per_copy, jnp.float32), wish * wishes, ranks=ranks
+        jnp.asarray(copied), jnp.asarray(per_copy, jnp.float32), wish * wishes,
+        ranks=ranks, apart=apart,
     )  # fmt: skip
     # A stable sort by rank keeps the heaviest first on each.
     return np.take_along_axis(copied, np.argsort(np.asarray(rank), axis=1, kind="stable"), axis=1)
 
 
-@partial(jax.jit, static_argnames="ranks")
-def _pack(copied, per_copy, wishes, *, ranks):
+@partial(jax.jit, static_argnames=("ranks", "apart"))
+def _pack(copied, per_copy, wishes, *, ranks, apart):
     """Rank of each copy, in the order given: copied [rows, slots]."""
 
     def one(copied, per_copy, wishes):
@@ -83,6 +88,9 @@ def _pack(copied, per_copy, wishes, *, ranks):
             tokens, room, held = carry
             new = tokens + per_copy[:, expert]  # [ranks, windows]
             score = new.max(-1) - wishes[expert] + _DOUBLE * held[expert]
+            if apart > 1:
+                near = held[expert].reshape(apart, -1).sum(-1)
+                score += _SAME_NODE * jnp.repeat(near, ranks // apart)
             rank = jnp.where(room > 0, score, jnp.inf).argmin()
             held = held.at[expert, rank].set(True)
             return (tokens.at[rank].set(new[rank]), room.at[rank].add(-1), held), rank

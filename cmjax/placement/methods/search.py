@@ -6,7 +6,8 @@ the windows it was made for it is never worse than any of these; by the mean, on
 
 Starting plans are copies that cover the largest load of any window, packed for all windows at once
 (`rounding`), greedy replicate-and-pack on the objective's load (each expert's share of a window,
-reduced over windows as the objective reduces time), and the covering copies in random slots.
+reduced over windows as the objective reduces time), and the covering copies in random slots. Where
+the engine does not split evenly, copies that cover under its rule come first.
 """
 
 import time
@@ -20,6 +21,7 @@ from jaxtyping import Int
 from cmjax.console import Progress
 from cmjax.placement.methods.contiguous import contiguous
 from cmjax.placement.methods.greedy import (
+    cover,
     greedy,
     greedy_global,
     greedy_hierarchical,
@@ -28,6 +30,7 @@ from cmjax.placement.methods.greedy import (
 )
 from cmjax.placement.methods.incumbent import Incumbent
 from cmjax.placement.methods.local_search import improve, start_state
+from cmjax.placement.methods.once_per_rank import take_apart
 from cmjax.placement.methods.one_spare import one_spare
 from cmjax.placement.methods.rounding import round_places
 from cmjax.placement.plan import EMPTY, count_copies
@@ -108,7 +111,7 @@ def search(
         best.consider(start.expert_of_slot[None])
     try:
         count = config.starts or int(np.clip(_SMALL // problem.loads.counts.size, 1, 6))
-        count += start is not None
+        count += (start is not None) + (problem.routing != "even")
         plans = _starts(problem, start, count, np.random.default_rng(seed))
         best.consider(plans)
         improve_plans(best, plans, seed=seed, deadline=deadline, progress=progress, config=config)
@@ -159,22 +162,55 @@ def relative_loads(problem: Problem) -> np.ndarray:
 
 
 def covering(problem: Problem) -> Int[np.ndarray, "plans layers slots"]:
-    """One plan: copies that cover the largest load of any window, packed for all windows."""
+    """Copies that cover the largest load of any window, packed for all windows: one plan, and where
+    the engine does not split evenly a second, covering under its rule."""
     loads = relative_loads(problem)
-    copied = replicate(loads.max(0), problem.slots, problem.ranks)
+    copied = replicate(loads.max(0), problem.copies, problem.most_copies)
     copies = count_copies(copied, problem.experts)
-    return round_places(copies, loads.transpose(1, 0, 2), problem.ranks)[None]
+    plans = [pack_copies(problem, copies)]
+    if problem.routing != "even":
+        routed = cover(loads.max(0), problem.copies, problem.route.least_top_share(problem.ranks))
+        near = problem.nodes if problem.routing == "nearest-copy" else 1
+        plans.append(pack_copies(problem, routed, apart=near))
+    return np.stack(plans)
+
+
+def pack_copies(
+    problem: Problem,
+    copies: Int[np.ndarray, "rows experts"],
+    wishes: jax.Array | None = None,
+    *,
+    wish: float = 0.01,
+    apart: int = 1,
+) -> Int[np.ndarray, "rows slots"]:
+    """Whole copies on the problem's ranks, none twice on one; rows are layers, any times over.
+
+    Args: as in `round_places`.
+    """
+    times = len(copies) // problem.layers
+    loads = np.tile(relative_loads(problem).transpose(1, 0, 2), (times, 1, 1))
+    spare = problem.slots - problem.copies
+    if spare:  # an empty slot is a copy without load
+        copies = np.pad(copies, ((0, 0), (0, 1)), constant_values=spare)
+        loads = np.pad(loads, ((0, 0), (0, 0), (0, 1)))
+        wishes = None if wishes is None else jnp.pad(wishes, ((0, 0), (0, 1), (0, 0)))
+    found = round_places(copies, loads, problem.ranks, wishes, wish=wish, apart=apart)
+    found = np.where(found == problem.experts, EMPTY, found)
+    mean = np.tile(problem.loads.counts.mean(0), (times, 1))
+    return take_apart(found, mean, problem.ranks, empty_too=problem.uneven)
 
 
 def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]:
     loads = relative_loads(problem)
-    packed = covering(problem)[0]
+    packed, *routed = covering(problem)
     own = greedy_on(problem, problem.objective(loads)).expert_of_slot
-    plans = [packed] if len(loads) == 1 else [packed, own]
+    plans = [*routed, packed] if len(loads) == 1 else [*routed, packed, own]
     if start is not None:
         plans.insert(0, start.expert_of_slot)
+    mean = problem.loads.counts.mean(0)
     while len(plans) < count:
-        plans.append(rng.permuted(packed, axis=1))
+        drawn = rng.permuted(packed, axis=1)
+        plans.append(take_apart(drawn, mean, problem.ranks, empty_too=problem.uneven))
     return np.stack(plans[:count])
 
 
@@ -194,7 +230,8 @@ def _chunks(problem, plans, seed, deadline, config):
     count, layers, slots = plans.shape
     windows, ranks, experts = len(problem.loads.counts), problem.ranks, problem.experts
     loads, held = search_inputs(problem, plans)
-    state = start_state(held, loads)
+    route = None if problem.routing == "even" else problem.route
+    state = start_state(held, loads, route=route)
     total = config.chunks * config.rounds
     swaps = int(np.ceil(config.swaps_per_slot * slots / total))
     objective = problem.objective
@@ -219,6 +256,8 @@ def _chunks(problem, plans, seed, deadline, config):
                 swaps=swaps,
                 tail=objective.tail(windows),
                 ignore_slower=objective.kind == "quantile",
+                route=route,
+                keep_empty=problem.uneven,
             ))  # fmt: skip
             now = time.monotonic()
             slowest = max(slowest, now - begin) if np.isfinite(slowest) else 0.0

@@ -172,7 +172,8 @@ def _trail(part, plan, seed):
     """Plans [layers, slots] after each small step."""
     rng = np.random.default_rng([seed, 2])
     loads, held = search_inputs(part, plan[None])
-    state = start_state(held, loads)
+    route = None if part.routing == "even" else part.route
+    state = start_state(held, loads, route=route)
     windows = len(part.loads.counts)
     shape = (1, 2)
     for _ in range(_STEPS):
@@ -181,7 +182,8 @@ def _trail(part, plan, seed):
             rng.integers(0, part.slots, (*shape, _CANDIDATES)).astype(np.int32),
             (rng.exponential(size=(*shape, windows, part.ranks)) + 1e-9).astype(np.float32),
             layers=part.layers, swaps=1, tail=part.objective.tail(windows),
-            ignore_slower=part.objective.kind == "quantile",
+            ignore_slower=part.objective.kind == "quantile", route=route,
+            keep_empty=part.uneven,
         )  # fmt: skip
         found = np.asarray(state.expert_of_slot).reshape(plan.shape)
         yield np.where(found == part.experts, EMPTY, found)

@@ -1,7 +1,7 @@
 """Attention: exact, over a latent cache, blockwise, and in half precision (PASA)."""
 
 from cmjax.primitives.attention.exact import attention, latent_attention, visible_keys
-from cmjax.primitives.attention.merge import merge_by_lse
+from cmjax.primitives.attention.merge import merge_by_lse, with_sinks
 from cmjax.primitives.attention.numerics import AttentionNumerics, attention_numerics
 from cmjax.primitives.attention.pasa import flash_attention, pasa_attention
 from cmjax.primitives.attention.pasa_shift import pasa_beta
@@ -16,4 +16,5 @@ __all__ = [
     "pasa_attention",
     "pasa_beta",
     "visible_keys",
+    "with_sinks",
 ]

@@ -10,6 +10,10 @@ Per block j of n keys, with scores S' = s - c_j that a shift has moved towards z
 (Chen et al. 2025, arXiv 2503.01873, Algorithm 1; FlashAttention is the case gain = 0.) Any F gives
 the same result in exact arithmetic: it only chooses the range of the numbers kept.
 
+A cap on the scores is of the true ones, s = S' + c_j, which it bounds: from there on nothing is
+shifted. A bias is added after it. Keys that no query sees take the mean of the others in their
+block (`hidden`), so that the average is that of keys in use.
+
 XLA's CPU backend widens half precision silently, so nothing here relies on a dtype: values are held
 in float32 and rounded by `round_to` at every point where a half-precision kernel would store them.
 A matrix product accumulates in float32 and is rounded once, as on the cube cores.
@@ -24,6 +28,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
+from cmjax.primitives.attention.hidden import keep, usable_keys
 from cmjax.primitives.attention.pasa_shift import recovery_gain, shift_matrix
 
 
@@ -115,17 +120,17 @@ class Blocks:
         rows = jnp.minimum(self._start(j) + jnp.arange(self.size), self.keys - 1)
         return jnp.take(x, rows, axis)
 
-    def visible(self, j, queries, mask: Array | None, causal: bool) -> Array | None:
+    def visible(self, j, queries, mask: Array | None, causal: bool, window=None) -> Array | None:
         """Which keys of block `j` a query sees, broadcastable to scores [..., k, g, t, i]."""
         key = self._start(j) + jnp.arange(self.size)
         seen = None
         if not (isinstance(self.keys, int) and self.keys % self.size == 0):
             seen = (key >= j * self.size) & (key < self.keys)
         if causal:
-            earlier = key <= jnp.arange(queries)[:, None]
+            earlier = _behind(key, queries, window)
             seen = earlier if seen is None else seen & earlier
         if mask is not None:
-            given = mask if mask.shape[-1] == 1 else self.take(mask, j, -1)
+            given = of_block(self, mask, j)
             seen = given if seen is None else seen & given
         return seen
 
@@ -151,20 +156,35 @@ class _State(NamedTuple):
 
 
 def blockwise_attention(
-    q, k, v, *mask, precision, statistics, shift, beta, block_size, scale, causal
+    q,
+    k,
+    v,
+    *more,
+    precision,
+    statistics,
+    shift,
+    beta,
+    block_size,
+    scale,
+    causal,
+    window=None,
+    softcap=None,
+    has_bias=False,
 ) -> list[Array]:
     """Attention and its log-sum-exp. See `pasa.pasa_attention` for the meaning of all parameters.
 
-    q [..., t, heads, d], k [..., s, kv_heads, d], v [..., s, kv_heads, dv], mask broadcastable to
-    [..., heads, t, s]; `shift` is "gemm", "mean" or, for plain FlashAttention, "none".
+    q [..., t, heads, d], k [..., s, kv_heads, d], v [..., s, kv_heads, dv]; then mask and bias as
+    far as they are there, broadcastable to [..., heads, t, s]; `shift` is "gemm", "mean" or, for
+    plain FlashAttention, "none".
     """
     form = arithmetic(precision, statistics)
     kv_heads = k.shape[-2]
     blocks = Blocks.of(k.shape[-3], block_size)
     out_dtype = q.dtype
     q, k, v = (round_to(x.astype(form.compute), form.operand) for x in (q, k, v))
+    seen, bias = mask_and_bias(more, has_bias, kv_heads)
+    k, v, usable = _in_use(k, v, seen, q.shape[-3], causal, window)
     q = group_heads(q, kv_heads)
-    seen = group_mask(mask[0], kv_heads) if mask else None
     shifted, gain = _shift(form, shift, statistics, beta, blocks.size, scale)
 
     def vector(x):
@@ -175,6 +195,8 @@ def blockwise_attention(
 
     def block(j) -> _State:
         keys, values = blocks.take(k, j, -3), blocks.take(v, j, -3)
+        if usable is not None and shift != "none":
+            keys = round_to(_with_mean(keys, blocks.take(usable.kept, j, -2)), form.operand)
         keys, removed = shifted(keys)
         scores = round_to(product("...kgtd,...ikd->...kgti", q, keys), form.scores)
         if removed is not None:
@@ -184,7 +206,15 @@ def blockwise_attention(
             average = jnp.zeros_like(scores[..., 0])
         else:
             average = row(jnp.mean(scores, axis=-1))  # before any mask: the shift saw all keys
-        visible = blocks.visible(j, q.shape[-2], seen, causal)
+        if softcap is not None:
+            # The true scores, large again: in the format of the statistics until their maximum is
+            # subtracted.
+            scores = row(softcap * jnp.tanh((scores + gain * average[..., None]) / softcap))
+            average = jnp.zeros_like(average)
+        if bias is not None:
+            held = vector if softcap is None else row
+            scores = held(scores + of_block(blocks, bias, j).astype(scores.dtype))
+        visible = blocks.visible(j, q.shape[-2], seen, causal, window)
         if visible is None:
             top = jnp.max(scores, axis=-1)
             weights = vector(jnp.exp(vector(scores - top[..., None])))
@@ -194,6 +224,11 @@ def blockwise_attention(
             base = jnp.where(jnp.any(visible, axis=-1), top, 0)
             weights = jnp.where(visible, vector(jnp.exp(vector(scores - base[..., None]))), 0)
         mass = row(jnp.sum(weights, axis=-1))
+        if usable is not None:
+            assert visible is not None  # a key is used or not only where some are hidden
+            broken = jnp.swapaxes(blocks.take(usable.broken, j, -2), -1, -2)
+            lost = jnp.any(visible & broken[..., None, None, :], axis=-1)
+            mass = jnp.where(lost, jnp.nan, mass)
         weights = round_to(weights, form.operand)
         return _State(
             average, top, mass, row(vector(product("...kgti,...ikd->...kgtd", weights, values)))
@@ -215,6 +250,55 @@ def blockwise_attention(
     out = vector(state.sum / jnp.where(mass == 0, 1, mass))
     lse = state.top + gain * state.average + jnp.log(state.mass)
     return [ungroup_heads(out).astype(out_dtype), ungroup_heads(lse[..., None])[..., 0]]
+
+
+def mask_and_bias(more, has_bias: bool, kv_heads: int) -> tuple[Any, Any]:
+    """What is seen and what is added to the scores, by key head; a bias of -inf hides."""
+    seen = group_mask(more[0], kv_heads) if len(more) > has_bias else None
+    if not has_bias:
+        return seen, None
+    bias = group_mask(more[-1], kv_heads)
+    shown = ~jnp.isneginf(bias)
+    return shown if seen is None else seen & shown, jnp.where(shown, bias, 0)
+
+
+def used_by_any(seen, queries, keys, causal, window) -> Array | None:
+    """Keys that some query of a key head sees, [..., keys, kv_heads or 1]; `None` for all."""
+    if seen is None and not causal:
+        return None
+    if seen is None:
+        return jnp.any(_behind(jnp.arange(keys), queries, window), axis=0)[:, None]
+    both = seen & _behind(jnp.arange(keys), queries, window) if causal else seen
+    used = jnp.any(both, axis=(-3, -2))
+    used = jnp.broadcast_to(used, (*used.shape[:-1], keys))
+    return jnp.swapaxes(used, -1, -2)
+
+
+def _in_use(k, v, seen, queries, causal, window):
+    """Keys and values with zeros for those that do not count, and which do; `None` for all."""
+    used = used_by_any(seen, queries, k.shape[-3], causal, window)
+    if used is None:
+        return k, v, None
+    usable = usable_keys(used, k, v)
+    return keep(k, usable.kept), keep(v, usable.kept), usable
+
+
+def _with_mean(keys, kept):
+    """Keys [..., i, kv_heads, d], the mean of those kept, [..., i, kv_heads], for the others."""
+    count = jnp.sum(kept, axis=-2, keepdims=True, dtype=keys.dtype)
+    mean = jnp.sum(keys, axis=-3, keepdims=True) / jnp.maximum(count, 1)[..., None]
+    return jnp.where(kept[..., None], keys, mean)
+
+
+def _behind(key, queries, window):
+    """Keys up to a query's own, and with a window only the newest of them."""
+    at = jnp.arange(queries)[:, None]
+    return key <= at if window is None else (key <= at) & (key > at - window)
+
+
+def of_block(blocks: Blocks, x: Array, j) -> Array:
+    """What a mask or bias [..., keys or 1] has for block `j`."""
+    return x if x.shape[-1] == 1 else blocks.take(x, j, -1)
 
 
 def _shift(

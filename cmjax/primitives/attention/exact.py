@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from cmjax.primitives.attention.hidden import keep, usable_keys
 from cmjax.primitives.define import define
 from cmjax.program import Size, Work, cost_rule, matmul_flops
 from cmjax.program.size import minimum
@@ -38,10 +39,11 @@ def attention(
       scale: factor on the scores, usually `d ** -0.5`.
       causal: query `i` sits at position `lengths - q_len + i` (`kv_len - q_len + i` without
         lengths) and sees no later key.
-      lengths: keys that exist, per sequence; the rest is masked.
+      lengths: keys that exist, per sequence; the rest is masked, and may hold anything.
       window: a query sees this many newest keys, the one at its own position included (sliding
         window); needs `causal`. `None` for all.
-    Returns: dtype of `q`. A query that sees nothing gets zeros.
+    Returns: dtype of `q`. A query that sees nothing gets zeros; one that sees a key or value that
+      is not finite, NaN; what it does not see has no part in its result.
     Raises: ValueError or TypeError naming the argument whose shape or dtype does not fit.
     Gradient: that of the formula.
     Source: Vaswani et al. 2017, equation 1: softmax(scale q k^T) v.
@@ -78,7 +80,8 @@ def latent_attention(
       latent: [batch, kv_len, c], floating point, or int8 with `latent_scale`.
       latent_scale: value of one int8 step, per token; `None` for a floating-point latent.
       rope: rotated keys, shared by all heads.
-      lengths: cache entries that exist, the `q_len` newest ones included.
+      lengths: cache entries that exist, the `q_len` newest ones included; the rest may hold
+        anything.
       scale: factor on the scores.
     Returns: attention-weighted latents, dtype of `q_latent`.
     Raises: ValueError or TypeError naming the argument whose shape or dtype does not fit.
@@ -106,24 +109,35 @@ def _reference(q, k, v, *lengths, scale, causal, window):
     *lead, q_len, heads, d = q.shape
     kv_len, kv_heads = k.shape[-3:-1]
     grouped = q.reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
-    scores = scale * _product("...qhgd,...khd->...hgqk", grouped, k)
     visible = visible_keys(q_len, kv_len, lengths[0] if lengths else None, causal, window)
+    lost = None
     if visible is not None:
+        usable = usable_keys(jnp.any(visible, axis=-2)[..., None], k, v)  # [..., kv_len, kv_heads]
+        k, v = keep(k, usable.kept), keep(v, usable.kept)
+        broken = jnp.moveaxis(usable.broken, -1, -2)[..., None, :]
+        lost = jnp.any(visible[..., None, :, :] & broken, axis=-1)  # [..., kv_heads, q_len]
         visible = visible[..., None, None, :, :]
+    scores = scale * _product("...qhgd,...khd->...hgqk", grouped, k)
     weights = _softmax(scores, visible)
     out = _product("...hgqk,...khd->...qhgd", weights.astype(v.dtype), v)
+    if lost is not None:
+        out = jnp.where(jnp.swapaxes(lost, -1, -2)[..., None, None], jnp.nan, out)
     return out.reshape(*lead, q_len, heads, v.shape[-1]).astype(q.dtype)
 
 
 def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale, quantized):
     if quantized:
         latent = latent.astype(q_latent.dtype) * latent_scale[0][..., None].astype(q_latent.dtype)
-    scores = _product("...qhc,...kc->...hqk", q_latent, latent)
-    scores += _product("...qhr,...kr->...hqk", q_rope, rope)
     visible = visible_keys(q_latent.shape[-3], latent.shape[-2], lengths, causal=True)
     assert visible is not None
+    usable = usable_keys(jnp.any(visible, axis=-2), latent, rope)
+    latent, rope = keep(latent, usable.kept), keep(rope, usable.kept)
+    lost = jnp.any(visible & usable.broken[..., None, :], axis=-1)
+    scores = _product("...qhc,...kc->...hqk", q_latent, latent)
+    scores += _product("...qhr,...kr->...hqk", q_rope, rope)
     weights = _softmax(scale * scores, visible[..., None, :, :])
     found = _product("...hqk,...kc->...qhc", weights.astype(latent.dtype), latent)
+    found = jnp.where(lost[..., None, None], jnp.nan, found)
     return found.astype(q_latent.dtype)
 
 
@@ -214,6 +228,7 @@ latent_attention_p = define("cm_latent_attention", _latent_reference, check=_che
 # Vector instructions per score, in float32: scale, running maximum, subtract, exponential (4),
 # running sum, cast; the accumulator's rescaling is spread over a block of keys.
 SOFTMAX_INSTRUCTIONS = 9.0
+CAP_INSTRUCTIONS = 10.0  # per score, of a soft cap: offset, divide, tanh (7), multiply
 
 
 @cost_rule(attention_p)

@@ -1,10 +1,10 @@
-"""Attention over parts of the keys, merged: split-KV decoding and sequence sharding.
+"""Attention over parts of the keys, merged: split-KV decoding, sequence sharding, and sinks.
 
 lse = log sum_p exp(lse_p),    out = sum_p exp(lse_p - lse) out_p
 """
 
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, nn
 from jaxtyping import Array, Float
 
 
@@ -45,3 +45,28 @@ def merge_by_lse(
     some = jnp.where(mass == 0, 1, mass)
     merged = jnp.sum((weights / some)[..., None] * out, axis=0)
     return merged.astype(out.dtype), jnp.where(mass == 0, -jnp.inf, base + jnp.log(some))
+
+
+def with_sinks(
+    out: Float[Array, "*batch q_len heads dv"],
+    lse: Float[Array, "*batch q_len heads"],
+    sinks: Float[Array, "heads"],
+) -> tuple[Float[Array, "*batch q_len heads dv"], Float[Array, "*batch q_len heads"]]:
+    """Attention in whose softmax every head has one more score, of a key without a value.
+
+        lse' = log(exp(lse) + exp(sink)),    out' = exp(lse - lse') out
+
+    Args:
+      out, lse: results of attention with `return_lse`.
+      sinks: the scores.
+    Returns: the pair with sinks, each in its dtype.
+    Source: OpenAI 2025, gpt-oss model card (arXiv:2508.10925): a learned bias in the denominator.
+    Example: a sink as strong as the one key takes half of its weight.
+
+      >>> out, lse = with_sinks(jnp.ones((1, 1, 4)), jnp.zeros((1, 1)), jnp.zeros(1))
+      >>> float(out[0, 0, 0]), round(float(lse[0, 0]), 4)
+      (0.5, 0.6931)
+    """
+    sinks = sinks.astype(lse.dtype)
+    kept = nn.sigmoid(lse - sinks)  # 0 for a query that sees nothing
+    return (kept[..., None] * out).astype(out.dtype), jnp.logaddexp(lse, sinks)

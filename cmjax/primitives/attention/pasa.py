@@ -12,30 +12,33 @@ The arithmetic is in `blockwise`, the constants in `pasa_shift`.
 """
 
 import functools
-import math
-import numbers
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from cmjax.primitives.attention.arguments import check, number, operands, parameters
 from cmjax.primitives.attention.blockwise import (
-    PRECISIONS,
-    STATISTICS,
     Blocks,
     arithmetic,
     blockwise_attention,
     group_heads,
     group_mask,
+    mask_and_bias,
+    of_block,
     product,
     ungroup_heads,
+    used_by_any,
 )
+from cmjax.primitives.attention.exact import CAP_INSTRUCTIONS
+from cmjax.primitives.attention.hidden import keep, usable_keys
+from cmjax.primitives.attention.merge import with_sinks
 from cmjax.primitives.attention.pasa_shift import pasa_beta, recovery_gain
 from cmjax.primitives.define import Zero, define
 from cmjax.program import Operand, Size, Work, cost_rule, matmul_flops
+from cmjax.program.size import minimum
 
 Precision = Literal["fp16", "fp16_fp32", "fp16_operands", "bf16", "fp32", "fp64"]
 Statistics = Literal["fp32", "storage", "exact_offset"]
@@ -50,7 +53,11 @@ def pasa_attention(
     beta: float | None = None,
     block_size: int = 128,
     mask: Bool[Array, "*#batch #heads #q_len #kv_len"] | None = None,
+    bias: Float[Array, "*#batch #heads #q_len #kv_len"] | None = None,
     causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
     scale: float | None = None,
     precision: Precision = "fp16",
     statistics: Statistics = "fp32",
@@ -69,9 +76,15 @@ def pasa_attention(
       beta: share of a block's mean that is removed, in [0, 1); [0, 1] with the exact offset.
         Default: `pasa_beta` for the format and the block; 1 with the exact offset.
       block_size: keys per block. Any `kv_len` goes.
-      mask: true where a query may see a key; the rank of q. Shifts and means run over hidden keys
-        too, so a cache's unused entries must be finite (zeros).
+      mask: true where a query may see a key; the rank of q. Keys that no query sees may hold
+        anything. A shift is shared by the queries of a block's keys: a key far off the others that
+        only some of them see costs all of them accuracy in half precision.
+      bias: added to the scores, after `scale` and `softcap` (ALiBi, relative positions); -inf
+        hides.
       causal: query `i` sees keys 0 to `i`, as in `jax.nn`.
+      window: a query sees this many newest keys, its own included; needs `causal`.
+      softcap: c > 0 turns scores s into c tanh(s / c) (Gemma 2).
+      sinks: per head, a score that takes part in the softmax and has no value (GPT-OSS).
       scale: factor on the scores, positive; default `d ** -0.5`.
       precision: formats of what is stored. Products accumulate in float32 always.
         "fp16": Q, K, V, K', S', S' - m, P and P V in float16; "bf16": the same in bfloat16.
@@ -89,7 +102,9 @@ def pasa_attention(
       return_lse: also return the log-sum-exp of the scores, for `merge_by_lse`.
 
     Returns: [*batch, q_len, heads, dv] in the dtype of q; with `return_lse` also the float32
-      [*batch, q_len, heads]. A query that sees nothing gets zeros and a log-sum-exp of -inf.
+      [*batch, q_len, heads]. A query that sees nothing gets zeros and a log-sum-exp of -inf (with
+      sinks, of its sink). With a mask, one that sees a key or value that is not finite in the
+      operand format gets NaN, and others are spared.
     Raises: TypeError, ValueError: an argument is not as described; the message names it.
     Gradient: that of exact attention at the given q, k, v, in float32 and block by block: rounding
       is passed straight through and nothing can overflow in it.
@@ -118,11 +133,11 @@ def pasa_attention(
       nan
     """
     name = "pasa_attention"
-    q, k, v = _operands(name, q, k, v)
+    q, k, v = operands(name, q, k, v)
     if shift not in ("auto", "gemm", "mean"):
         raise ValueError(f"{name}: shift must be 'auto', 'gemm' or 'mean', got {shift!r}")
     exact_offset = statistics == "exact_offset"
-    params = _parameters(name, q, precision, statistics, block_size, scale, causal)
+    params = parameters(name, q, precision, statistics, block_size, scale, causal, window, softcap)
     if exact_offset and shift == "gemm":
         raise ValueError(
             f"{name}: statistics='exact_offset' needs the mean itself: shift must be 'mean'"
@@ -141,14 +156,14 @@ def pasa_attention(
         )
     if beta is None:
         beta = 1.0 if exact_offset else pasa_beta(size, operand)
-    beta = _number(name, "beta", beta)
+    beta = number(name, "beta", beta)
     if not (0 <= beta < 1 or (exact_offset and beta == 1)):
         interval = "[0, 1]" if exact_offset else "[0, 1)"
         raise ValueError(f"{name}: beta must lie in {interval}, got {beta}")
     if shift == "gemm":
         recovery_gain(size, beta, params["scale"], operand)  # raises if there is none
-    out, lse = _bind(pasa_attention_p, q, k, v, mask, shift=shift, beta=beta, **params)
-    return (out, lse) if return_lse else out
+    out, lse = _bind(pasa_attention_p, q, k, v, mask, bias, shift=shift, beta=beta, **params)
+    return _result(name, out, lse, sinks, return_lse)
 
 
 def flash_attention(
@@ -158,7 +173,11 @@ def flash_attention(
     *,
     block_size: int = 128,
     mask: Bool[Array, "*#batch #heads #q_len #kv_len"] | None = None,
+    bias: Float[Array, "*#batch #heads #q_len #kv_len"] | None = None,
     causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
     scale: float | None = None,
     precision: Precision = "fp16_operands",
     statistics: Literal["fp32", "storage"] = "fp32",
@@ -178,108 +197,42 @@ def flash_attention(
       ((4, 1, 16), 1.3863)
     """
     name = "flash_attention"
-    q, k, v = _operands(name, q, k, v)
+    q, k, v = operands(name, q, k, v)
     if statistics == "exact_offset":
         raise ValueError(f"{name}: statistics must be 'fp32' or 'storage': nothing is shifted here")
-    params = _parameters(name, q, precision, statistics, block_size, scale, causal)
-    out, lse = _bind(flash_attention_p, q, k, v, mask, shift="none", beta=0.0, **params)
+    params = parameters(name, q, precision, statistics, block_size, scale, causal, window, softcap)
+    out, lse = _bind(flash_attention_p, q, k, v, mask, bias, shift="none", beta=0.0, **params)
+    return _result(name, out, lse, sinks, return_lse)
+
+
+def _result(name, out, lse, sinks, return_lse) -> Any:
+    if sinks is not None:
+        sinks = jnp.asarray(sinks)
+        if sinks.shape != lse.shape[-1:] or not jnp.issubdtype(sinks.dtype, jnp.floating):
+            raise ValueError(
+                f"{name}: sinks must be floating point [{lse.shape[-1]}], one per query head, got "
+                f"{sinks.dtype}{list(sinks.shape)}"
+            )
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 
-def _operands(name: str, *arrays: Any) -> list[Array]:
-    for letter, x in zip("qkv", arrays, strict=True):
-        if not (hasattr(x, "dtype") and hasattr(x, "shape")):
-            raise TypeError(f"{name}: {letter} must be an array, got {type(x).__name__}")
-    q, k, v = (jnp.asarray(x) for x in arrays)
-    for letter, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim not in (3, 4) or x.ndim != q.ndim:
-            raise ValueError(
-                f"{name}: {letter} must be [batch, length, heads, d], or all three of q, k, v "
-                f"[length, heads, d]; got q {q.shape}, k {k.shape}, v {v.shape}"
-            )
-    _check(name, *map(jax.typeof, (q, k, v)))
-    return [q, k, v]
-
-
-def _parameters(name, q, precision, statistics, block_size, scale, causal) -> dict[str, Any]:
-    for argument, value, known in (
-        ("precision", precision, PRECISIONS),
-        ("statistics", statistics, STATISTICS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: {argument} must be one of {', '.join(known)}, got {value!r}")
-    if statistics == "storage" and precision not in ("fp16", "bf16"):
-        raise ValueError(
-            f"{name}: statistics='storage' is for precision 'fp16' and 'bf16', got {precision!r}"
-        )
-    if precision == "fp64" and not jax.config.jax_enable_x64:
-        raise ValueError(f"{name}: precision 'fp64' needs JAX's jax_enable_x64")
-    if isinstance(block_size, bool) or not isinstance(block_size, numbers.Integral):
-        raise TypeError(f"{name}: block_size must be an integer, got {block_size!r}")
-    if block_size < 1:
-        raise ValueError(f"{name}: block_size must be at least 1, got {block_size}")
-    scale = q.shape[-1] ** -0.5 if scale is None else _number(name, "scale", scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{name}: scale must be positive and finite, got {scale}")
-    if not isinstance(causal, bool | np.bool_):
-        raise TypeError(f"{name}: causal must be True or False, got {causal!r}")
-    return {
-        "precision": precision,
-        "statistics": statistics,
-        "block_size": int(block_size),
-        "scale": scale,
-        "causal": bool(causal),
-    }
-
-
-def _number(name: str, argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.floating):
-        raise TypeError(f"{name}: {argument} must be a number known at trace time, got {value!r}")
-    return float(value)
-
-
-def _bind(primitive, q, k, v, mask, **params):
-    return primitive.bind(*((q, k, v) if mask is None else (q, k, v, jnp.asarray(mask))), **params)
-
-
-def _check(name, q, k, v, *mask, **_):
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    for letter, x in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: {letter} must be floating point, got {x.dtype}")
-        if 0 in x.shape[-3:]:
-            raise ValueError(f"{name}: {letter} must not be empty, got {shapes}")
-    if q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"{name}: heads must be a multiple of kv_heads, got {q.shape[-2]} query heads and "
-            f"{k.shape[-2]} key heads"
-        )
-    if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1] or q.shape[:-3] != k.shape[:-3]:
-        raise ValueError(
-            f"{name}: q and k must agree in d, k and v in all but d, and all in batch; got {shapes}"
-        )
-    if mask:
-        (mask,) = mask
-        full = (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3])
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"{name}: mask must be boolean (true: seen), got {mask.dtype}")
-        fits = len(mask.shape) == len(full) and all(
-            m == 1 or m == f for m, f in zip(mask.shape, full, strict=True)
-        )
-        if not fits:
-            raise ValueError(f"{name}: mask must be broadcastable to {full}, got {mask.shape}")
+def _bind(primitive, q, k, v, mask, bias, **params):
+    more = [jnp.asarray(x) for x in (mask, bias) if x is not None]
+    return primitive.bind(q, k, v, *more, has_bias=bias is not None, **params)
 
 
 def _jvp(primitive, primals, tangents, **params):
     """Derivative of exact softmax attention, with P from scores relative to the keys' mean.
 
-        dS = scale (dq k^T + q dk^T),   D = rowsum(P dS)
+        dS = scale (dq k^T + q dk^T) (1 - tanh^2) + dbias,   D = rowsum(P dS)
         dlse = D,   dout = (P dS) v + P dv - D out
 
     Neither a constant added to all keys changes P, nor one added to all values dout, so both means
     are left out: the large common parts that PASA is about cancel exactly instead of in rounding.
+    Of keys they are kept under a cap, which bounds scores but not their differences.
     """
-    q, k, v, *mask = primals
+    q, k, v, *more = primals
     out, lse = primitive.bind(*primals, **params)
     wide = lse.dtype
 
@@ -287,7 +240,15 @@ def _jvp(primitive, primals, tangents, **params):
         return lax.stop_gradient(jnp.mean(x, axis=-3, keepdims=True))
 
     q, k, v = (x.astype(wide) for x in (q, k, v))
-    k_mean = mean(k)
+    kv_heads, block_size, queries = k.shape[-2], params["block_size"], q.shape[-3]
+    scale, causal, softcap = params["scale"], params["causal"], params.get("softcap")
+    window, has_bias = params.get("window"), params.get("has_bias", False)
+    seen, bias = mask_and_bias(more, has_bias, kv_heads)
+    used = used_by_any(seen, queries, k.shape[-3], causal, window)
+    if used is not None:  # zeros for what does not count: not in the mean, nor times a weight of 0
+        kept = usable_keys(used, k, v).kept
+        k, v = keep(k, kept), keep(v, kept)
+    k_mean = mean(k) if softcap is None else jnp.zeros_like(k[..., :1, :, :])
     k, v = k - k_mean, v - mean(v)
     exact = params | {
         "precision": "fp64" if wide == jnp.float64 else "fp32",
@@ -295,13 +256,12 @@ def _jvp(primitive, primals, tangents, **params):
         "shift": "none",
         "beta": 0.0,
     }
-    out_centred, lse_centred = flash_attention_p.bind(q, k, v, *mask, **exact)
+    out_centred, lse_centred = flash_attention_p.bind(q, k, v, *more, **exact)
     dq, dk, dv = (None if type(t) is Zero else t.astype(wide) for t in tangents[:3])
-
-    kv_heads, block_size = k.shape[-2], params["block_size"]
+    dbias = None
+    if has_bias and type(tangents[-1]) is not Zero:
+        dbias = group_mask(tangents[-1].astype(wide), kv_heads)
     blocks = Blocks.of(k.shape[-3], block_size)
-    seen = group_mask(mask[0], kv_heads) if mask else None
-    scale, queries = params["scale"], q.shape[-3]
     q, out_centred = group_heads(q, kv_heads), group_heads(out_centred, kv_heads)
     dq = None if dq is None else group_heads(dq, kv_heads)
     lse_centred = group_heads(lse_centred[..., None], kv_heads)
@@ -311,14 +271,23 @@ def _jvp(primitive, primals, tangents, **params):
     @jax.checkpoint  # reverse mode keeps no scores
     def block(j):
         keys, values = blocks.take(k, j, -3), blocks.take(v, j, -3)
-        logits = scale * product("...kgtd,...ikd->...kgti", q, keys) - lse_centred
-        visible = blocks.visible(j, queries, seen, params["causal"])
+        logits, slope = scale * product("...kgtd,...ikd->...kgti", q, keys), 1.0
+        if softcap is not None:
+            inner = jnp.tanh(logits / softcap)
+            logits, slope = softcap * inner, 1 - inner * inner
+        if bias is not None:
+            logits += of_block(blocks, bias, j).astype(wide)
+        logits -= lse_centred
+        visible = blocks.visible(j, queries, seen, causal, window)
         p = jnp.exp(logits if visible is None else jnp.where(visible, logits, -jnp.inf))
         ds = jnp.zeros_like(p)
         if dq is not None:
             ds += scale * product("...kgtd,...ikd->...kgti", dq, keys)
         if dk is not None:
             ds += scale * product("...kgtd,...ikd->...kgti", q, blocks.take(dk, j, -3))
+        ds *= slope
+        if dbias is not None:
+            ds += of_block(blocks, dbias, j)
         weighted = p * ds
         moved = product("...kgti,...ikd->...kgtd", weighted, values)
         if dv is not None:
@@ -328,7 +297,7 @@ def _jvp(primitive, primals, tangents, **params):
     moved, row = blocks.fold(block, lambda old, new, j: jax.tree.map(jnp.add, old, new))
     dout = moved - row * out_centred
     dlse = row
-    if dq is not None:
+    if dq is not None and softcap is None:
         dlse += scale * product("...kgtd,...ikd->...kgti", dq, k_mean)
     dlse = jnp.where(unseen, 0, dlse)
     return [out, lse], [
@@ -340,14 +309,14 @@ def _jvp(primitive, primals, tangents, **params):
 pasa_attention_p = define(
     "cm_pasa_attention",
     blockwise_attention,
-    check=functools.partial(_check, "pasa_attention"),
+    check=functools.partial(check, "pasa_attention"),
     jvp=_jvp,
     multiple_results=True,
 )
 flash_attention_p = define(
     "cm_flash_attention",
     blockwise_attention,
-    check=functools.partial(_check, "flash_attention"),
+    check=functools.partial(check, "flash_attention"),
     jvp=_jvp,
     multiple_results=True,
 )
@@ -368,7 +337,7 @@ def _cost(
     q: Operand,
     k: Operand,
     v: Operand,
-    *mask,
+    *more,
     out,
     mesh,
     precision,
@@ -378,22 +347,29 @@ def _cost(
     block_size,
     scale,
     causal,
+    window=None,
+    softcap=None,
+    has_bias=False,
 ) -> Work:
     """A FlashAttention kernel in the variant's formats, plus the shift.
 
     A shift by product costs 2 n d FLOP per key and head on the cube cores, n / (2 rows) of what
     attention costs, and writes the shifted keys for later query blocks to read; one element by
-    element runs on the vector cores and stays on chip. Blocks above the diagonal are skipped.
+    element runs on the vector cores and stays on chip. Blocks above the diagonal, and those behind
+    the window, are skipped.
     """
     form = arithmetic(precision, statistics)
     queries, keys = q.shape[-3], k.shape[-3]
     scores = q.size / q.shape[-1] * keys
-    if causal:
+    if window is not None:
+        scores = q.size / q.shape[-1] * _mean_seen(queries, keys, window)
+    elif causal:
         scores = scores * _causal_share(queries, keys)
     flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
     vector = _itemsize(form.vector)
     converted = (form.scores != form.vector) + (form.operand != form.vector)
-    vector_bytes = scores * (vector * (_SCORE_INSTRUCTIONS + converted))
+    further = (0.0 if softcap is None else CAP_INSTRUCTIONS) + has_bias
+    vector_bytes = scores * (vector * (_SCORE_INSTRUCTIONS + converted + further))
     per_block = v.shape[-1] * _MERGE_INSTRUCTIONS + _ROW_INSTRUCTIONS
     vector_bytes = vector_bytes + scores / block_size * per_block * _itemsize(form.statistics)
     shifted = Size()
@@ -408,7 +384,7 @@ def _cost(
         kind="attention",
         flops=flops,
         vector_bytes=vector_bytes,
-        read_bytes=sum((x.nbytes for x in (q, k, v, *mask)), shifted),
+        read_bytes=sum((x.nbytes for x in (q, k, v, *more)), shifted),
         write_bytes=sum((x.nbytes for x in out), shifted),
         **matmul_flops(form.operand, flops),
     )
@@ -416,6 +392,12 @@ def _cost(
 
 def _itemsize(dtype) -> float:
     return float(jnp.dtype(dtype).itemsize)
+
+
+def _mean_seen(queries: Size, keys: Size, window: int) -> Size:
+    """Keys in the window of a query, on average: the first queries see fewer."""
+    seen = minimum(minimum(queries, Size.of(window)), keys)
+    return seen * (1.0 - 0.5 * (seen / queries))
 
 
 def _causal_share(queries: Size, keys: Size) -> Size:

@@ -1,8 +1,9 @@
-"""Convolution in float32 by short algorithms, with its epilogue: what runs without scales.
+"""Convolution in floating point by short algorithms, with its epilogue: what runs without scales.
 
     y = act(A^T [(G w) * (B^T x)] + bias)          (Winograd 1980; Lavin and Gray, 2016)
 
-Direct convolution is XLA's own. Everything else is one primitive on a signal without stride.
+In float32, or in float64 if an operand has it. Direct convolution is XLA's own. Everything else is
+one primitive on a signal without stride.
 """
 
 import dataclasses
@@ -11,9 +12,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from cmjax.primitives.convolution.geometry import Folding, fold_filter, fold_input
+from cmjax.primitives.convolution.grouped import grouped_products
 from cmjax.primitives.convolution.lengths import zero_padding_frames
 from cmjax.primitives.convolution.plan import ConvPlan, FilterPlan
 from cmjax.primitives.convolution.tiles import (
@@ -40,18 +42,18 @@ class TransformedConv:
       plan: of the filter.
     """
 
-    filters: tuple[Float32[Array, "*depth cout"], ...]
+    filters: tuple[Float[Array, "*depth cout"], ...]
     plan: FilterPlan = dataclasses.field(metadata={"static": True})
 
 
 def untransformed(w: Float[Array, "taps cin cout"], plan: FilterPlan) -> TransformedConv:
     """A filter that is transformed only inside the primitive, with its derivative."""
-    return TransformedConv(filters=(w.astype(jnp.float32),), plan=plan)
+    return TransformedConv(filters=(w.astype(_wide(w)),), plan=plan)
 
 
 def transformed(w: Float[Array, "taps cin cout"], plan: FilterPlan) -> TransformedConv:
     """A filter that is transformed now, for any number of calls."""
-    w = w.astype(jnp.float32)
+    w = w.astype(_wide(w))
     if plan.algorithm == "direct":
         return TransformedConv(filters=(w,), plan=plan)
     return TransformedConv(filters=tuple(_points(w, plan.fold, plan.algorithm)), plan=plan)
@@ -65,28 +67,31 @@ def float_conv(
     bias: Float[Array, "cout"] | None = None,
     valid_range: Int32[Array, "batch 2"] | None = None,
 ) -> Float[Array, "batch out_length cout"]:
-    """Run a plan in float32: fold, transform, multiply, transform back, finish.
+    """Run a plan: fold, transform, multiply, transform back, finish.
 
     Args:
-      x: signal; computed in float32, and given back in its dtype.
+      x: signal; computed in float32 or float64, and given back in its dtype.
       operands: the filter.
       plan: of the call.
       bias: added to the output.
       valid_range: [start, stop) of the results that are no padding; the frames outside are zero.
     """
-    fold, filters, first = operands.plan.fold, operands.filters, operands.filters[0]
+    wide = _wide(x, *operands.filters)
+    signal, filters = x.astype(wide), tuple(f.astype(wide) for f in operands.filters)
+    fold, first = operands.plan.fold, filters[0]
     if operands.plan.algorithm == "direct":
         y = lax.conv_general_dilated(
-            x.astype(jnp.float32),
+            signal,
             first,
             (operands.plan.stride,),
             [plan.padding],
             rhs_dilation=(operands.plan.dilation,),
             dimension_numbers=_LAYOUT,
+            feature_group_count=operands.plan.groups,
         )
     else:
         ready = len(filters) > 1
-        folded, padding = fold_input(x.astype(jnp.float32), plan.padding, fold)
+        folded, padding = fold_input(signal, plan.padding, fold)
         y = winograd_p.bind(
             folded,
             *(filters if ready else [fold_filter(first, fold)]),
@@ -94,9 +99,11 @@ def float_conv(
             taps=fold.taps,
             padding=tuple(padding),
             transformed=ready,
+            groups=operands.plan.groups,
+            channels=operands.plan.cin,
         )
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + bias.astype(wide)
     if plan.slope != 1:
         y = jnp.maximum(y, plan.slope * y)
     y = y.astype(x.dtype)
@@ -105,22 +112,37 @@ def float_conv(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _points(w: Array, fold: Folding, algorithm: str) -> list[Array]:
-    return transform_filter(fold_filter(w, fold), ALGORITHMS[algorithm])
+    return transform_filter(fold_filter(w, fold), ALGORITHMS[algorithm], _multiply)
+
+
+def _wide(*arrays):
+    """What is computed in."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _multiply(coefficient, value):
+    """The product with a coefficient as the value's dtype has it."""
+    return value.dtype.type(coefficient.numerator / coefficient.denominator) * value
 
 
 _LAYOUT = ("NWC", "WIO", "NWC")
 
 
-def _reference(x, *filters, algorithm, taps, padding, transformed):
+def _reference(x, *filters, algorithm, taps, padding, transformed, groups, channels):
     form = ALGORITHMS[algorithm]
     columns, tiles = windows(x, form, taps=taps, dilation=1, padding=padding)
-    u = filters if transformed else transform_filter(filters[0], form)
+    u = filters if transformed else transform_filter(filters[0], form, _multiply)
     products = []
-    for point, filter_point in zip(form.bt_program.apply(columns), u, strict=True):
+    for point, filter_point in zip(form.bt_program.apply(columns, _multiply), u, strict=True):
         seen = meet_blocks(point, tiles, blocks=form.tap_blocks(taps), dilation=1)
-        rows = seen.reshape(-1, seen.shape[-1])  # one large product; XLA batches smaller ones worse
-        products.append((rows @ filter_point).reshape(*seen.shape[:2], -1))
-    outputs = form.at_program.apply(products)
+        if groups > 1:
+            product = functools.partial(grouped_products, groups=groups, channels=channels)
+            products.append(product(seen[None], filter_point[None], dtype=x.dtype)[0])
+            continue
+        batch, count, depth = seen.shape
+        rows = seen.reshape(batch * count, depth)  # one product: XLA batches smaller ones worse
+        products.append((rows @ filter_point).reshape(batch, count, filter_point.shape[-1]))
+    outputs = form.at_program.apply(products, _multiply)
     return interleave(outputs, output_length(x.shape[1], padding, taps, 1))
 
 
@@ -129,7 +151,7 @@ def _batch(args, dims, **params):
     if any(d is not None for d in dims[1:]):
         return jax.vmap(functools.partial(_reference, **params), in_axes=dims)(*args), 0
     x = jnp.moveaxis(args[0], dims[0], 0)
-    out = winograd_p.bind(x.reshape(-1, *x.shape[2:]), *args[1:], **params)
+    out = winograd_p.bind(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), *args[1:], **params)
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 
@@ -137,17 +159,21 @@ winograd_p = define("cm_winograd_conv1d", _reference, batch=_batch)
 
 
 @cost_rule(winograd_p)
-def _cost(x, *filters, out, mesh, algorithm, taps, padding, transformed) -> Work:
-    """Products on the cube cores, saved by the algorithm; its transforms on the vector cores."""
+def _cost(x, *filters, out, mesh, algorithm, taps, padding, transformed, groups, channels) -> Work:
+    """Products on the cube cores, saved by the algorithm; its transforms on the vector cores, and
+    there too the products of a depthwise convolution, one multiply-add each."""
     form = ALGORITHMS[algorithm]
     cin, cout = x.shape[2], filters[0].shape[-1]
     blocks = form.tap_blocks(taps)
     tiles = out[0].size / cout / form.m
-    flops = tiles * cin * cout * (2.0 * form.n * blocks)
+    flops = tiles * (cin / groups) * cout * (2.0 * form.n * blocks)
     instructions = tiles * cin * transform_instructions(form.bt_program)
     instructions = instructions + tiles * cout * transform_instructions(form.at_program)
     if not transformed:
-        instructions += cin * cout * (transform_instructions(form.g_program) * blocks)
+        filter_values = cin / groups * cout
+        instructions += filter_values * (transform_instructions(form.g_program) * blocks)
+    if groups == channels > 1:
+        return Work(vector_bytes=(instructions + 0.5 * flops) * 4.0, flops=flops + instructions)
     return Work(
         vector_bytes=instructions * 4.0,
         flops=flops + instructions,

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int, Int32
 
 from cmjax import native
+from cmjax.primitives.convolution.nonfinite import Reach
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 
 _PANEL = 16  # output channels that lie together
@@ -94,6 +95,8 @@ def conv1d(
     operand_limit: int,
     slope: float,
     valid_range: Int32[Array, "batch 2"] | None = None,
+    zero_point: int = 0,
+    reach: Reach | None = None,
 ) -> Float32[Array, "batch out_length cout"]:
     """Quantize, transform, multiply, transform back, add the bias and activate, in one call.
 
@@ -118,10 +121,16 @@ def conv1d(
       slope: of the activation max(y, slope * y): 1 for none, 0 for ReLU.
       valid_range: first frame of each result that is no padding and the one behind its last,
         [start, stop); the frames outside are zero.
+      zero_point: of the input's integers; not 0, they lie in -input_limit - 1 - zero_point to
+        input_limit - zero_point.
+      reach: frames that an output is made of, where x is folded; NaN is written where one of them
+        is not finite. By default every frame of x is one, and the tap blocks are full.
     Raises: ValueError if the algorithm is not served, or dilated though not direct.
     """
     if not serves(algorithm) or (dilation != 1 and algorithm != "direct"):
         raise ValueError(f"conv1d: no kernel for {algorithm!r} with dilation {dilation}")
+    if reach is None:
+        reach = Reach(1, 0, dilation, tap_blocks * ALGORITHMS[algorithm].r)
     out = jax.ShapeDtypeStruct((x.shape[0], out_length, bias.shape[0]), jnp.float32)
     return native.call(
         "cmjax_conv1d",
@@ -139,6 +148,11 @@ def conv1d(
         padding=np.int64(padding[0]),
         input_limit=np.int64(input_limit),
         operand_limit=np.int64(operand_limit),
+        zero_point=np.int64(zero_point),
+        frames=np.int64(reach.frames),
+        lead=np.int64(reach.lead),
+        spread=np.int64(reach.spread),
+        taps=np.int64(reach.taps),
         slope=np.float32(slope),
     )
 

@@ -16,9 +16,10 @@ from cmjax import native
 from cmjax.primitives.convolution import kernel as conv_kernel
 from cmjax.primitives.convolution.floating import TransformedConv, transformed
 from cmjax.primitives.convolution.geometry import fold_filter, fold_input
+from cmjax.primitives.convolution.nonfinite import Reach, steps_of_finite
 from cmjax.primitives.convolution.plan import ConvPlan, FilterPlan, plan_filter
 from cmjax.primitives.convolution.quantized import quantized_conv, quantized_filter
-from cmjax.primitives.convolution.ranges import LARGEST_OPERAND
+from cmjax.primitives.convolution.ranges import LARGEST_OPERAND, largest_operand
 from cmjax.primitives.convolution.rsq import rounded
 from cmjax.primitives.convolution.scales import ConvScales
 from cmjax.primitives.convolution.tiles import transform_filter_rounded
@@ -32,7 +33,7 @@ class PackedConv:
     Fields:
       u: the transformed filter as `quantized_conv` takes it.
       input_step, point_step, filter_step: of the scales, the first for folded channels.
-      input_limit: of the scales.
+      input_limit, zero_point: of the scales.
       plan: of the filter.
       packed: u is `kernel.pack_filter`'s.
     """
@@ -44,39 +45,43 @@ class PackedConv:
     input_limit: int = dataclasses.field(metadata={"static": True})
     plan: FilterPlan = dataclasses.field(metadata={"static": True})
     packed: bool = dataclasses.field(metadata={"static": True})
+    zero_point: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @overload
 def prepack(
-    w: Float[Array, "taps cin cout"],
+    w: Float[Array, "taps of_group cout"],
     scales: ConvScales,
     *,
     algorithm: str = "auto",
     stride: int = 1,
     dilation: int = 1,
+    groups: int = 1,
     packed: bool | None = None,
 ) -> PackedConv: ...
 
 
 @overload
 def prepack(
-    w: Float[Array, "taps cin cout"],
+    w: Float[Array, "taps of_group cout"],
     scales: None = None,
     *,
     algorithm: str = "auto",
     stride: int = 1,
     dilation: int = 1,
+    groups: int = 1,
     packed: bool | None = None,
 ) -> TransformedConv: ...
 
 
 def prepack(
-    w: Float[Array, "taps cin cout"],
+    w: Float[Array, "taps of_group cout"],
     scales: ConvScales | None = None,
     *,
     algorithm: str = "auto",
     stride: int = 1,
     dilation: int = 1,
+    groups: int = 1,
     packed: bool | None = None,
 ) -> PackedConv | TransformedConv:
     """Transform a filter once, for any number of calls of `winograd_conv1d`.
@@ -85,7 +90,7 @@ def prepack(
       w: the filter.
       scales: from `calibrate`, or learned from there; without them the domain is float32.
       algorithm: of float32, "auto" for `choose_algorithm`; scales have their own.
-      stride, dilation: of the convolution; a stride is folded into input channels.
+      stride, dilation, groups: of the convolution; a stride is folded into input channels.
       packed: lay the filter out for the C++ kernels; by default, if they are enabled. Every
         platform computes the same from either layout; without kernels the plain one is faster.
     Returns: operands that give what `winograd_conv1d` gives with `w`; with `scales`, bit for bit.
@@ -109,18 +114,21 @@ def prepack(
         domain=None if scales is not None else "float32",
         stride=stride,
         dilation=dilation,
+        groups=groups,
         scales=scales,
     )
     if scales is None:
         return transformed(w, plan)
     if packed is None:
-        packed = native.status().enabled and conv_kernel.serves(plan.algorithm)
+        packed = native.status().enabled and conv_kernel.serves(plan.algorithm) and groups == 1
+    if packed and groups != 1:
+        raise ValueError(f"prepack: packed=True is for one group, got groups={groups}")
     return _prepack(w, scales, plan=plan, packed=packed)
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def quantizable(
-    w: Float[Array, "taps cin cout"], scales: ConvScales, *, plan: FilterPlan
+    w: Float[Array, "taps of_group cout"], scales: ConvScales, *, plan: FilterPlan
 ) -> PackedConv:
     """The operands with u still in float32, differentiable in `w` and `scales`.
 
@@ -132,7 +140,8 @@ def quantizable(
         input_step = lax.stop_gradient(input_step)
     w = w.astype(jnp.float32)
     if input_step.ndim:
-        w = w * rounded(input_step / jnp.max(input_step))[:, None]
+        relative = rounded(input_step / jnp.max(input_step)).reshape(plan.groups, -1)
+        w = w * jnp.repeat(relative.T, plan.cout // plan.groups, axis=1)
         input_step = jnp.tile(input_step, fold.frames)
     return PackedConv(
         u=transform_filter_rounded(fold_filter(w, fold), plan.algorithm),
@@ -140,6 +149,7 @@ def quantizable(
         point_step=scales.point_step,
         filter_step=scales.filter_step,
         input_limit=scales.input_limit,
+        zero_point=scales.zero_point,
         plan=plan,
         packed=False,
     )
@@ -175,6 +185,9 @@ def integer_conv(
         slope=plan.slope,
         packed=operands.packed,
         valid_range=valid_range,
+        reach=Reach.of(fold),
+        groups=operands.plan.groups,
+        zero_point=operands.zero_point,
     )
     return y.astype(x.dtype)
 
@@ -182,7 +195,10 @@ def integer_conv(
 @functools.partial(jax.jit, static_argnames=("plan", "packed"))
 def _prepack(w, scales, *, plan: FilterPlan, packed: bool) -> PackedConv:
     operands = quantizable(w, scales, plan=plan)
-    u = quantized_filter(operands.u, scales.filter_step, LARGEST_OPERAND[plan.domain])
+    limit = LARGEST_OPERAND[plan.domain]
+    largest = largest_operand(plan.algorithm, scales.input_limit, limit, scales.zero_point)
+    u = quantized_filter(operands.u, scales.filter_step, limit, largest=largest)
     if packed:
         u = conv_kernel.pack_filter(u, tap_blocks=plan.tap_blocks)
-    return dataclasses.replace(operands, u=u, packed=packed)
+    filter_step = steps_of_finite(scales.filter_step, operands.u)
+    return dataclasses.replace(operands, u=u, filter_step=filter_step, packed=packed)

@@ -35,6 +35,7 @@ class FilterPlan:
     Fields:
       taps, cin, cout: sizes of the filter as it was given.
       stride, dilation: of the convolution asked for.
+      groups: groups of channels that do not meet; the filter has cin / groups input channels.
       algorithm: a name in `toom_cook.ALGORITHMS` that serves the folded filter.
       domain: "float32", "int8" or "int16": operands of the products.
     """
@@ -46,6 +47,7 @@ class FilterPlan:
     dilation: int
     algorithm: str
     domain: str
+    groups: int = 1
 
     @property
     def fold(self) -> Folding:
@@ -86,6 +88,7 @@ def plan_filter(
     domain: str | None = None,
     stride: int = 1,
     dilation: int = 1,
+    groups: int = 1,
     scales: ConvScales | None = None,
     min_sqnr_db: float | None = None,
     outputs: int | None = None,
@@ -95,10 +98,10 @@ def plan_filter(
 
     Args:
       function: name for errors.
-      w: the filter, [taps, cin, cout]; its shape and dtype are read.
+      w: the filter, [taps, cin / groups, cout]; its shape and dtype are read.
       algorithm: a name, or "auto": that of the scales, else of `choose_algorithm`.
       domain: one of `domains`; default that of the scales, else the first of them.
-      stride, dilation: of the convolution.
+      stride, dilation, groups: of the convolution.
       scales: steps that the filter is to be quantized with.
       min_sqnr_db: accuracy floor of "auto", in dB.
       outputs: output frames, if known. They count for "auto" in float32 only: integers have steps
@@ -107,7 +110,7 @@ def plan_filter(
     Raises: ValueError for shapes, names or numbers that cannot be served, saying what can;
       TypeError for a filter that is not floating point, or scales that are none.
     """
-    _check_filter(function, w)
+    _check_filter(function, w, groups=groups)
     _check_strides(function, stride, dilation)
     if scales is not None:
         check_scales(function, scales)
@@ -121,13 +124,13 @@ def plan_filter(
     domain = domain or domains[0]
     if domain not in domains:
         raise ValueError(f"{function}: domain must be one of {domains}, got {domain!r}")
-    taps, cin, cout = w.shape
+    taps, of_group, cout = w.shape
     fold = folding(taps, stride, dilation)
     if algorithm == "auto":
         algorithm = choose_algorithm(
             fold.taps,
-            cin * fold.frames,
-            cout,
+            of_group * fold.frames,
+            max(cout // groups, 1),
             domain=domain,
             outputs=outputs if domain == "float32" else None,
             dilation=fold.dilation,
@@ -136,17 +139,18 @@ def plan_filter(
     _check_algorithm(function, algorithm, fold)
     plan = FilterPlan(
         taps=taps,
-        cin=cin,
+        cin=of_group * groups,
         cout=cout,
         stride=stride,
         dilation=dilation,
         algorithm=algorithm,
         domain=domain,
+        groups=groups,
     )
     if scales is not None:
         _check_scales_fit(function, scales, plan)
     if domain in INTEGER_DOMAINS:
-        filter_limit(domain, plan.tap_blocks * cin * fold.frames, function=function)
+        filter_limit(domain, plan.tap_blocks * of_group * fold.frames, function=function)
     return plan
 
 
@@ -160,6 +164,7 @@ def plan_conv(
     stride: int | None = None,
     padding: Padding = "SAME",
     dilation: int | None = None,
+    groups: int | None = None,
     bias: Array | None = None,
     activation: str | float | None = None,
     scales: ConvScales | None = None,
@@ -183,7 +188,7 @@ def plan_conv(
     if valid_range is not None:
         check_valid_range(function, valid_range, x.shape[:1])
     if isinstance(w, FilterPlan):
-        _refuse_conflicts(function, w, algorithm, domain, stride, dilation, scales)
+        _refuse_conflicts(function, w, algorithm, domain, stride, dilation, groups, scales)
         _check_signal(function, x, w.cin)
         length = x.shape[1]
         pads = explicit_padding(function, padding, length, w.taps, w.stride, w.dilation)
@@ -191,8 +196,9 @@ def plan_conv(
         plan = w
     else:
         stride, dilation = 1 if stride is None else stride, 1 if dilation is None else dilation
+        groups = 1 if groups is None else groups
         _check_signal(function, x)
-        _check_filter(function, w, x.shape[2])
+        _check_filter(function, w, x.shape[2], groups=groups)
         _check_strides(function, stride, dilation)
         length, fold = x.shape[1], folding(w.shape[0], stride, dilation)
         pads = explicit_padding(function, padding, length, w.shape[0], stride, dilation)
@@ -205,6 +211,7 @@ def plan_conv(
             domain=domain,
             stride=stride,
             dilation=dilation,
+            groups=groups,
             scales=scales,
             min_sqnr_db=min_sqnr_db,
             outputs=outputs if isinstance(outputs, int) and outputs else None,
@@ -223,14 +230,23 @@ def _check_signal(function: str, x: Shaped, cin: int | None = None) -> None:
         raise TypeError(f"{function}: x must be floating point, got {x.dtype}")
 
 
-def _check_filter(function: str, w: Shaped, cin: int | None = None) -> None:
+def _check_filter(function: str, w: Shaped, cin: int | None = None, *, groups: int = 1) -> None:
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{function}: groups must be an integer of at least 1, got {groups!r}")
     if len(w.shape) != 3 or w.shape[0] < 1:
         raise ValueError(f"{function}: w must be [taps, cin, cout], got {w.shape}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"{function}: w must be floating point, got {w.dtype}")
-    if cin is not None and w.shape[1] != cin:
+    if w.shape[2] % groups or (cin is not None and cin % groups):
         raise ValueError(
-            f"{function}: w must be [taps, {cin}, cout] for x with {cin} channels, got {w.shape}"
+            f"{function}: groups={groups} must divide the channels of x and of the result, got "
+            f"{w.shape[1] * groups if cin is None else cin} and {w.shape[2]}"
+        )
+    if cin is not None and w.shape[1] != cin // groups:
+        of = "" if groups == 1 else f" in {groups} groups"
+        raise ValueError(
+            f"{function}: w must be [taps, {cin // groups}, cout] for x with {cin} channels{of}, "
+            f"got {w.shape}"
         )
 
 
@@ -302,8 +318,10 @@ def _slope(function: str, activation: str | float | None) -> float:
     return float(activation)
 
 
-def _refuse_conflicts(function, plan: FilterPlan, algorithm, domain, stride, dilation, scales):
-    asked = {"domain": domain, "stride": stride, "dilation": dilation}
+def _refuse_conflicts(
+    function, plan: FilterPlan, algorithm, domain, stride, dilation, groups, scales
+):
+    asked = {"domain": domain, "stride": stride, "dilation": dilation, "groups": groups}
     asked["algorithm"] = None if algorithm == "auto" else algorithm
     for field, value in asked.items():
         if value is not None and value != getattr(plan, field):

@@ -6,7 +6,9 @@ The range is free ("range-scaled", after Yao et al., RSQ, arXiv:2010.14841: inte
 transform then enlarges need a range of their own, neither the dtype's nor the worst case's), and
 what leaves it saturates. The derivative is chosen, since rounding is flat: straight-through inside
 the range and zero outside for `x`, and for the step the rule of LSQ (Esser et al. 2020,
-arXiv:1902.08153, equation 3), times its gradient scale if one is given.
+arXiv:1902.08153, equation 3), times its gradient scale if one is given:
+
+    dy/dstep = round(x / step) - x / step   if low < x / step < high,   else low or high
 """
 
 import math
@@ -14,12 +16,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from cmjax.primitives.define import Zero, count_where, define
+from cmjax.primitives.define import Zero, clamp, count_where, define
 from cmjax.program import Work, cost_rule
 
 _LARGEST_LIMIT = 2**23  # integers and their halves are exact in float32 up to here
+# Share of an end of the range by which x * (1 / step) may be off it by rounding. The step that
+# covers the largest value has that value at the end, and must find it there.
+_AT_END = 2.0**-22
 
 
 def rsq_quantize(
@@ -41,7 +46,9 @@ def rsq_quantize(
       limit: instead of `bits`, the largest integer (range -limit to limit), or (low, high).
       axis: the axis of `x` that a one-dimensional `step` belongs to.
       gradient_scale: factor on the step's gradient; see `lsq_gradient_scale`.
-    Returns: shape and dtype of `x`; computed in float32.
+    Returns: shape and dtype of `x`; computed in float32. NaN stays NaN, and an infinity saturates.
+    Gradient: for `x` 1 within the range, its ends included, and 0 beyond; for `step` the rounding
+      error within the range, and low or high at its ends and beyond (LSQ).
     Raises: TypeError if `x` is not floating point; ValueError for a step that does not fit or is
       known to be zero, negative or not finite, or for an impossible range.
     Example: multiples of 0.5 from -1 to 1.
@@ -62,8 +69,19 @@ def rsq_quantize(
     elif step.ndim == 0:
         step = step.reshape((1,) * x.ndim)
     check_steps("rsq_quantize", "step", step)
-    params = {"low": low, "high": high, "gradient_scale": float(gradient_scale)}
+    params = {"low": low, "high": high, "gradient_scale": float(gradient_scale), "closed": False}
     _check(jax.typeof(x), jax.typeof(step), **params)
+    return rsq_quantize_p.bind(x, step, **params)
+
+
+def requantize(
+    x: Float[Array, "..."], step: Float32[Array, "..."], limit: int
+) -> Float[Array, "..."]:
+    """`rsq_quantize` of values that may be integers of the step already, such as -limit or limit.
+
+    At the ends those are not saturated, and move with `x` alone: the step's derivative is 0 there.
+    """
+    params = {"low": -limit, "high": limit, "gradient_scale": 1.0, "closed": True}
     return rsq_quantize_p.bind(x, step, **params)
 
 
@@ -89,9 +107,11 @@ def rounded(value: Float[Array, "..."]) -> Float[Array, "..."]:
 
     XLA's backends contract a product and a sum into one rounding, and its simplifier turns
     quotients into products; either would make a result depend on the program around it. No
-    compiler can know that the value is finite, so it cannot see through this minimum.
+    compiler can know that the value is finite, so it cannot see through this minimum; an infinity
+    is put back.
     """
-    return lax.min(value, jnp.full_like(value, jnp.finfo(jnp.float32).max))
+    most = jnp.full_like(value, jnp.finfo(jnp.float32).max)
+    return lax.select(value > most, value, lax.min(value, most))
 
 
 def check_steps(function: str, argument: str, steps: Array) -> None:
@@ -123,15 +143,15 @@ def _range(bits: int | None, limit: int | tuple[int, int] | None) -> tuple[int, 
     return int(low), int(high)
 
 
-def _reference(x, step, *, low, high, gradient_scale):
+def _reference(x, step, *, low, high, gradient_scale, closed):
     z = x.astype(jnp.float32) * rounded(1 / step)
-    return (lax.clamp(float(low), lax.round(z, _HALF_TO_EVEN), float(high)) * step).astype(x.dtype)
+    return (clamp(low, lax.round(z, _HALF_TO_EVEN), high) * step).astype(x.dtype)
 
 
 _HALF_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
 
 
-def _check(x, step, *, low, high, gradient_scale):
+def _check(x, step, *, low, high, gradient_scale, closed):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"rsq_quantize: x must be floating point, got {x.dtype}")
     fits = step.ndim == x.ndim and all(
@@ -145,17 +165,19 @@ def _check(x, step, *, low, high, gradient_scale):
         )
 
 
-def _jvp(p, primals, tangents, *, low, high, gradient_scale):
+def _jvp(p, primals, tangents, *, low, high, gradient_scale, closed):
     x, step = primals
     dx, dstep = tangents
-    out = p.bind(x, step, low=low, high=high, gradient_scale=gradient_scale)
+    out = p.bind(x, step, low=low, high=high, gradient_scale=gradient_scale, closed=closed)
     z = lax.stop_gradient(x.astype(jnp.float32) * rounded(1 / step))
-    inside = (z >= low) & (z <= high)
     tangent = jnp.zeros_like(out)
     if type(dx) is not Zero:
+        inside = (z >= low * (1 + _AT_END)) & (z <= high * (1 + _AT_END))
         tangent += jnp.where(inside, dx, jnp.zeros_like(dx))
     if type(dstep) is not Zero:
-        integer = lax.clamp(float(low), lax.round(z, _HALF_TO_EVEN), float(high))
+        integer = clamp(low, lax.round(z, _HALF_TO_EVEN), high)
+        ends = 1 + _AT_END if closed else 1 - _AT_END
+        inside = (z > low * ends) & (z < high * ends)
         slope = jnp.where(inside, integer - z, integer) * gradient_scale
         tangent += (slope * dstep).astype(out.dtype)
     return out, tangent
@@ -165,6 +187,6 @@ rsq_quantize_p = define("cm_rsq_quantize", _reference, check=_check, jvp=_jvp)
 
 
 @cost_rule(rsq_quantize_p)
-def _cost(x, step, *, out, mesh, low, high, gradient_scale) -> Work:
+def _cost(x, step, *, out, mesh, low, high, gradient_scale, closed) -> Work:
     """Multiply, round, clip, multiply: four vector instructions per value."""
     return Work(vector_bytes=x.size * (4.0 * 4), flops=x.size * 4.0)

@@ -30,6 +30,8 @@ class ConvScales:
       algorithm: name in `toom_cook.ALGORITHMS`.
       domain: "int8" or "int16".
       input_limit: largest |integer| of the input, R.
+      zero_point: the integer that stands for 0. The input is then of all the two's complement
+        integers, -R-1 to R, and asymmetric; 0, the default, is the symmetric range -R to R.
     """
 
     input_step: Float32[Array, "*cin"]
@@ -38,6 +40,7 @@ class ConvScales:
     algorithm: str = dataclasses.field(metadata={"static": True})
     domain: str = dataclasses.field(metadata={"static": True})
     input_limit: int = dataclasses.field(metadata={"static": True})
+    zero_point: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def check_scales(function: str, scales: ConvScales) -> None:

@@ -22,13 +22,14 @@ from cmjax.primitives.convolution.scales import ConvScales
 
 def winograd_conv1d(
     x: Float[Array, "batch length cin"],
-    w: Float[Array, "taps cin cout"] | PackedConv | TransformedConv,
+    w: Float[Array, "taps of_group cout"] | PackedConv | TransformedConv,
     *,
     algorithm: str = "auto",
     domain: str | None = None,
     stride: int | None = None,
     padding: Padding = "SAME",
     dilation: int | None = None,
+    groups: int | None = None,
     bias: Float[Array, "cout"] | None = None,
     activation: str | float | None = None,
     scales: ConvScales | None = None,
@@ -39,7 +40,8 @@ def winograd_conv1d(
 
     Args:
       x: signals.
-      w: the filter, or what `prepack` made of it.
+      w: the filter, or what `prepack` made of it. Without integers the convolution is computed in
+        float64 if x or w has it.
       algorithm: a name in `toom_cook.ALGORITHMS`, or "auto" for `choose_algorithm` under
         `min_sqnr_db`; scales and packed filters carry their own. "direct" in float32 is
         `lax.conv_general_dilated`.
@@ -48,6 +50,9 @@ def winograd_conv1d(
       stride: any; folded into channels. Default 1, or that of the packed filter.
       padding: "SAME", "SAME_LOWER", "VALID", (low, high) or [(low, high)].
       dilation: as `rhs_dilation`; served by direct convolution. Default as for the stride.
+      groups: groups of channels that do not meet, as `feature_group_count`; w is then
+        [taps, cin / groups, cout]. As many as channels make a depthwise convolution. Default as for
+        the stride.
       bias: added to the output.
       activation: None, "relu", or the slope of a leaky ReLU below zero.
       scales: of the integer domains, from `calibrate`. Without them each call takes its steps from
@@ -57,6 +62,9 @@ def winograd_conv1d(
         [start, stop), as the lengths of a padded batch say. The frames outside are zero. Default:
         all are valid.
     Returns: dtype of `x`.
+      In the integer domains what is not finite gives NaN where it reaches: in x the frames whose
+      taps meet it, in w its output channel. No other result depends on it. Float32 algorithms with
+      tiles may spread it over a tile's frames.
     Raises: ValueError for shapes, names or numbers that cannot be served, saying what can;
       TypeError for operands that are not floating point.
     Gradient: of float32, the exact one; of the integer domains straight-through in `x`, `w` and
@@ -83,6 +91,7 @@ def winograd_conv1d(
         stride=stride,
         padding=padding,
         dilation=dilation,
+        groups=groups,
         bias=bias,
         activation=activation,
         scales=scales,
@@ -94,7 +103,7 @@ def winograd_conv1d(
     elif plan.filter.domain == "float32":
         operands = untransformed(w, plan.filter)
     else:
-        scales = dynamic_scales(name, x, w, plan) if scales is None else scales
+        scales = dynamic_scales(x, w, plan) if scales is None else scales
         operands = quantizable(w, scales, plan=plan.filter)
     if isinstance(operands, PackedConv):
         return integer_conv(x, operands, plan, bias=bias, valid_range=valid_range)
@@ -103,11 +112,12 @@ def winograd_conv1d(
 
 def int8_conv1d(
     x: Float[Array, "batch length cin"],
-    w: Float[Array, "taps cin cout"],
+    w: Float[Array, "taps of_group cout"],
     *,
     stride: int = 1,
     padding: Padding = "SAME",
     dilation: int = 1,
+    groups: int = 1,
     bias: Float[Array, "cout"] | None = None,
     activation: str | float | None = None,
     scales: ConvScales | None = None,
@@ -130,6 +140,7 @@ def int8_conv1d(
         stride=stride,
         padding=padding,
         dilation=dilation,
+        groups=groups,
         bias=bias,
         activation=activation,
         scales=scales,

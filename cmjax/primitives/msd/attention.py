@@ -13,14 +13,17 @@ but flushes whatever is 11.07 nats under the maximum to zero: with an attention 
 at once. Here every block of keys is split against its own maximum M_b.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, UInt8
 
-from cmjax.primitives.attention.exact import SOFTMAX_INSTRUCTIONS, visible_keys
+from cmjax.primitives.attention.exact import CAP_INSTRUCTIONS, SOFTMAX_INSTRUCTIONS
+from cmjax.primitives.attention.hidden import keep
 from cmjax.primitives.define import count_where, define, straight_through
 from cmjax.primitives.msd import mxfp4
 from cmjax.primitives.msd.decompose import (
@@ -34,10 +37,10 @@ from cmjax.primitives.msd.decompose import (
 from cmjax.primitives.msd.kv import keys_of, values_of
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.product import MOST_INNER, recombine_instructions, recombined
+from cmjax.primitives.msd.softmax import scales_in_use, softmax, used_entries, visible_scores
 from cmjax.primitives.msd.weight import WeightFormat
-from cmjax.program import Work, cost_rule
-
-_MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
+from cmjax.program import Size, Work, cost_rule
+from cmjax.program.size import minimum
 
 
 def msd_attention(
@@ -50,7 +53,11 @@ def msd_attention(
     scale: float,
     causal: bool,
     lengths: Int[Array, "batch"] | None = None,
+    window: int | None = None,
     mask: Bool[Array, "#batch #heads #q_len kv_len"] | None = None,
+    bias: Float[Array, "#batch #heads #q_len kv_len"] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
     format: WeightFormat = "int8",
     passes: int = 2,
     p_scale: Literal["block", "fixed"] = "block",
@@ -64,8 +71,11 @@ def msd_attention(
       k, v, k_scale, v_scale, format: a cache as in `QuantizedKV`; int8 scales are per token
         (last axis 1) or per channel (second axis 1).
       scale: factor on the scores, usually `d ** -0.5`.
-      causal, lengths: as in `attention`.
+      causal, lengths, window: as in `attention`.
       mask: True where a query may see a key, in addition.
+      bias: added to the scores, after `scale` and `softcap`; -inf hides.
+      softcap: c > 0 turns scores s into c tanh(s / c) (Gemma 2).
+      sinks: per head, a score that takes part in the softmax and has no value (GPT-OSS).
       passes: parts of the queries and of the softmax weights.
       p_scale: int8 only: "block" splits the weights of every `block_size` keys against their own
         maximum. "fixed" is the vendor's scale 127 of the row's maximum: weights under 1.55e-5 of it
@@ -75,9 +85,10 @@ def msd_attention(
     Returns: dtype of `q`. A query that sees nothing gets zeros.
     Gradient: straight-through, that of exact attention over the dequantized cache, for q and int8
       scales.
-    Under `jit`, a query with an infinity or NaN gives NaN.
+    Entries that no query sees may hold anything, scales included. Under `jit`, a query with an
+    infinity or NaN gives NaN, and so does one that sees an entry whose scale is none.
     Raises: ValueError, TypeError: shapes and dtypes that do not fit; and where values are known, an
-      infinity or NaN in q, or a scale that is not positive and finite.
+      infinity or NaN in q, or a scale in use that is not positive and finite.
     Source: Zheng et al., arXiv:2605.13915, and the formulas of this module.
     Example: attention over an int8 cache of identical keys averages the values.
 
@@ -92,22 +103,29 @@ def msd_attention(
     check_activations("msd_attention", q)
     check_passes("msd_attention", passes, format, rounding)
     check_finite("msd_attention", "q", q)
-    _check_values(k_scale, v_scale, format)
+    _check_options(causal, window, softcap, sinks, q)
+    extras = {"lengths": lengths, "mask": mask, "bias": bias, "sinks": sinks}
+    extras = {name: jnp.asarray(x) for name, x in extras.items() if x is not None}
     if format == "int8":
         k_scale, v_scale = (
             jnp.broadcast_to(s, (k.shape[0], *s.shape[1:])) if s.ndim == 4 else s
             for s in (k_scale, v_scale)
         )
     operands = [jnp.asarray(a) for a in (q, k, v, k_scale, v_scale)]
-    if lengths is not None:
-        operands.append(jnp.asarray(lengths).astype(jnp.int32))
-    if mask is not None:
-        mask = jnp.asarray(mask)
-        operands.append(jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:])))
+    for name, x in extras.items():
+        if name == "lengths":
+            x = x.astype(jnp.int32)
+        elif name == "sinks":
+            x = jnp.broadcast_to(x, (q.shape[0], *x.shape))
+        elif x.ndim == q.ndim:
+            x = jnp.broadcast_to(x, (q.shape[0], *x.shape[1:]))
+        operands.append(x)
     params = {
         "scale": float(scale),
         "causal": bool(causal),
-        "has_lengths": lengths is not None,
+        "window": window,
+        "softcap": None if softcap is None else float(softcap),
+        "extras": tuple(extras),
         "format": format,
         "passes": passes,
         "p_scale": p_scale,
@@ -115,6 +133,7 @@ def msd_attention(
         "rounding": rounding,
     }
     _check(*map(jax.typeof, operands), **params)
+    _check_values(q, k, k_scale, v_scale, format, causal, window, extras)
     return msd_attention_p.bind(*operands, **params)
 
 
@@ -127,7 +146,9 @@ def _reference(
     *rest,
     scale,
     causal,
-    has_lengths,
+    window,
+    softcap,
+    extras,
     format,
     passes,
     p_scale,
@@ -137,19 +158,35 @@ def _reference(
     *lead, q_len, heads, d = q.shape
     kv_len, kv_heads = k.shape[-3:-1]
     grouped = q.astype(jnp.float32).reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
+    more = dict(zip(extras, rest, strict=True))
+    visible = visible_scores(q_len, kv_len, kv_heads, causal, window, more)
+    usable = used_entries(visible, k_scale, v_scale, kv_len, format)
+    if usable is not None:
+        k_scale, v_scale = (scales_in_use(s, usable.kept) for s in (k_scale, v_scale))
     if format == "int8":
         scores = _int8_scores(grouped, k, k_scale, passes, rounding)
     else:
         split = round_mxfp4(grouped, passes, rounding)
         scores = _sums("...qhgd,...khd->...hgqk", split, keys_of(k, k_scale, format))
-    weights, total = _softmax(scale * scores, q_len, kv_len, causal, has_lengths, rest)
+    weights, total = softmax(scale * scores, visible, softcap, more)
     if format == "int8":
         size = kv_len if p_scale == "fixed" else block_size
         out = _int8_output(weights, v, v_scale, passes, size, rounding)
     else:
         split = round_mxfp4(weights, passes, rounding)
-        out = _sums("...hgqk,...khd->...hgqd", split, values_of(v, v_scale, format))
-    return _heads_last(out / total, q)
+        values = values_of(v, v_scale, format)
+        if usable is not None:
+            values = keep(values, usable.kept)
+        out = _sums("...hgqk,...khd->...hgqd", split, values)
+    return _heads_last(_nan_where_lost(out / total, visible, usable), q)
+
+
+def _nan_where_lost(out, visible, usable):
+    """NaN for queries that see an entry without a scale."""
+    if usable is None:
+        return out
+    broken = jnp.swapaxes(usable.broken, -1, -2)[..., None, None, :]
+    return jnp.where(jnp.any(visible & broken, axis=-1)[..., None], jnp.nan, out)
 
 
 def _int8_scores(q, k, k_scale, passes, rounding):
@@ -195,27 +232,6 @@ def _sums(equation, a, b):
     return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
 
 
-def _softmax(scores, q_len, kv_len, causal, has_lengths, rest):
-    """exp(S - max S), zero where masked, and its sum (1 for a row that sees nothing)."""
-    lengths = rest[0] if has_lengths else None
-    visible = visible_keys(q_len, kv_len, lengths, causal)
-    if visible is not None:
-        visible = visible[..., None, None, :, :]
-    if len(rest) > has_lengths:
-        given = rest[has_lengths]  # [..., heads or 1, q_len or 1, kv_len]
-        shape = scores.shape[-4:-2] if given.shape[-3] > 1 else (1, 1)
-        given = given.reshape(*given.shape[:-3], *shape, *given.shape[-2:])
-        visible = given if visible is None else given & visible
-    if visible is not None:
-        scores = jnp.where(visible, scores, _MASKED)
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    if visible is not None:
-        weights = jnp.where(visible, weights, 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, jnp.where(total == 0, 1, total)
-
-
 def _heads_last(out, q):
     """[..., kv_heads, group, q_len, dv] to the layout and dtype of q."""
     out = jnp.moveaxis(out, -2, -4)
@@ -231,23 +247,29 @@ def _by_key(scale):
     return jnp.swapaxes(scale, -2, -1)[..., :, None, None, :]
 
 
-def _exact(q, k, v, k_scale, v_scale, *rest, scale, causal, has_lengths, format):
+def _exact(q, k, v, k_scale, v_scale, *rest, scale, causal, window, softcap, extras, format):
     """Attention over the dequantized cache, whose derivative stands for the rounded one's."""
     *lead, q_len, heads, d = q.shape
     kv_len, kv_heads = k.shape[-3:-1]
     grouped = q.astype(jnp.float32).reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
+    more = dict(zip(extras, rest, strict=True))
+    visible = visible_scores(q_len, kv_len, kv_heads, causal, window, more)
+    usable = used_entries(visible, k_scale, v_scale, kv_len, format)
+    if usable is not None:
+        k_scale, v_scale = (scales_in_use(s, usable.kept) for s in (k_scale, v_scale))
     scores = _sums("...qhgd,...khd->...hgqk", grouped, keys_of(k, k_scale, format))
-    weights, total = _softmax(scale * scores, q_len, kv_len, causal, has_lengths, rest)
+    weights, total = softmax(scale * scores, visible, softcap, more)
     out = _sums("...hgqk,...khd->...hgqd", weights / total, values_of(v, v_scale, format))
     return _heads_last(out, q)
 
 
 def _jvp(p, primals, tangents, **params):
-    kept = {name: params[name] for name in ("scale", "causal", "has_lengths", "format")}
+    names = ("scale", "causal", "window", "softcap", "extras", "format")
+    kept = {name: params[name] for name in names}
     return straight_through(lambda *a: _exact(*a, **kept), p, primals, tangents, params)
 
 
-def _check(q, k, v, k_scale, v_scale, *rest, has_lengths, format, p_scale, block_size, **_):
+def _check(q, k, v, k_scale, v_scale, *rest, extras, format, p_scale, block_size, **_):
     for name, x in (("q", q), ("k", k), ("v", v), ("k_scale", k_scale), ("v_scale", v_scale)):
         if x.ndim < 4:
             raise ValueError(
@@ -293,8 +315,9 @@ def _check(q, k, v, k_scale, v_scale, *rest, has_lengths, format, p_scale, block
                     f"{s.dtype}{list(s.shape)}"
                 )
     _check_blocks(format, p_scale, block_size, d, kv_len)
-    if len(rest) > has_lengths:
-        _check_mask(rest[has_lengths], q, kv_len)
+    for name, x in zip(extras, rest, strict=True):
+        if name in ("mask", "bias"):
+            _check_scores(name, x, q, kv_len)
 
 
 def _check_blocks(format, p_scale, block_size, d, kv_len):
@@ -312,30 +335,62 @@ def _check_blocks(format, p_scale, block_size, d, kv_len):
         )
 
 
-def _check_mask(mask, q, kv_len):
-    allowed = mask.ndim == q.ndim and mask.dtype == jnp.bool_ and mask.shape[-1] == kv_len
+def _check_scores(name, x, q, kv_len):
+    kind = jnp.bool_ if name == "mask" else jnp.floating
+    allowed = x.ndim == q.ndim and jnp.issubdtype(x.dtype, kind) and x.shape[-1] == kv_len
     if not (
         allowed
-        and mask.shape[-3] in (1, q.shape[-2])
-        and mask.shape[-2] in (1, q.shape[-3])
-        and mask.shape[:-3] == q.shape[:-3]
+        and x.shape[-3] in (1, q.shape[-2])
+        and x.shape[-2] in (1, q.shape[-3])
+        and x.shape[:-3] == q.shape[:-3]
     ):
         raise ValueError(
-            "msd_attention: mask must be bool [batch or 1, heads or 1, q_len or 1, kv_len], got "
-            f"{mask.dtype}{list(mask.shape)}"
+            f"msd_attention: {name} must be {'bool' if name == 'mask' else 'floating point'} "
+            f"[batch or 1, heads or 1, q_len or 1, kv_len], got {x.dtype}{list(x.shape)}"
         )
 
 
-def _check_values(k_scale, v_scale, format):
+def _check_options(causal, window, softcap, sinks, q):
+    if window is not None and (not isinstance(window, int) or window < 1 or not causal):
+        raise ValueError(
+            "msd_attention: window must be an integer of at least 1 key and needs causal=True, got "
+            f"window={window!r} and causal={causal}"
+        )
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"msd_attention: softcap must be positive and finite, got {softcap}")
+    if sinks is not None and jnp.shape(sinks) != q.shape[-2:-1]:
+        raise ValueError(
+            f"msd_attention: sinks must be [{q.shape[-2]}], one per query head, got "
+            f"{list(jnp.shape(sinks))}"
+        )
+
+
+def _check_values(q, k, k_scale, v_scale, format, causal, window, extras):
+    """Refuse scales that are known, in use (which must be known too), and no positive numbers."""
+    used = None
+    if q.ndim == k.ndim == 4 and not any(isinstance(x, Tracer) for x in extras.values()):
+        with jax.ensure_compile_time_eval():
+            sizes = (q.shape[-3], k.shape[-3], k.shape[-2])
+            if all(isinstance(n, int) for n in sizes):
+                visible = visible_scores(*sizes, causal, window, extras)
+                used = visible if visible is None else jnp.any(visible, axis=(-3, -2))
+    elif extras:
+        return
     for name, s in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if format == "mxfp4":
-            bad = count_where(lambda e: e == 255, s)
-        else:
-            bad = count_where(lambda e: ~(jnp.isfinite(e) & (e > 0)), s)
-        if bad:
+
+        def bad(e):
+            wrong = e == 255 if format == "mxfp4" else ~(jnp.isfinite(e) & (e > 0))
+            if used is None or (e.shape[-3] == 1 and k.shape[-3] != 1):
+                return wrong
+            entries = jnp.swapaxes(used, -1, -2)  # [..., kv_len, kv_heads or 1]
+            size = entries.shape[-2] // max(e.shape[-3], 1)
+            blocks = entries.reshape(*entries.shape[:-2], e.shape[-3], size, entries.shape[-1])
+            return wrong & jnp.any(blocks, axis=-2)[..., None]
+
+        if count := count_where(bad, s):
             raise ValueError(
-                f"msd_attention: every {name} must be positive and finite, {bad} of {jnp.size(s)} "
-                "are not"
+                f"msd_attention: every {name} must be positive and finite where it is in use, "
+                f"{count} of {jnp.size(s)} are not"
             )
 
 
@@ -344,21 +399,41 @@ msd_attention_p = define("cm_msd_attention", _reference, check=_check, jvp=_jvp)
 
 @cost_rule(msd_attention_p)
 def _cost(
-    q, k, v, k_scale, v_scale, *rest, out, mesh, causal, format, passes, p_scale, block_size, **_
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    *rest,
+    out,
+    mesh,
+    causal,
+    window,
+    softcap,
+    extras,
+    format,
+    passes,
+    p_scale,
+    block_size,
+    **_,
 ) -> Work:
     """A FlashAttention kernel over the few-bit cache, which is read once: scores, weights and their
-    parts stay on chip, and blocks above the diagonal are skipped."""
+    parts stay on chip, and blocks above the diagonal and behind the window are skipped."""
     queries, keys = q.shape[-3], k.shape[-3]
     d, dv = q.shape[-1], out[0].shape[-1]
     rows = q.size / d
     scores = rows * keys
-    if causal:  # key j is seen by query i if j <= i + keys - queries
+    if window is not None:  # the first queries of a prompt see fewer keys than the window holds
+        seen = minimum(keys, Size.of(window))
+        scores = rows * seen * (1.0 - 0.5 * (minimum(queries, seen) / keys))
+    elif causal:  # key j is seen by query i if j <= i + keys - queries
         scores = scores * (1.0 - 0.5 * (queries / keys))
     products = scores * (2.0 * passes) * (d + dv)
     split = q.size + scores
     blocks = 1.0 if p_scale == "fixed" else scores / rows / block_size
+    further = (0.0 if softcap is None else CAP_INSTRUCTIONS) + ("bias" in extras)
     vector = (
-        scores * SOFTMAX_INSTRUCTIONS
+        scores * (SOFTMAX_INSTRUCTIONS + further)
         + split * decompose_instructions(passes)
         + (scores + rows * dv * blocks) * recombine_instructions(passes)
     )

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
-from cmjax.primitives.define import count_where, define
+from cmjax.primitives.define import clamp, count_where, define
 from cmjax.primitives.msd import mxfp4
 from cmjax.primitives.msd.mxfp4 import Rounding, round_to_e2m1, round_to_integer
 from cmjax.primitives.msd.weight import SMALLEST, WeightFormat, check_format
@@ -102,12 +101,12 @@ def split_int8(x: Float32[Array, "*lead k"], passes: int, rounding: Rounding):
     inverse = jnp.where(good, 127 / jnp.where(good, top, 1), 0)[..., None]
     # The clamps hold in exact arithmetic. They keep the compiler from fusing x * inverse - a1 into
     # one operation, so that every backend rounds alike.
-    rest = lax.clamp(-127.0, jnp.where(good[..., None], x, 0) * inverse, 127.0)
+    rest = clamp(-127.0, jnp.where(good[..., None], x, 0) * inverse, 127.0)
     parts = []
     for _ in range(passes):
         part = round_to_integer(rest, rounding)
         parts.append(part.astype(jnp.int8))
-        rest = lax.clamp(-127.0, 254 * (rest - part), 127.0)
+        rest = clamp(-127.0, 254 * (rest - part), 127.0)
     return parts, jnp.where(jnp.isfinite(top), top, jnp.nan)
 
 
@@ -116,7 +115,7 @@ def split_mxfp4(x: Float32[Array, "*lead k"], passes: int, rounding: Rounding):
 
     No step rounds but the two that are meant to: scales are powers of two.
     """
-    blocks = x.reshape(*x.shape[:-1], -1, mxfp4.BLOCK)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // mxfp4.BLOCK, mxfp4.BLOCK)
     top = jnp.max(jnp.abs(blocks), axis=-1)
     good = jnp.isfinite(top) & (top >= SMALLEST)
     exponent = mxfp4.ceil_log2(jnp.where(good, top, 1))
@@ -138,7 +137,7 @@ def round_mxfp4(x: Float32[Array, "*lead k"], passes: int, rounding: Rounding) -
     steps = parts[0].astype(jnp.float32)
     for i, part in enumerate(parts[1:], 1):
         steps = steps + part.astype(jnp.float32) * float(8**-i)
-    return (steps.reshape(*unit.shape, -1) * unit[..., None]).reshape(x.shape)
+    return (steps.reshape(*unit.shape, mxfp4.BLOCK) * unit[..., None]).reshape(x.shape)
 
 
 def check_activations(what: str, x) -> None:
@@ -172,7 +171,8 @@ def _reference(x, *, passes, format, group_size, rounding):
     if format == "mxfp4":
         parts, scale = split_mxfp4(x, passes, rounding)
     else:
-        groups = x.reshape(*x.shape[:-1], -1, group_size or x.shape[-1])
+        size = group_size or x.shape[-1]
+        groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
         parts, top = split_int8(groups, passes, rounding)
         parts = [part.reshape(x.shape) for part in parts]
         scale = top * jnp.float32(1 / 127)

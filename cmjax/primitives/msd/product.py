@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from cmjax import native
-from cmjax.primitives.define import count_where, define, straight_through
+from cmjax.primitives.define import clamp, count_where, define, straight_through
 from cmjax.primitives.msd import mxfp4
 from cmjax.primitives.msd.decompose import (
     check_activations,
@@ -39,6 +39,7 @@ from cmjax.program import Work, cost_rule
 
 MOST_INNER = (2**31 - 1) // (127 * 128)
 """Longest row, 132,104, whose int8 products cannot overflow an int32 sum."""
+_LARGE = np.float32(2.0**100)  # times a sum over the longest row it is still a float32
 
 
 def msd_dot(
@@ -79,7 +80,8 @@ def msd_dot(
     Gradient: straight-through, that of the exact `x @ W.T + bias`, for x, w_scale (int8), offset
       and bias; w has none.
     Under `jit`, a row of x with an infinity or NaN gives a row of NaN. A result beyond float32
-    saturates at its largest number. Rows (mxfp4: blocks) whose maximum is under 2**-100 count as 0.
+    saturates at its largest number, and nothing does on the way to one that fits. Rows (mxfp4:
+    blocks) whose maximum is under 2**-100 count as 0.
     Raises: ValueError, TypeError: shapes or dtypes that do not fit; rows longer than 132,104 (int32
       would overflow); and where the values are known, an infinity or NaN in x and a scale that is
       not positive and finite.
@@ -160,12 +162,20 @@ def _int8_product(x, w, scale, offset, passes, rounding):
     contract = (((stacked.ndim - 1,), (w.ndim - 1,)), (lead, lead))
     sums = lax.dot_general(stacked, w, contract, preferred_element_type=jnp.int32)
     total, unit = recombined([lax.index_in_dim(sums, i, stack, False) for i in range(passes)])
-    row = (top * unit)[..., None]
+    shrunk, factor = _headroom(top)
+    row = (shrunk * unit)[..., None]
     y = total * row
     if offset is not None:
         whole, _ = recombined([jnp.sum(p, axis=-1, keepdims=True, dtype=jnp.int32) for p in parts])
         y = _rounded(y) + _rounded(_over_rows(offset, y) * (whole * row))
-    return y * _over_rows(scale, y)
+    return (y * _over_rows(scale, y)) * factor[..., None]
+
+
+def _headroom(top):
+    """M and a factor: 1, or where sums of M could overflow before they are scaled, 2**64 for the
+    M / 2**64 that is then put in its place. Products with powers of two round nothing."""
+    large = top >= _LARGE
+    return jnp.where(large, top * 2.0**-64, top), jnp.where(large, np.float32(2.0**64), 1)
 
 
 def _grouped_product(x, w, scale, offset, passes, rounding):
@@ -173,7 +183,7 @@ def _grouped_product(x, w, scale, offset, passes, rounding):
     groups = scale.shape[-1]
 
     def by_group(a):  # [..., inner] -> [groups, ..., group size]
-        return jnp.moveaxis(a.reshape(*a.shape[:-1], groups, -1), -2, 0)
+        return jnp.moveaxis(a.reshape(*a.shape[:-1], groups, a.shape[-1] // groups), -2, 0)
 
     offsets = () if offset is None else (jnp.moveaxis(offset, -1, 0),)
     operands = (by_group(x), by_group(w), jnp.moveaxis(scale, -1, 0), *offsets)
@@ -211,7 +221,7 @@ def _rounded(y):
     Also saturates, so that an overflow does not become inf - inf.
     """
     largest = jnp.finfo(jnp.float32).max
-    return lax.clamp(-largest, y, largest)
+    return clamp(-largest, y, largest)
 
 
 def _over_rows(per_feature, y):
@@ -251,17 +261,25 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
     def of_features(a):
         return jnp.zeros((0,), jnp.float32) if a is None else a.reshape(-1)
 
+    x = x.astype(jnp.float32)
+    # NaN is not large: its row comes out as NaN whatever it is multiplied with.
+    factor = _headroom(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]
+    if format == "int8":
+        x = jnp.where(factor == 1, x, x * 2.0**-64)
     operands = (
-        flat(x.astype(jnp.float32), rows, x.shape[-1]),
+        flat(x, rows, x.shape[-1]),
         flat(w, features, w.shape[-1]),
         flat(w_scale, features, w_scale.shape[-1] if format == "mxfp4" else 1),
     )
     out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
     if format == "mxfp4":
         y = native.call("cmjax_msd_mxfp4", out, *operands, of_features(bias))
-    else:
-        y = native.call("cmjax_msd_int8", out, *operands, of_features(offset), of_features(bias))
-    return y.reshape(*x.shape[:-1], features).astype(out_dtype)
+        return y.reshape(*x.shape[:-1], features).astype(out_dtype)
+    y = native.call("cmjax_msd_int8", out, *operands, of_features(offset), of_features(None))
+    y = _rounded(y.reshape(*x.shape[:-1], features) * factor)
+    if bias is not None:
+        y = _rounded(y + _over_rows(bias, y))
+    return y.astype(out_dtype)
 
 
 def _check(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dtype, rounding):

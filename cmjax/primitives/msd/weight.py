@@ -80,7 +80,8 @@ def quantize_weight(
     w = jnp.asarray(w).astype(jnp.float32)
     if format == "mxfp4":
         return _to_mxfp4(w)
-    groups = w.reshape(*w.shape[:-1], -1, group_size or w.shape[-1])
+    size = group_size or w.shape[-1]
+    groups = w.reshape(*w.shape[:-1], w.shape[-1] // max(size, 1), size)
     if symmetric:
         scale, offset = _nonzero(jnp.max(jnp.abs(groups), axis=-1) / 127), None
         q = jnp.round(groups / scale[..., None])
@@ -132,7 +133,7 @@ def check_format(what: str, format: str) -> None:
 
 
 def _to_mxfp4(w):
-    blocks = w.reshape(*w.shape[:-1], -1, mxfp4.BLOCK)
+    blocks = w.reshape(*w.shape[:-1], w.shape[-1] // mxfp4.BLOCK, mxfp4.BLOCK)
     top = jnp.max(jnp.abs(blocks), axis=-1)
     exponent = mxfp4.ceil_log2_of_sixth(jnp.maximum(top, SMALLEST))
     # Half-steps: 2 w / 2**e. The largest exponent is 126, so its inverse is a normal number.

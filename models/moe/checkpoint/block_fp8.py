@@ -6,7 +6,7 @@ Source: DeepSeek-V3 report, section 3.3.2, and `inference/kernel.py` of its repo
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int8
 
 MOST = 448.0
 """Largest value of E4M3."""
@@ -22,9 +22,11 @@ def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 
 def dequantize(
-    q: Float[Array, "rows columns"], scale: Float[Array, "r c"], block: Block
+    q: Float[Array, "rows columns"] | Int8[Array, "rows columns"],
+    scale: Float[Array, "r c"],
+    block: Block,
 ) -> Float32[Array, "rows columns"]:
-    """The values of a block-quantized matrix."""
+    """The values of a matrix of few-bit steps, one scale per block."""
     rows = jnp.repeat(scale.astype(jnp.float32), block[0], axis=0)[: q.shape[0]]
     return q.astype(jnp.float32) * jnp.repeat(rows, block[1], axis=1)[:, : q.shape[1]]
 

@@ -1,28 +1,31 @@
 """A model's sizes from a Hugging Face config.json, and back.
 
 Families: DeepSeek-V2, DeepSeek-V3 (R1; Kimi-K2 is one in all but name), Qwen3-MoE and Mixtral.
-Rotary positions are read in both published forms: `rope_parameters` (transformers 5) and the older
-top-level `rope_theta` with `rope_scaling`; they are written in the newer. What a family allows but
-this model does not compute is refused, never ignored.
+What a key may hold, and what holds where it is absent, is in `config_schema`. What a family allows
+but this model does not compute is refused, never ignored.
 """
 
+import dataclasses
 import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from cmjax.models.moe.checkpoint.config_schema import (
+    CommonKeys,
+    DeepseekV2Keys,
+    DeepseekV3Keys,
+    KimiK2Keys,
+    MixtralKeys,
+    Qwen3MoeKeys,
+)
+from cmjax.models.moe.checkpoint.json_file import convert, read_object
+from cmjax.models.moe.checkpoint.rope_keys import read_rope, rope_json
 from cmjax.models.moe.config import (
     PRESETS,
-    DynamicScaling,
     GroupedAttention,
     LatentAttention,
-    LinearScaling,
-    Llama3Scaling,
     MoEConfig,
-    Rope,
-    RopeScaling,
-    YarnConfig,
 )
 
 ARCHITECTURES = {
@@ -69,39 +72,40 @@ def read_json(path: str | Path) -> tuple[dict[str, Any], Path]:
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(raw).__name__}")
-    return raw, path
+    return read_object(path), path
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> MoEConfig:
     """As `read_config`, of keys already read from `path`."""
-    family = raw.get("model_type")
-    if family not in _FAMILIES:
-        raise ValueError(
-            f"{path}: model_type must be one of {', '.join(_FAMILIES)}, got {family!r}"
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {name!r}")
+    family = FAMILIES[name]
+    renamed = _renamed(raw, family.schema.aliases, path)
+    if missing := [key for key in family.schema.required if key not in renamed]:
+        raise ValueError(f"{path}: key {missing[0]!r} is missing")
+    keys = convert(renamed, family.schema, path)
+    ends = keys.eos_token_id
+    rope = read_rope(raw, keys, path)
+    try:
+        fields = family.fields(keys)
+        rope = dataclasses.replace(rope, interleave=fields.pop("interleave", False))
+        return MoEConfig(
+            vocab_size=keys.vocab_size,
+            hidden_size=keys.hidden_size,
+            layers=keys.num_hidden_layers,
+            heads=keys.num_attention_heads,
+            experts_per_token=keys.num_experts_per_tok,
+            ffn_size=keys.intermediate_size,
+            max_position=keys.max_position_embeddings,
+            norm_eps=keys.rms_norm_eps,
+            tie_embeddings=keys.tie_word_embeddings,
+            end_tokens=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+            rope=rope,
+            **fields,
         )
-    keys = _Keys(raw, path)
-    keys.only("hidden_act", "silu")
-    keys.only("partial_rotary_factor", 1, 1.0)
-    return MoEConfig(
-        vocab_size=keys.integer("vocab_size"),
-        hidden_size=keys.integer("hidden_size"),
-        layers=keys.integer("num_hidden_layers"),
-        heads=keys.integer("num_attention_heads"),
-        experts_per_token=keys.integer("num_experts_per_tok"),
-        max_position=keys.integer("max_position_embeddings"),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        tie_embeddings=keys.flag("tie_word_embeddings", False),
-        end_tokens=keys.tokens("eos_token_id"),
-        **_FAMILIES[family](keys),
-    )
+    except ValueError as error:  # sizes that contradict each other
+        raise ValueError(f"{path}: {error}") from None
 
 
 def config_json(config: MoEConfig) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "eos_token_id": _scalar(config.end_tokens),
-        "rope_parameters": _rope_json(config.rope),
+        "rope_parameters": rope_json(config.rope),
         "intermediate_size": config.ffn_size,
     }
     if isinstance(attention, LatentAttention):
@@ -171,254 +175,125 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
     return raw
 
 
-class _Keys:
-    """Typed access to the keys of one file."""
-
-    def __init__(self, raw: dict[str, Any], path: Path):
-        self.raw, self.path = raw, path
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            state = "is missing" if key not in self.raw else f"must be a number, got {value!r}"
-            raise ValueError(f"{self.path}: key {key!r} {state}")
-        return float(value)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value):
-            raise ValueError(f"{self.path}: key {key!r} must be a whole number, got {value!r}")
-        return int(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ValueError(f"{self.path}: key {key!r} must be true or false, got {value!r}")
-        return value
-
-    def tokens(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in listed):
-            raise ValueError(f"{self.path}: key {key!r} must hold token numbers, got {value!r}")
-        return tuple(listed)
-
-    def only(self, key: str, *allowed: Any) -> None:
-        """The key is absent, null, or one of `allowed`: this model computes nothing else."""
-        value = self.raw.get(key)
-        if value is not None and value not in allowed:
-            wanted = " or ".join(map(repr, allowed))
-            raise ValueError(f"{self.path}: key {key!r} must be {wanted} here, got {value!r}")
+def _renamed(raw: dict[str, Any], aliases: dict[str, str], path: Path) -> dict[str, Any]:
+    """`raw` with every alias under the key it stands for."""
+    found = dict(raw)
+    for alias, key in aliases.items():
+        if alias not in raw:
+            continue
+        if found.setdefault(key, raw[alias]) != raw[alias]:
+            raise ValueError(
+                f"{path}: keys {key!r} and {alias!r} mean the same and disagree: {raw[key]!r} and "
+                f"{raw[alias]!r}"
+            )
+    return found
 
 
-def _deepseek(keys: _Keys) -> dict[str, Any]:
+def _deepseek(keys: DeepseekV2Keys | DeepseekV3Keys) -> dict[str, Any]:
     """What DeepSeek-V2 and V3 say alike."""
-    keys.only("moe_layer_freq", 1)
-    first = min(keys.integer("first_k_dense_replace", 0), keys.integer("num_hidden_layers"))
-    rank = None if keys.raw.get("q_lora_rank", 0) is None else keys.integer("q_lora_rank")
     return {
-        "dense_layers": tuple(range(first)),
+        "dense_layers": tuple(range(min(keys.first_k_dense_replace, keys.num_hidden_layers))),
         "attention": LatentAttention(
-            q_lora_rank=rank,
-            kv_lora_rank=keys.integer("kv_lora_rank"),
-            qk_nope_dim=keys.integer("qk_nope_head_dim"),
-            qk_rope_dim=keys.integer("qk_rope_head_dim"),
-            v_dim=keys.integer("v_head_dim"),
-            bias=keys.flag("attention_bias", False),
+            q_lora_rank=keys.q_lora_rank,
+            kv_lora_rank=keys.kv_lora_rank,
+            qk_nope_dim=keys.qk_nope_head_dim,
+            qk_rope_dim=keys.qk_rope_head_dim,
+            v_dim=keys.v_head_dim,
+            bias=keys.attention_bias,
         ),
-        "ffn_size": keys.integer("intermediate_size"),
-        "expert_ffn_size": keys.integer("moe_intermediate_size"),
-        "routed_experts": keys.integer("n_routed_experts"),
-        "shared_experts": keys.integer("n_shared_experts", 0),
-        "routed_scale": keys.number("routed_scaling_factor"),
+        "expert_ffn_size": keys.moe_intermediate_size,
+        "routed_experts": keys.n_routed_experts,
+        "shared_experts": keys.n_shared_experts or 0,
+        "routed_scale": keys.routed_scaling_factor,
     }
 
 
-def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
-    keys.only("scoring_func", "softmax")
-    keys.only("topk_method", "greedy", "group_limited_greedy")
-    grouped = keys.raw.get("topk_method") == "group_limited_greedy"
+def _deepseek_v2(keys: DeepseekV2Keys) -> dict[str, Any]:
+    grouped = keys.topk_method == "group_limited_greedy"
+    if grouped and (keys.n_group is None or keys.topk_group is None):
+        raise ValueError("topk_method 'group_limited_greedy' needs keys 'n_group' and 'topk_group'")
     return _deepseek(keys) | {
         "family": "deepseek_v2",
         "scoring": "softmax",
         "score_bias": False,
-        "expert_groups": keys.integer("n_group") if grouped else 1,
-        "groups_per_token": keys.integer("topk_group") if grouped else 1,
+        "expert_groups": keys.n_group if grouped else 1,
+        "groups_per_token": keys.topk_group if grouped else 1,
         "group_best": 1,
         # Transformers never normalises in this family, whatever norm_topk_prob says.
         "normalize_weights": False,
-        "ffn_bias": keys.flag("mlp_bias", False),
-        "rope": _rope(keys, interleave=True),
+        "ffn_bias": keys.mlp_bias,
+        "interleave": True,
     }
 
 
-def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
-    keys.only("scoring_func", "sigmoid")
-    keys.only("topk_method", "noaux_tc")
+def _deepseek_v3(keys: DeepseekV3Keys) -> dict[str, Any]:
     return _deepseek(keys) | {
         "family": "deepseek_v3",
-        "expert_groups": keys.integer("n_group", 1),
-        "groups_per_token": keys.integer("topk_group", 1),
-        "normalize_weights": keys.flag("norm_topk_prob", True),
-        "mtp_layers": keys.integer("num_nextn_predict_layers", 0),
-        "rope": _rope(keys, interleave=keys.flag("rope_interleave", True)),
+        "expert_groups": keys.n_group,
+        "groups_per_token": keys.topk_group,
+        "normalize_weights": keys.norm_topk_prob,
+        "mtp_layers": keys.num_nextn_predict_layers or 0,
+        "interleave": keys.rope_interleave,
     }
 
 
-def _grouped(keys: _Keys, **options: Any) -> dict[str, Any]:
+def _grouped(keys: Qwen3MoeKeys | MixtralKeys, **options: Any) -> dict[str, Any]:
     """What Qwen3-MoE and Mixtral say alike: grouped queries, softmax routing, nothing shared."""
-    heads = keys.integer("num_attention_heads")
-    default_dim = keys.integer("hidden_size") // heads
-    experts = "num_experts" if "num_experts" in keys.raw else "num_local_experts"
+    heads = keys.num_attention_heads
     return {
         "attention": GroupedAttention(
-            kv_heads=keys.integer("num_key_value_heads", heads),
-            head_dim=keys.integer("head_dim", default_dim),
+            kv_heads=keys.num_key_value_heads or heads,
+            head_dim=keys.head_dim or max(1, keys.hidden_size // heads),
             **options,
         ),
-        "ffn_size": keys.integer("intermediate_size"),
-        "routed_experts": keys.integer(experts),
         "shared_experts": 0,
         "expert_groups": 1,
         "groups_per_token": 1,
         "group_best": 1,
         "scoring": "softmax",
         "score_bias": False,
-        "rope": _rope(keys, interleave=False),
     }
 
 
-def _qwen3_moe(keys: _Keys) -> dict[str, Any]:
-    layers, step = keys.integer("num_hidden_layers"), keys.integer("decoder_sparse_step", 1)
-    if step < 1:
-        raise ValueError(f"{keys.path}: key 'decoder_sparse_step' must be at least 1, got {step}")
-    only = set(keys.tokens("mlp_only_layers"))
-    dense = tuple(i for i in range(layers) if i in only or (i + 1) % step)
-    window = keys.integer("sliding_window") if keys.flag("use_sliding_window", False) else None
-    bias = keys.flag("attention_bias", False)
-    return _grouped(keys, qk_norm=True, bias=bias, window=window) | {
+def _qwen3_moe(keys: Qwen3MoeKeys) -> dict[str, Any]:
+    only, step = set(keys.mlp_only_layers or ()), keys.decoder_sparse_step
+    window = keys.sliding_window if keys.use_sliding_window else None
+    return _grouped(keys, qk_norm=True, bias=keys.attention_bias, window=window) | {
         "family": "qwen3_moe",
-        "dense_layers": dense,
-        "expert_ffn_size": keys.integer("moe_intermediate_size"),
-        "normalize_weights": keys.flag("norm_topk_prob", False),
+        "dense_layers": tuple(
+            i for i in range(keys.num_hidden_layers) if i in only or (i + 1) % step
+        ),
+        "expert_ffn_size": keys.moe_intermediate_size,
+        "routed_experts": keys.num_experts,
+        "normalize_weights": keys.norm_topk_prob,
     }
 
 
-def _mixtral(keys: _Keys) -> dict[str, Any]:
-    keys.only("attention_bias", False)
-    window = keys.raw.get("sliding_window")
-    window = None if window is None else keys.integer("sliding_window")
-    return _grouped(keys, window=window) | {
+def _mixtral(keys: MixtralKeys) -> dict[str, Any]:
+    return _grouped(keys, window=keys.sliding_window) | {
         "family": "mixtral",
         "dense_layers": (),
-        "expert_ffn_size": keys.integer("intermediate_size"),
+        "expert_ffn_size": keys.intermediate_size,
+        "routed_experts": keys.num_local_experts,
     }
 
 
-_FAMILIES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "kimi_k2": _deepseek_v3,
-    "qwen3_moe": _qwen3_moe,
-    "mixtral": _mixtral,
+class FamilyReader(NamedTuple):
+    """How the config.json of a family is read."""
+
+    schema: type[CommonKeys]
+    fields: Callable[[Any], dict[str, Any]]
+    """Fields of a `MoEConfig`, from the schema's keys; and `interleave`, of its `Rope`."""
+
+
+FAMILIES: dict[str, FamilyReader] = {
+    "deepseek_v2": FamilyReader(DeepseekV2Keys, _deepseek_v2),
+    "deepseek_v3": FamilyReader(DeepseekV3Keys, _deepseek_v3),
+    "kimi_k2": FamilyReader(KimiK2Keys, _deepseek_v3),
+    "qwen3_moe": FamilyReader(Qwen3MoeKeys, _qwen3_moe),
+    "mixtral": FamilyReader(MixtralKeys, _mixtral),
 }
-
-
-def _rope(keys: _Keys, *, interleave: bool) -> Rope:
-    given = keys.raw.get("rope_parameters") or keys.raw.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{keys.path}: key 'rope_parameters' must be an object, got {given!r}")
-    theta = given.get("rope_theta", keys.raw.get("rope_theta"))
-    if theta is None:
-        raise ValueError(f"{keys.path}: key 'rope_theta' is missing, also within 'rope_parameters'")
-    rope = _Keys(given | {"rope_theta": theta}, keys.path)
-    rope.only("partial_rotary_factor", 1, 1.0)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind != "default" and kind not in _SCALINGS:
-        raise ValueError(
-            f"{keys.path}: key 'rope_type' must be 'default', "
-            f"{', '.join(map(repr, _SCALINGS))} here, got {kind!r}"
-        )
-    scaling = None if kind == "default" else _SCALINGS[kind](rope, keys.integer(_MAX_POSITION))
-    return Rope(theta=rope.number("rope_theta"), interleave=interleave, scaling=scaling)
-
-
-_MAX_POSITION = "max_position_embeddings"
-_ORIGINAL = "original_max_position_embeddings"
-
-
-def _yarn(rope: _Keys, max_position: int) -> YarnConfig:
-    original = rope.integer(_ORIGINAL, max_position)
-
-    def optional(key: str) -> float | None:
-        return None if rope.raw.get(key) is None else rope.number(key)
-
-    return YarnConfig(
-        # published as null by some: the ratio of the two lengths is meant
-        factor=rope.number(
-            "factor", max_position / original if rope.raw.get("factor", 0) is None else None
-        ),
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        mscale=optional("mscale"),
-        mscale_all_dim=optional("mscale_all_dim"),
-        attention_factor=optional("attention_factor"),
-        truncate=rope.flag("truncate", True),
-    )
-
-
-def _llama3(rope: _Keys, max_position: int) -> Llama3Scaling:
-    return Llama3Scaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position=rope.integer(_ORIGINAL, max_position),
-    )
-
-
-_SCALINGS: dict[str, Callable[[_Keys, int], RopeScaling]] = {
-    "linear": lambda rope, _: LinearScaling(factor=rope.number("factor")),
-    "dynamic": lambda rope, _: DynamicScaling(factor=rope.number("factor")),
-    "llama3": _llama3,
-    "yarn": _yarn,
-}
-
-
-def _rope_json(rope: Rope) -> dict[str, Any]:
-    match rope.scaling:
-        case None:
-            fields: dict[str, Any] = {"rope_type": "default"}
-        case LinearScaling(factor=factor):
-            fields = {"rope_type": "linear", "factor": factor}
-        case DynamicScaling(factor=factor):
-            fields = {"rope_type": "dynamic", "factor": factor}
-        case Llama3Scaling() as scaling:
-            fields = {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                _ORIGINAL: scaling.original_max_position,
-            }
-        case YarnConfig() as scaling:
-            fields = {
-                "rope_type": "yarn",
-                "factor": scaling.factor,
-                _ORIGINAL: scaling.original_max_position,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "mscale": scaling.mscale,
-                "mscale_all_dim": scaling.mscale_all_dim,
-                "attention_factor": scaling.attention_factor,
-                "truncate": scaling.truncate,
-            }
-    fields = {key: value for key, value in fields.items() if value is not None}
-    return {"rope_theta": rope.theta} | fields
+"""By `model_type`."""
 
 
 def _scalar(tokens: tuple[int, ...]) -> int | list[int] | None:

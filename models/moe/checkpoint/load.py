@@ -8,7 +8,6 @@ once, each tensor is written into it in place, and at most one tensor at a time 
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,24 +15,31 @@ from typing import Any, get_args
 from cmjax.console import Progress
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Precision
-from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.buffers import ParameterBuffers
+from cmjax.models.moe.checkpoint.folder import list_folder
+from cmjax.models.moe.checkpoint.fused_experts import unfused
+from cmjax.models.moe.checkpoint.generation_config import (
+    GenerationDefaults,
+    read_generation_config,
+)
 from cmjax.models.moe.checkpoint.hf_config import parse_config, read_json
-from cmjax.models.moe.checkpoint.safetensor_file import StoredTensor, list_tensors
+from cmjax.models.moe.checkpoint.json_file import shortened
+from cmjax.models.moe.checkpoint.safetensor_file import StoredTensor
 from cmjax.models.moe.checkpoint.tensor_names import (
     WeightMapping,
     is_known,
     mtp_marker,
     weight_mappings,
 )
+from cmjax.models.moe.checkpoint.weight_scales import WeightScales, is_scale, read_scales
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.sharding import layer_tables
 from cmjax.models.moe.slots import SlotTable
 
-INDEX = "model.safetensors.index.json"
-_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
+_MANY = 100_000
+"""Missing tensors after which nobody counts on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +48,12 @@ class Checkpoint:
 
     folder: Path
     config: MoEConfig
+    """Of its config.json; `end_tokens` of its generation_config.json, where that names some."""
     tensors: dict[str, StoredTensor]
-    block: block_fp8.Block
-    """Rows and columns that share a scale in FP8 matrices."""
+    scales: WeightScales
+    """Which of them are few-bit values times scales."""
+    defaults: GenerationDefaults
+    """How its text is drawn where the caller says nothing."""
 
     @property
     def has_mtp(self) -> bool:
@@ -68,8 +77,8 @@ def load(
         >>> moe.load(folder).config.routed_experts
         16
 
-    Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), Qwen3-MoE and Mixtral; F32, F16, BF16 and
-    block-FP8 (E4M3 with `weight_scale_inv`).
+    Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), Qwen3-MoE and Mixtral; F32, F16, BF16, FP8 (E4M3,
+    per block or tensor) and the 8-bit weights of compressed-tensors; experts one by one or fused.
 
     Args:
       path: folder with config.json and model.safetensors, or shards and their index.
@@ -90,7 +99,7 @@ def load(
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a folder's config.json, index and headers.
+    """Read a folder's config.json, generation_config.json, index and headers.
 
     Raises: ValueError: see `load`.
     """
@@ -99,15 +108,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{folder}: no such folder; a checkpoint is one with a config.json")
     raw, file = read_json(folder)
     config = parse_config(raw, file)
-    quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if method not in (None, "fp8"):
-        raise ValueError(
-            f"{file}: quantization_config has quant_method {method!r}; this reader knows 'fp8' "
-            "(block-wise) and unquantized weights"
-        )
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
-    return Checkpoint(folder, config, _listed(folder), (int(rows), int(columns)))
+    defaults = read_generation_config(folder)
+    if defaults.end_tokens is not None:
+        config = dataclasses.replace(config, end_tokens=defaults.end_tokens)
+    scales = read_scales(raw.get("quantization_config"), file)
+    return Checkpoint(folder, config, unfused(list_folder(folder), config), scales, defaults)
 
 
 def load_params(
@@ -135,17 +140,20 @@ def load_params(
             f"load_params: weights are read as {', '.join(get_args(Precision))}, got "
             f"{precision!r}; for another arithmetic read floats and convert them"
         )
-    wanted = list(weight_mappings(config, mtp=mtp))
-    _check(checkpoint, wanted, mtp)
+    wanted = _wanted(checkpoint, mtp)
+    _check(checkpoint, wanted)
     tables = layer_tables(parallelism, config.moe_layers + mtp, tables)
     buffers = ParameterBuffers(config, parallelism, precision, mtp, mesh)
     total = sum(checkpoint.tensors[mapping.name].nbytes for mapping in wanted)
     done = 0
     for mapping in wanted:
         stored = checkpoint.tensors[mapping.name]
-        scale = checkpoint.tensors.get(mapping.name + block_fp8.SCALE_SUFFIX)
-        values = stored.read(), None if scale is None else scale.read()
-        buffers.place(mapping, tables, *values, checkpoint.block)
+        scale = checkpoint.scales.of(stored, checkpoint.tensors)
+        if scale is None:
+            buffers.place(mapping, tables, stored.read(), None, (1, 1))
+        else:
+            steps = scale.stored.read().reshape(scale.shape)
+            buffers.place(mapping, tables, stored.read(), steps, scale.block)
         done += stored.nbytes
         if progress is not None:
             progress(done, total, "loading")
@@ -153,54 +161,36 @@ def load_params(
     return buffers.finish()
 
 
-def _listed(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder, by its index if it has one."""
-    index = folder / INDEX
-    if not index.exists():
-        whole = folder / "model.safetensors"
-        files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder}: no .safetensors file in this folder")
-        found = {}
-        for file in files:
-            found |= list_tensors(file)
-        return found
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index}: no 'weight_map' from tensors to files in it") from None
-    files = sorted(set(places.values()))
-    absent = [file for file in files if not (folder / file).exists()]
-    if absent:
-        raise ValueError(
-            f"{folder}: {len(absent)} of {len(files)} shards that {INDEX} lists are missing: "
-            f"{_shortened(absent)}"
-        )
-    headers = {file: list_tensors(folder / file) for file in files}
-    astray = [name for name, file in places.items() if name not in headers[file]]
-    if astray:
-        raise ValueError(
-            f"{folder}: {len(astray)} tensors are not in the shards that {INDEX} names: "
-            f"{_shortened(astray)}"
-        )
-    return {name: headers[file][name] for name, file in places.items()}
-
-
-def _check(checkpoint: Checkpoint, wanted: list[WeightMapping], mtp: bool) -> None:
-    """Everything wanted is there and as it should be, and nothing else is."""
+def _wanted(checkpoint: Checkpoint, mtp: bool) -> list[WeightMapping]:
+    """What is to be read; all of it is there."""
     config, tensors, folder = checkpoint.config, checkpoint.tensors, checkpoint.folder
     if mtp and not checkpoint.has_mtp:
         raise ValueError(
             f"{folder}: no multi-token-prediction weights ({mtp_marker(config)!r} is absent); "
             "load with mtp=False"
         )
-    missing = [mapping.name for mapping in wanted if mapping.name not in tensors]
+    wanted: list[WeightMapping] = []
+    missing: list[str] = []
+    for mapping in weight_mappings(config, mtp=mtp):
+        wanted.append(mapping)
+        if mapping.name not in tensors:
+            missing.append(mapping.name)
+        if len(missing) > _MANY:
+            raise ValueError(
+                f"{folder}: more than {_MANY:,} tensors of this {config.family} model are missing: "
+                f"{', '.join(missing[:4])}, ..."
+            )
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(wanted)} tensors of this {config.family} model are "
-            f"missing: {_shortened(missing)}"
+            f"missing: {shortened(missing)}"
         )
-    scales = set()
+    return wanted
+
+
+def _check(checkpoint: Checkpoint, wanted: list[WeightMapping]) -> None:
+    """Everything wanted is as it should be, and nothing else is there."""
+    config, tensors, folder = checkpoint.config, checkpoint.tensors, checkpoint.folder
     for mapping in wanted:
         stored = tensors[mapping.name]
         if stored.shape != mapping.shape:
@@ -208,46 +198,18 @@ def _check(checkpoint: Checkpoint, wanted: list[WeightMapping], mtp: bool) -> No
                 f"{stored.path}: tensor {mapping.name!r} has shape {list(stored.shape)}, "
                 f"config.json makes it {list(mapping.shape)}"
             )
-        if stored.dtype.name not in _FLOATS:
-            raise ValueError(
-                f"{stored.path}: tensor {mapping.name!r} has type {stored.dtype}; weights are "
-                f"{', '.join(_FLOATS)} here"
-            )
-        scales |= _check_scale(checkpoint, stored)
-    listed = {mapping.name for mapping in wanted} | scales
+        checkpoint.scales.of(stored, tensors)
+    listed = {mapping.name for mapping in wanted}
     unknown = [
         name
         for name, stored in tensors.items()
-        if name not in listed and stored.nbytes and not is_known(name, config)
+        if stored.nbytes
+        and name not in listed
+        and not is_known(name, config)
+        and not is_scale(name, listed)
     ]
     if unknown:
         raise ValueError(
             f"{folder}: {len(unknown)} tensors have no place in the {config.family} model that "
-            f"config.json describes: {_shortened(unknown)}"
+            f"config.json describes: {shortened(unknown)}"
         )
-
-
-def _check_scale(checkpoint: Checkpoint, stored: StoredTensor) -> set[str]:
-    """The name of a tensor's FP8 scales, if it has them; they must be there and fit."""
-    name = stored.name + block_fp8.SCALE_SUFFIX
-    scale = checkpoint.tensors.get(name)
-    if stored.dtype.itemsize > 1:
-        return set() if scale is None else {name}
-    if scale is None or len(stored.shape) != 2:
-        raise ValueError(
-            f"{stored.path}: FP8 tensor {stored.name!r} of shape {list(stored.shape)} needs "
-            f"block scales {name!r}"
-        )
-    expected = block_fp8.scale_shape(stored.shape, checkpoint.block)
-    if scale.shape != expected:
-        raise ValueError(
-            f"{scale.path}: {name!r} has shape {list(scale.shape)}; blocks of "
-            f"{checkpoint.block[0]} x {checkpoint.block[1]} of {list(stored.shape)} make it "
-            f"{list(expected)}"
-        )
-    return {name}
-
-
-def _shortened(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > 4 else "")

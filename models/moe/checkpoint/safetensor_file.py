@@ -13,10 +13,13 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_dtypes
+import msgspec
 import numpy as np
+
+from cmjax.models.moe.checkpoint.json_file import convert, distinct
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -31,6 +34,7 @@ DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_Offset = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +74,49 @@ def list_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name; reads its header only.
 
     Raises:
-      ValueError: not a safetensors file, truncated, or a type this reader does not know; names
-        file, tensor and sizes.
+      ValueError: not a safetensors file, truncated, tensors that overlap or leave gaps, or a type
+        this reader does not know; names file, tensor and sizes.
     """
     path = Path(path)
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, raw in header.items():
+        entry = convert(raw, _Entry, path, f"tensor {name!r}")
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{path}: tensor {name!r} has type {entry.dtype}; this reader knows "
+                f"{', '.join(DTYPES)}"
+            )
+        first, end = entry.data_offsets
+        tensor = StoredTensor(
+            path, name, np.dtype(DTYPES[entry.dtype]), tuple(entry.shape), start + first
+        )
+        if end - first != tensor.nbytes:
+            raise ValueError(
+                f"{path}: tensor {name!r} of shape {list(tensor.shape)} and type {entry.dtype} "
+                f"takes {tensor.nbytes:,} bytes, its header says {end - first:,}"
+            )
+        if start + end > size:
+            raise ValueError(
+                f"{path}: truncated: tensor {name!r} ends at byte {start + end:,}, the file "
+                f"has {size:,}"
+            )
+        tensors[name] = tensor
+    _check_order(path, tensors, start, size)
+    return tensors
+
+
+class _Entry(msgspec.Struct):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0, le=2**48)]]
+    data_offsets: tuple[_Offset, _Offset]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's object, the byte after it, and the bytes of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -81,35 +124,32 @@ def list_tensors(path: str | Path) -> dict[str, StoredTensor]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if length > min(size - 8, _MOST_HEADER_BYTES):
                 raise ValueError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
-            header = json.loads(file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    try:
+        header = json.loads(text, object_pairs_hook=distinct)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{path}: not a safetensors file (its header is no JSON)") from None
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+    except ValueError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file (its header is no JSON object)")
+    return header, 8 + length, size
+
+
+def _check_order(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
+    """Tensors fill the file from the header to its end, as the format's own library demands."""
+    at, before = start, "the header"
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != at:
             raise ValueError(
-                f"{path}: tensor {name!r} has type {entry['dtype']}; this reader knows "
-                f"{', '.join(DTYPES)}"
+                f"{path}: tensor {tensor.name!r} begins at byte {tensor.offset:,}, but {before} "
+                f"ends at {at:,}: tensors must neither overlap nor leave gaps"
             )
-        start, end = entry["data_offsets"]
-        tensor = StoredTensor(
-            path, name, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + length + start
-        )
-        if end - start != tensor.nbytes:
-            raise ValueError(
-                f"{path}: tensor {name!r} of shape {list(tensor.shape)} and type {entry['dtype']} "
-                f"takes {tensor.nbytes:,} bytes, its header says {end - start:,}"
-            )
-        if 8 + length + end > size:
-            raise ValueError(
-                f"{path}: truncated: tensor {name!r} ends at byte {8 + length + end:,}, the file "
-                f"has {size:,}"
-            )
-        tensors[name] = tensor
-    return tensors
+        at, before = at + tensor.nbytes, f"tensor {tensor.name!r}"
+    if at != size:
+        raise ValueError(f"{path}: {before} ends at byte {at:,}, the file has {size:,}")
 
 
 class TensorSpec(NamedTuple):

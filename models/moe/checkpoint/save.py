@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from cmjax.models.moe.checkpoint import block_fp8
+from cmjax.models.moe.checkpoint.folder import INDEX
 from cmjax.models.moe.checkpoint.hf_config import config_json
-from cmjax.models.moe.checkpoint.load import INDEX
 from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, write_tensors
 from cmjax.models.moe.checkpoint.tensor_names import WeightMapping, weight_mappings
 from cmjax.models.moe.model import MoEModel, parameters

@@ -107,6 +107,23 @@ def mtp_marker(config: MoEConfig) -> str:
     return f"model.layers.{config.layers}.eh_proj.weight"
 
 
+def expert_names(config: MoEConfig, layer: str, expert: int) -> dict[str, str]:
+    """The names of one expert's matrices (`gate`, `up` and `down`) in a layer such as
+    `model.layers.3`."""
+    prefix = f"{_block(config, layer)}.experts.{expert}"
+    parts = zip(("gate", "up", "down"), _parts(config), strict=True)
+    return {own: f"{prefix}.{theirs}.weight" for own, theirs in parts}
+
+
+def _block(config: MoEConfig, layer: str) -> str:
+    return f"{layer}.block_sparse_moe" if config.family == "mixtral" else f"{layer}.mlp"
+
+
+def _parts(config: MoEConfig) -> tuple[str, str, str]:
+    mixtral = config.family == "mixtral"
+    return ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+
+
 def _layer(config: MoEConfig, layer: int, kind: str, stack: Path, index) -> Iterator[WeightMapping]:
     prefix, hidden = f"model.layers.{layer}", config.hidden_size
     attention = config.attention
@@ -124,8 +141,7 @@ def _layer(config: MoEConfig, layer: int, kind: str, stack: Path, index) -> Iter
 
 
 def _moe(config: MoEConfig, prefix: str, block: Path, index) -> Iterator[WeightMapping]:
-    mixtral = config.family == "mixtral"
-    name = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
+    name = _block(config, prefix)
     shape = (config.routed_experts, config.hidden_size)
     yield WeightMapping(
         f"{name}.gate.weight", shape, _MATRIX, ((*block, "router", "weight"),), index
@@ -155,8 +171,7 @@ def _swiglu(config, name, width, path, index, expert=None) -> Iterator[WeightMap
 
 def _matrices(config, name, width, path, index, expert) -> Iterator[WeightMapping]:
     hidden = config.hidden_size
-    mixtral = config.family == "mixtral"
-    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = _parts(config)
     gate_up = ((*path, "gate_up", "weight"),)
     for part, column in ((gate, 0), (up, width)):
         shape = (width, hidden)

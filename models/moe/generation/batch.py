@@ -1,11 +1,13 @@
 """The requests of a batch on the host: their prompts, random numbers and what they have so far."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.chunked import ChunkInputs
 from cmjax.models.moe.steps import DecodeInputs, PrefillInputs, Sampling
@@ -19,16 +21,47 @@ class Sampler:
     """0: the likeliest token."""
     top_p: float = 1.0
     """Draw from the fewest likeliest tokens whose probabilities reach this."""
+    top_k: int = 0
+    """Of these, first, only this many likeliest; 0: all."""
     seed: int = 0
     """Of the uniform numbers; each request has its own stream."""
 
     def __post_init__(self):
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature must be a finite number, got {self.temperature}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must lie in 0..1, got {self.top_p}")
+        if self.top_p == 0:
+            raise ValueError("top_p must be more than 0, got 0; temperature 0 is greedy")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be at least 0 and below 2**31, got {self.top_k}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    @classmethod
+    def of(
+        cls,
+        defaults: GenerationDefaults,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> "Sampler":
+        """What is given, and what a checkpoint says where `None` is.
+
+        >>> Sampler.of(GenerationDefaults(do_sample=True, temperature=0.6, top_p=0.9), top_p=0.5)
+        Sampler(temperature=0.6, top_p=0.5, top_k=0, seed=0)
+        """
+        cold = defaults.temperature if defaults.do_sample else 0.0
+        return cls(
+            temperature=cold if temperature is None else temperature,
+            top_p=defaults.top_p if top_p is None else top_p,
+            top_k=defaults.top_k if top_k is None else top_k,
+            seed=seed,
+        )
 
     def uniform(self, requests: int, count: int) -> np.ndarray:
         """`[requests, count]` float32 in [0, 1); a request's do not depend on the others."""
@@ -67,11 +100,11 @@ def check_prompts(
                 f"generate: prompt {number} holds token {wrong[0]}; the model's are "
                 f"0..{config.vocab_size - 1}"
             )
-    limit = config.max_position if context is None else context
-    if limit > config.max_position:
+    limit = config.context_limit if context is None else context
+    if limit > config.context_limit:
         raise ValueError(
-            f"generate: a context of {limit} tokens is more than the {config.max_position} the "
-            "model is meant for (max_position)"
+            f"generate: a context of {limit} tokens is more than the {config.context_limit} the "
+            "model is meant for (max_position, or as far as YaRN stretches it)"
         )
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     needed = len(prompts[longest]) + new_tokens
@@ -159,7 +192,10 @@ class RequestBatch:
     def _sampling(self, uniform) -> Sampling:
         full = np.ones(self.lengths.shape, np.float32)
         how = self.sampler
-        return Sampling(uniform, how.temperature * full, how.top_p * full)  # type: ignore
+        # colder than this, scores divided by the temperature leave float32
+        temperature = max(how.temperature, 1e-5) if how.temperature else 0.0
+        limit = np.full(self.lengths.shape, how.top_k or 2**31 - 1, np.int32)
+        return Sampling(uniform, temperature * full, how.top_p * full, limit)  # type: ignore
 
 
 class CompletionTally:

@@ -57,7 +57,8 @@ def chunk_step(
 
     with jax.named_scope("sample"):
         how = inputs.sampling
-        first = sample(main.logits(newest(hidden[0])), how.uniform, how.temperature, how.top_p)
+        logits = main.logits(newest(hidden[0]))
+        first = sample(logits, how.uniform, how.temperature, how.top_p, how.top_k)
     found = [first]
     if model.mtp is not None:
         with jax.named_scope("mtp"):

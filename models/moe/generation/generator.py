@@ -197,7 +197,7 @@ class Generator:
 
 def padded_length(config: MoEConfig, prompt_tokens: int) -> int:
     """Tokens that whole prompts are padded to, if the longest has `prompt_tokens`."""
-    return min(-(-prompt_tokens // _PROMPT_STEP) * _PROMPT_STEP, config.max_position)
+    return min(-(-prompt_tokens // _PROMPT_STEP) * _PROMPT_STEP, config.context_limit)
 
 
 def _flat(x) -> np.ndarray:

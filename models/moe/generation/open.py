@@ -96,7 +96,7 @@ def open_generator(
     if direct := options.arithmetic in get_args(Precision):
         held = cast(Precision, options.arithmetic)
     check_memory(config, parallelism, mesh, held, mtp)
-    longest = config.max_position if prompt_tokens is None else prompt_tokens
+    longest = config.context_limit if prompt_tokens is None else prompt_tokens
     chunk = options.prefill_chunk
     if chunk is None:
         each = -(-requests // mesh.ranks)

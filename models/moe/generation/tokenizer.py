@@ -1,4 +1,4 @@
-"""Text to tokens and back: a checkpoint's tokenizer.json, or bytes where there is none."""
+"""Text to tokens and back: a checkpoint's tokenizer, or bytes where it has none."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,16 @@ from typing import Protocol, runtime_checkable
 
 import tokenizers
 
+from cmjax.models.moe.generation.tokenizer_config import read_tokenizer_config
+from cmjax.models.moe.generation.vocabulary_files import read_vocabulary
+
 BYTES = 256
+_VOCABULARIES = ("tiktoken.model", "tokenizer.model")
+_TRACES = (
+    "tokenizer*", "vocab.*", "merges.txt", "*.tiktoken", "*.model", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "tokenization_*.py",
+)  # fmt: skip
+"""Files that only a checkpoint with a tokenizer has."""
 
 
 @runtime_checkable
@@ -25,7 +34,8 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileTokenizer:
-    """A tokenizer.json of Hugging Face's `tokenizers`."""
+    """A tokenizer.json of Hugging Face's `tokenizers`. As in transformers 5, it alone says what is
+    put around a text."""
 
     inner: tokenizers.Tokenizer
 
@@ -58,28 +68,55 @@ class ByteTokenizer:
         return b"".join(parts).decode("utf-8", errors="replace")
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
+    """Tokens of a prompt; what begins a text is not put before a text that begins with it.
+
+    >>> encode_prompt(ByteTokenizer(), "Hi")
+    [72, 105]
+    """
+    plain = tokenizer.encode(text, special=False)
+    if not special:
+        return plain
+    whole = tokenizer.encode(text)
+    before = whole[: len(whole) - len(plain)]
+    added_before = whole[len(before) :] == plain
+    return plain if added_before and before and plain[: len(before)] == before else whole
+
+
 def open_tokenizer(folder: Path | None, vocab_size: int) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or of bytes where it has none (or is `None`).
 
+    Read are tokenizer.json, tiktoken.model and tokenizer.model, in this order. A tokenizer may know
+    more tokens than the model: prompts that use one are refused when they are checked.
+
     Raises:
-      ValueError: a tokenizer.json that cannot be read or has more tokens than the model; or bytes
-        for a model of fewer than 256 tokens.
+      ValueError: a tokenizer that cannot be read, is of another kind, or needs a package that is
+        not installed; or bytes for a model of fewer than 256 tokens.
     """
-    file = None if folder is None else folder / "tokenizer.json"
-    if file is None or not file.exists():
-        if vocab_size < BYTES:
+    if folder is not None:
+        if (file := folder / "tokenizer.json").exists():
+            return _from_json(file)
+        for name in _VOCABULARIES:
+            if (folder / name).exists():
+                return read_vocabulary(folder / name, read_tokenizer_config(folder))
+        traces = sorted({path.name for glob in _TRACES for path in folder.glob(glob)})
+        if traces:
             raise ValueError(
-                f"open_tokenizer: no tokenizer.json, and bytes need a vocabulary of {BYTES}; this "
-                f"model has {vocab_size} tokens. Give prompts as token numbers"
+                f"{folder}: has {', '.join(traces[:3])}, but none of the tokenizers read here "
+                f"(tokenizer.json, {', '.join(_VOCABULARIES)}); write a tokenizer.json with "
+                "transformers' save_pretrained, or give prompts as token numbers"
             )
-        return ByteTokenizer()
+    if vocab_size < BYTES:
+        raise ValueError(
+            f"open_tokenizer: no tokenizer.json, and bytes need a vocabulary of {BYTES}; this "
+            f"model has {vocab_size} tokens. Give prompts as token numbers"
+        )
+    return ByteTokenizer()
+
+
+def _from_json(file: Path) -> FileTokenizer:
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
-    if inner.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"{file}: a tokenizer of {inner.get_vocab_size()} tokens, the model has {vocab_size}; "
-            "it belongs to another model"
-        )
     return FileTokenizer(inner)

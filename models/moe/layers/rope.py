@@ -61,12 +61,12 @@ def rotary_amplitude(config: MoEConfig) -> float:
 
 
 def softmax_scale(config: MoEConfig) -> float:
-    """Factor on attention scores: `qk_dim ** -0.5`, with latent attention times YaRN's temperature
-    squared."""
-    scale, yarn = config.attention.qk_dim**-0.5, config.rope.scaling
+    """Factor on attention scores: `qk_dim ** -0.5`, with latent attention times the temperature
+    squared of a scaling (any, not only YaRN) that has `mscale_all_dim`."""
+    scale, scaling = config.attention.qk_dim**-0.5, config.rope.scaling
     latent = isinstance(config.attention, LatentAttention)
-    if latent and isinstance(yarn, YarnConfig) and yarn.mscale_all_dim:
-        scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
+    if latent and scaling is not None and scaling.mscale_all_dim:
+        scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
 
 

@@ -71,10 +71,10 @@ class Scorer:
                 "Scorer: tokens must be [rows, length] and lengths [rows], neither empty; got "
                 f"{tokens.shape} and {lengths.shape}"
             )
-        if tokens.shape[1] > self.config.max_position:
+        if tokens.shape[1] > self.config.context_limit:
             raise ValueError(
                 f"Scorer: rows of {tokens.shape[1]} tokens are longer than the "
-                f"{self.config.max_position} the model is meant for (max_position)"
+                f"{self.config.context_limit} the model is meant for (max_position)"
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:

@@ -75,7 +75,7 @@ def test_float64_equals_dense_attention_for_any_beta_mask_and_short_last_block(
                 out, lse = fn(q, k, v, mask)
                 want, want_lse = dense(q, k, v, mask)
                 np.testing.assert_allclose(out, want, atol=1e-9)
-                np.testing.assert_allclose(lse, want_lse, rtol=1e-12)
+                np.testing.assert_allclose(lse, want_lse, rtol=1e-12, atol=1e-13)  # some are near 0
 
 
 @pytest.mark.parametrize("statistics", ["fp32", "exact_offset"])
@@ -380,7 +380,7 @@ def _ones(*shape, dtype=np.float32):
     ids=str,
 )
 def test_bad_inputs_are_refused_with_what_would_do(changes, error, message):
-    with pytest.raises(error, match=message):
+    with jax.enable_x64(False), pytest.raises(error, match=message):
         _call(**changes)
 
 

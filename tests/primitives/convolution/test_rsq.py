@@ -72,6 +72,30 @@ def test_the_steps_gradient_is_the_learned_step_size_rule():
     assert lsq_gradient_scale(500, 10) == pytest.approx(1 / np.sqrt(5000))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_steps_gradient_is_the_integer_at_the_ends_of_the_range(dtype):
+    """LSQ, equation 3: -Q where x / step <= -Q, and Q where it is >= Q."""
+    x = jnp.array([63.5, -63.5, 63.0, 64.0], dtype)
+    _, tangent = jax.jvp(lambda s: rsq_quantize(x, s), (jnp.float32(0.5),), (jnp.float32(1),))
+    np.testing.assert_array_equal(tangent.astype(jnp.float32), [127, -127, 0, 127])
+    gradient = jax.grad(lambda x: rsq_quantize(x, 0.5).sum())(x)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), [1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("limit", [1, 7, 127, 2047])
+def test_the_largest_value_is_at_the_end_of_the_step_that_covers_it(limit):
+    """However step = max / limit and x * (1 / step) round."""
+    x = np.random.default_rng(limit).normal(size=(200, 8)).astype(np.float32)
+    top = np.abs(x).max(1, keepdims=True)
+    step = jnp.asarray(top / np.float32(limit))
+    gx, gstep = jax.grad(lambda x, s: rsq_quantize(x, s, limit=limit).sum(), (0, 1))(x, step)
+    np.testing.assert_array_equal(gx, 1)
+    z = x.astype(np.float64) / np.asarray(step)
+    others = np.where(np.abs(x) == top, 0, np.rint(z) - z).sum(1, keepdims=True)
+    at_end = np.where(np.abs(x) == top, limit * np.sign(x), 0).sum(1, keepdims=True)
+    np.testing.assert_allclose(gstep, at_end + others, atol=1e-3 * np.sqrt(limit), rtol=1e-4)
+
+
 def test_the_steps_gradient_agrees_with_differences_where_only_clipping_moves():
     """Far out every value saturates, y = +-step * limit is smooth in the step."""
     x = 20 * np.sign(np.random.default_rng(0).normal(size=50)).astype(np.float32)

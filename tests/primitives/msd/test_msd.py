@@ -438,9 +438,9 @@ M4 = WEIGHTS["mxfp4"]
         (
             lambda: jax.eval_shape(
                 lambda x, w, s: msd_dot(x, w, w_scale=s),
-                jnp.ones((1, MOST_INNER + 1)),
+                jnp.ones((1, MOST_INNER + 1), jnp.float32),
                 jnp.ones((1, MOST_INNER + 1), jnp.int8),
-                jnp.ones(1),
+                jnp.ones(1, jnp.float32),
             ),
             ValueError,
             "longest safe row is 132104",

@@ -11,6 +11,8 @@ from cmjax.primitives.msd.attention import msd_attention
 from cmjax.primitives.msd.kv import keys_of, quantize_kv, values_of
 from cmjax.program import trace
 
+F32 = jnp.float32
+
 CACHES = [("int8", "token"), ("int8", "channel"), ("mxfp4", "token")]
 
 
@@ -273,22 +275,34 @@ def _bad(**changes):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"q": jnp.ones((2, 3, 32))}, ValueError, r"q must be \[batch, length, heads, d\]"),
-        ({"q": jnp.ones((2, 3, 3, 32))}, ValueError, "3 query heads and 2 key heads"),
-        ({"q": jnp.ones((2, 3, 4, 16))}, ValueError, "q and k must agree in batch and d"),
+        (
+            {"q": jnp.ones((2, 3, 32), F32)},
+            ValueError,
+            r"q must be \[batch, length, heads, d\]",
+        ),
+        ({"q": jnp.ones((2, 3, 3, 32), F32)}, ValueError, "3 query heads and 2 key heads"),
+        (
+            {"q": jnp.ones((2, 3, 4, 16), F32)},
+            ValueError,
+            "q and k must agree in batch and d",
+        ),
         ({"q": jnp.ones((2, 3, 4, 32), int)}, TypeError, "x must be float32"),
-        ({"k": jnp.ones((2, 64, 2, 32))}, TypeError, "k and v must be int8 for int8"),
+        ({"k": jnp.ones((2, 64, 2, 32), F32)}, TypeError, "k and v must be int8 for int8"),
         ({"format": "mxfp4"}, TypeError, "k and v must be uint8 for mxfp4"),
-        ({"k_scale": jnp.ones((2, 64, 2, 32))}, ValueError, r"\(per token\) or"),
-        ({"v_scale": jnp.ones((2, 64, 2))}, ValueError, "v_scale must be"),
-        ({"v_scale": jnp.zeros((2, 64, 2, 1))}, ValueError, "every v_scale must be positive"),
+        ({"k_scale": jnp.ones((2, 64, 2, 32), F32)}, ValueError, r"\(per token\) or"),
+        ({"v_scale": jnp.ones((2, 64, 2), F32)}, ValueError, "v_scale must be"),
+        (
+            {"v_scale": jnp.zeros((2, 64, 2, 1), F32)},
+            ValueError,
+            "every v_scale must be positive",
+        ),
         ({"passes": 0}, ValueError, "passes must be 1 to 3"),
         ({"p_scale": "row"}, ValueError, '"block" or "fixed"'),
         ({"block_size": 0}, ValueError, "at least 1 key"),
         ({"block_size": 200_000}, ValueError, "at most 132104"),
         ({"mask": jnp.ones((2, 3, 3, 64), bool)}, ValueError, "mask must be bool"),
-        ({"mask": jnp.ones((2, 4, 3, 64))}, ValueError, "got float32"),
-        ({"q": jnp.full((2, 3, 4, 32), jnp.nan)}, ValueError, "infinities or NaN"),
+        ({"mask": jnp.ones((2, 4, 3, 64), F32)}, ValueError, "got float32"),
+        ({"q": jnp.full((2, 3, 4, 32), jnp.nan, F32)}, ValueError, "infinities or NaN"),
     ],
 )
 def test_bad_inputs_are_refused_with_what_would_do(changes, error, message):

@@ -11,6 +11,8 @@ from jax import export
 from cmjax.primitives.msd.decompose import STEP, msd_decompose
 from cmjax.program import trace
 
+F32 = jnp.float32
+
 RNG = np.random.default_rng(0)
 E2M1_HALF_STEPS = {0, 1, 2, 3, 4, 6, 8, 12}
 
@@ -175,7 +177,7 @@ def test_the_mxfp4_bound_is_reached():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_arithmetic_is_float32_whatever_the_input(dtype):
     x = jnp.asarray(_rows("normal"), dtype)
-    got, wide = msd_decompose(x), msd_decompose(x.astype(jnp.float32))
+    got, wide = msd_decompose(x), msd_decompose(x.astype(F32))
     np.testing.assert_array_equal(got.parts, wide.parts)
     np.testing.assert_array_equal(got.scale, wide.scale)
 
@@ -202,16 +204,16 @@ def test_transformations_and_export_give_the_same_parts():
     np.testing.assert_array_equal(scanned.scale, want.scale)
     (rows,) = export.symbolic_shape("rows")
     exported = export.export(jax.jit(lambda x: tuple(msd_decompose(x))))(
-        jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+        jax.ShapeDtypeStruct((rows, 64), F32)
     )
     again = export.deserialize(exported.serialize())
     np.testing.assert_array_equal(again.call(x)[0], want.parts)
-    gradient = jax.grad(lambda x: msd_decompose(x).scale.sum())(jnp.array([[1.0, -3.0]]))
+    gradient = jax.grad(lambda x: msd_decompose(x).scale.sum())(jnp.array([[1.0, -3.0]], F32))
     np.testing.assert_allclose(gradient, [[0, -1 / 127]], rtol=1e-6)
 
 
 def test_a_row_with_an_infinity_is_nan_under_jit_and_spares_the_others():
-    x = jnp.array([[1.0, jnp.inf], [jnp.nan, 1.0], [1.0, 2.0]])
+    x = jnp.array([[1.0, jnp.inf], [jnp.nan, 1.0], [1.0, 2.0]], F32)
     parts, scale = jax.jit(msd_decompose)(x)
     np.testing.assert_array_equal(jnp.isnan(scale[:, 0]), [True, True, False])
     assert not parts[:, :2].any()
@@ -234,25 +236,53 @@ def test_the_cost_is_one_kernel_over_the_row():
     [
         (lambda: msd_decompose(jnp.ones(4, int)), TypeError, "x must be float32, bfloat16"),
         (lambda: msd_decompose(1.0), ValueError, "x has 0 axes"),
-        (lambda: msd_decompose(jnp.ones(4), axis=1), ValueError, "there is no axis 1"),
-        (lambda: msd_decompose(jnp.ones(4), passes=4), ValueError, "passes must be 1 to 3"),
-        (lambda: msd_decompose(jnp.ones(32), passes=0), ValueError, "passes must be 1 to 3"),
+        (lambda: msd_decompose(jnp.ones(4, F32), axis=1), ValueError, "there is no axis 1"),
         (
-            lambda: msd_decompose(jnp.ones(32), passes=3, format="mxfp4"),
+            lambda: msd_decompose(jnp.ones(4, F32), passes=4),
+            ValueError,
+            "passes must be 1 to 3",
+        ),
+        (
+            lambda: msd_decompose(jnp.ones(32, F32), passes=0),
+            ValueError,
+            "passes must be 1 to 3",
+        ),
+        (
+            lambda: msd_decompose(jnp.ones(32, F32), passes=3, format="mxfp4"),
             ValueError,
             "passes must be 1 to 2 for mxfp4",
         ),
-        (lambda: msd_decompose(jnp.ones(4), format="fp8"), ValueError, '"int8" or "mxfp4"'),
-        (lambda: msd_decompose(jnp.ones(4), rounding="up"), ValueError, '"away" or "even"'),
-        (lambda: msd_decompose(jnp.ones(9), group_size=4), ValueError, "the axis has 9 values"),
-        (lambda: msd_decompose(jnp.ones(0)), ValueError, "the axis has 0 values"),
-        (lambda: msd_decompose(jnp.ones(48), format="mxfp4"), ValueError, "has 48 values"),
         (
-            lambda: msd_decompose(jnp.ones(64), format="mxfp4", group_size=64),
+            lambda: msd_decompose(jnp.ones(4, F32), format="fp8"),
+            ValueError,
+            '"int8" or "mxfp4"',
+        ),
+        (
+            lambda: msd_decompose(jnp.ones(4, F32), rounding="up"),
+            ValueError,
+            '"away" or "even"',
+        ),
+        (
+            lambda: msd_decompose(jnp.ones(9, F32), group_size=4),
+            ValueError,
+            "the axis has 9 values",
+        ),
+        (lambda: msd_decompose(jnp.ones(0, F32)), ValueError, "the axis has 0 values"),
+        (
+            lambda: msd_decompose(jnp.ones(48, F32), format="mxfp4"),
+            ValueError,
+            "has 48 values",
+        ),
+        (
+            lambda: msd_decompose(jnp.ones(64, F32), format="mxfp4", group_size=64),
             ValueError,
             "32 values, got group_size=64",
         ),
-        (lambda: msd_decompose(jnp.array([1.0, jnp.inf])), ValueError, "infinities or NaN"),
+        (
+            lambda: msd_decompose(jnp.array([1.0, jnp.inf], F32)),
+            ValueError,
+            "infinities or NaN",
+        ),
         (
             lambda: jax.jit(lambda: msd_decompose(np.array([np.nan], np.float32)))(),
             ValueError,

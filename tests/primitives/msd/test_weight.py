@@ -34,7 +34,7 @@ def test_rounding_to_even_codes_is_that_of_float4_e2m1fn():
     v = np.concatenate([np.arange(-48, 49) / 8, RNG.uniform(-6, 6, 200)]).astype(np.float32)
     got = mxfp4.round_to_e2m1(jnp.asarray(2 * v), "even") / 2
     np.testing.assert_array_equal(got, v.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
-    away = mxfp4.round_to_e2m1(jnp.array([0.5, 2.5, 5.0, -7.0, 10.0]), "away")
+    away = mxfp4.round_to_e2m1(jnp.array([0.5, 2.5, 5.0, -7.0, 10.0], jnp.float32), "away")
     np.testing.assert_array_equal(away, [1, 3, 6, -8, 12])
 
 

@@ -8,10 +8,11 @@ from flax import nnx
 from cmjax.models.asr.acoustic import layer_algorithms
 from cmjax.models.asr.conv import Scale
 from cmjax.models.asr.features import LogMel
+from cmjax.models.asr.plans import restore_plans, saved_plans
 from cmjax.models.asr.text import Alphabet
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
 from train.asr.learner import features_of
-from train.asr.quantize import calibrate, layer_sqnr_db, restore_plans, saved_plans
+from train.asr.quantize import calibrate, layer_sqnr_db
 from train.data.batches import Batch, Framing
 
 FRAMING = Framing(LogMel(), Alphabet("words", ("a", "b")), stride=2)

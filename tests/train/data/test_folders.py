@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from cmjax.models.asr.audio import read_audio
+from cmjax.models.asr.containers import BadAudio
 from train.data import folders
-from train.data.audio import BadAudio, read_audio
 from train.data.folders import load
 
 
@@ -135,7 +136,7 @@ def test_kaldi_reads_segments_and_runs_no_command(tmp_path):
     assert {name: len(u.samples) for name, u in read.items()} == {"u1": 8000, "u2": 4000}
     assert read["u2"].speaker == "ann"
     reasons = {item.name: item.reason for item in corpus.skipped}
-    assert reasons["u3"] == "no such file" and "lies outside 2.00 s" in reasons["u4"]
+    assert reasons["u3"].startswith("no such file") and "lies outside 2.00 s" in reasons["u4"]
 
 
 @pytest.mark.parametrize("line", ["u1 rec 0.0", "u1 rec 0.0 end", "u2 rec 0 1"])

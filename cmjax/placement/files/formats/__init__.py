@@ -1,5 +1,6 @@
-"""Plans as files: cmjax's own format, SGLang's, vLLM-Ascend's, and OmniPlacement's to read."""
+"""Plans as files: cmjax's own format, those of engines, and OmniPlacement's to read."""
 
+from cmjax.placement.files.formats.engines import ENGINES, Engine, routing_of
 from cmjax.placement.files.formats.plan_file import (
     PLAN_FORMATS,
     plan_text,
@@ -9,9 +10,12 @@ from cmjax.placement.files.formats.plan_file import (
 )
 
 __all__ = [
+    "ENGINES",
     "PLAN_FORMATS",
+    "Engine",
     "plan_text",
     "read_plan",
     "read_plans",
+    "routing_of",
     "write_plan",
 ]

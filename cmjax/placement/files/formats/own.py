@@ -1,7 +1,7 @@
 """cmjax's own plan format: everything a `Plan` holds, as one JSON object.
 
     {"format": "cmjax-placement", "version": 1, "experts": 256, "ranks": 64, "nodes": 4,
-     "slots_per_rank": 5, "layer_labels": [3, ...], "provenance": {...},
+     "slots_per_rank": 5, "routing": "even", "layer_labels": [3, ...], "provenance": {...},
      "expert_of_slot": [[...], ...], "split_of_slot": [[...], ...]}
 
 `layer_labels`, `split_of_slot` and `provenance` are left out where nothing is known; other keys are
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cmjax.placement.plan import Plan
+from cmjax.placement.routing import ROUTINGS
 
 PLAN_FORMAT = "cmjax-placement"
 PLAN_VERSION = 1
@@ -28,6 +29,7 @@ def to_own(plan: Plan) -> dict[str, Any]:
         "ranks": plan.ranks,
         "nodes": plan.nodes,
         "slots_per_rank": plan.slots_per_rank,
+        "routing": plan.routing,
     }
     if plan.layer_labels is not None:
         document["layer_labels"] = list(plan.layer_labels)
@@ -61,7 +63,11 @@ def from_own(document: Mapping[str, Any], source: str) -> Plan:
     labels, provenance = document.get("layer_labels"), document.get("provenance", {})
     if not isinstance(labels, list | None) or not isinstance(provenance, Mapping):
         raise ValueError(f"{source}: expected layer_labels as a list and provenance as an object")
-    split = document.get("split_of_slot")
+    split, routing = document.get("split_of_slot"), document.get("routing", "even")
+    if routing not in ROUTINGS:
+        raise ValueError(
+            f"{source}: expected routing as one of {', '.join(ROUTINGS)}, found {routing!r}"
+        )
     return Plan(
         table(document["expert_of_slot"], "expert_of_slot", source),
         document["experts"],
@@ -71,6 +77,7 @@ def from_own(document: Mapping[str, Any], source: str) -> Plan:
         None if split is None else table(split, "split_of_slot", source),
         provenance,
         source,
+        routing,
     )
 
 

@@ -6,34 +6,53 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cmjax.files import replace_text
-from cmjax.placement.files.formats import own, sglang, vllm_ascend
+from cmjax.placement.files.formats import own, sglang, tensorrt_llm, vllm, vllm_ascend
 from cmjax.placement.files.formats.omniplacement import from_omniplacement
 from cmjax.placement.plan import Plan
 
-PLAN_FORMATS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
+PLAN_FORMATS: Mapping[str, Callable[..., Any]] = {
     "own": own.to_own,
     "sglang": sglang.to_sglang,
     "vllm-ascend": vllm_ascend.to_vllm_ascend,
+    "vllm": vllm.to_vllm,
+    "tensorrt-llm": tensorrt_llm.to_tensorrt_llm,
 }
 """Formats that can be written, by name."""
 
 
-def write_plan(path: str | Path, plan: Plan, format: str = "own") -> None:
+def write_plan(path: str | Path, plan: Plan, format: str = "own", **layers: Any) -> None:
     """Write a plan; an existing file is replaced only once the new one is complete.
 
+    Args:
+      path: of the file.
+      plan: the plan.
+      format: a name in `PLAN_FORMATS`.
+      layers: `model_layers` and `mtp_layers`, as in `plan_text`.
     Raises: ValueError for an unknown format, or a plan that the format cannot hold; OSError if the
       file cannot be written.
     """
-    replace_text(path, plan_text(plan, format))
+    replace_text(path, plan_text(plan, format, **layers))
 
 
-def plan_text(plan: Plan, format: str = "own", **beside: Any) -> str:
-    """A plan as the JSON text of a format, one line per list of slots.
+def plan_text(
+    plan: Plan,
+    format: str = "own",
+    *,
+    model_layers: int | None = None,
+    mtp_layers: int = 0,
+    **beside: Any,
+) -> str:
+    """A plan as the text of a format, one line per list of slots.
 
     Args:
       plan: the plan.
       format: a name in `PLAN_FORMATS`.
+      model_layers: layers of the model, dense ones included, for formats that go by their numbers
+        (default: up to the plan's last).
+      mtp_layers: layers of multi-token prediction behind them, which TensorRT-LLM wants rows for.
       beside: more entries of the document, in cmjax's own format only; readers pass over them.
     Raises: ValueError for an unknown format, or a plan that the format cannot hold.
     """
@@ -43,7 +62,15 @@ def plan_text(plan: Plan, format: str = "own", **beside: Any) -> str:
         )
     if beside and format != "own":
         raise ValueError(f"plan_text: {format}'s file holds a plan only, not {', '.join(beside)}")
-    text = json.dumps(beside | PLAN_FORMATS[format](plan), indent=1)
+    last = model_layers or (max(plan.layer_labels) + 1 if plan.layer_labels else plan.layers)
+    if format == "tensorrt-llm":
+        more = tuple(range(last, last + mtp_layers))
+        return tensorrt_llm.yaml_text(tensorrt_llm.to_tensorrt_llm(plan, mtp_layers=more))
+    if format == "sglang":
+        document = sglang.to_sglang(plan, model_layers=model_layers)
+    else:
+        document = PLAN_FORMATS[format](plan)
+    text = json.dumps(beside | document if beside else document, indent=1)
     flat = re.sub(r"\[\n[-+.\d\se,]*\]", lambda found: " ".join(found[0].split()), text)
     return flat + "\n"
 
@@ -73,13 +100,13 @@ def read_plans(
     nodes: int | None = None,
     layer_labels: Sequence[int] | None = None,
 ) -> Mapping[str, Plan]:
-    """Read the plans of a file by name, whatever their format: a `.json` of cmjax, SGLang or
-    vLLM-Ascend (told apart by its keys), or an `.npy` or `.npz` of OmniPlacement. A sole plan is
-    named "".
+    """Read the plans of a file by name, whatever their format: a `.json` of cmjax, SGLang, vLLM or
+    vLLM-Ascend (told apart by its keys), a `.yaml` of TensorRT-LLM, or an `.npy` or `.npz` of
+    OmniPlacement. A sole plan is named "". A plan of an engine is routed as that engine does.
 
     Args:
       path: the file, or `file.npz:name`.
-      ranks: for SGLang's format, which does not say them; else checked.
+      ranks: for SGLang's, vLLM's and TensorRT-LLM's formats, which do not say them; else checked.
       nodes: where the format does not say them (default 1); cmjax's own does.
       layer_labels: for SGLang's format, the model's layers to keep; dense ones have rows too.
     Raises: ValueError of one line: the file, what was found, what is expected.
@@ -97,9 +124,12 @@ def read_plans(
             plans = {"": plans[name]}
     elif suffix == ".json":
         plans = {"": _from_json(file, ranks, nodes, layer_labels)}
+    elif suffix in (".yaml", ".yml"):
+        plans = {"": _from_yaml(file, ranks, nodes)}
     else:
         raise ValueError(
-            f"{path}: expected a plan as .json, .npy or .npz, found {file.suffix or 'no suffix'!r}"
+            f"{path}: expected a plan as .yaml or as .json, .npy or .npz, found "
+            f"{file.suffix or 'no suffix'!r}"
         )
     for plan in plans.values():
         if ranks is not None and plan.ranks != ranks:
@@ -117,15 +147,41 @@ def _from_json(file, ranks, nodes, layer_labels):
         if document.get("format") == own.PLAN_FORMAT:
             return own.from_own(document, source)
         if sglang.KEY in document:
-            if ranks is None:
-                raise ValueError(f"{source}: SGLang's format does not say the ranks; give them")
             return sglang.from_sglang(
-                document, source, ranks=ranks, nodes=nodes or 1, layer_labels=layer_labels
-            )
+                document, source,
+                ranks=_needed(ranks, source, "SGLang"), nodes=nodes or 1,
+                layer_labels=layer_labels,
+            )  # fmt: skip
         if any(key in document for key in vllm_ascend.KEYS):
             return vllm_ascend.from_vllm_ascend(document, source, nodes=nodes or 1)
+    if isinstance(document, list) and document and isinstance(document[0], list):
+        return vllm.from_vllm(
+            document, source, ranks=_needed(ranks, source, "vLLM"), nodes=nodes or 1
+        )
     found = f"the keys {', '.join(document)}" if isinstance(document, Mapping) else "no object"
     raise ValueError(
         f"{source}: unknown plan format; expected format {own.PLAN_FORMAT!r} (cmjax), {sglang.KEY} "
-        f"(SGLang) or {vllm_ascend.KEYS[1]} (vLLM-Ascend), found {found}"
+        f"(SGLang), {vllm_ascend.KEYS[1]} (vLLM-Ascend) or a list of lists (vLLM), found {found}"
     )
+
+
+def _from_yaml(file, ranks, nodes):
+    source = str(file)
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{source}: expected a plan as YAML, found: {said}") from None
+    if not isinstance(document, Mapping) or tensorrt_llm.KEY not in document:
+        raise ValueError(
+            f"{source}: unknown plan format; expected {tensorrt_llm.KEY} (TensorRT-LLM)"
+        )
+    return tensorrt_llm.from_tensorrt_llm(
+        document, source, ranks=_needed(ranks, source, "TensorRT-LLM"), nodes=nodes or 1
+    )
+
+
+def _needed(ranks, source, engine):
+    if ranks is None:
+        raise ValueError(f"{source}: {engine}'s format does not say the ranks; give them")
+    return ranks

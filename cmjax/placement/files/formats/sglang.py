@@ -12,8 +12,8 @@ Read from SGLang 0.5.6, `srt/eplb/expert_location.py`:
   * Every row has experts + `--ep-num-redundant-experts` slots, a multiple of `--ep-size`; slot s
     lives on rank s // (slots / ep_size). The file does not say the ranks.
   * Where a rank, or failing that its node, holds a copy itself, SGLang sends it all of its own
-    tokens for that expert; only tokens without a near copy are spread over all. `tokens_per_rank`
-    and `evaluate`, which split evenly, see an even split of the sources.
+    tokens for that expert; only tokens without a near copy are spread over all: the routing
+    `nearest-copy`, by which plans of this format are judged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,4 +86,7 @@ def from_sglang(
     if experts.min() < 0:
         raise ValueError(f"{source}: expected expert numbers of 0 or more, found {experts.min()}")
     count = int(experts.max()) + 1
-    return Plan(experts[list(labels)], count, ranks, nodes, labels, source=source)
+    return Plan(
+        experts[list(labels)], count, ranks, nodes, labels,
+        source=source, routing="nearest-copy",
+    )  # fmt: skip

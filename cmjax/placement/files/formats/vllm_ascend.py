@@ -14,8 +14,9 @@ Read from vLLM-Ascend 0.23.0, which reads it in `eplb/core/eplb_utils.py` and wr
   * A device addresses one copy of an expert. A second copy on the same device would be dead weight
     and shift the slot numbers of the devices after it, so such plans are refused
     (`once_per_rank` mends them).
-  * A rank sends all its tokens of an expert to one copy, chosen by rank number: even if the sources
-    are. Maps that mix in shared experts number them from `experts` on; here they count as experts.
+  * A rank sends all its tokens of an expert to one copy, chosen by rank number modulo the copies:
+    the routing `rank-modulo`, by which plans of this format are judged. Maps that mix in shared
+    experts number them from `experts` on; here they count as experts.
 """
 
 from collections.abc import Mapping
@@ -82,7 +83,10 @@ def from_vllm_ascend(document: Mapping[str, Any], source: str, *, nodes: int = 1
         raise ValueError(f"{source}: expected whole expert numbers of 0 or more in device_expert")
     labels = [record.get("model_layer") for record in layers]
     named = None if None in labels else tuple(labels)
-    return Plan(experts, int(experts.max()) + 1, ranks, nodes, named, source=source)
+    return Plan(
+        experts, int(experts.max()) + 1, ranks, nodes, named,
+        source=source, routing="rank-modulo",
+    )  # fmt: skip
 
 
 def _experts(record, where, position):

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cmjax.placement.files.readers.scenario import COUNT_KEYS, NoRecordingError, Scenarios
+from cmjax.placement.files.readers.scenario import (
+    COUNT_KEYS,
+    SGLANG_KEY,
+    Counts,
+    NoRecordingError,
+    Scenarios,
+)
 from cmjax.placement.files.readers.tables import document_categories
-from cmjax.placement.loads import SHAPES, Loads
+from cmjax.placement.loads import SHAPES
 from cmjax.placement.routes import Routes
 
 
@@ -18,12 +24,13 @@ def read_npy(file: Path, key: str | None, experts: int | None) -> Scenarios:
 
     Raises: ValueError for a damaged file, or an array that is no counts.
     """
-    return {"": Loads(open_npy(file), str(file))}
+    return {"": Counts(open_npy(file), str(file))}
 
 
 def read_npz(file: Path, key: str | None, experts: int | None) -> Scenarios:
     """Counts under a known name, routes named `ids`, the rows of `freq` by `category`, the only
-    array, or one workload per array where all have the same layers and experts.
+    array that can be counts, or one workload per array where all have the same layers and experts.
+    Beside counts, `layers` (or `layer_ids`) numbers them and `workload` or `domain` names windows.
 
     Raises: NoRecordingError if there is none of these; ValueError for a damaged file.
     """
@@ -33,18 +40,24 @@ def read_npz(file: Path, key: str | None, experts: int | None) -> Scenarios:
         raise ValueError(f"{file}: found no key {key!r} among {', '.join(arrays)}")
     if key is None:
         key = next((name for name in (*COUNT_KEYS, "ids") if name in arrays), None)
-        if key is None and len(arrays) == 1:
-            key = next(iter(arrays))
+        if key is None:
+            counts = [name for name, array in arrays.items() if _may_be_counts(array)]
+            by_category = {"freq", "category"} <= set(arrays)
+            if len(arrays) == 1 or (len(counts) == 1 and not by_category):
+                key = next(iter(counts or arrays))
     if key == "ids":
         return {"": _routes(arrays, file, experts)}
     if key is not None:
-        return {"": Loads(arrays[key], source)}
+        return {"": Counts(
+            arrays[key], source, _labels(arrays, arrays[key]), _names(arrays, arrays[key]),
+            idle=key == SGLANG_KEY,
+        )}  # fmt: skip
     if {"freq", "category"} <= set(arrays):
         return _by_category(arrays["freq"], arrays["category"], file)
     shapes = {array.shape[-2:] for array in arrays.values()}
-    plain = all(array.dtype.kind in "iuf" and array.ndim in (2, 3) for array in arrays.values())
+    plain = all(map(_may_be_counts, arrays.values()))
     if arrays and plain and len(shapes) == 1 and not is_pairs(arrays):
-        return {name: Loads(array, f"{file}:{name}") for name, array in arrays.items()}
+        return {name: Counts(array, f"{file}:{name}") for name, array in arrays.items()}
     raise NoRecordingError(
         f"{file}: expected an .npz of one array, of arrays of one shape, or with a key counts, "
         f"loads or ids, or chosen by {file.name}:KEY; found the keys {', '.join(arrays) or 'none'}"
@@ -72,6 +85,28 @@ def open_npz(file: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file}: expected an .npz of numeric arrays, found: {error}") from None
+
+
+def _may_be_counts(array):
+    return array.dtype.kind in "iuf" and array.ndim in (2, 3)
+
+
+def _labels(arrays, counts):
+    """Layer numbers beside counts."""
+    for name in ("layers", "layer_ids", "layer_labels"):
+        found = arrays.get(name)
+        if found is not None and found.dtype.kind in "iu" and found.shape == counts.shape[-2:-1]:
+            return tuple(found.tolist())
+    return None
+
+
+def _names(arrays, counts):
+    """Names of windows beside counts."""
+    for name in ("workload", "workloads", "domain", "domains"):
+        found = arrays.get(name)
+        if found is not None and counts.ndim == 3 and found.shape == counts.shape[:1]:
+            return tuple(map(str, found.tolist()))
+    return None
 
 
 def is_pairs(arrays: dict[str, np.ndarray]) -> bool:
@@ -127,4 +162,4 @@ def _by_category(freq, category, file):
             f"found shapes {freq.shape} and {category.shape}"
         )
     names = dict.fromkeys(re.sub(r"[/:]", "_", str(name)) for name in category)
-    return {name: Loads(freq[category == name], f"{file} ({name})") for name in names}
+    return {name: Counts(freq[category == name], f"{file} ({name})") for name in names}

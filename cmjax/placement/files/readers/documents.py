@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.readers.scenario import COUNT_KEYS, NoRecordingError, Scenarios
-from cmjax.placement.loads import SHAPES, Loads
+from cmjax.placement.files.readers.scenario import (
+    COUNT_KEYS,
+    SGLANG_KEY,
+    Counts,
+    NoRecordingError,
+    Scenarios,
+)
+from cmjax.placement.files.readers.tables import long_scenarios
+from cmjax.placement.loads import SHAPES
 
 
 def read_json(file: Path, key: str | None, experts: int | None) -> Scenarios:
@@ -22,13 +29,85 @@ def read_json(file: Path, key: str | None, experts: int | None) -> Scenarios:
         document = json.loads(file.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: expected JSON, found: {error}") from None
+    return _read_document(document, key, file)
+
+
+def read_jsonl(file: Path, key: str | None, experts: int | None) -> Scenarios:
+    """JSON lines: one object a line, each with counts (a window), or with layer, expert and count
+    (SGLang's and others' rows). An object's `domain` or `workload` names its workload.
+
+    Raises: NoRecordingError for objects without either; ValueError for a line that is no JSON, or
+      lines of different kinds.
+    """
+    windows: dict[str, list] = {}
+    rows: list[Mapping[str, Any]] = []
+    idle = False
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected JSON lines, found: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: expected JSON in line {number}, found: {error}") from None
+        if isinstance(document, Mapping):
+            name = key or next((name for name in COUNT_KEYS if name in document), None)
+            if name is None or not isinstance(document.get(name), list):
+                rows.append(document)
+                continue
+            of = document.get("workload", document.get("domain", ""))
+            windows.setdefault(str(of), []).append(document[name])
+            idle |= name == SGLANG_KEY
+        else:
+            windows.setdefault("", []).append(document)
+    if rows and windows:
+        raise ValueError(f"{file}: expected lines of one kind, found counts and other objects")
+    if rows:
+        return long_scenarios(rows, file)
+    if not windows:
+        raise ValueError(f"{file}: expected a window or a count per line, found an empty file")
+    found = {}
+    for of, counts in windows.items():
+        source = f"{file} ({of})" if of else str(file)
+        found[of] = Counts(_windows(counts, source), source, idle=idle)
+    return found
+
+
+def _windows(counts, source):
+    """Windows of [layers, experts] or of steps of them, one after the other."""
+    try:
+        arrays = [np.array(window) for window in counts]
+        arrays = [array.reshape(-1, *array.shape[-2:]) for array in arrays]
+        return np.concatenate(arrays)
+    except ValueError:
+        raise ValueError(f"{source}: expected {SHAPES} in every line, found ragged lists") from None
+
+
+def _read_document(document, key, file):
     labels = document.get("layers") if isinstance(document, Mapping) else None
     found = _choose(document, key, file)
+    idle = isinstance(document, Mapping) and found is document.get(SGLANG_KEY, 0)
     if isinstance(found, Mapping) and not _numbered(found):
         if not found:
             raise ValueError(f"{file}: expected counts or an object of domains, found it empty")
-        return {name: _loads(value, labels, f"{file} ({name})") for name, value in found.items()}
-    return {"": _loads(found, labels, str(file) if key is None else f"{file}:{key}")}
+        return {
+            name: _loads(value, labels, f"{file} ({name})", idle=idle)
+            for name, value in found.items()
+        }
+    source = str(file) if key is None else f"{file}:{key}"
+    return {"": _loads(found, labels, source, _named(document), idle=idle)}
+
+
+def _named(document):
+    """Names of windows beside counts."""
+    for name in ("workload", "workloads", "domain", "domains"):
+        found = document.get(name) if isinstance(document, Mapping) else None
+        if isinstance(found, list) and all(isinstance(of, str) for of in found):
+            return tuple(found)
+    return None
 
 
 def describe(document: Any) -> str:
@@ -69,7 +148,7 @@ def _choose(document, key, file):
     )
 
 
-def _loads(value, labels, source):
+def _loads(value, labels, source, names=None, *, idle=False):
     if isinstance(value, Mapping) and _numbered(value):
         labels = tuple(sorted(int(name) for name in value))
     elif not (isinstance(labels, list) and all(isinstance(n, int) for n in labels)):
@@ -81,7 +160,9 @@ def _loads(value, labels, source):
         counts = np.array(value) if value else np.zeros((0, 0))
     except ValueError:
         raise ValueError(f"{source}: expected {SHAPES}, found ragged lists") from None
-    return Loads(counts, source, None if labels is None else tuple(labels))
+    if names is not None and (counts.ndim != 3 or len(names) != len(counts)):
+        names = None
+    return Counts(counts, source, None if labels is None else tuple(labels), names, idle)
 
 
 def _numbered(value):

@@ -7,15 +7,17 @@ file, what was found and what is expected.
 import fnmatch
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from cmjax.placement.files.readers.arrays import is_pairs, open_npz, read_npy, read_npz
-from cmjax.placement.files.readers.documents import read_json
-from cmjax.placement.files.readers.scenario import NoRecordingError, Scenarios
+from cmjax.placement.files.readers.documents import read_json, read_jsonl
+from cmjax.placement.files.readers.scenario import Counts, NoRecordingError, Scenarios, summed
 from cmjax.placement.files.readers.tables import read_csv
+from cmjax.placement.files.readers.tensors import read_pt
 from cmjax.placement.loads import Loads
 from cmjax.placement.routes import Routes
 
@@ -24,8 +26,15 @@ _READERS: dict[str, Callable[[Path, str | None, int | None], Scenarios]] = {
     ".npz": read_npz,
     ".csv": read_csv,
     ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".pt": read_pt,
 }
 _SUFFIXES = ".npy, .npz, .csv or .json"
+_MORE = ".jsonl and .pt are read too"
+_RANK = re.compile(
+    r"[-_.]?(?:tp|ep|dp|moe)?[-_.]?rank[-_.]?(\d+)|(?<=^expert_distribution_recorder_)[\d.]+_(\d+)$"
+)
+_TIME = re.compile(r"[-_.]?(?:timestamp|time)[-_.]?[\d.]+")
 _LISTED = 12  # domains named in a message
 
 
@@ -37,17 +46,25 @@ def read_loads(
     Args:
       path: a folder of recordings, or one of
         `.npy`: an array of shape [layers, experts] or [windows, layers, experts];
-        `.npz`: the same, as its only array or named `counts` or `loads` (else `file.npz:key`);
-          several arrays of one shape are a domain each; `freq` with `category` is a domain per
-          category; or token-level routes named `ids`, integers [layers, tokens, top_k] or
-          [tokens, layers, top_k] (the longer axis is the tokens), counted per window. Routes with
-          `doc` take their domains from the column category of a `docs.csv` in the same folder;
+        `.npz`: the same, as its only array of two or three axes or named `counts` or `loads` (else
+          `file.npz:key`), with layer numbers as `layers` and window names as `workload` or
+          `domain`; several arrays of one shape are a domain each; `freq` with `category` is a
+          domain per category; or token-level routes named `ids`, integers [layers, tokens, top_k]
+          or [tokens, layers, top_k] (the longer axis is the tokens), counted per window. Routes
+          with `doc` take their domains from the column category of a `docs.csv` in the same
+          folder;
         `.csv`: rows = layers, columns = experts, no header; or long form with the columns layer,
           expert, hits or count, and optionally window and domain (others are ignored);
+          layer_id, expert_id, count of SGLang's older recorder may leave out rows of 0;
         `.json`: nested lists of the array shapes, or an object with one of the keys counts, loads,
           expert_popularity, weight, logical_count (SGLang's), whose value may be an object of
-          domains; another key is chosen by `file.json:key`.
-      windows: equal stretches of tokens to count separately, for token-level routes only.
+          domains; another key is chosen by `file.json:key`;
+        `.jsonl`: a window, or a row of layer, expert and count, in every line;
+        `.pt`: what SGLang's recorder saves, where PyTorch is installed.
+        Dense layers, all zero in SGLang's `logical_count`, are left out. Files of a folder that
+        differ in a rank's number only are added. `FOLDER:NAME` or `FILE:NAME` chooses a domain.
+      windows: equal stretches of tokens to count separately, for token-level routes; of counts
+        with more windows, so many stretches of neighbouring ones, added.
       experts: experts per layer, for token-level routes only (default: the largest id + 1, which
         is too few if the last expert is never chosen).
       domain: which of several workloads, by name or by a pattern such as `*/law`. Without one, a
@@ -153,39 +170,76 @@ def read_pairs(path: str | Path) -> dict[str, Float[np.ndarray, "steps experts e
 
 def _scenarios(path: str | Path, experts: int | None) -> Scenarios:
     """All recordings of a file, or of a folder with what is below it, by name."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return _file_scenarios(path, experts)
-    found: dict[str, Loads | Routes] = {}
+    place, name = _chosen(path)
+    if place.is_dir():
+        found = _of_folder(place, experts)
+        return found if name is None else _matching(_split(found), name, place)
+    reader = _READERS.get(place.suffix.lower())
+    if reader is None:
+        what = repr(place.suffix) if place.suffix else "no suffix"
+        raise ValueError(f"{path}: expected a {_SUFFIXES} file, found {what}; {_MORE}")
+    if not place.is_file():
+        raise ValueError(f"{path}: expected a {_SUFFIXES} file, found no such file; {_MORE}")
+    if name is None:
+        return reader(place, None, experts)
+    try:
+        return reader(place, name, experts)
+    except ValueError as error:  # no key, but a domain?
+        try:
+            return _matching(_split(reader(place, None, experts)), name, place)
+        except ValueError:
+            raise error from None
+
+
+def _chosen(path: str | Path) -> tuple[Path, str | None]:
+    """The file or folder, and what `:NAME` behind it chooses; names may have slashes in them."""
+    whole, text = Path(path), str(path)
+    if whole.exists():
+        return whole, None
+    for colon in re.finditer(":", text):
+        place = Path(text[: colon.start()])
+        if colon.end() < len(text) and (place.is_file() or place.is_dir()):
+            return place, text[colon.end() :]
+    missing = re.fullmatch(r"(.+\.(?:npz|json)):([^/\\]+)", text, re.IGNORECASE)
+    return (Path(missing[1]), missing[2]) if missing else (whole, None)
+
+
+def _of_folder(folder: Path, experts: int | None) -> Scenarios:
+    """Recordings of all files, what ranks of one run counted added; the others are passed over."""
+    found: dict[str, Counts | Routes] = {}
+    ranks: dict[str, list[Counts]] = {}
+    passed = []
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() not in _READERS or not file.is_file():
             continue
         try:
             scenarios = _READERS[file.suffix.lower()](file, None, experts)
-        except NoRecordingError:
+        except NoRecordingError as error:
+            passed.append(str(error))
             continue  # a list of documents, say; a damaged recording is not passed over
         name = str(file.relative_to(folder).with_suffix(""))
-        found |= {f"{name}/{of}" if of else name: value for of, value in scenarios.items()}
+        run = _TIME.sub("", _RANK.sub("", name)) if _RANK.search(name) else None
+        for of, value in scenarios.items():
+            if run is not None and isinstance(value, Counts):
+                run_of = f"{run}/{of}" if run and of else run or of or folder.name
+                ranks.setdefault(run_of, []).append(value)
+            else:
+                found[f"{name}/{of}" if of else name] = value
+    for run, parts in ranks.items():
+        many = f"{folder} ({run}, {len(parts)} files added)"
+        found[run] = parts[0] if len(parts) == 1 else summed(parts, many)
     if not found:
-        raise ValueError(f"{path}: expected {_SUFFIXES} files of expert loads, found none")
+        why = "".join(f"; {reason}" for reason in passed[:3])
+        more = f"; and {len(passed) - 3} more" if len(passed) > 3 else ""
+        raise ValueError(
+            f"{folder}: expected {_SUFFIXES} files of expert loads, found none{why}{more}"
+        )
     return found
-
-
-def _file_scenarios(path: str | Path, experts: int | None) -> Scenarios:
-    chosen = re.fullmatch(r"(.+\.(?:npz|json)):([^/\\]+)", str(path), re.IGNORECASE)
-    file, key = (Path(chosen[1]), chosen[2]) if chosen else (Path(path), None)
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        found = repr(file.suffix) if file.suffix else "no suffix"
-        raise ValueError(f"{path}: expected a {_SUFFIXES} file, found {found}")
-    if not file.is_file():
-        raise ValueError(f"{path}: expected a {_SUFFIXES} file, found no such file")
-    return reader(file, key, experts)
 
 
 def _split(scenarios: Scenarios) -> Scenarios:
     """Routes that tell domains apart become one workload per domain."""
-    split: dict[str, Loads | Routes] = {}
+    split: dict[str, Counts | Routes] = {}
     for name, recorded in scenarios.items():
         parts = recorded.by_domain() if isinstance(recorded, Routes) else {}
         named = {f"{name}/{of}" if name else of: part for of, part in parts.items()}
@@ -212,12 +266,16 @@ def _names(scenarios: Scenarios) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _loads(recorded: Loads | Routes, windows: int, experts: int | None) -> Loads:
+def _loads(recorded: Counts | Routes, windows: int, experts: int | None) -> Loads:
     if isinstance(recorded, Routes):
         return recorded.loads(windows)
-    if windows != 1 or experts is not None:
+    loads = recorded.loads()
+    if windows == 1 and experts is None:
+        return loads
+    if experts is not None or not 1 <= windows <= len(loads.counts):
         raise ValueError(
-            f"{recorded.source}: windows and experts apply to token-level routes (`ids`), "
-            f"found counts"
+            f"{loads.source}: windows and experts apply to token-level routes (`ids`), "
+            f"found counts of {len(loads.counts)} windows"
         )
-    return recorded
+    parts = np.array_split(loads.counts, windows)
+    return replace(loads, counts=np.stack([part.sum(0) for part in parts]), window_names=None)

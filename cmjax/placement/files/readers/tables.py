@@ -1,27 +1,31 @@
 """Recordings as comma-separated text: rows of layers, or one row per layer and expert."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.readers.scenario import NoRecordingError, Scenarios
-from cmjax.placement.loads import Loads
+from cmjax.placement.files.readers.scenario import Counts, NoRecordingError, Scenarios
 
 _HITS = ("hits", "count", "counts", "load", "loads")
+_RENAMED = {"layer_id": "layer", "expert_id": "expert"}  # as SGLang's older recorder writes them
 
 
 def read_csv(file: Path, key: str | None, experts: int | None) -> Scenarios:
     """A table without header (rows = layers, columns = experts), or long form with the columns
-    layer, expert, hits or count, and optionally window and domain; other columns are ignored.
+    layer, expert, hits or count, and optionally window and domain; other columns are ignored. With
+    the columns layer_id, expert_id, count, a missing row is a count of 0.
 
     Raises: NoRecordingError for a table with other columns; ValueError for ragged, missing,
       repeated or unreadable cells.
     """
     rows = _rows(file)
     header = [cell.strip().lower() for cell in rows[0]]
-    if not {"layer", "expert"}.isdisjoint(header):
-        return _read_long(file, header, rows[1:])
+    if not {"layer", "expert", *_RENAMED}.isdisjoint(header):
+        named = [_RENAMED.get(name, name) for name in header]
+        return _read_long(file, named, rows[1:], missing=named != header)
     if not any(_is_number(cell) for cell in rows[0]):
         raise NoRecordingError(
             f"{file}: expected the columns layer, expert, hits or count[, window, domain], "
@@ -34,7 +38,7 @@ def read_csv(file: Path, key: str | None, experts: int | None) -> Scenarios:
             f"and {len(rows[0])} in row 1"
         )
     counts = np.array([_numbers(row, file, line) for line, row in enumerate(rows, 1)])
-    return {"": Loads(counts, str(file))}
+    return {"": Counts(counts, str(file))}
 
 
 def document_categories(file: Path) -> dict[int, str] | None:
@@ -58,7 +62,7 @@ def document_categories(file: Path) -> dict[int, str] | None:
 
 def _rows(file):
     try:
-        rows = [row for row in csv.reader(file.read_text().splitlines()) if row]
+        rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines()) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: expected comma-separated text, found: {error}") from None
     if not rows:
@@ -66,10 +70,25 @@ def _rows(file):
     return rows
 
 
-def _read_long(file, header, rows):
+def long_scenarios(rows: Sequence[Mapping[str, Any]], file: Path) -> Scenarios:
+    """Workloads of objects with layer, expert and count each, and optionally window and domain; a
+    missing object is a count of 0.
+
+    Raises: NoRecordingError for objects with other names.
+    """
+    names = [_RENAMED.get(name, name) for name in rows[0]]
+    keys = list(rows[0])
+    odd = next((n for n, row in enumerate(rows) if list(row) != keys), None)
+    if odd is not None and {"layer", "expert"} <= set(names):
+        raise ValueError(f"{file}: expected the keys {', '.join(keys)} in row {odd + 1}")
+    cells = [[str(row.get(key, "")) for key in keys] for row in rows]
+    return _read_long(file, names, cells, missing=True)
+
+
+def _read_long(file, header, rows, *, missing=False):
     hits = next((name for name in _HITS if name in header), None)
     if hits is None or not {"layer", "expert"} <= set(header):
-        raise ValueError(
+        raise (ValueError if {"layer", "expert"} & set(header) else NoRecordingError)(
             f"{file}: expected the columns layer, expert, hits or count[, window, domain], "
             f"found {', '.join(header)}"
         )
@@ -87,12 +106,12 @@ def _read_long(file, header, rows):
     if not cells:
         raise ValueError(f"{file}: expected rows of counts, found only a header")
     return {
-        of: _long_loads(np.array(table), names, f"{file} ({of})" if of else f"{file}")
+        of: _long_loads(np.array(table), names, f"{file} ({of})" if of else f"{file}", missing)
         for of, table in cells.items()
     }
 
 
-def _long_loads(table, names, source):
+def _long_loads(table, names, source, missing):
     """`table` holds a row of [window,] layer, expert, count for each count."""
     numbers = table[:, :-1]
     if (numbers != np.floor(numbers)).any() or numbers.min() < 0:
@@ -105,8 +124,9 @@ def _long_loads(table, names, source):
     shape = (*(len(values) for values, _ in found), int(expert.max()) + 1)
     flat = np.ravel_multi_index((*(index for _, index in found), expert), shape)
     seen = np.bincount(flat, minlength=int(np.prod(shape)))
-    if (seen != 1).any():
-        where = np.argwhere(seen != 1)[0, 0]
+    wrong = seen > 1 if missing else seen != 1
+    if wrong.any():
+        where = np.argwhere(wrong)[0, 0]
         at = np.unravel_index(where, shape)
         named = [
             f"{name} {values[i]:g}"
@@ -119,7 +139,8 @@ def _long_loads(table, names, source):
     counts = np.zeros(len(seen))
     counts[flat] = table[:, -1]
     layers, _ = found[-1]
-    return Loads(counts.reshape(shape), source, tuple(int(layer) for layer in layers))
+    labels = tuple(int(layer) for layer in layers)
+    return Counts(counts.reshape(shape), source, labels, idle=missing)
 
 
 def _is_number(cell):

@@ -6,6 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
@@ -91,3 +92,53 @@ def test_a_file_cut_after_its_header_was_read_is_noticed(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="truncated while reading tensor 'w'"):
         tensor.read()
+
+
+def _raw(path, header, content=16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(content))
+    return path
+
+
+def _at(*offsets, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": _at(0, 8), "b": _at(4, 12)}, "'b' begins at byte .* neither overlap nor leave gaps"),
+        ({"a": _at(0, 8), "b": _at(0, 8)}, "'b' begins at byte .* neither overlap nor leave gaps"),
+        ({"a": _at(8, 16)}, "'a' begins at byte .*, but the header ends at"),
+        ({"a": _at(0, 8)}, "tensor 'a' ends at byte .*, the file has"),
+        ({"a": _at(-8, 0)}, r"'data_offsets\[0\]' must be at least 0, got -8"),
+        ({"a": _at(8, 0)}, "takes 8 bytes, its header says -8"),
+        ({"a": _at(0, 2**70)}, "'data_offsets.1.' must be"),
+        ({"a": _at(0, 8, shape=(-1, -2))}, r"'shape\[0\]' must be at least 0, got -1"),
+        ({"a": _at(0, 8, shape=(2.0,))}, r"'shape\[0\]' must be a whole number, got 2.0"),
+        ({"a": _at(0, 8, shape=(2**40, 2**40))}, "takes .* bytes, its header says 8"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "tensor 'a': key 'data_offsets' is missing"),
+        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "tensor 'a': key 'dtype' is missing"),
+        ({"a": _at(0, 8, 16)}, "tensor 'a': key 'data_offsets' must"),
+        ({"a": _at(0, 8, dtype=None)}, "tensor 'a': key 'dtype' must be a string, got None"),
+        ({"a": 3}, "tensor 'a': must be an object, got 3"),
+        (b"[1]", "header is no JSON object"),
+        (b"[" * 100_000, "its header is no JSON"),
+        (b'{"a": {}, "a": {}}', "named twice: a"),
+    ],
+)
+def test_a_header_that_lies_is_refused_in_one_line(tmp_path, header, message):
+    with pytest.raises(ValueError, match=message) as error:
+        list_tensors(_raw(tmp_path / "a.safetensors", header))
+    assert "a.safetensors: " in str(error.value)
+
+
+def test_what_the_library_refuses_is_refused(tmp_path):
+    for number, header in enumerate(
+        [{"a": _at(0, 8), "b": _at(4, 12)}, {"a": _at(8, 16)}, {"a": _at(0, 8)}]
+    ):
+        path = _raw(tmp_path / f"{number}.safetensors", header)
+        with pytest.raises(SafetensorError):
+            load_file(path)
+        with pytest.raises(ValueError):
+            list_tensors(path)

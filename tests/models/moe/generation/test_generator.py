@@ -196,6 +196,11 @@ def test_requests_that_do_not_fit_are_refused_with_their_sizes(arguments, messag
     [
         (lambda: Sampler(temperature=-1), "temperature must be at least 0, got -1"),
         (lambda: Sampler(top_p=1.5), r"top_p must lie in 0\.\.1, got 1.5"),
+        (lambda: Sampler(temperature=float("nan")), "temperature must be a finite number, got nan"),
+        (lambda: Sampler(temperature=float("inf")), "temperature must be a finite number, got inf"),
+        (lambda: Sampler(top_p=0), "top_p must be more than 0, got 0"),
+        (lambda: Sampler(top_p=float("nan")), r"top_p must lie in 0\.\.1, got nan"),
+        (lambda: Sampler(top_k=-1), "top_k must be at least 0 .* got -1"),
         (lambda: Sampler(seed=-2), "seed must be at least 0, got -2"),
         (
             lambda: Generator(
@@ -221,3 +226,12 @@ def test_requests_that_do_not_fit_are_refused_with_their_sizes(arguments, messag
 def test_options_that_make_no_sense_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_likeliest_few_are_drawn_from(plain):
+    hot = Sampler(temperature=9.0, top_k=1, seed=5)
+    assert _tokens(_run(_generator(), PROMPTS, 9, sampler=hot)) == _tokens(plain)
+    wide = _tokens(_run(_generator(), PROMPTS, 9, sampler=dataclasses.replace(hot, top_k=0)))
+    assert wide != _tokens(plain)
+    cold = Sampler(temperature=1e-300, seed=5)
+    assert _tokens(_run(_generator(), PROMPTS, 9, sampler=cold)) == _tokens(plain)

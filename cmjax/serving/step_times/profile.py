@@ -1,0 +1,187 @@
+"""Step times that were measured: a CSV of steps, or a folder with the kernel times of one layer.
+
+A CSV has the columns prefill_tokens, prefill_length, decode_requests, decode_context and step_ms:
+a full grid of steps of one instance, decode requests per data-parallel rank. What the columns mean
+stands in `cmjax.serving.engine.table`.
+
+A folder has attention.csv (prefill_chunk, kv_prefill, n_decode, kv_decode, time_us), dense.csv
+(layer, tokens, time_us) and per_sequence.csv (layer, sequences, time_us), as LLMServingSim's
+profiler writes them: kernels of one layer on one GPU.
+"""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cmjax.serving.engine.table import Table
+
+_STEPS = ("prefill_tokens", "prefill_length", "decode_requests", "decode_context", "step_ms")
+_ONCE = ("embedding", "final_layernorm")  # per step, not per layer
+_TWICE = ("layernorm",)  # before attention and before the feed-forward network
+_GRAPH_SIZES = np.array([1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)], float)
+"""Tokens of a step that vLLM captures as a CUDA graph; a step is padded to the next one."""
+
+
+def read_profile(source: str | Path, *, layers: int | None = None) -> Table:
+    """Read measured step times.
+
+    Args:
+      source: a CSV of steps, or a folder of kernel times. layers: of the model, for a folder.
+    Raises: ValueError: a missing file, column or point of the grid; layers missing or not needed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if layers is None or layers < 1:
+            raise ValueError(
+                f"{path}: kernel times are of one layer; say how many layers there are"
+            )
+        return _kernels(path, layers)
+    if not path.is_file():
+        raise ValueError(f"{source}: no such profile, neither a CSV file nor a folder")
+    return _steps(path)
+
+
+def _steps(path: Path) -> Table:
+    rows = _rows(path, _STEPS)
+    points = {row[:4]: row[4] * 1e-3 for row in rows}
+    axes = [np.unique([point[i] for point in points]) for i in range(4)]
+    values = np.empty([len(axis) for axis in axes])
+    for index in np.ndindex(*values.shape):
+        point = tuple(float(axis[i]) for axis, i in zip(axes, index, strict=True))
+        if point not in points:
+            if point[0] == point[2] == 0:
+                values[index] = 0.0  # a step of nothing
+                continue
+            said = ", ".join(f"{n} {v:g}" for n, v in zip(_STEPS, point, strict=False))
+            raise ValueError(f"{path}: the grid has no step of {said}")
+        values[index] = points[point]
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(f"{path}: step_ms must not be negative")
+    return Table(tokens=axes[0], length=axes[1], requests=axes[2], context=axes[3], batch_s=values)
+
+
+def _kernels(path: Path, layers: int) -> Table:
+    dense = _by_layer(path / "dense.csv", "tokens")
+    for name in path.glob("moe*.csv"):
+        raise ValueError(f"{name}: kernel times of experts are not read yet; give a CSV of steps")
+    tokens = np.unique(np.concatenate([_GRAPH_SIZES, np.arange(1.0, 513.0), *_nodes(dense)]))
+    padded = _padded(tokens)
+    seconds = np.zeros_like(tokens)
+    for name, (nodes, times) in dense.items():
+        count = 1 if name in _ONCE else layers * (2 if name in _TWICE else 1)
+        seconds += count * np.interp(padded, nodes, times)
+    once = _by_layer(path / "per_sequence.csv", "sequences")
+    rows = np.unique(np.concatenate(_nodes(once)))
+    rows_s = np.sum([np.interp(rows, *of) for of in once.values()], axis=0)
+    return _attention(
+        path / "attention.csv",
+        layers,
+        dense_tokens=tokens,
+        dense_s=seconds,
+        rows=rows,
+        rows_s=rows_s,
+    )
+
+
+def _padded(tokens: np.ndarray) -> np.ndarray:
+    """Tokens of a step as its graph has them."""
+    at = np.searchsorted(_GRAPH_SIZES, tokens)
+    return np.where(
+        at < len(_GRAPH_SIZES), _GRAPH_SIZES[np.minimum(at, len(_GRAPH_SIZES) - 1)], tokens
+    )
+
+
+def _attention(path: Path, layers: int, **others) -> Table:
+    """From (chunk, cached tokens before it) to (tokens, length): a chunk of T tokens behind k has
+    length 2 k + T. Shorter lengths are several prompts, T / L of them, each a chunk of L."""
+    points = {row[:4]: row[4] * 1e-6 * layers for row in _rows(
+        path, ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
+    )}  # fmt: skip
+    chunk, cached, requests, context = (np.unique([p[i] for p in points]) for i in range(4))
+    lengths = np.unique(np.concatenate([chunk, 2 * cached + chunk.max()]))
+    lengths = lengths[lengths > 0]
+    context = context[context > 0]
+    alone = np.array([[points.get((0.0, 0.0, n, c), 0.0) for c in context] for n in requests])
+
+    def behind(t: float, k: float) -> np.ndarray:
+        """A chunk with decoding requests, over all of their counts and contexts; where it was not
+        measured, more of them add what they add alone."""
+        found = np.array(
+            [[points.get((t, k, n, c if n else 0.0), np.nan) for c in context] for n in requests]
+        )
+        for i in range(1, len(requests)):
+            added = found[i - 1] + alone[i] - alone[i - 1]
+            found[i] = np.where(np.isnan(found[i]), added, found[i])
+        return found
+
+    grid = {(t, k): behind(t, k) for t in chunk[chunk > 0] for k in cached}
+    values = np.empty((len(chunk), len(lengths), len(requests), len(context)))
+    for i, t in enumerate(chunk):
+        for j, length in enumerate(lengths):
+            if t == 0:
+                values[i, j] = alone
+                continue
+            if length >= t:
+                known = [k for k in cached if not np.isnan(grid[t, k]).any()]
+                stacked = np.stack([grid[t, k] for k in known])
+                values[i, j] = _along(np.array(known), stacked, (length - t) / 2)
+                continue
+            whole, short = grid[t, 0.0], grid[float(length), 0.0][0, 0]
+            values[i, j] = t / length * short + (whole - whole[0, 0])
+    return Table(
+        tokens=chunk, length=lengths, requests=requests, context=context, batch_s=values, **others
+    )
+
+
+def _along(nodes: np.ndarray, values: np.ndarray, x: float) -> np.ndarray:
+    """Linear along the first axis; beyond the last node the last slope goes on."""
+    if len(nodes) == 1:
+        return values[0]
+    i = int(np.clip(np.searchsorted(nodes, x, side="right") - 1, 0, len(nodes) - 2))
+    part = (x - nodes[i]) / (nodes[i + 1] - nodes[i])
+    return values[i] + part * (values[i + 1] - values[i])
+
+
+def _by_layer(path: Path, size: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Sizes and seconds of every kernel."""
+    found: dict[str, dict[float, float]] = {}
+    for record in _records(path, ("layer", size, "time_us")):
+        found.setdefault(record["layer"], {})[float(record[size])] = float(record["time_us"]) * 1e-6
+    return {
+        n: (np.array(sorted(at)), np.array([at[x] for x in sorted(at)])) for n, at in found.items()
+    }
+
+
+def _nodes(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    return [nodes for nodes, _ in layers.values()]
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[float, ...]]:
+    return [tuple(float(r[c]) for c in columns) for r in _records(path, columns)]
+
+
+def _records(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [c for c in columns if c not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]}; it needs {', '.join(columns)}")
+        records = list(reader)
+    for line, record in enumerate(records, 2):
+        for column in columns:
+            if column != "layer" and not _is_number(record[column]):
+                raise ValueError(f"{path} line {line}: {column} is no number: {record[column]!r}")
+    if not records:
+        raise ValueError(f"{path}: no rows")
+    return records
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return text is not None and np.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,49 @@
+"""Step times of a service, and what its instances hold."""
+
+import dataclasses
+
+from cmjax.serving.engine.table import Table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StepTimes:
+    """Step times by pool.
+
+    Fields:
+      tables: of each pool of the service, by its name.
+      ranks: data-parallel ranks of an instance of each pool.
+      kv_tokens: tokens whose keys and values an instance of each pool holds; 0 is no limit.
+      kv_token_bytes: bytes of a token's keys and values, all layers.
+      tokens_per_step: tokens that a decoding request gains in a step, on average.
+      page: tokens of a page of keys and values; the last page of a request is half empty on
+      average. mean_error, worst_error: of interpolation, relative, between the nodes of the grid; 0
+        for a profile, whose nodes are all that is known.
+      source: where they are from.
+    """
+
+    tables: dict[str, Table]
+    ranks: dict[str, int]
+    kv_tokens: dict[str, int]
+    kv_token_bytes: float
+    tokens_per_step: float = 1.0
+    page: int = 1
+    mean_error: float = 0.0
+    worst_error: float = 0.0
+    source: str = ""
+
+    def scaled(self, factor: float) -> "StepTimes":
+        """All steps `factor` times as long."""
+        return dataclasses.replace(
+            self, tables={name: scaled(table, factor) for name, table in self.tables.items()}
+        )
+
+
+def scaled(table: Table, factor: float) -> Table:
+    """A table of steps that take `factor` times as long."""
+    return dataclasses.replace(
+        table,
+        batch_s=table.batch_s * factor,
+        dense_s=table.dense_s * factor,
+        rows_s=table.rows_s * factor,
+        constant_s=table.constant_s * factor,
+    )

@@ -1,0 +1,31 @@
+"""Azure's LLM inference traces (Patel et al., ISCA 2024): CSV of times and lengths."""
+
+import numpy as np
+
+from cmjax.serving.traces.columns import Columns
+
+_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+class AzureReader:
+    has_header = True
+
+    def __init__(self, header: bytes):
+        names = [name.strip() for name in header.decode("utf-8-sig").split(",")]
+        missing = [name for name in _COLUMNS if name not in names]
+        if missing:
+            raise ValueError(
+                f"Azure's header lacks {', '.join(missing)}; it has {', '.join(names)}"
+            )
+        self.at = [names.index(name) for name in _COLUMNS]
+        self.zero: np.datetime64 | None = None
+
+    def add(self, line: bytes, columns: Columns) -> None:
+        cells = line.decode().strip().split(",")
+        if len(cells) <= max(self.at):
+            raise ValueError(f"{len(cells)} columns; {max(self.at) + 1} are needed")
+        stamp, prompt, output = (cells[i] for i in self.at)
+        time = np.datetime64(stamp.split("+")[0], "ns")
+        if self.zero is None:
+            self.zero = time
+        columns.add(float((time - self.zero).astype(np.int64)) * 1e-9, int(prompt), int(output))

@@ -1,0 +1,32 @@
+"""Chats as ShareGPT has them: every answer is a request whose prompt is all that was said before.
+
+Text is counted as a token per 4 bytes of UTF-8, which is near what tokenizers of English make of
+it.
+"""
+
+import json
+
+from cmjax.serving.traces.columns import Columns, prefix_ids
+
+_BYTES_PER_TOKEN = 4
+_ANSWERS = ("gpt", "assistant", "model", "bot", "chatgpt")
+
+
+class ChatReader:
+    has_header = False
+
+    def __init__(self, block_tokens: int):
+        self.block_bytes = block_tokens * _BYTES_PER_TOKEN
+
+    def add(self, line: bytes, columns: Columns) -> None:
+        record = json.loads(line)
+        said = b""
+        for turn in record.get("conversations") or record.get("messages") or ():
+            speaker = turn.get("from") or turn["role"]
+            text = (turn.get("value") or turn.get("content") or "").encode()
+            if speaker in _ANSWERS and said and text:
+                tokens = -(-len(said) // _BYTES_PER_TOKEN)
+                size = self.block_bytes
+                pieces = [said[i : i + size] for i in range(0, len(said), size)]
+                columns.add(None, tokens, -(-len(text) // _BYTES_PER_TOKEN), prefix_ids(pieces))
+            said += text

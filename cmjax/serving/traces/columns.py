@@ -1,0 +1,77 @@
+"""Columns of a trace as they are read: compact arrays that grow."""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from cmjax.serving.traces.trace import Trace, compact
+
+
+class Columns:
+    """What readers append to."""
+
+    def __init__(self):
+        self.arrival_s = array("d")
+        self.prompt = array("q")
+        self.output = array("q")
+        self.block_end = array("q")
+        self.block = array("q")
+
+    def add(
+        self, arrival_s: float | None, prompt: int, output: int, blocks: Sequence[int] = ()
+    ) -> None:
+        """One request; ids of blocks are any 64-bit numbers.
+
+        Raises: ValueError: a time or a length that makes no sense, or before the last one's.
+        """
+        if arrival_s is not None:
+            if not 0 <= arrival_s < float("inf"):
+                raise ValueError(f"time {arrival_s:g} s; times start at 0 or later")
+            if self.arrival_s and arrival_s < self.arrival_s[-1]:
+                raise ValueError(
+                    f"time {arrival_s:g} s is before the one above it ({self.arrival_s[-1]:g} s); "
+                    "sort the trace by time"
+                )
+            self.arrival_s.append(arrival_s)
+        for name, tokens in (("prompt", prompt), ("output", output)):
+            if type(tokens) is not int or tokens < 1:
+                raise ValueError(
+                    f"{name} of {tokens} tokens; a whole number of at least 1 is needed"
+                )
+        self.prompt.append(prompt)
+        self.output.append(output)
+        self.block.extend(blocks)
+        self.block_end.append(len(self.block))
+
+    def keep(self, requests: int) -> None:
+        """Only the first so many."""
+        for column in (self.arrival_s, self.prompt, self.output, self.block_end):
+            del column[requests:]
+        del self.block[self.block_end[-1] :]
+
+    def trace(self, source: str, block_tokens: int) -> Trace:
+        count = len(self.prompt)
+        if self.arrival_s and len(self.arrival_s) != count:
+            raise ValueError(f"{source}: some requests have a time and some have none")
+        arrival_s = np.array(self.arrival_s) if self.arrival_s else np.zeros(count)
+        return Trace(
+            arrival_s=arrival_s,
+            prompt=np.array(self.prompt, np.int64),
+            output=np.array(self.output, np.int64),
+            block_start=np.concatenate([[0], np.array(self.block_end, np.int64)]),
+            block=compact(np.frombuffer(self.block, np.int64)) if self.block
+            else np.zeros(0, np.int32),
+            block_tokens=block_tokens,
+            source=source,
+        )  # fmt: skip
+
+
+def prefix_ids(pieces: Iterable[bytes]) -> list[int]:
+    """An id per piece that says it and all pieces before it: equal ids are equal prefixes."""
+    ids, before = [], b""
+    for piece in pieces:
+        before = hashlib.blake2b(before + piece, digest_size=8).digest()
+        ids.append(int.from_bytes(before, "little", signed=True))
+    return ids

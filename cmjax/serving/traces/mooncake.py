@@ -1,0 +1,22 @@
+"""Mooncake's traces (FAST'25): times in ms, lengths, and ids of prefix blocks of 512 tokens."""
+
+import json
+
+from cmjax.serving.traces.columns import Columns
+
+
+class MooncakeReader:
+    has_header = False
+
+    def __init__(self, block_tokens: int):
+        self.block_tokens = block_tokens
+
+    def add(self, line: bytes, columns: Columns) -> None:
+        record = json.loads(line)
+        prompt, ids = record["input_length"], record["hash_ids"]
+        if type(prompt) is int and prompt > 0 and len(ids) != -(-prompt // self.block_tokens):
+            raise ValueError(
+                f"{len(ids)} hash_ids for input_length {prompt}; at {self.block_tokens} tokens a "
+                f"block it needs {-(-prompt // self.block_tokens)}"
+            )
+        columns.add(record["timestamp"] * 1e-3, prompt, record["output_length"], ids)

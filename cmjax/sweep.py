@@ -1,0 +1,91 @@
+"""Many independent computations, on the cores of this machine or on a cluster: one way to outgrow
+it.
+
+Any `concurrent.futures.Executor` will do. The default is a process per core; `cluster(address)` is
+one over a Dask cluster (extra `cluster`). Results come in the order of the items, whatever ran
+where.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+
+from cmjax.console import Progress
+
+_ANSWERS_WITHIN_S = 5
+
+
+def run_all[Item, Result](
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    executor: Executor,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """`function` of every item.
+
+    Args:
+      function: importable by its name, as for any process pool. items: that can be pickled.
+      executor: where it runs. progress: called as items are done.
+    Raises: what a call raised, the first in the order of the items; the others are not waited for.
+      OSError: a process was ended from outside.
+    """
+    futures = [executor.submit(function, item) for item in items]
+    try:
+        for done, _ in enumerate(as_completed(futures), 1):
+            if progress is not None:
+                progress(done, len(items), "")
+        return [future.result() for future in futures]
+    except BrokenExecutor as error:
+        raise OSError(
+            "a process that computes was ended (is memory full?); a script that starts processes "
+            "must do so under `if __name__ == '__main__':`"
+        ) from error
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+@contextmanager
+def executor_of(scheduler: str | None = None, workers: int | None = None) -> Iterator[Executor]:
+    """An executor: a Dask cluster's where a scheduler is named, else processes of this machine.
+
+    Args:
+      scheduler: address of a running Dask scheduler, such as `tcp://host:8786`.
+      workers: processes (default: one per core); a cluster has its own.
+    Raises: ValueError: fewer than one worker; a scheduler that does not answer, or Dask is missing.
+    """
+    if scheduler is not None:
+        with _cluster(scheduler) as found:
+            yield found
+        return
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # JAX has threads, which a fork would leave in the middle of what they do.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or cores or 1, mp_context=context) as pool:
+        yield pool
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError(
+            f"scheduler {address}: a Dask cluster needs the extra: pip install 'cmjax[cluster]'"
+        ) from None
+    try:
+        client = Client(address, timeout=_ANSWERS_WITHIN_S, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ValueError(
+            f"scheduler {address}: nobody answers within {_ANSWERS_WITHIN_S} s "
+            f"({type(error).__name__}); start one with `dask scheduler`"
+        ) from None
+    try:
+        yield client.get_executor(pure=False)
+    finally:
+        client.close()

@@ -1,0 +1,216 @@
+"""Traces: every kind of file, plain and packed, and what is refused, with its line."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmjax.serving import Trace, generate, read_trace
+from cmjax.serving.cache_curve import cache_hits
+from cmjax.serving.hashing import nodes_of_blocks
+
+MOONCAKE = [
+    {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [70, 80]},
+    {"timestamp": 3000, "input_length": 512, "output_length": 7, "hash_ids": [70]},
+]
+
+
+def lines(*records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def written(folder, text: str, name="trace.jsonl"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_mooncake_plain_and_packed_are_the_same(tmp_path):
+    plain = read_trace(written(tmp_path, lines(*MOONCAKE)))
+    packed = tmp_path / "trace.gz"
+    packed.write_bytes(gzip.compress(lines(*MOONCAKE).encode()))
+    for trace in (plain, read_trace(packed)):
+        assert trace.arrival_s.tolist() == [0.0, 3.0]
+        assert trace.prompt.tolist() == [600, 512] and trace.output.tolist() == [5, 7]
+        assert trace.block.tolist() == [0, 1, 0] and trace.block_start.tolist() == [0, 2, 3]
+
+
+def test_azure_times_count_from_the_first_request(tmp_path):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.6805900,374,44\r\n"
+    text += "2023-11-16 18:15:50.9951690,396,109\r\n"
+    trace = read_trace(written(tmp_path, text, "azure.csv"))
+    np.testing.assert_allclose(trace.arrival_s, [0, 4.314579], atol=1e-9)
+    assert trace.prompt.tolist() == [374, 396] and not trace.has_blocks
+
+
+def test_a_measured_run_is_read_by_the_clock_of_the_engine(tmp_path):
+    record = {"input_toks": 10, "output_toks": 3, "arrival_time": 1e9}
+    text = lines(record | {"queued_ts": 27536.5}, record | {"queued_ts": 27537.25})
+    assert read_trace(written(tmp_path, text)).arrival_s.tolist() == [0.0, 0.75]
+
+
+def test_prompt_token_ids_become_prefix_blocks(tmp_path):
+    shared = list(range(600))
+    records = [
+        {
+            "arrival_time_ns": i * 10**9,
+            "input_tok_ids": ids,
+            "input_toks": len(ids),
+            "output_toks": 1,
+        }
+        for i, ids in enumerate((shared, shared, [*shared[:512], 9], [5, *shared[1:]]))
+    ]
+    trace = read_trace(written(tmp_path, lines(*records)))
+    blocks = np.split(trace.block, trace.block_start[1:-1])
+    assert blocks[0].tolist() == blocks[1].tolist()
+    assert blocks[2][0] == blocks[0][0] and blocks[2][1] != blocks[0][1]
+    assert not set(blocks[3]) & set(blocks[0])
+
+
+def test_every_answer_of_a_chat_is_a_request_that_shares_what_was_said(tmp_path):
+    turns = [("human", "a" * 4096), ("gpt", "b" * 400), ("human", "c" * 40), ("gpt", "d" * 8)]
+    chat = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    trace = read_trace(written(tmp_path, lines(chat)), rate=2.0)
+    assert trace.prompt.tolist() == [1024, 1134] and trace.output.tolist() == [100, 2]
+    first, second = np.split(trace.block, trace.block_start[1:-1])
+    assert second[:2].tolist() == first.tolist()
+    with pytest.raises(ValueError, match="no times; give a rate"):
+        read_trace(written(tmp_path, lines(chat)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"timestamp": -5}, "line 2: time -0.005 s; times start at 0"),
+        ({"timestamp": float("nan")}, "line 2: time nan s"),
+        ({"input_length": 0, "hash_ids": []}, "line 2: prompt of 0 tokens"),
+        ({"output_length": 0}, "line 2: output of 0 tokens"),
+        ({"output_length": 1.5}, "line 2: output of 1.5 tokens"),
+        ({"hash_ids": [1, 2, 3]}, "line 2: 3 hash_ids for input_length 512; .* it needs 1"),
+        ({"hash_ids": ["x"]}, "line 2: "),
+        ({"timestamp": "soon"}, "line 2: "),
+    ],
+)
+def test_a_line_that_makes_no_sense_is_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        read_trace(written(tmp_path, lines(MOONCAKE[0], MOONCAKE[1] | change)))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no requests"),
+        ("\n\n", "no requests"),
+        ("hello\n", "neither a JSON object nor Azure's header"),
+        ("{broken\n", "line 1: not JSON"),
+        (lines(*MOONCAKE[::-1]), "line 2: time 0 s is before the one above it .3 s.; sort"),
+        (lines(MOONCAKE[0], {"timestamp": 1}), "line 2: no 'input_length'"),
+        (lines({"a": 1}), "no prompt tokens"),
+        ("TIMESTAMP,Tokens\n", "lacks ContextTokens, GeneratedTokens"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nx,1\n", "line 2: 2 columns"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_trace(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("nowhere.jsonl", "no such trace file"),
+        ("poisson:speed=3", "'speed=3' is none of requests, rate"),
+        ("poisson:rate=fast", "rate takes a number, got 'fast'"),
+        ("poisson:rate=0", "rate must be positive, got 0"),
+        ("poisson:reuse=2", "reuse must lie in 0..1"),
+        ("gamma:cv=0", "cv must be positive"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_trace(source)
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    path = tmp_path / "cut.gz"
+    path.write_bytes(gzip.compress(lines(*MOONCAKE[:1] * 50).encode())[:-20])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_trace(path)
+
+
+def test_only_so_many_requests_are_read(tmp_path):
+    path = written(tmp_path, lines(*MOONCAKE) + "nonsense\n")
+    assert read_trace(path, requests=2).requests == 2
+    assert read_trace(path, requests=1).block.tolist() == [0, 1]
+
+
+@given(st.sampled_from(["poisson", "gamma", "constant"]), st.integers(0, 5), st.floats(0, 1))
+def test_a_generated_trace_is_valid_and_the_same_again(kind, seed, reuse):
+    made = [
+        generate(kind, requests=50, prompt=3000, prompt_cv=0.5, output_cv=1, reuse=reuse, trees=3,
+                 seed=seed) for _ in range(2)
+    ]  # fmt: skip
+    for name in ("arrival_s", "prompt", "output", "block", "block_start"):
+        np.testing.assert_array_equal(getattr(made[0], name), getattr(made[1], name))
+
+
+def test_generated_arrivals_have_the_rate_and_the_burstiness_asked_for():
+    for kind, cv in (("poisson", 1.0), ("gamma", 3.0), ("constant", 0.0)):
+        trace = generate(kind, requests=100_000, rate=5.0, cv=3.0, prompt_cv=0.7, seed=1)
+        gaps = np.diff(trace.arrival_s)
+        assert 1 / gaps.mean() == pytest.approx(5.0, rel=0.03)
+        assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.03, abs=1e-9)
+        assert trace.prompt.mean() == pytest.approx(4096, rel=0.02)
+        assert trace.prompt.std() / trace.prompt.mean() == pytest.approx(0.7, rel=0.03)
+
+
+def test_a_large_cache_finds_the_share_that_a_prefix_tree_was_made_with():
+    trace = generate(requests=5000, prompt=8192, reuse=0.75, trees=2, branches=2, fork=6)
+    assert cache_hits(trace, 10**6).blocks == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_repeated_trace_keeps_its_rate_and_shares_no_prefix_between_copies():
+    trace = generate(requests=50, rate=3.0, reuse=0.8)
+    again = trace.repeated(3)
+    assert again.requests == 150 and again.blocks == 3 * trace.blocks
+    assert again.rate == pytest.approx(trace.rate, rel=0.02)
+    first, last = again.block[: len(trace.block)], again.block[-len(trace.block) :]
+    np.testing.assert_array_equal(first, trace.block)
+    assert not set(first.tolist()) & set(last.tolist())
+
+
+def test_ticks_are_spread_without_changing_their_order(tmp_path):
+    trace = Trace(
+        arrival_s=np.repeat([0.0, 3.0, 6.0], 4), prompt=np.arange(1, 13), output=np.ones(12, int),
+        block_start=np.zeros(13, int), block=np.zeros(0, np.int32),
+    )  # fmt: skip
+    spread = trace.spread(seed=3)
+    assert (np.diff(spread.arrival_s) > 0).all()
+    np.testing.assert_array_equal(spread.arrival_s // 3 * 3, trace.arrival_s)
+
+
+@given(st.integers(1, 60))
+def test_consistent_hashing_moves_only_what_a_new_node_takes(nodes):
+    before, after = nodes_of_blocks(5000, nodes), nodes_of_blocks(5000, nodes + 1)
+    moved = before != after
+    assert (after[moved] == nodes).all()
+    assert np.bincount(after, minlength=nodes + 1).max() < 2 * 5000 / (nodes + 1) + 100
+
+
+def test_the_hits_of_mooncakes_conversations_are_those_published_with_them(data):
+    trace = read_trace(data / "serving_mooncake_conversation/conversation_trace.jsonl.gz")
+    assert (trace.requests, len(trace.block), trace.blocks) == (12_031, 288_500, 182_790)
+    for blocks, share in (
+        (1_000, 4.5), (3_000, 6.5), (10_000, 21.1), (30_000, 32.6), (50_000, 35.5), (10**6, 36.6),
+    ):  # fmt: skip
+        assert 100 * cache_hits(trace, blocks).blocks == pytest.approx(share, abs=0.06)
+    assert 100 * cache_hits(trace, 10**6).tokens == pytest.approx(37.4, abs=0.06)
+
+
+def test_azures_conversations_are_read_whole(data):
+    trace = read_trace(data / "serving_azure2023_conv/AzureLLMInferenceTrace_conv.csv")
+    assert trace.requests == 19_366 and round(trace.duration_s) == 3_502
+    assert round(trace.prompt.mean()) == 1_155 and round(trace.output.mean()) == 211

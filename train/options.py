@@ -1,0 +1,38 @@
+"""Numbers of a training's options: refused where no training can come of them, by option."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+_RATES = ("learning_rate", "scale_rate", "bias_rate", "weight_decay")
+_COUNTS = ("steps", "scale_steps")
+_MOST_SEED = 2**32
+
+
+def check_numbers(options: Any) -> None:
+    """Refuse numbers that are not finite, rates and counts below 0, and seeds that are none.
+
+    Args: options: a dataclass; those in it are looked through too.
+    Raises: ValueError: names the option.
+    """
+    for path, value in _fields(options):
+        option, name = "--" + ".".join(path).replace("_", "-"), path[-1]
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{option} must be finite, got {number}")
+            if name in (*_RATES, *_COUNTS) and isinstance(number, int | float) and number < 0:
+                raise ValueError(f"{option} must not be negative, got {number}")
+        if name == "seed" and isinstance(value, int) and not 0 <= value < _MOST_SEED:
+            raise ValueError(f"{option} must be 0 to {_MOST_SEED - 1}, got {value}")
+
+
+def _fields(options: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        inside = value if isinstance(value, tuple) else (value,)
+        for one in inside:
+            if dataclasses.is_dataclass(one):
+                yield from _fields(one, (*above, field.name))
+        if not any(map(dataclasses.is_dataclass, inside)):
+            yield (*above, field.name), value
