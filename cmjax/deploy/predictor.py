@@ -126,9 +126,7 @@ class Predictor:
         name = "context" if self.deployment.decoding else "prompt"
         sizes: dict[str, Any] = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
         requests = Requests(acceptance=acceptance, **sizes)
-        symbols, differences = self.symbols(requests), self.differences(requests)
-        totals = self._prices({}).totals(self.machine, symbols, differences)
-        return np.asarray(totals + self.host_s, float)
+        return self._steps_s(self.symbols(requests), self.differences(requests))
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
@@ -206,10 +204,8 @@ class Predictor:
         if not fits:
             raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
         symbols = [self.symbols(candidate) for candidate in fits]
-        stacked = _stacked(symbols)
         differences = _stacked([self.differences(candidate) for candidate in fits])
-        total = self._prices({}).totals(self.machine, stacked, differences)
-        step_ms = np.asarray(total + self.host_s) * 1e3
+        step_ms = self._steps_s(_stacked(symbols), differences) * 1e3
         tpot_ms = step_ms / self.tokens_per_step(requests)
         within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
         if not within:
@@ -227,6 +223,11 @@ class Predictor:
     def host_s(self):
         """Host time of a step that the NPU waits for, as the serving engine leaves it."""
         return self.machine.running().host_s(self.step.drafts)
+
+    def _steps_s(self, symbols: dict[str, Any], differences: Any) -> Float[np.ndarray, "n"]:
+        """Seconds of steps, the host's included, for a row of every size's values."""
+        totals = self._prices({}).totals(self.machine, symbols, differences)
+        return np.asarray(totals + self.host_s, float)
 
     def _prices(self, symbols: dict[str, Any]) -> "_Priced":
         """The prices of the program, its kernels chosen at these sizes where they are numbers."""
