@@ -168,7 +168,7 @@ def test_a_bad_machine_file_is_refused_with_file_and_key(case, tmp_path):
 
 @pytest.mark.parametrize(
     "name, closest",
-    [("cloudmatrix38", "cloudmatrix384"), ("h800pod", "h800-pod")],
+    [("cloudmatrix38", "cloudmatrix384, cloudmatrix384-560t"), ("h800pod", "h800-pod, h200-pod")],
 )
 def test_an_unknown_machine_is_refused_with_the_closest_names(name, closest):
     message = f"unknown machine '{name}'; closest: {closest} (or give the path of a .toml file)"
