@@ -16,7 +16,7 @@ from cmjax.hardware import load_machine, uncertainty
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Calibrate a machine on published micro-measurements, or update it by your own rows."""
+    """Calibrate a machine on published kernel times, or update it by your own rows."""
 
     machine: tyro.conf.Positional[str] = "cloudmatrix384"
     """A name of the catalog, or a .toml file (then give the rows too)."""

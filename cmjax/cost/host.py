@@ -225,5 +225,6 @@ _RULES: dict[str, Callable] = {
     "gather": _gather,
     "scatter-add": _scatter_add,
     "pad": _pad,
+    "square": _plain(np.square),
     "split": lambda x, sizes, axis: np.split(x, np.cumsum(sizes)[:-1], axis),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def predict(
     >>> p.deployment.phase, bool(p.tpot_s > 0), p.fits_hbm
     ('decode', True, True)
     """
-    deployment, requests = _split_options(model, requests, options)
+    deployment, requests = split_options(model, requests, options)
     machine = as_machine(machine)
     if slo_tpot_ms is not None and not deployment.decoding:
         raise ValueError("slo-tpot-ms applies to decode")
@@ -175,13 +176,18 @@ def _ep_ranks(deployment: Deployment, machine: Supernode) -> int:
     return deployment.ep or deployment.instance_npus * machine.dies_per_npu
 
 
-def _split_options(model, requests, options) -> tuple[Deployment, Requests]:
-    """The deployment and the requests that were given whole or by their fields."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that neither `Deployment` nor `Requests` has."""
     unknown = sorted(set(options) - _DEPLOYMENT - _REQUESTS)
     if unknown:
         known = sorted(_DEPLOYMENT | _REQUESTS)
         close = difflib.get_close_matches(unknown[0], known, n=1) or known
         raise ValueError(f"predict: unknown option {unknown[0]!r}; it takes {', '.join(close)}")
+
+
+def split_options(model, requests, options) -> tuple[Deployment, Requests]:
+    """The deployment and the requests that were given whole or by their fields."""
+    check_options(options)
     given = {name: value for name, value in options.items() if name in _DEPLOYMENT}
     if isinstance(model, Deployment):
         deployment = dataclasses.replace(model, **given)

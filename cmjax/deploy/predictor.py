@@ -188,32 +188,48 @@ class Predictor:
         found = {n: v * g / float(total) for n, v, g in zip(names, values, slopes, strict=True)}
         return dict(sorted(((n, e) for n, e in found.items() if e), key=lambda ne: -abs(ne[1])))
 
+    def batches_that_fit(self, requests: Requests) -> Float[np.ndarray, "batches"]:
+        """Every batch per NPU, up to `MOST_REQUESTS`, with which weights and caches fit HBM.
+
+        Raises: ValueError: not even the smallest batch does.
+        """
+        step = self.machine.dies_per_npu * self.step.microbatches
+        batches = np.arange(step, MOST_REQUESTS + 1, step, dtype=float)
+        memory = self.memory_bytes(dataclasses.replace(requests, batch=batches))
+        fits = batches[sum(memory.values()) <= float(self.machine.chip.hbm_bytes)]
+        if not len(fits):
+            raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
+        return fits
+
+    def step_times_s(
+        self, requests: Requests, batches: Float[np.ndarray, "batches"]
+    ) -> Float[np.ndarray, "batches"]:
+        """Seconds of the steps of these requests at many batches, the host's included."""
+        if requests.load is None or not jnp.ndim(requests.load):
+            at_once = dataclasses.replace(requests, batch=batches)
+            sizes = self.symbols(at_once), self.differences(at_once)
+            return self._steps_s(
+                *jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), batches.shape), sizes)
+            )
+        each = [dataclasses.replace(requests, batch=float(batch)) for batch in batches]
+        symbols = _stacked([self.symbols(one) for one in each])
+        return self._steps_s(symbols, _stacked([self.differences(one) for one in each]))
+
     def largest_batch(self, requests: Requests, slo_tpot_ms: float) -> Requests:
         """The largest batch, up to `MOST_REQUESTS` per NPU, whose TPOT stays within `slo_tpot_ms`
         and whose caches fit HBM.
 
         Raises: ValueError: not even the smallest batch does.
         """
-        step = self.machine.dies_per_npu * self.step.microbatches
-        fits = []
-        for batch in range(step, MOST_REQUESTS + 1, step):
-            candidate = dataclasses.replace(requests, batch=float(batch))
-            if sum(self.memory_bytes(candidate).values()) > float(self.machine.chip.hbm_bytes):
-                break
-            fits.append(candidate)
-        if not fits:
-            raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
-        symbols = [self.symbols(candidate) for candidate in fits]
-        differences = _stacked([self.differences(candidate) for candidate in fits])
-        step_ms = self._steps_s(_stacked(symbols), differences) * 1e3
-        tpot_ms = step_ms / self.tokens_per_step(requests)
-        within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
-        if not within:
+        batches = self.batches_that_fit(requests)
+        tpot_ms = self.step_times_s(requests, batches) * 1e3 / self.tokens_per_step(requests)
+        within = batches[tpot_ms <= slo_tpot_ms]
+        if not len(within):
             raise ValueError(
-                f"slo-tpot-ms {slo_tpot_ms:g} cannot be met: a batch of {step} per NPU already "
-                f"takes {tpot_ms[0]:.1f} ms"
+                f"slo-tpot-ms {slo_tpot_ms:g} cannot be met: a batch of {batches[0]:g} per NPU "
+                f"already takes {tpot_ms[0]:.1f} ms"
             )
-        return within[-1]
+        return dataclasses.replace(requests, batch=float(within[-1]))
 
     def tokens_per_step(self, requests: Requests):
         """Tokens that a request gains in a step: one, and each draft that is accepted."""

@@ -41,8 +41,8 @@ def price_table(program: str, result: Mapping) -> RenderableType:
     title = f"{program} on {result['machine']}"
     table = simple_table(title, "scope", "GFLOP", "HBM MB", "ms on its stream")
     for scope, ms in sorted(result["breakdown"].items(), key=lambda entry: -entry[1]):
-        flops = result["breakdown_flops"][scope]
-        nbytes = result["breakdown_hbm_bytes"][scope]
+        flops = result["breakdown_flops"].get(scope, 0.0)
+        nbytes = result["breakdown_hbm_bytes"].get(scope, 0.0)
         table.add_row(scope, number(flops / 1e9), number(nbytes / 1e6), number(ms))
     total = Text(
         f"{number(result['flops'] / 1e9)} GFLOP, {number(result['hbm_bytes'] / 1e6)} MB of HBM "
@@ -192,6 +192,34 @@ def comparison_table(scores: Mapping[str, Score], objective: str = "mean") -> Re
 def _add_method(table, name, is_best, methods, *cells):
     marked = is_best and methods > 1
     table.add_row(f"{name} ◀" if marked else name, *cells, style="bold" if is_best else "")
+
+
+def search_table(result: Mapping, rows: int = 12) -> RenderableType:
+    """The best deployment of a search, and the ones that nothing beats in both figures.
+
+    Args:
+      result: as `DeploymentSearch.to_dict` gives it. rows: of the front, at most, evenly spread.
+    """
+    front = result["pareto"]
+    latency = "tpot_ms" if "tpot_ms" in front[0] else "ttft_ms"
+    heads = ("EP", "NPUs", "batch", "microbatches", "quant", "KV cache")
+    table = simple_table(
+        "Best in latency or throughput", *heads, latency[:4].upper(), "tokens/s per NPU", "HBM, GB"
+    )
+    step = max(len(front) - 1, 1) / max(rows - 1, 1)
+    shown = dict.fromkeys(min(round(i * step), len(front) - 1) for i in range(rows))
+    for row in (front[i] for i in shown):
+        table.add_row(
+            f"{row['ep']}", f"{row['npus']}", f"{row['batch']:g}", f"{row['microbatches']}",
+            row["quant"], row["kv_cache"], quantity(latency, row[latency]),
+            number(row["tokens_per_s_per_npu"]), number(row["hbm_gb_per_die"]),
+        )  # fmt: skip
+    refused = len(result["refused"])
+    table.caption = (
+        f"{result['candidates']:,} candidates, {result['within_limit']:,} within the limit"
+        + (f"; {refused} structures are not possible" if refused else "")
+    )
+    return Group(_headlines(result["best"]), table)
 
 
 def sensitivity_table(elasticities: Mapping[str, float]) -> RenderableType:
