@@ -18,6 +18,9 @@ _SWITCH = "CMJAX_NATIVE"
 TARGETS = (
     "cmjax_conv1d",
     "cmjax_fsmn_memory",
+    "cmjax_grouped_dot",
+    "cmjax_grouped_msd_int8",
+    "cmjax_grouped_msd_mxfp4",
     "cmjax_mel_energies",
     "cmjax_msd_int8",
     "cmjax_msd_mxfp4",
