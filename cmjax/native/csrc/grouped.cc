@@ -197,11 +197,12 @@ ffi::Error grouped_dot(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
                        ffi::Result<ffi::AnyBuffer> y, bool skip_zeros) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || ws[1] != xs[1] || ys[0] != xs[0] ||
-      ys[1] != ws[2] || starts.element_count() != static_cast<size_t>(ws[0]) ||
+      ys[1] != ws[2] ||
+      (starts.element_count() != 0 && starts.element_count() != static_cast<size_t>(ws[0])) ||
       counts.element_count() != static_cast<size_t>(ws[0])) {
     return ffi::Error::InvalidArgument(
-        "grouped_dot: x must be [rows, inner], w [groups, inner, features], starts and counts "
-        "[groups], and the result [rows, features]");
+        "grouped_dot: x must be [rows, inner], w [groups, inner, features], counts [groups], starts "
+        "too or empty, and the result [rows, features]");
   }
   const Sizes n{xs[0], xs[1], ws[0], ws[2]};
   const auto type = x.element_type();
@@ -209,7 +210,7 @@ ffi::Error grouped_dot(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
     return ffi::Error::InvalidArgument("grouped_dot: x and w must have one dtype");
   }
   const RowGroups lists =
-      row_groups(starts.typed_data(), counts.typed_data(), n.groups, n.rows, x.untyped_data(),
+      row_groups(starts.element_count() == 0 ? nullptr : starts.typed_data(), counts.typed_data(), n.groups, n.rows, x.untyped_data(),
                  n.inner * static_cast<int64_t>(ffi::ByteWidth(type)), skip_zeros);
   if (!lists.valid) {
     return ffi::Error::InvalidArgument(

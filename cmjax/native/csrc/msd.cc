@@ -273,28 +273,25 @@ ffi::Error mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
 // Rows in groups: x [rows, inner], w [groups, features, ...], as in grouped.cc.
 template <typename W, typename S>
 ffi::Error grouped(ffi::Buffer<ffi::F32>& x, const W& w, const S& scale, int64_t codes,
-                   int64_t scales, ffi::Buffer<ffi::S32>& starts, ffi::Buffer<ffi::S32>& counts,
+                   int64_t scales, ffi::Buffer<ffi::S32>& counts,
                    ffi::ResultBuffer<ffi::F32>& y, Sizes& n, std::vector<Span>& spans) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
-  const auto groups = starts.element_count();
+  const auto groups = counts.element_count();
   if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || ws[2] * codes != xs[1] || xs[1] == 0 ||
       ys[0] != xs[0] || ys[1] != ws[1] || groups != static_cast<size_t>(ws[0]) ||
-      counts.element_count() != groups ||
       scale.element_count() != static_cast<size_t>(ws[0] * ws[1] * scales)) {
     return ffi::Error::InvalidArgument(
-        "grouped_msd_dot: x must be [rows, inner], w [groups, features, inner], starts and counts "
+        "grouped_msd_dot: x must be [rows, inner], w [groups, features, inner], counts "
         "[groups], and the result [rows, features]");
   }
   n = {ws[0], xs[0], xs[1], ws[1]};
   const RowGroups lists =
-      row_groups(starts.typed_data(), counts.typed_data(), n.stack, n.rows, nullptr, 0, false);
+      row_groups(nullptr, counts.typed_data(), n.stack, n.rows, nullptr, 0, false);
   if (!lists.valid) {
     return ffi::Error::InvalidArgument(
         "grouped_msd_dot: a group has negative rows, or rows beyond the buffer");
   }
-  for (int64_t g = 0; g < n.stack; ++g) {
-    spans.push_back({starts.typed_data()[g], counts.typed_data()[g]});
-  }
+  for (int64_t g = 0; g < n.stack; ++g) spans.push_back({lists.begin[g], lists.count(g)});
   if (static_cast<int64_t>(lists.rows.size()) < n.rows) {
     std::memset(y->untyped_data(), 0, y->size_bytes());
   }
@@ -302,11 +299,11 @@ ffi::Error grouped(ffi::Buffer<ffi::F32>& x, const W& w, const S& scale, int64_t
 }
 
 ffi::Error grouped_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
-                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> starts,
-                        ffi::Buffer<ffi::S32> counts, ffi::ResultBuffer<ffi::F32> y) {
+                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> counts,
+                        ffi::ResultBuffer<ffi::F32> y) {
   Sizes n;
   std::vector<Span> spans;
-  if (ffi::Error e = grouped(x, w, scale, 1, 1, starts, counts, y, n, spans); e.failure()) return e;
+  if (ffi::Error e = grouped(x, w, scale, 1, 1, counts, y, n, spans); e.failure()) return e;
   if (n.inner > msd::kMostInner) {
     return ffi::Error::InvalidArgument("grouped_msd_dot: inner is too long for int32 sums");
   }
@@ -315,12 +312,12 @@ ffi::Error grouped_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
 }
 
 ffi::Error grouped_mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
-                         ffi::Buffer<ffi::U8> scale, ffi::Buffer<ffi::S32> starts,
-                         ffi::Buffer<ffi::S32> counts, ffi::ResultBuffer<ffi::F32> y) {
+                         ffi::Buffer<ffi::U8> scale, ffi::Buffer<ffi::S32> counts,
+                         ffi::ResultBuffer<ffi::F32> y) {
   Sizes n;
   std::vector<Span> spans;
   const int64_t scales = x.dimensions().size() == 2 ? x.dimensions()[1] / msd::kBlock : 0;
-  if (ffi::Error e = grouped(x, w, scale, 2, scales, starts, counts, y, n, spans); e.failure()) {
+  if (ffi::Error e = grouped(x, w, scale, 2, scales, counts, y, n, spans); e.failure()) {
     return e;
   }
   if (n.inner % msd::kBlock != 0) {
@@ -358,7 +355,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_int8, grouped_int8,
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_mxfp4, grouped_mxfp4,
@@ -367,7 +363,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_mxfp4, grouped_mxfp4,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

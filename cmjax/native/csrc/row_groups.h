@@ -1,5 +1,5 @@
 // Which rows of a buffer meet which matrix of a stack: group g has the rows from starts[g] on,
-// counts[g] of them. Rows of zeros can be left out: a product of zeros is known.
+// counts[g] of them; without `starts`, those that follow the rows of group g - 1. Rows of zeros can be left out: a product of zeros is known.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,10 @@ inline RowGroups row_groups(const int32_t* starts, const int32_t* counts, int64_
   RowGroups found;
   found.begin.reserve(groups + 1);
   found.begin.push_back(0);
+  int64_t next = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t start = starts[g], count = counts[g];
+    const int64_t start = starts == nullptr ? next : starts[g], count = counts[g];
+    next = start + count;
     if (start < 0 || count < 0 || start + count > total) {
       found.valid = false;
       return found;

@@ -69,14 +69,12 @@ def _reference(x, values, scale, sizes, *, format):
 def _native(x, values, scale, sizes, *, format):
     if min(*x.shape, *values.shape) == 0:
         return _reference(x, values, scale, sizes, format=format)
-    starts = jnp.cumsum(sizes) - sizes
     y = native.call(
         f"cmjax_grouped_msd_{format}",
         jax.ShapeDtypeStruct((x.shape[0], values.shape[1]), jnp.float32),
         x.astype(jnp.float32),
         values,
         scale,
-        starts,
         sizes,
     )
     return y.astype(x.dtype)

@@ -25,9 +25,9 @@ MOST_ROWS = 24
 
 
 def stacked_dot(
-    x: Float[Array, "*stack rows k"] | Int8[Array, "*stack rows k"],
+    x: Float[Array, "*stack_and_rows k"] | Int8[Array, "*stack_and_rows k"],
     w: Float[Array, "*stack k n"] | Int8[Array, "*stack k n"],
-) -> Float[Array, "*stack rows n"] | Int32[Array, "*stack rows n"]:
+) -> Float[Array, "*stack_and_rows n"] | Int32[Array, "*stack_and_rows n"]:
     """`x @ w` for each matrix of a stack; without a stack `x` may have any number of rows' axes.
 
         >>> x = jnp.array([[[1.0, 2.0]], [[0.0, 1.0]]])
@@ -102,9 +102,7 @@ def _check(x, w):
 
 def check_dtypes(what, x, w):
     """TypeError unless both are the same floating point, or int8."""
-    if x.dtype != w.dtype or not (
-        x.dtype == jnp.int8 or jnp.issubdtype(x.dtype, jnp.floating)
-    ):
+    if x.dtype != w.dtype or not (x.dtype == jnp.int8 or jnp.issubdtype(x.dtype, jnp.floating)):
         raise TypeError(
             f"{what}: x and w must be of one floating-point dtype, or both int8, got {x.dtype} "
             f"and {w.dtype}"

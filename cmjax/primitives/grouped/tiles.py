@@ -47,9 +47,16 @@ def by_tiles(
         found = product(take(tiles, i), of_group)
         return lax.dynamic_update_index_in_dim(y, found, i, 0)
 
-    y = jnp.zeros((most, tile, features), dtype)
+    y = jnp.broadcast_to(_zero(x, weights, dtype), (most, tile, features))
     y = lax.fori_loop(0, jnp.minimum(last[-1], most), one, y)
     return y.at[at].get(mode="fill", fill_value=0)
+
+
+def _zero(x, weights, dtype):
+    """Zero that varies over mesh axes as a product of these operands does: a loop must not change
+    its carry's type."""
+    first = [a.reshape(-1)[0].astype(dtype) for a in (x, *jax.tree.leaves(weights))]
+    return jnp.where(jnp.zeros((), bool), sum(first[1:], first[0]), jnp.zeros((), dtype))
 
 
 def _tile(rows: int, groups: int) -> int:

@@ -140,6 +140,7 @@ class Generator:
             drafts=self.drafts,
             chunk=chunk,
             sequence_parallel=self.sequence_parallel,
+            greedy=sampler.temperature == 0,
             layered=are_split(self.params),
         )
         programs = compile_programs(

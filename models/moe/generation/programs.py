@@ -42,6 +42,7 @@ class BatchShape:
         holds. drafts: per request and decode step.
       chunk: tokens of a prompt per chunk; `None` for whole prompts.
       sequence_parallel: of prefill.
+      greedy: no token is drawn, so nothing is sorted.
       layered: parameters are those of `split_layers`, caches likewise.
     """
 
@@ -51,6 +52,7 @@ class BatchShape:
     drafts: int = 0
     chunk: int | None = None
     sequence_parallel: bool = False
+    greedy: bool = True
     layered: bool = False
 
 
@@ -120,7 +122,8 @@ def compile_programs(
         lambda spec, sub: jax.tree.map(functools.partial(on_mesh, spec), sub), specs, shapes
     )
     ranks, each = mesh.ranks, sizes.requests
-    like = RequestBatch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, Sampler())
+    sampler = Sampler(temperature=0.0 if sizes.greedy else 1.0)
+    like = RequestBatch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, sampler)
 
     def compiled(whole, *args, donate=()):
         fn = _of_layers(whole) if sizes.layered else whole

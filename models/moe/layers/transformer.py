@@ -37,9 +37,13 @@ Attend = Callable[[MLA | GQA, int, Array, Any], tuple[Array, LayerCache]]
 _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
 
 
+def unrolled_layers() -> contextlib.AbstractContextManager[None]:
+    """A context in which layers are traced one by one instead of as a loop."""
+    return _unrolling()
+
+
 @contextlib.contextmanager
-def unrolled_layers() -> Iterator[None]:
-    """Trace layers one by one instead of as a loop."""
+def _unrolling() -> Iterator[None]:
     token = _unrolled.set(True)
     try:
         yield
