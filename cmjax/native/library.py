@@ -16,6 +16,7 @@ _SWITCH = "CMJAX_NATIVE"
 
 # Every function of the library that computes; the names are those of csrc/*.cc.
 TARGETS = (
+    "cmjax_cached_attention",
     "cmjax_conv1d",
     "cmjax_fsmn_memory",
     "cmjax_grouped_dot",

@@ -12,6 +12,7 @@ from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.steps import abstract_params
 
+_SMALLER: tuple[Precision, ...] = ("bfloat16", "int8")  # than float32, in order
 _EXCHANGE_FRACTION = 0.25
 """Of the memory, what exchange buffers may take; the rest is parameters, caches and the system."""
 
@@ -21,22 +22,34 @@ def check_memory(
 ) -> None:
     """Refuse parameters that cannot fit this machine before making any.
 
-    Raises: ValueError: names the bytes needed and there.
+    Raises: ValueError: names the bytes needed and there, and an arithmetic that would fit.
     """
     if jax.default_backend() != "cpu":
         return
+    needed = parameter_bytes(config, parallelism, mesh, precision, mtp)
+    there = _machine_bytes()
+    if needed <= there:
+        return
+    smaller = {other: parameter_bytes(config, parallelism, mesh, other, mtp) for other in _SMALLER}
+    fit = [f"{name} takes {size / 1e9:,.1f} GB" for name, size in smaller.items() if size <= there]
+    raise ValueError(
+        f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
+        f"this machine has {there / 1e9:,.1f} GB, {(needed - there) / 1e9:,.1f} GB too few; "
+        + (" and ".join(fit) or "choose a smaller model, mesh or precision")
+    )
+
+
+def parameter_bytes(
+    config: MoEConfig, parallelism: Parallelism, mesh: RankMesh, precision: Precision, mtp: bool
+) -> int:
+    """Bytes of the parameters on all ranks of a mesh."""
     shapes = abstract_params(config, parallelism, precision, mtp=mtp)
     specs = param_specs(shapes, parallelism)
     needed = 0
     for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True):
         copies = parallelism.ranks if spec is RANKED else mesh.nodes
         needed += copies * math.prod(leaf.shape) * leaf.dtype.itemsize
-    there = _machine_bytes()
-    if needed > there:
-        raise ValueError(
-            f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
-            f"this machine has {there / 1e9:,.1f} GB; choose a smaller model, mesh or precision"
-        )
+    return needed
 
 
 def exchange_bytes(config: MoEConfig, parallelism: Parallelism, tokens: int) -> int:
