@@ -62,7 +62,7 @@ def _weight(values, scale, format):
 
 
 def _reference(x, values, scale, sizes, *, format):
-    product = lambda x, w: msd_dot(x, _weight(*w, format))  # noqa: E731
+    product = lambda x, w: msd_dot(x, _weight(w[0], w[1], format))  # noqa: E731
     return by_tiles(product, x, (values, scale), sizes, values.shape[1], x.dtype)
 
 
