@@ -1,6 +1,7 @@
 """The test session's JAX: CPU, eight emulated devices, float64 available, no silent promotion;
 and annotations that are checked."""
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 # Traced programs are shared by the session's processes, and by no other session.
 os.environ.setdefault("CMJAX_CACHE", tempfile.mkdtemp(prefix="cmjax-programs-"))
 
+import jax
 import pytest
 from hypothesis import settings
 
@@ -38,6 +40,21 @@ annotations.install(CHECKED, but=UNCHECKED)
 # The first example of a property compiles, and every run tries the same examples.
 settings.register_profile("cmjax", deadline=None, derandomize=True)
 settings.load_profile("cmjax")
+
+_ENDED = itertools.count()
+MOST_MAPS = 40_000
+"""Compiled programs are memory maps; XLA dies of the 65,530th, which Linux does not give."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget compiled programs before a process runs out of memory maps."""
+    maps = Path("/proc/self/maps")
+    if next(_ENDED) % 16 == 0 and maps.exists():
+        with maps.open("rb") as lines:
+            many = sum(1 for _ in lines) > MOST_MAPS
+        if many:
+            jax.clear_caches()
+
 
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 

@@ -93,8 +93,7 @@ class Predictor:
         name = "context" if self.deployment.decoding else "prompt"
         sizes: dict[str, Any] = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
         symbols = self.symbols(Requests(acceptance=acceptance, **sizes))
-        totals = self._prices({}).totals(self.machine, symbols)
-        return np.asarray(totals + self.machine.chip.host_step_s, float)
+        return self._steps_s(symbols)
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
@@ -150,9 +149,7 @@ class Predictor:
             raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
         symbols = [self.symbols(candidate) for candidate in fits]
         stacked = {k: np.stack([s[k] for s in symbols]) for k in symbols[0]}
-        total = self._prices({}).totals(self.machine, stacked)
-        step_ms = np.asarray(total + self.machine.chip.host_step_s) * 1e3
-        tpot_ms = step_ms / self.tokens_per_step(requests)
+        tpot_ms = self._steps_s(stacked) * 1e3 / self.tokens_per_step(requests)
         within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
         if not within:
             raise ValueError(
@@ -164,6 +161,11 @@ class Predictor:
     def tokens_per_step(self, requests: Requests):
         """Tokens that a request gains in a step: one, and each draft that is accepted."""
         return 1 + requests.acceptance * self.step.drafts * self.deployment.decoding
+
+    def _steps_s(self, symbols: dict[str, Any]) -> Float[np.ndarray, "n"]:
+        """Seconds of steps, the host's included, for a row of every size's values."""
+        totals = self._prices({}).totals(self.machine, symbols)
+        return np.asarray(totals + self.machine.chip.host_step_s, float)
 
     def _prices(self, symbols: dict[str, Any]) -> "_Priced":
         """The prices of the program, its kernels chosen at these sizes where they are numbers."""

@@ -8,6 +8,7 @@ from .placement_page import PlacementPage as PlacementPage
 from .plots import ThroughputPoint as ThroughputPoint
 from .plots import plot_load_curve as plot_load_curve
 from .plots import plot_node_bytes as plot_node_bytes
+from .plots import plot_pareto as plot_pareto
 from .plots import plot_placement as plot_placement
 from .plots import plot_rank_curve as plot_rank_curve
 from .plots import plot_step as plot_step
@@ -15,7 +16,6 @@ from .plots import plot_steps_compare as plot_steps_compare
 from .plots import plot_throughput as plot_throughput
 from .plots import plot_timeline as plot_timeline
 from .serving_page import ServingPage as ServingPage
-from .serving_plots import plot_pareto as plot_pareto
 from .serving_tables import measured_table as measured_table
 from .serving_tables import plan_table as plan_table
 from .serving_tables import serving_table as serving_table

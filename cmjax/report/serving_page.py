@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmjax.report.html import Section, write_page
-from cmjax.report.serving_plots import latency_title, plot_latency, plot_queues, queues_title
+from cmjax.report.plots import latency_title, plot_latency, plot_queues, queues_title
 from cmjax.report.units import number, percent
 from cmjax.serving import ServingResult
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cmjax.report.tables import simple_table
 from cmjax.report.units import number, percent
 from cmjax.serving.calibrate import Measured
 
@@ -28,7 +28,7 @@ def serving_table(result: Mapping[str, Any]) -> RenderableType:
     Args:
       result: as `ServingResult.to_dict` gives it.
     """
-    latencies = _table("Latency, ms", "", "mean", "p50", "p90", "p99", "most")
+    latencies = simple_table("Latency, ms", "", "mean", "p50", "p90", "p99", "most")
     for key, words in _LATENCIES:
         found = result[key]
         if found is not None:
@@ -40,7 +40,7 @@ def serving_table(result: Mapping[str, Any]) -> RenderableType:
 
 def measured_table(rows: Sequence[Measured]) -> RenderableType:
     """A measured run beside its simulation."""
-    table = _table("Beside the measured run, ms", "", "measured", "simulated", "error")
+    table = simple_table("Beside the measured run, ms", "", "measured", "simulated", "error")
     for row in rows:
         size = abs(row.error)
         style = "green" if size <= _GOOD else "yellow" if size <= _FAIR else "red"
@@ -82,7 +82,7 @@ def plan_table(result: Mapping[str, Any]) -> RenderableType:
             f"{number(worth[f'{name}_simulated'])} simulated (one more instance)",
         )
     best.add_row("twice the cache", f"{number(result['twice_the_cache'])} requests/s")
-    tried = _table(
+    tried = simple_table(
         "Simulated", "prefill + decode", "batch", "requests/s", "within", "TTFT p99", "TPOT p50",
         "tokens/s",
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _headlines(result: Mapping[str, Any]) -> Table:
 
 
 def _pools(result: Mapping[str, Any]) -> Table:
-    table = _table("Pools", "", "instances", "NPUs each", "busy")
+    table = simple_table("Pools", "", "instances", "NPUs each", "busy")
     for name, busy in result["utilization"].items():
         pool = result["deployment"][name]
         table.add_row(name, str(pool["instances"]), str(pool["npus"]), percent(busy))
@@ -175,11 +175,3 @@ def _notes(result: Mapping[str, Any]) -> list[Text]:
         )
     notes.append(f"{result['events']:,} events in {result['wall_s']:.2f} s ({result['engine']})")
     return [Text(note, style="dim") for note in notes]
-
-
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table

@@ -38,7 +38,7 @@ def prediction_table(result: Mapping) -> RenderableType:
 def price_table(program: str, result: Mapping) -> RenderableType:
     """A priced program: FLOP, HBM bytes and time by scope, and how long each engine is busy."""
     title = f"{program} on {result['machine']}"
-    table = _table(title, "scope", "GFLOP", "HBM MB", "ms on its stream")
+    table = simple_table(title, "scope", "GFLOP", "HBM MB", "ms on its stream")
     for scope, ms in sorted(result["breakdown"].items(), key=lambda entry: -entry[1]):
         flops = result["breakdown_flops"][scope]
         nbytes = result["breakdown_hbm_bytes"][scope]
@@ -53,7 +53,7 @@ def price_table(program: str, result: Mapping) -> RenderableType:
 
 def key_value_table(title: str, values: Mapping[str, object]) -> RenderableType:
     """Names and values; numbers with the unit that their names say."""
-    table = _table(title, "")
+    table = simple_table(title, "")
     table.add_column("", overflow="fold")
     for key, value in values.items():
         table.add_row(key, quantity(key, value) if isinstance(value, float) else str(value))
@@ -73,7 +73,7 @@ def residual_table(fit: Calibration) -> RenderableType:
         )
         for r in fit.residuals
     ]
-    constants = _table("Fitted constants", "constant", "value")
+    constants = simple_table("Fitted constants", "constant", "value")
     for key, value in fit.values.items():
         shown = f"{number(value * 1e6)} µs" if key.endswith("_s") else percent(value)
         constants.add_row(key, shown)
@@ -100,7 +100,7 @@ def placement_table(results: Mapping[str, Score], objective: str = "mean") -> Re
     worst = objective != "mean"
     title = f"Placement, judged by the {objective} of its windows" if worst else "Placement"
     heads = ("PAR of slowest", "slowest workload") if worst else ("mean PAR", "worst layer PAR")
-    table = _table(title, "method", "time (ms)", "over bound", *heads, "balance")
+    table = simple_table(title, "method", "time (ms)", "over bound", *heads, "balance")
     best = min(results, key=lambda name: results[name].cost_s, default=None)
     for name, found in results.items():
         table.add_row(
@@ -134,14 +134,14 @@ def comparison_table(scores: Mapping[str, Score], objective: str = "mean") -> Re
     columns = ["method", "planned\nms", "over\nbound", "PAR\nmean", "\nworst"]
     worst = objective != "mean" and any(len(found.time_s) > 1 for found in some)
     if worst:
-        columns[3:] = ["PAR\nslowest", "workload"]
+        columns[3:] = ["worst\nPAR", "slowest\nworkload"]
     columns += ["step\nPAR"] * stepped + ["nodes/\ntoken"] * reached + ["solved\nin"]
-    planned = _table(f"Placement, judged by the {objective} of its windows", *columns)
+    planned = simple_table(f"Placement, judged by the {objective} of its windows", *columns)
     best = min(scores, key=lambda name: scores[name].cost_s, default=None)
     for name, found in scores.items():
         cells = [number(found.cost_s * 1e3), percent(found.cost_gap, sign=True)]
         if worst:
-            cells += [f"{found.slowest_par:.3f}", found.slowest_name]
+            cells += [f"{found.slowest_par:.2f}", found.slowest_name]
         else:
             cells += [f"{found.mean_par:.2f}", f"{found.worst_par:.2f}"]
         if found.step_par is not None:
@@ -162,7 +162,7 @@ def comparison_table(scores: Mapping[str, Score], objective: str = "mean") -> Re
     tested = {name: found.test for name, found in scores.items() if found.test is not None}
     if not tested:
         return planned
-    table = _table(
+    table = simple_table(
         "On loads they were not planned for",
         "method", "mean\nms", "over\nbound", "PAR\nmean", "\nworst",
     )  # fmt: skip
@@ -184,7 +184,7 @@ def _add_method(table, name, is_best, methods, *cells):
 
 def sensitivity_table(elasticities: Mapping[str, float]) -> RenderableType:
     """What 1 % more of each machine constant does to the step, strongest first."""
-    table = _table("Sensitivity of the step", "machine constant", "step, for +1 %")
+    table = simple_table("Sensitivity of the step", "machine constant", "step, for +1 %")
     table.add_column("")
     ordered = sorted(elasticities.items(), key=lambda item: -abs(item[1]))
     largest = max((abs(e) for _, e in ordered), default=0.0) or 1.0
@@ -215,7 +215,7 @@ def _headlines(result: Mapping) -> Table:
 
 def _blocks(result: Mapping) -> Table:
     blocks, step_ms = roll_up(result["breakdown"]), result["step_ms"]
-    table = _table("Where the time goes", "block", "ms", "of the step")
+    table = simple_table("Where the time goes", "block", "ms", "of the step")
     table.add_column("")
     for block, ms in blocks.items():
         share = ms / step_ms
@@ -249,7 +249,7 @@ def _memory(result: Mapping) -> Text:
 
 
 def _comparison(title: str, rows: Sequence[ValidationRow], model: str = "predicted") -> Table:
-    table = _table(title, "what", model, "published", "error")
+    table = simple_table(title, "what", model, "published", "error")
     for row in rows:
         size = abs(row.error)
         style = "green" if size <= _GOOD else "yellow" if size <= _FAIR else "red"
@@ -271,7 +271,7 @@ def _summary(rows: Sequence[ValidationRow]) -> Text:
     return Text("\n".join(lines))
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
+def simple_table(title: str, first: str, *numbers: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.add_column(first, overflow="fold")

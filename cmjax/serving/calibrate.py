@@ -8,12 +8,11 @@ least squares to the measured first and last tokens of every request, through th
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
+import scipy  # its parts are imported with their first use
 from jaxtyping import Float64
-from scipy.optimize import least_squares, minimize
 
 from cmjax.hardware import Supernode
 from cmjax.serving.assemble import Replay
@@ -24,6 +23,7 @@ from cmjax.serving.serve import simulate
 from cmjax.serving.service import ColocatedPool, Service
 from cmjax.serving.step_times import StepTimes
 from cmjax.serving.traces import Trace, read_trace
+from cmjax.serving.traces.columns import json_record
 
 _NEEDED = ("queued_ts", "first_token_ts", "last_token_ts")
 _STARTS = ((1e-4, 1e-6, 1e-6), (1e-3, 3e-5, 3e-5), (3e-3, 1e-4, 1e-6))
@@ -100,7 +100,7 @@ def read_measured(path: str | Path) -> MeasuredRun:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        record = json.loads(line)
+        record = json_record(line)
         missing = [name for name in _NEEDED if not isinstance(record.get(name), int | float)]
         if missing:
             raise ValueError(f"{path} line {number}: no time {missing[0]}; a measured run has it")
@@ -157,14 +157,14 @@ def calibrate(
 
     bounds = (np.zeros(4), np.full(4, np.inf))
     fits = [
-        least_squares(
+        scipy.optimize.least_squares(
             errors, [*start, 1.0], bounds=bounds, x_scale=[1e-3, 1e-5, 1e-5, 0.1], diff_step=step,
         )
         for start in _STARTS
         for step in _SLOPES
     ]  # fmt: skip
     best = min(fits, key=lambda fit: fit.cost)
-    polished = minimize(
+    polished = scipy.optimize.minimize(
         lambda logs: float((errors(np.exp(logs)) ** 2).sum()), np.log(np.maximum(best.x, 1e-9)),
         method="Nelder-Mead", options={"maxfev": 600, "xatol": 1e-3, "fatol": 1e-10},
     )  # fmt: skip

@@ -52,6 +52,7 @@ def test_a_written_plan_is_judged_as_when_it_was_made(format, capsys, loads, tmp
     assert ("needs:" in said) == (format != "own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["sglang", "vllm-ascend"])
 def test_a_plan_is_made_and_judged_as_its_engine_routes(format, capsys, tmp_path):
     loads, path = tmp_path / "loads.json", tmp_path / "plan.json"
@@ -68,6 +69,7 @@ def test_a_plan_is_made_and_judged_as_its_engine_routes(format, capsys, tmp_path
     assert found["plan"]["mean_par"] == pytest.approx(1.2)
 
 
+@pytest.mark.slow
 def test_copies_stay_within_the_ranks_of_engines_that_want_one_a_rank(capsys, tmp_path):
     loads, path = tmp_path / "loads.json", tmp_path / "plan.json"
     hot = [600, 100, 60, 60, 60, 40, 40, 40]

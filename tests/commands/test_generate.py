@@ -185,6 +185,7 @@ def test_text_in_python_is_the_command_s(capsys, checkpoint):
         assert moe.generate(checkpoint, ["the cat"], 6, chat=True) == [want]
 
 
+@pytest.mark.slow
 def test_a_context_goes_as_far_as_yarn_stretches_it(capsys, tmp_path):
     yarn = YarnConfig(factor=4.0, original_max_position=16, mscale=1.0, mscale_all_dim=1.0)
     config = dataclasses.replace(moe.tiny(), max_position=16, rope=Rope(scaling=yarn), mtp_layers=0)

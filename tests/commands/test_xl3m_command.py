@@ -22,6 +22,7 @@ def _run(text, *more):
     )
 
 
+@pytest.mark.slow
 def test_an_answer_comes_with_the_passages_it_was_taken_from(text, tmp_path, capsys):
     out = tmp_path / "answer.json"
     assert _run(text, "--new-tokens", "4", "--mesh", "2x2", "--json", str(out)) == 0

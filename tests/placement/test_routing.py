@@ -114,6 +114,7 @@ def test_every_method_is_judged_by_the_rule_and_none_beats_its_bound(method, rou
     np.testing.assert_allclose(score.par, tokens.max(-1) / tokens.mean(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS[1:])
 def test_a_search_that_knows_the_rule_beats_one_that_does_not(routing, family):
     told = Problem(family, 8, 8, 2, routing=routing)

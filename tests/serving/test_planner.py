@@ -108,6 +108,7 @@ def test_no_plan_serves_more_than_the_flow_that_bounds_it(planned):
     assert 0.3 * flow < planned.best.goodput_requests_per_s < 1.05 * flow
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_same_on_a_cluster_of_two_workers(planned):
     distributed = pytest.importorskip("distributed")
     with (
@@ -125,6 +126,7 @@ def _double(x: int) -> int:
     return 2 * x
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_same_with_two_processes(planned):
     with executor_of(workers=2) as executor:
         assert small_plan(executor).to_dict() == planned.to_dict()

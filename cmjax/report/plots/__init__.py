@@ -10,6 +10,14 @@ from cmjax.report.plots.placement import (
     plot_rank_curve,
     rank_curve_title,
 )
+from cmjax.report.plots.serving import (
+    latency_title,
+    pareto_title,
+    plot_latency,
+    plot_pareto,
+    plot_queues,
+    queues_title,
+)
 from cmjax.report.plots.step import plot_step, step_lanes, step_title
 from cmjax.report.plots.throughput import ThroughputPoint, plot_throughput, throughput_title
 from cmjax.report.plots.timeline import layer_period, plot_timeline, timeline_title
@@ -17,18 +25,24 @@ from cmjax.report.plots.validation import plot_steps_compare, steps_compare_titl
 
 __all__ = [
     "ThroughputPoint",
+    "latency_title",
     "layer_period",
     "load_curve_title",
     "node_bytes_title",
+    "pareto_title",
     "placement_title",
+    "plot_latency",
     "plot_load_curve",
     "plot_node_bytes",
+    "plot_pareto",
     "plot_placement",
+    "plot_queues",
     "plot_rank_curve",
     "plot_step",
     "plot_steps_compare",
     "plot_throughput",
     "plot_timeline",
+    "queues_title",
     "rank_curve_title",
     "step_lanes",
     "step_title",

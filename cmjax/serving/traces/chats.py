@@ -4,9 +4,7 @@ Text is counted as a token per 4 bytes of UTF-8, which is near what tokenizers o
 it.
 """
 
-import json
-
-from cmjax.serving.traces.columns import Columns, prefix_ids
+from cmjax.serving.traces.columns import Columns, json_record, prefix_ids
 
 _BYTES_PER_TOKEN = 4
 _ANSWERS = ("gpt", "assistant", "model", "bot", "chatgpt")
@@ -19,7 +17,7 @@ class ChatReader:
         self.block_bytes = block_tokens * _BYTES_PER_TOKEN
 
     def add(self, line: bytes, columns: Columns) -> None:
-        record = json.loads(line)
+        record = json_record(line)
         said = b""
         for turn in record.get("conversations") or record.get("messages") or ():
             speaker = turn.get("from") or turn["role"]

@@ -1,8 +1,10 @@
 """Columns of a trace as they are read: compact arrays that grow."""
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +68,22 @@ class Columns:
             block_tokens=block_tokens,
             source=source,
         )  # fmt: skip
+
+
+def json_record(line: bytes | str) -> dict[str, Any]:
+    """The object that a line of JSON holds.
+
+    Raises: ValueError: it holds none.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object but a {type(record).__name__}")
+    return record
 
 
 def prefix_ids(pieces: Iterable[bytes]) -> list[int]:

@@ -1,10 +1,9 @@
 """JSON lines with token counts: a measured run of an engine, or what a load generator sent."""
 
-import json
 from array import array
 from typing import Any
 
-from cmjax.serving.traces.columns import Columns, prefix_ids
+from cmjax.serving.traces.columns import Columns, json_record, prefix_ids
 
 _PROMPT = ("input_length", "input_toks", "input_tokens", "prompt_tokens", "prompt_len", "input_len")
 _OUTPUT = (
@@ -32,7 +31,7 @@ class LengthsReader:
         self.zero: float | None = None
 
     def add(self, line: bytes, columns: Columns) -> None:
-        record = json.loads(line)
+        record = json_record(line)
         time = None
         if self.time is not None:
             given = record[self.time]

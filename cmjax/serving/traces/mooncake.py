@@ -1,8 +1,6 @@
 """Mooncake's traces (FAST'25): times in ms, lengths, and ids of prefix blocks of 512 tokens."""
 
-import json
-
-from cmjax.serving.traces.columns import Columns
+from cmjax.serving.traces.columns import Columns, json_record
 
 
 class MooncakeReader:
@@ -12,7 +10,7 @@ class MooncakeReader:
         self.block_tokens = block_tokens
 
     def add(self, line: bytes, columns: Columns) -> None:
-        record = json.loads(line)
+        record = json_record(line)
         prompt, ids = record["input_length"], record["hash_ids"]
         if type(prompt) is int and prompt > 0 and len(ids) != -(-prompt // self.block_tokens):
             raise ValueError(

@@ -5,7 +5,6 @@ A file is read line by line and only its columns are kept, so that its size on d
 """
 
 import gzip
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import IO, Any
 
 from cmjax.serving.traces.azure import AzureReader
 from cmjax.serving.traces.chats import ChatReader
-from cmjax.serving.traces.columns import Columns
+from cmjax.serving.traces.columns import Columns, json_record
 from cmjax.serving.traces.generate import generate
 from cmjax.serving.traces.lengths import LengthsReader
 from cmjax.serving.traces.mooncake import MooncakeReader
@@ -106,9 +105,9 @@ def _is_gzip(raw: IO[bytes]) -> bool:
 def _reader_of(path: Path, first: bytes, block_tokens: int):
     if first.lstrip().startswith(b"{"):
         try:
-            record = json.loads(first)
+            record = json_record(first)
         except ValueError as error:
-            raise ValueError(f"{path} line 1: not JSON: {error}") from None
+            raise ValueError(f"{path} line 1: {error}") from None
         if "hash_ids" in record:
             return MooncakeReader(block_tokens)
         if "conversations" in record or "messages" in record:

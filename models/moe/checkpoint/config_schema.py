@@ -23,6 +23,11 @@ _LayerNumbers = Annotated[
 ]
 
 
+def token_numbers(tokens: int | list[int] | None) -> tuple[int, ...]:
+    """The numbers of a `Tokens` key; none where it is `null`."""
+    return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
+
+
 class CommonKeys(Struct, kw_only=True):
     """What every family says. Rotary positions are read by `rope_keys`."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from cmjax.models.moe.checkpoint.config_schema import Tokens
+from cmjax.models.moe.checkpoint.config_schema import Tokens, token_numbers
 from cmjax.models.moe.checkpoint.json_file import convert, read_object
 
 FILE = "generation_config.json"
@@ -70,11 +70,10 @@ def read_generation_config(folder: Path) -> GenerationDefaults:
         return GenerationDefaults()
     raw = read_object(path)
     keys = convert(raw, _Keys, path)
-    ends = keys.eos_token_id
     samples = bool(keys.do_sample)
     top_k = keys.top_k if keys.top_k is not None else _TOP_K if samples else 0
     return GenerationDefaults(
-        end_tokens=None if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
+        end_tokens=None if keys.eos_token_id is None else token_numbers(keys.eos_token_id),
         do_sample=samples,
         temperature=1.0 if keys.temperature is None else keys.temperature,
         top_p=1.0 if keys.top_p is None else keys.top_p,

@@ -18,6 +18,7 @@ from cmjax.models.moe.checkpoint.config_schema import (
     KimiK2Keys,
     MixtralKeys,
     Qwen3MoeKeys,
+    token_numbers,
 )
 from cmjax.models.moe.checkpoint.json_file import convert, read_object
 from cmjax.models.moe.checkpoint.rope_keys import read_rope, rope_json
@@ -85,7 +86,6 @@ def parse_config(raw: dict[str, Any], path: Path) -> MoEConfig:
     if missing := [key for key in family.schema.required if key not in renamed]:
         raise ValueError(f"{path}: key {missing[0]!r} is missing")
     keys = convert(renamed, family.schema, path)
-    ends = keys.eos_token_id
     rope = read_rope(raw, keys, path)
     try:
         fields = family.fields(keys)
@@ -100,7 +100,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> MoEConfig:
             max_position=keys.max_position_embeddings,
             norm_eps=keys.rms_norm_eps,
             tie_embeddings=keys.tie_word_embeddings,
-            end_tokens=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+            end_tokens=token_numbers(keys.eos_token_id),
             rope=rope,
             **fields,
         )

@@ -92,6 +92,7 @@ def test_msd_models_equal_float_models_of_the_same_rounded_weights(config, form,
     assert 0 < distance < bound
 
 
+@pytest.mark.slow
 def test_int8_parameters_take_the_bytes_of_their_format():
     def nbytes(form):
         experts = parameters(_converted(LATENT, _of(form)))["main"]["moe"]["layers"]["moe"]

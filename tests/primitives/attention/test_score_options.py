@@ -178,7 +178,8 @@ def test_it_maps_shards_and_exports(name):
     shards = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (q, k, v)]
     compiled = fn.lower(*shards).compile()
     assert "all-" not in compiled.as_text()
-    np.testing.assert_array_equal(compiled(*shards), want)
+    # Half a batch compiles to other sums than a whole one, up to float32's last bit.
+    np.testing.assert_allclose(compiled(*shards), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

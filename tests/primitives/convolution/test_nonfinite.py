@@ -107,6 +107,7 @@ def report() -> None:
             print(case, groups, hash(y.tobytes()), float(y.sum()))
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("isa", ["", "avx2", "scalar"])
 def test_xla_and_the_kernels_of_every_instruction_set_agree_on_them(isa):

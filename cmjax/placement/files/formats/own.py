@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.plan import Plan
+from cmjax.placement.plan import EMPTY, Plan
 from cmjax.placement.routing import ROUTINGS
 
 PLAN_FORMAT = "cmjax-placement"
@@ -79,6 +79,15 @@ def from_own(document: Mapping[str, Any], source: str) -> Plan:
         source,
         routing,
     )
+
+
+def check_only_slots(plan: Plan, form: str) -> None:
+    """Refuse a plan that says more than which expert a slot holds, which is all that `form` can.
+
+    Raises: ValueError: the plan has empty slots, or shares per slot.
+    """
+    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
+        raise ValueError(f"{plan.source}: {form} holds neither empty slots nor shares per slot")
 
 
 def table(rows: Any, name: str, source: str) -> np.ndarray:

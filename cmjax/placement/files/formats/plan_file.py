@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cmjax.files import replace_text
 from cmjax.placement.files.formats import own, sglang, tensorrt_llm, vllm, vllm_ascend
 from cmjax.placement.files.formats.omniplacement import from_omniplacement
@@ -168,10 +166,10 @@ def _from_json(file, ranks, nodes, layer_labels):
 def _from_yaml(file, ranks, nodes):
     source = str(file)
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{source}: expected a plan as YAML, found: {said}") from None
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: expected a plan as YAML, found: {error}") from None
+    document = tensorrt_llm.read_yaml(text, source)
     if not isinstance(document, Mapping) or tensorrt_llm.KEY not in document:
         raise ValueError(
             f"{source}: unknown plan format; expected {tensorrt_llm.KEY} (TensorRT-LLM)"

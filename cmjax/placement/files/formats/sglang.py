@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.formats.own import table
-from cmjax.placement.plan import EMPTY, Plan
+from cmjax.placement.files.formats.own import check_only_slots, table
+from cmjax.placement.plan import Plan
 
 KEY = "physical_to_logical_map"
 
@@ -40,10 +40,7 @@ def to_sglang(plan: Plan, *, model_layers: int | None = None) -> dict[str, Any]:
             f"{plan.source}: SGLang's rows are the model's layers, dense ones included, and this "
             f"plan does not number its layers; number them (first layer 3 for DeepSeek-V3)"
         )
-    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
-        raise ValueError(
-            f"{plan.source}: SGLang's format holds neither empty slots nor shares per slot"
-        )
+    check_only_slots(plan, "SGLang's format")
     last = max(plan.layer_labels)
     if model_layers is not None and model_layers <= last:
         raise ValueError(

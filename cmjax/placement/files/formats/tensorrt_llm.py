@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cmjax.placement.files.formats.own import table
-from cmjax.placement.plan import EMPTY, Plan
+from cmjax.placement.files.formats.own import check_only_slots, table
+from cmjax.placement.plan import Plan
 
 KEY = "initial_global_assignments"
 
@@ -38,10 +38,7 @@ def to_tensorrt_llm(plan: Plan, *, mtp_layers: tuple[int, ...] = ()) -> dict[str
             f"{plan.source}: TensorRT-LLM's rows go by the model's layer numbers, and this plan "
             f"does not number its layers; number them (first layer 3 for DeepSeek-V3)"
         )
-    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
-        raise ValueError(
-            f"{plan.source}: TensorRT-LLM's format holds neither empty slots nor shares per slot"
-        )
+    check_only_slots(plan, "TensorRT-LLM's format")
     rows = dict(zip(plan.layer_labels, plan.expert_of_slot.tolist(), strict=True))
     trivial = (np.arange(plan.slots) % plan.experts).tolist()
     rows |= {layer: trivial for layer in mtp_layers if layer not in rows}
@@ -55,6 +52,18 @@ def to_tensorrt_llm(plan: Plan, *, mtp_layers: tuple[int, ...] = ()) -> dict[str
 def yaml_text(document: Mapping[str, Any]) -> str:
     """The document as YAML, one line per layer."""
     return yaml.safe_dump(document, default_flow_style=None, sort_keys=False, width=10**9)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """What YAML holds.
+
+    Raises: ValueError, one line that starts with `source`, for text that is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{source}: expected a plan as YAML, found: {said}") from None
 
 
 def from_tensorrt_llm(

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.formats.own import table
-from cmjax.placement.plan import EMPTY, Plan
+from cmjax.placement.files.formats.own import check_only_slots, table
+from cmjax.placement.plan import Plan
 
 
 def to_vllm(plan: Plan) -> list[list[int]]:
@@ -20,8 +20,7 @@ def to_vllm(plan: Plan) -> list[list[int]]:
 
     Raises: ValueError if the plan says more than the format can.
     """
-    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
-        raise ValueError(f"{plan.source}: vLLM's map holds neither empty slots nor shares per slot")
+    check_only_slots(plan, "vLLM's map")
     return plan.expert_of_slot.tolist()
 
 

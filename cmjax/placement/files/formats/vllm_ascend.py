@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.placement.files.formats.own import table
-from cmjax.placement.plan import EMPTY, Plan
+from cmjax.placement.files.formats.own import check_only_slots, table
+from cmjax.placement.plan import Plan
 
 KEYS = ("moe_layer_count", "layer_list")
 
@@ -35,10 +35,7 @@ def to_vllm_ascend(plan: Plan) -> dict[str, Any]:
 
     Raises: ValueError if the plan says more than the format can, or a rank holds an expert twice.
     """
-    if plan.split is not None or (plan.expert_of_slot == EMPTY).any():
-        raise ValueError(
-            f"{plan.source}: vLLM-Ascend's format holds neither empty slots nor shares per slot"
-        )
+    check_only_slots(plan, "vLLM-Ascend's format")
     by_rank = plan.expert_of_slot.reshape(plan.layers, plan.ranks, -1)
     ordered = np.sort(by_rank, axis=-1)
     twice = np.argwhere(ordered[..., 1:] == ordered[..., :-1])

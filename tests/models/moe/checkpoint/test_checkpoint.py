@@ -192,6 +192,7 @@ def test_half_precision_files_hold_rounded_values(tmp_path, dtype):
     np.testing.assert_array_equal(got["bias"], want["bias"])  # stays float32
 
 
+@pytest.mark.slow
 def test_int8_weights_are_those_of_the_quantized_float_model(tmp_path):
     model = _random(SMALL)
     save(model, tmp_path)

@@ -62,6 +62,7 @@ def test_entropies_are_the_same_on_any_number_of_devices(nodes):
     np.testing.assert_allclose(_entropies(spread), _entropies(ALONE), atol=CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_entropies_do_not_depend_on_the_batch(batch):
     config = dataclasses.replace(SEGMENTS, batch=batch)

@@ -141,8 +141,8 @@ def _point(found: Judged, npus: int) -> tuple[float, float]:
 
 
 def _plain_numbers(axis, span: float) -> None:
-    """Plain numbers on a logarithmic axis: at 1, 2 and 5 where it spans little."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
+    """Plain numbers on a logarithmic axis: at 1, 2 and 5 where it spans little, at 1 and 3 else."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1, 3)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
