@@ -181,7 +181,7 @@ def own_turn(generator: Any, prompts: np.ndarray, steps: int) -> Callable:
 def transformers_turns(folder: Path, console: Console) -> Iterator[tuple[str, Callable]]:
     """Turns of transformers in float32 and bfloat16, or a line that says why there are none."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         console.print(f"transformers is not measured: {error}; pip install transformers torch")
@@ -218,7 +218,7 @@ def write_checkpoint(model: str, folder: Path) -> None:
     Raises: ValueError: transformers or torch is not installed.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
         import transformers
     except ImportError as error:
         raise ValueError(f"the checkpoint needs transformers and torch ({error})") from None

@@ -1,7 +1,7 @@
 // What the kernels of attention over a cache provide in one instruction set.
 //
-// A few queries of one sequence that share their keys and values, which lie in the cache at a
-// stride: first all scores, then (after the softmax) the weighted sum of the values.
+// Query heads of one token that share their keys and values, which lie in the cache at a stride:
+// first all scores, then (after the softmax) the weighted sum of the values.
 //
 // No C++ standard library here: see msd.h.
 #pragma once

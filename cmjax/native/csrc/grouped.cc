@@ -31,7 +31,9 @@ Kernels kernels() {
 #if defined(__x86_64__)
   namespace avx512 = grouped::avx512;
   namespace avx2 = grouped::avx2;
-  if (isa() == Isa::kAvx512Vnni) return {&avx512::float_columns, &avx512::to_float, &avx512::to_half};
+  if (isa() == Isa::kAvx512Vnni) {
+    return {&avx512::float_columns, &avx512::to_float, &avx512::to_half};
+  }
   if (isa() == Isa::kAvx2) return {&avx2::float_columns, &avx2::to_float, &avx2::to_half};
 #endif
   namespace scalar = grouped::scalar;
@@ -209,9 +211,10 @@ ffi::Error grouped_dot(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
   if (w.element_type() != type) {
     return ffi::Error::InvalidArgument("grouped_dot: x and w must have one dtype");
   }
-  const RowGroups lists =
-      row_groups(starts.element_count() == 0 ? nullptr : starts.typed_data(), counts.typed_data(), n.groups, n.rows, x.untyped_data(),
-                 n.inner * static_cast<int64_t>(ffi::ByteWidth(type)), skip_zeros);
+  const int32_t* first = starts.element_count() == 0 ? nullptr : starts.typed_data();
+  const auto row_bytes = n.inner * static_cast<int64_t>(ffi::ByteWidth(type));
+  const RowGroups lists = row_groups(first, counts.typed_data(), n.groups, n.rows,
+                                     x.untyped_data(), row_bytes, skip_zeros);
   if (!lists.valid) {
     return ffi::Error::InvalidArgument(
         "grouped_dot: a group has negative rows, or rows beyond the buffer");

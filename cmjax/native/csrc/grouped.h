@@ -1,7 +1,7 @@
 // What the kernels of grouped products provide in one instruction set; grouped.cc calls those of
 // the best one.
 //
-//     y[r] = x[r] w[g]      for the rows r of group g, w[g] = [inner, features] as it lies in memory
+//     y[r] = x[r] w[g]      for the rows r of group g, w[g] [inner, features] as it lies in memory
 //
 // Few rows: every column block of a matrix is streamed once, with a row of accumulators for each.
 // Many rows: blocks of the matrix are first laid out as the inner loop reads them, in float32 (or

@@ -87,8 +87,10 @@ inline void int8_tile(const int8_t* const* x, const int32_t* sums, int64_t inner
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       const __m512i* v = acc[r][g];
-      const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
-      const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+      const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
+      const __m512i b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+      const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+      const __m512i d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
       const __m512i lanes[4] = {_mm512_shuffle_i32x4(a, c, 0x88), _mm512_shuffle_i32x4(a, c, 0xdd),
                                 _mm512_shuffle_i32x4(b, d, 0x88), _mm512_shuffle_i32x4(b, d, 0xdd)};
 #pragma GCC unroll 4

@@ -65,7 +65,8 @@ struct Free {
 using Scratch = std::unique_ptr<uint8_t[], Free>;
 
 Scratch aligned_bytes(int64_t count) {
-  return Scratch(static_cast<uint8_t*>(::operator new[](count, std::align_val_t{64}, std::nothrow)));
+  void* bytes = ::operator new[](count, std::align_val_t{64}, std::nothrow);
+  return Scratch(static_cast<uint8_t*>(bytes));
 }
 
 template <typename A, typename W>

@@ -1,5 +1,6 @@
 // Which rows of a buffer meet which matrix of a stack: group g has the rows from starts[g] on,
-// counts[g] of them; without `starts`, those that follow the rows of group g - 1. Rows of zeros can be left out: a product of zeros is known.
+// counts[g] of them; without `starts`, those that follow the rows of group g - 1. Rows of zeros can
+// be left out: a product of zeros is known.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,8 @@ inline bool all_zero(const uint8_t* bytes, int64_t size) {
   return bytes[0] == 0 && std::memcmp(bytes, bytes + 1, size - 1) == 0;
 }
 
-// `x` has `total` rows of `row_bytes`; without `skip` it is not read. A group with negative rows, or
-// with rows beyond the buffer, makes the result invalid.
+// `x` has `total` rows of `row_bytes`; without `skip` it is not read. A group with negative rows,
+// or with rows beyond the buffer, makes the result invalid.
 inline RowGroups row_groups(const int32_t* starts, const int32_t* counts, int64_t groups,
                             int64_t total, const void* x, int64_t row_bytes, bool skip) {
   RowGroups found;

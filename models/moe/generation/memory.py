@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import jax
 
@@ -87,5 +88,13 @@ def chunk_that_fits(
     return 2 ** int(math.log2(room // each))
 
 
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory of this machine, or less where a container is limited to that."""
+    there = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in map(Path, _CGROUP_LIMITS):
+        text = path.read_text().strip() if path.is_file() else "max"
+        there += [int(text)] if text.isdecimal() else []
+    return min(there)

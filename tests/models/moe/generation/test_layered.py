@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from cmjax.models.moe import open_generator, tiny
-from cmjax.models.moe.generation import memory
 from cmjax.models.moe.generation.batch import Sampler
 from cmjax.models.moe.generation.layered import are_split
 from cmjax.models.moe.generation.open import GeneratorOptions
@@ -62,28 +61,6 @@ def test_greedy_tokens_are_those_of_a_nucleus_of_one():
     """Sampling from the likeliest token alone takes the path that sorts."""
     generator = open_generator(tiny())
     greedy = generator.generate(PROMPTS, 6)
-    sorting = generator.generate(PROMPTS, 6, sampler=Sampler(temperature=1.0, top_p=0.0))
+    sorting = generator.generate(PROMPTS, 6, sampler=Sampler(temperature=1.0, top_k=1))
     assert _tokens(greedy) == _tokens(sorting)
     assert len(np.unique(np.concatenate(_tokens(greedy)))) > 1
-
-
-def test_a_model_larger_than_memory_says_what_would_fit(monkeypatch):
-    config = tiny()
-    generator = open_generator(config)
-    sizes = {
-        name: memory.parameter_bytes(config, generator.parallelism, generator.mesh, name, mtp=False)
-        for name in ("float32", "bfloat16", "int8")
-    }
-    assert sizes["int8"] < sizes["bfloat16"] < sizes["float32"]
-
-    def check(there):
-        monkeypatch.setattr(memory, "_machine_bytes", lambda: there)
-        memory.check_memory(config, generator.parallelism, generator.mesh, "float32", mtp=False)
-
-    check(sizes["float32"])
-    with pytest.raises(ValueError, match=r"GB too few; int8 takes .* GB$"):
-        check(sizes["int8"])
-    with pytest.raises(ValueError, match=r"too few; bfloat16 takes .* and int8 takes"):
-        check(sizes["bfloat16"])
-    with pytest.raises(ValueError, match="choose a smaller model, mesh or precision"):
-        check(sizes["int8"] - 1)
