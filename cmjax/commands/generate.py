@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -64,6 +65,8 @@ class Generate:
         default_factory=GeneratorOptions
     )
     """What the model computes in, and how it is spread over the ranks."""
+    threads: int | None = None
+    """Cores to compute on (default: all that this process may use)."""
     new_tokens: int = 64
     """Most tokens to add to each prompt."""
     context: int | None = None
@@ -103,6 +106,7 @@ class Generate:
             log.print("no tokenizer: every byte is a token")
         prompts = self._prompts(tokenizer)
         check_prompts(config, prompts, self.new_tokens, self.context)
+        limit_threads(self.threads)
         prepare_mesh(mesh, self.mesh)
         started = time.perf_counter()
         with show_progress("loading") as progress:
@@ -229,6 +233,24 @@ def open_model(
     assert random is not None, "one of the two is there"
     config = load_config(random)
     return config, config
+
+
+def limit_threads(threads: int | None) -> None:
+    """Keep this process, and the threads that JAX will start, to so many cores.
+
+    Raises: ValueError: less than one, more than this process may use, or a system that cannot.
+    """
+    if threads is None:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("--threads: this system cannot keep a process to some of its cores")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(cores):
+        raise ValueError(
+            f"--threads must be 1 to {len(cores)}, the cores that this process may use; got "
+            f"{threads}"
+        )
+    os.sched_setaffinity(0, cores[:threads])
 
 
 def prepare_mesh(mesh: RankMesh, given: str) -> None:

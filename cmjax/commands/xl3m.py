@@ -87,6 +87,7 @@ class XL3M:
                 GeneratorOptions(arithmetic=self.arithmetic, drafts=0),
                 prompt_tokens=sizes.window - self.new_tokens,
                 seed=self.seed,
+                split=False,  # the scorer scans the stack
                 progress=progress,
             )
         key = self._key_context(generator, sizes, content, question, log)

@@ -190,10 +190,12 @@ class RequestBatch:
         self.done += emitted
 
     def _sampling(self, uniform) -> Sampling:
-        full = np.ones(self.lengths.shape, np.float32)
         how = self.sampler
+        if how.temperature == 0:
+            return Sampling(uniform, None, None)  # type: ignore
+        full = np.ones(self.lengths.shape, np.float32)
         # colder than this, scores divided by the temperature leave float32
-        temperature = max(how.temperature, 1e-5) if how.temperature else 0.0
+        temperature = max(how.temperature, 1e-5)
         limit = np.full(self.lengths.shape, how.top_k or 2**31 - 1, np.int32)
         return Sampling(uniform, temperature * full, how.top_p * full, limit)  # type: ignore
 
