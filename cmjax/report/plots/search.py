@@ -14,6 +14,7 @@ _NAMED = 6
 def search_title(found: DeploymentSearch) -> str:
     """The finding: the best deployment, and what it reaches."""
     best = found.best
+    assert best.requests.batch is not None
     reached = number(float(best.tokens_per_s_per_npu))
     limit = "" if np.isinf(found.limit_s) else f" within {found.limit_s * 1e3:g} ms"
     return (
