@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cmjax.cost.price import price
 from cmjax.cost.ranks import mesh_for
+from cmjax.cost.waiting import wait_s
 from cmjax.hardware import Supernode
 from cmjax.primitives import attention, combine, dispatch, latent_attention
 from cmjax.program import Program, fused, trace
@@ -23,11 +24,17 @@ _DTYPES = {"int8": jnp.int8, "bf16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class MicroBenchmark:
-    """A traced micro-benchmark and how its result is reported."""
+    """A traced micro-benchmark, how its result is reported, and whose kernels it runs.
+
+    `after_s`: of what work its `ranks` come, so that they wait for the slowest one.
+    """
 
     program: Program
     flops: float
     kv_bytes: float
+    engine: str | None = None
+    ranks: int = 1
+    after_s: float = 0.0
 
     def measure(self, machine: Supernode) -> dict:
         """Results on `machine`, differentiable in its constants.
@@ -35,7 +42,9 @@ class MicroBenchmark:
         Returns: `us` (time), `tflops` (useful FLOP over time), `utilization` (of the 8- or 16-bit
         peak), `gb_per_s` (cache or weight bytes over time).
         """
+        machine = machine.under(self.engine)
         seconds = price(self.program, machine, {}).total_s
+        seconds += wait_s(self.after_s, self.ranks, machine)
         totals = self.program.totals({})
         peak = (
             machine.chip.cube_flops_8bit
@@ -60,8 +69,13 @@ def micro_exchange(
     hidden: int = 7168,
     experts: int = 256,
     quant: str = "int8",
+    engine: str | None = None,
+    after: int = 0,
 ) -> MicroBenchmark:
-    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread."""
+    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread,
+    with the kernels of a serving engine (default: the machine's first one), as a rank of mean speed
+    sees it after `after` microseconds of work (0: all ranks start together)."""
+    machine.running(engine)
     mesh = mesh_for(ep, machine)
     slots_per_rank = max(1, experts // ep)
     common = {"axes": mesh.axes, "ranks": ep, "slots_per_rank": slots_per_rank}
@@ -83,7 +97,7 @@ def micro_exchange(
     else:
         program = trace(receive, rows, slots, weights, axis_sizes=axis_sizes)
     filled = tokens * copies / (ep * slots_per_rank)
-    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0)
+    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0, engine, ep, after * 1e-6)
 
 
 def micro_gemm(

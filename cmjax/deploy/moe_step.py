@@ -77,7 +77,8 @@ def build_step(
     # Splitting heads over nodes pays where the scale-up network spans them.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
     sequence_parallel = machine.fabric.shared_ports and splits
-    drafts = int(deployment.mtp and config.mtp_layers > 0)
+    drafting = deployment.mtp and config.mtp_layers > 0
+    drafts = (deployment.drafts if deployment.decoding else 1) * drafting
     requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
     common = {
         "precision": dataclasses.replace(

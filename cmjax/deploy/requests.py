@@ -1,6 +1,7 @@
 """What an instance serves: how many requests at a time, how long, how many drafts are right."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
@@ -30,8 +31,12 @@ class Requests:
     """Generated tokens of a request; decode is priced in the middle of them."""
     context: Number | None = None
     """Cached tokens of a request in decode, in place of prompt and output."""
-    acceptance: Annotated[Number, tyro.conf.arg(name="mtp-acceptance")] = 0.7
-    """Probability that a draft is accepted (ignored without drafts)."""
+    context_spread: Number | None = None
+    """Standard deviation of requests' context (or prompt) lengths over their mean; by default what
+    being anywhere between the prompt and the last generated token makes."""
+    acceptance: Annotated[Number | tuple[Number, ...], tyro.conf.arg(name="mtp-acceptance")] = 0.7
+    """Probability that a draft is accepted if those before it were: one for all drafts, or one for
+    each (ignored without drafts)."""
     load: Annotated[Any, tyro.conf.Suppress] = None
     """Rows on the slowest rank over the mean, one number or one per MoE layer; `None` is a load of
     equal expectation on all ranks, with the scatter that routing a finite batch leaves."""
@@ -54,16 +59,52 @@ class Requests:
             value = getattr(self, name)
             if _known(value) and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value:g}")
+        spread: Any = self.context_spread
+        if _known(spread) and not 0 <= spread < float("inf"):
+            raise ValueError(f"context-spread must not be negative, got {spread:g}")
         if _known(self.output) and not 0 <= self.output < float("inf"):
             raise ValueError(f"output must not be negative, got {self.output:g}")
-        if _known(self.acceptance) and not 0 <= self.acceptance <= 1:
-            raise ValueError(f"mtp-acceptance must lie in 0..1, got {self.acceptance:g}")
+        each = self.acceptance if isinstance(self.acceptance, tuple) else (self.acceptance,)
+        for chance in each:
+            if _known(chance) and not 0 <= chance <= 1:
+                raise ValueError(f"mtp-acceptance must lie in 0..1, got {chance:g}")
+
+    def tokens_per_step(self, drafts: int) -> Number:
+        """Tokens that a request gains in a step of decode: one, and each draft that is accepted.
+
+        A draft counts if it and all before it are accepted: `1 + a1 + a1 a2 + ...`.
+        Raises: ValueError: as many acceptances as there are drafts were not given.
+
+        >>> round(Requests(acceptance=(0.8, 0.5)).tokens_per_step(2), 6)
+        2.2
+        """
+        each = self.acceptance
+        if not isinstance(each, tuple):
+            each = (each,) * drafts
+        if drafts and len(each) != drafts:
+            raise ValueError(
+                f"mtp-acceptance has {len(each)} numbers for {drafts} draft(s); give one for all, "
+                "or one for each"
+            )
+        total, chance = 1.0, 1.0
+        for accepted in each[:drafts]:
+            chance = chance * accepted
+            total = total + chance
+        return total
 
     def length(self, phase: Phase) -> Number:
         """Tokens per request at which a step is priced."""
         if phase == "prefill":
             return self.prompt
         return self.prompt + self.output / 2 if self.context is None else self.context
+
+    def length_spread(self, phase: Phase) -> Number:
+        """Standard deviation of the tokens per request over their mean."""
+        if self.context_spread is not None:
+            return self.context_spread
+        if phase == "prefill" or self.context is not None:
+            return 0.0
+        return self.output / math.sqrt(12.0) / self.length(phase)
 
     def longest(self, phase: Phase) -> Number:
         """Tokens per request that the caches must hold."""
