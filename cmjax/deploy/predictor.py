@@ -131,7 +131,7 @@ class Predictor:
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
         given = self._given(requests.batch, requests.length(self.deployment.phase))
-        load = requests.load
+        load = requests.load if self.step.copies else 1.0
         if load is None:
             even = self.step.symbols(given | {"load": 1.0})
             rows_per_rank = even["slot_rows"] * self.step.expert_slots
