@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
 FOLDERS = ("cmjax", "models", "train", "studies", "benchmarks")
 FLOORS = {
+    "inputs": -1,
     "files": 0,
     "occupancy": 0,
     "console": 1,

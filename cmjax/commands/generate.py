@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from cmjax.console import check_target, emit, show_progress
+from cmjax.inputs import read_text
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.checkpoint.hf_config import load_config
@@ -131,11 +132,7 @@ class Generate:
         """Prompts given as text."""
         if self.prompt_file is None:
             return self.prompt
-        try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.prompt_file}: cannot be read ({error})") from None
-        return *self.prompt, *filter(None, lines)
+        return *self.prompt, *filter(None, read_text(self.prompt_file).splitlines())
 
     def _sampler(self, defaults: GenerationDefaults) -> Sampler:
         return Sampler.of(

@@ -25,6 +25,7 @@ from cmjax.cost.micro import micro
 from cmjax.files import replace_text
 from cmjax.hardware import Supernode, replace_leaf, sources
 from cmjax.hardware.units import UNITS
+from cmjax.inputs import read_text
 
 ROBUST = 0.05
 """Relative error beyond which a row pulls linearly instead of quadratically."""
@@ -115,7 +116,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, int | str]:
 
 def write_back(path: Path, values: dict[str, float]) -> None:
     """Put fitted values into a machine's TOML file, leaving everything else as it is."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     for dotted, value in values.items():
         table, _, key = dotted.rpartition(".")
         shown = f"{value / UNITS['s']['us']:.4g} us" if key.endswith("_s") else f"{value:.2%}"

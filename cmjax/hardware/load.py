@@ -6,13 +6,13 @@ Every quantity is a table `{ value = "1.6 TB/s", source = "..." }`; a count is
 
 import dataclasses
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cmjax.hardware.machine import Chip, Efficiency, Exchange, Fabric, Supernode, Tier
 from cmjax.hardware.units import parse_quantity
+from cmjax.inputs import parse_toml, read_text
 
 _TIER = {"bandwidth_bytes_per_s": "bytes/s", "latency_s": "s"}
 _SCHEMA: dict[str, Any] = {
@@ -53,6 +53,8 @@ _SCHEMA: dict[str, Any] = {
     "npus_per_node": "count",
     "dies_per_npu": "count",
 }
+_MOST_BYTES = 1_000_000
+_MOST_RANKS = 2**20
 _MAY_BE_ZERO = {"interference", "flag_s", "host_step_s", "kernel_startup_s"}
 
 
@@ -77,14 +79,16 @@ def load_machine(name_or_path: str | Path) -> Supernode:
         negative or unit-less value; the message names file, key and what was expected.
     """
     text, origin = _read(str(name_or_path))
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{origin}: not valid TOML: {error}") from None
+    tree = parse_toml(text, origin)
     name = tree.pop("name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f'{origin}: key "name" is missing; expected name = "my-machine"')
     values = _parse(tree, _SCHEMA, origin, prefix="")
+    ranks = values["nodes"] * values["npus_per_node"] * values["dies_per_npu"]
+    if ranks > _MOST_RANKS:
+        raise ValueError(
+            f"{origin}: {shown(ranks)} ranks (dies); at most {_MOST_RANKS:,} are priced"
+        )
     fabric = dict(values["fabric"])
     for tier in ("die", "node", "supernode", "rdma", "vpc"):
         fabric[tier] = Tier(**fabric[tier])
@@ -102,7 +106,7 @@ def load_machine(name_or_path: str | Path) -> Supernode:
 
 def sources(name_or_path: str | Path) -> dict[str, str]:
     """Where each number of a machine comes from: dotted key -> source."""
-    text, _ = _read(str(name_or_path))
+    text, origin = _read(str(name_or_path))
 
     def walk(tree, prefix):
         for key, value in tree.items():
@@ -111,7 +115,7 @@ def sources(name_or_path: str | Path) -> dict[str, str]:
             elif isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
 
-    return dict(walk(tomllib.loads(text), ""))
+    return dict(walk(parse_toml(text, origin), ""))
 
 
 def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
@@ -126,11 +130,9 @@ def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
 
 def _read(name_or_path: str) -> tuple[str, str]:
     if name_or_path.endswith(".toml"):
-        path = Path(name_or_path)
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"machine file {path}: cannot be read: {error}") from None
+        source = str(Path(name_or_path))
+        text = read_text(source, most_bytes=_MOST_BYTES, source=f"machine file {source}")
+        return text, source
     known = catalog()
     if name_or_path not in known:
         close = difflib.get_close_matches(name_or_path, known, n=2) or known
@@ -162,7 +164,7 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
         raise ValueError(f'{origin}: key "{key}" is missing; expected {_describe(expected)}')
     if not isinstance(entry, dict) or "value" not in entry:
         raise ValueError(
-            f'{origin}: key "{key}" must be a table with value and source, got {entry!r}'
+            f'{origin}: key "{key}" must be a table with value and source, got {shown(entry)}'
         )
     if not isinstance(entry.get("source"), str) or not entry["source"]:
         raise ValueError(f'{origin}: key "{key}" has no source; say where the number is from')
@@ -172,8 +174,10 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
             raise ValueError(f'{origin}: key "{key}" must be true or false, got {value!r}')
         return value
     if expected in ("count", "number"):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'{origin}: key "{key}" must be a whole number >= 1, got {value!r}')
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+            raise ValueError(
+                f'{origin}: key "{key}" must be a whole number >= 1, got {shown(value)}'
+            )
         return value if expected == "count" else float(value)
     try:
         number = parse_quantity(value, expected)

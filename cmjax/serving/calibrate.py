@@ -15,6 +15,7 @@ import scipy  # its parts are imported with their first use
 from jaxtyping import Float64
 
 from cmjax.hardware import Supernode
+from cmjax.inputs import read_text
 from cmjax.serving.assemble import Replay
 from cmjax.serving.engine.table import Table
 from cmjax.serving.metrics import PERCENTILES
@@ -97,7 +98,7 @@ def read_measured(path: str | Path) -> MeasuredRun:
     """
     trace = read_trace(path)
     times = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         record = json_record(line)

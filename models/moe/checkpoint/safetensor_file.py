@@ -19,7 +19,8 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from cmjax.models.moe.checkpoint.json_file import convert, distinct
+from cmjax.inputs import parse_json
+from cmjax.models.moe.checkpoint.json_file import convert
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -128,11 +129,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        header = json.loads(text, object_pairs_hook=distinct)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file (its header is no JSON)") from None
+        header = parse_json(text, "")
     except ValueError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a safetensors file (its header: {error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a safetensors file (its header is no JSON object)")
     return header, 8 + length, size
