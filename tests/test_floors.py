@@ -13,6 +13,7 @@ FOLDERS = ("cmjax", "models", "train", "studies", "benchmarks")
 FLOORS = {
     "inputs": -1,
     "files": 0,
+    "interrupt": 0,
     "occupancy": 0,
     "console": 1,
     "sweep": 2,

@@ -30,9 +30,9 @@ class Fit:
     def run(self, console: Console) -> None:
         check_target(self.json, self.write)
         machine = load_machine(self.machine)
-        rows = read_measurements(self.rows or self.machine)
+        rows = read_measurements(self.machine if self.rows is None else self.rows)
         found = fit(machine, fitted_keys(self.machine), rows)
-        if self.write:
+        if self.write is not None:
             write_back(self.write, found.values)
         result = {
             "machine": machine.name,
@@ -63,10 +63,11 @@ class Validate:
 
     def run(self, console: Console) -> None:
         check_target(self.json)
-        if self.csv:
-            todo = {self.on or "cloudmatrix384": read_measurements(self.csv)}
+        if self.csv is not None:
+            on = "cloudmatrix384" if self.on is None else self.on
+            todo = {on: read_measurements(self.csv)}
         else:
-            names = [self.on] if self.on else measured_machines()
+            names = measured_machines() if self.on is None else [self.on]
             todo = {name: read_measurements(name) for name in names}
         found = {name: validate(track(rows, name), name) for name, rows in todo.items()}
         result = {

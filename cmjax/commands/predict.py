@@ -11,6 +11,7 @@ from cmjax import report
 from cmjax.console import check_target, emit
 from cmjax.deploy import Deployment, Requests, predictor_of
 from cmjax.placement import read_plan
+from cmjax.report.plots.figure import checked_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Predict:
 
     def run(self, console: Console) -> None:
         check_target(self.json, self.trace, self.plot)
+        if self.plot is not None:
+            checked_path(self.plot)
         plan = None if self.plan is None else read_plan(self.plan)
         prediction = self.predict(plan)
         result = prediction.to_dict()

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cmjax.commands.generate import open_model, prepare_mesh
 from cmjax.console import check_target, emit, show_progress
+from cmjax.console import log as to_stderr
 from cmjax.inputs import read_text
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import MoEConfig
@@ -66,7 +67,7 @@ class XL3M:
         Raises: ValueError: bad input.
         """
         check_target(self.json)
-        log = Console(stderr=True)
+        log = to_stderr()
         sampler = Sampler(temperature=self.temperature, seed=self.seed)
         mesh = RankMesh.parse(self.mesh)
         text = _read_text(self.text)

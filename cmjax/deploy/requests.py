@@ -8,6 +8,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from cmjax.deploy.deployment import Deployment, Phase
+from cmjax.inputs import check_number
 
 if TYPE_CHECKING:
     Number = float | Float[Array, "..."]
@@ -15,6 +16,8 @@ else:
     Number = float  # what a command line reads
 PREFILL_TOKENS = 16384
 """Prompt tokens per NPU and step that a prefill instance batches by default."""
+
+_LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**8, "context": 10**8}
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +55,10 @@ class Requests:
     def _check(self) -> None:
         for name in ("batch", "prompt", "context"):
             value = getattr(self, name)
-            if _known(value) and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value:g}")
-        if _known(self.output) and not 0 <= self.output < float("inf"):
-            raise ValueError(f"output must not be negative, got {self.output:g}")
+            if _known(value):
+                check_number(name, value, above=0, least=_LEAST, most=_MOST[name])
+        if _known(self.output):
+            check_number("output", self.output, least=0, most=_MOST["prompt"])
         if _known(self.acceptance) and not 0 <= self.acceptance <= 1:
             raise ValueError(f"mtp-acceptance must lie in 0..1, got {self.acceptance:g}")
 

@@ -58,7 +58,7 @@ def check_seed(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a seed: 0 to `MOST_SEED`."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_SEED:
         return
-    raise ValueError(f"{name} must be a whole number from 0 to {MOST_SEED}, got {shown(value)}")
+    raise ValueError(f"{name} must be 0 to {MOST_SEED}, got {shown(value)}")
 
 
 def whole_numbers(

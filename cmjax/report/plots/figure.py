@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from cmjax.files import check_writable, replaced
+
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A"
 INK, FAINT, PALE = "#222222", "#666666", "#EFEFEF"
@@ -76,8 +78,7 @@ def checked_path(path: str | Path) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         found = repr(path.suffix) if path.suffix else "no suffix"
         raise ValueError(f"{path}: figures are written as {' or '.join(SUFFIXES)}, got {found}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    check_writable(path)
     return path
 
 
@@ -100,8 +101,8 @@ def save(figure: Figure, path: str | Path) -> None:
     path = checked_path(path)
     suffix = path.suffix.lower()
     stamp = {"Date": None} if suffix == ".svg" else {"Software": None}
-    with rc_context({"svg.hashsalt": "cmjax"}):  # else an SVG's ids are random
-        figure.savefig(path, format=suffix[1:], dpi=_DPI[suffix], metadata=stamp)
+    with rc_context({"svg.hashsalt": "cmjax"}), replaced(path) as file:  # else ids are random
+        figure.savefig(file, format=suffix[1:], dpi=_DPI[suffix], metadata=stamp)
 
 
 def quiet_axes(axes: Axes, *, keep: Sequence[str] = ("left", "bottom")) -> None:

@@ -9,7 +9,6 @@ a map and knows no FP8 in NumPy; the tests compare with it.
 import dataclasses
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from cmjax.files import replaced
 from cmjax.inputs import parse_json
 from cmjax.models.moe.checkpoint.json_file import convert
 
@@ -183,8 +183,7 @@ def write_tensors(
         offset += spec.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replaced(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, spec), (given, tensor) in zip(specs.items(), tensors, strict=True):
             if name != given or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
@@ -193,4 +192,3 @@ def write_tensors(
                     f" got {given!r} as {tensor.dtype}{list(tensor.shape)}"
                 )
             file.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
-    os.replace(partial, path)

@@ -61,7 +61,8 @@ def plan_text(
         )
     if beside and format != "own":
         raise ValueError(f"plan_text: {format}'s file holds a plan only, not {', '.join(beside)}")
-    last = model_layers or (max(plan.layer_labels) + 1 if plan.layer_labels else plan.layers)
+    last = max(plan.layer_labels) + 1 if plan.layer_labels else plan.layers
+    last = last if model_layers is None else model_layers
     if format == "tensorrt-llm":
         more = tuple(range(last, last + mtp_layers))
         return tensorrt_llm.yaml_text(tensorrt_llm.to_tensorrt_llm(plan, mtp_layers=more))

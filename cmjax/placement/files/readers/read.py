@@ -171,6 +171,8 @@ def read_pairs(path: str | Path) -> dict[str, Float[np.ndarray, "steps experts e
 
 def _scenarios(path: str | Path, experts: int | None) -> Scenarios:
     """All recordings of a file, or of a folder with what is below it, by name."""
+    if not str(path).strip():
+        raise ValueError("the file or folder of loads has no name; give `.` for the current folder")
     place, name = _chosen(path)
     if place.is_dir():
         found = _of_folder(place, experts)
