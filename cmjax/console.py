@@ -33,6 +33,15 @@ Progress = Callable[[int, int, str], None]
 note such as the best time so far, which may be empty."""
 
 
+class UsersFault(ValueError):
+    """A program that a user gave failed; `lines` are those of its traceback, shown before the
+    message."""
+
+    def __init__(self, message: str, lines: str):
+        super().__init__(message)
+        self.lines = lines
+
+
 def exit_code(run: Callable[[], None]) -> int:
     """Run a program and say how it went, with one line on stderr if it failed.
 
@@ -64,6 +73,8 @@ def _stopped(terminated: bool) -> int:
 def _failed(error: Exception) -> int:
     """Say what is wrong in one line; the exit code."""
     said = " ".join(str(error).split())
+    if isinstance(error, UsersFault) and error.lines:
+        _say(error.lines)
     if isinstance(error, ValueError):
         _say(f"error: {said or type(error).__name__}")
         return 2

@@ -14,6 +14,7 @@ from cmjax.console import check_target, emit
 from cmjax.cost import Timeline, prepare, price
 from cmjax.cost.host import on_host
 from cmjax.hardware import load_machine
+from cmjax.program.users_code import users_code
 
 _MOST_SIZE = 1e15
 
@@ -42,16 +43,14 @@ class Price:
         check_target(self.json, self.trace)
         machine = load_machine(self.on)
         given = parse_sizes(self.size)
-        found = prepare(
-            self.program,
-            machine,
-            given,
-            static=parse_static(self.static),
-            tiers=parse_tiers(self.tier),
-        )
+        static, tiers = parse_static(self.static), parse_tiers(self.tier)
+        with users_code(self.program):
+            found = prepare(self.program, machine, given, static=static, tiers=tiers)
         program = found.program
         timeline = on_host(lambda sizes: price(program, machine, sizes))(found.symbols)
         work = program.totals({k: float(np.mean(v)) for k, v in found.symbols.items()})
+        if not float(timeline.total_s) > 0:
+            raise ValueError(f"program {self.program!r}: it computes nothing that has a price")
         result = priced(timeline, work) | {"machine": machine.name, "sizes": given}
         if self.trace:
             timeline.to_perfetto(self.trace)

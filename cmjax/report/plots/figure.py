@@ -4,7 +4,9 @@ Figures are made without pyplot, so importing or drawing leaves matplotlib's glo
 Colours are Okabe and Ito's (jfly.uni-koeln.de/color, 2008).
 """
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -37,6 +39,21 @@ BLOCK_COLOURS = {
 WIDTH_INCHES = 8.0
 SUFFIXES = (".png", ".svg")
 _DPI = {".png": 200, ".svg": 100}
+
+
+def plain_text[**Arguments, Result](
+    draw: Callable[Arguments, Result],
+) -> Callable[Arguments, Result]:
+    """A drawing function whose texts are shown as they are: names that users give are no formulas,
+    and one with a letter that the font lacks says nothing on the terminal."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def new_figure(height_inches: float) -> Figure:
