@@ -17,7 +17,7 @@ else:
 PREFILL_TOKENS = 16384
 """Prompt tokens per NPU and step that a prefill instance batches by default."""
 
-_LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**8, "context": 10**8}
+_LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**9, "context": 10**9}
 
 
 @jax.tree_util.register_dataclass

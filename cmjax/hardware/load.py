@@ -12,7 +12,7 @@ from typing import Any
 
 from cmjax.hardware.machine import Chip, Efficiency, Exchange, Fabric, Supernode, Tier
 from cmjax.hardware.units import parse_quantity
-from cmjax.inputs import parse_toml, read_text
+from cmjax.inputs import parse_toml, read_text, shown
 
 _TIER = {"bandwidth_bytes_per_s": "bytes/s", "latency_s": "s"}
 _SCHEMA: dict[str, Any] = {
@@ -55,6 +55,7 @@ _SCHEMA: dict[str, Any] = {
 }
 _MOST_BYTES = 1_000_000
 _MOST_RANKS = 2**20
+_MOST_QUANTITY = 1e30
 _MAY_BE_ZERO = {"interference", "flag_s", "host_step_s", "kernel_startup_s"}
 
 
@@ -174,7 +175,7 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
             raise ValueError(f'{origin}: key "{key}" must be true or false, got {value!r}')
         return value
     if expected in ("count", "number"):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
             raise ValueError(
                 f'{origin}: key "{key}" must be a whole number >= 1, got {shown(value)}'
             )
@@ -183,6 +184,8 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
         number = parse_quantity(value, expected)
     except ValueError as error:
         raise ValueError(f'{origin}: key "{key}": {error}') from None
+    if number and not 1 / _MOST_QUANTITY < number < _MOST_QUANTITY:
+        raise ValueError(f'{origin}: key "{key}": {value!r} is more or less than anything has')
     if number == 0 and key.rpartition(".")[2] not in _MAY_BE_ZERO:
         raise ValueError(f'{origin}: key "{key}" must be positive, got {value!r}')
     return number

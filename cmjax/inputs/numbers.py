@@ -88,7 +88,7 @@ def shown(value: Any, most: int = 60) -> str:
     try:
         text = f"{value:g}" if isinstance(value, float) else _REPR.repr(value)
     except ValueError:  # Python writes no whole number of more than some thousand digits
-        return f"a number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+        return f"a number of {int(int(value).bit_length() * math.log10(2)) + 1} digits"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -13,6 +13,7 @@ MOST_EXPERTS = 2**16
 """Experts of a layer, and ranks: more than any model has, and a table of them fits."""
 MOST_LAYERS = 10_000
 MOST_COUNTS = 2**27
+_MOST_TOKENS = 1e30  # so that sums and products of counts stay finite
 SHAPES = "[layers, experts] or [windows, layers, experts]"
 
 
@@ -58,6 +59,7 @@ class Loads:
             ("NaN", np.isnan(counts)),
             ("infinite", np.isinf(counts)),
             ("negative", counts < 0),
+            ("impossible", counts > _MOST_TOKENS),
         ):
             if bad.any():
                 window, layer, expert = np.argwhere(bad)[0]

@@ -92,6 +92,9 @@ def _read_long(file, header, rows, *, missing=False):
             f"{file}: expected the columns layer, expert, hits or count[, window, domain], "
             f"found {', '.join(header)}"
         )
+    twice = [name for name in ("window", "layer", "expert", hits) if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{file}: expected the column {twice[0]} once, found it twice")
     names = ["window", "layer", "expert"] if "window" in header else ["layer", "expert"]
     columns = [header.index(name) for name in (*names, hits)]
     domain = header.index("domain") if "domain" in header else None
