@@ -31,13 +31,13 @@ class Fit:
     def run(self, console: Console) -> None:
         check_target(self.json, self.write)
         machine = load_machine(self.machine)
-        rows = read_measurements(self.rows or self.machine)
+        rows = read_measurements(self.machine if self.rows is None else self.rows)
         if self.rows is None:
             found = fit(*fitted_prior(self.machine), rows)
         else:
             measures = [measure_of(row, machine) for row in track(rows, "rows")]
             found = update(machine, uncertainty(self.machine), rows, measures)
-        if self.write:
+        if self.write is not None:
             write_back(self.write, found, model_error=self.rows is None)
         result = {
             "machine": machine.name,
@@ -70,10 +70,11 @@ class Validate:
 
     def run(self, console: Console) -> None:
         check_target(self.json)
-        if self.csv:
-            todo = {self.on or "cloudmatrix384": read_measurements(self.csv)}
+        if self.csv is not None:
+            on = "cloudmatrix384" if self.on is None else self.on
+            todo = {on: read_measurements(self.csv)}
         else:
-            names = [self.on] if self.on else measured_machines()
+            names = measured_machines() if self.on is None else [self.on]
             todo = {name: read_measurements(name) for name in names}
         found = {name: validate(track(rows, name), name) for name, rows in todo.items()}
         result = {

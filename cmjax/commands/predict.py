@@ -49,6 +49,8 @@ class Predict:
 
     def run(self, console: Console) -> None:
         check_target(self.json, self.trace, self.plot)
+        if self.plot is not None:
+            checked_path(self.plot)
         if self.search:
             self._search(console)
             return
@@ -88,8 +90,6 @@ class Predict:
                 raise ValueError(f"--{name} is of one deployment; leave it out with --search")
         if self.load != "perfect":
             raise ValueError("--load needs one deployment's slots; leave it out with --search")
-        if self.plot is not None:
-            checked_path(self.plot)
         with (
             executor_of(None, self.workers) as executor,
             show_progress("searching", quiet=self.json == "-") as progress,

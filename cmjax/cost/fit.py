@@ -18,7 +18,6 @@ measurements, of any kind, and moves whatever they say something about.
 import dataclasses
 import functools
 import re
-import tomllib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from cmjax.hardware import (
     sources,
 )
 from cmjax.hardware.units import UNITS
+from cmjax.inputs import parse_toml, read_text
 
 NOISE = 0.05
 """Relative error that published rows of a kernel have beside one another (versions, shapes)."""
@@ -273,7 +273,7 @@ def write_back(path: Path, found: Calibration, *, model_error: bool = False) -> 
       model_error: also write what the rows show of the model's own error, as spreads of factors.
     Raises: ValueError: a constant that the file does not have.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     factors = [key for key in found.values if key.startswith("factors.")]
     for dotted, value in found.values.items():
         if dotted in factors:
@@ -292,7 +292,7 @@ def write_back(path: Path, found: Calibration, *, model_error: bool = False) -> 
     lines += ["covariance = [", *(f"  [{row}]," for row in rows), "]"]
     kinds = found.model_error if model_error else {}
     if kinds or factors:
-        entries = tomllib.loads(text).get("factors", {})
+        entries = parse_toml(text, str(path)).get("factors", {})
         text = _without_table(text, "factors")
         said = "mean error of the rows that cmjax fit used"
         for kind, spread in kinds.items():

@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from cmjax.inputs import check_count
+
 Phase = Literal["decode", "prefill"]
 MOST_DRAFTS = 8
 _NPUS: dict[Phase, int] = {"decode": 160, "prefill": 16}
@@ -49,14 +51,14 @@ class Deployment:
             value = getattr(self, name)
             if typing.get_origin(annotation) is Literal and str(value) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value!r}")
-        if self.instance_npus < 1:
-            raise ValueError(f"npus must be at least 1, got {self.npus}")
+        check_count("npus", self.instance_npus)
         if not 1 <= self.drafts <= MOST_DRAFTS:
             raise ValueError(
                 f"drafts must lie in 1..{MOST_DRAFTS} (no-mtp for none), got {self.drafts}"
             )
         if self.ep < 0:
             raise ValueError(f"ep must be at least 1 (or 0 for all ranks), got {self.ep}")
+        check_count("ep", self.ep, least=0)
 
     @property
     def instance_npus(self) -> int:

@@ -23,6 +23,7 @@ from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
 from cmjax.deploy.width import explain
 from cmjax.hardware import Supernode, as_machine
+from cmjax.inputs import check_number
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table
 from cmjax.placement import Loads, Plan
@@ -69,6 +70,8 @@ def predict(
     machine = as_machine(machine)
     if slo_tpot_ms is not None and not deployment.decoding:
         raise ValueError("slo-tpot-ms applies to decode")
+    if isinstance(slo_tpot_ms, int | float):
+        check_number("slo-tpot-ms", slo_tpot_ms, above=0)
     if plan is not None and loads is None:
         raise ValueError("plan needs loads: the counts that its experts serve")
     counts = None if loads is None else as_loads(loads, Recording())

@@ -9,6 +9,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from cmjax.deploy.deployment import Deployment, Phase
+from cmjax.inputs import check_number
 
 if TYPE_CHECKING:
     Number = float | Float[Array, "..."]
@@ -16,6 +17,9 @@ else:
     Number = float  # what a command line reads
 PREFILL_TOKENS = 16384
 """Prompt tokens per NPU and step that a prefill instance batches by default."""
+
+_LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**9, "context": 10**9}
+_MOST_SPREAD = 100
 
 
 @jax.tree_util.register_dataclass
@@ -57,13 +61,12 @@ class Requests:
     def _check(self) -> None:
         for name in ("batch", "prompt", "context"):
             value = getattr(self, name)
-            if _known(value) and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value:g}")
-        spread: Any = self.context_spread
-        if _known(spread) and not 0 <= spread < float("inf"):
-            raise ValueError(f"context-spread must not be negative, got {spread:g}")
-        if _known(self.output) and not 0 <= self.output < float("inf"):
-            raise ValueError(f"output must not be negative, got {self.output:g}")
+            if _known(value):
+                check_number(name, value, above=0, least=_LEAST, most=_MOST[name])
+        if self.context_spread is not None and _known(self.context_spread):
+            check_number("context-spread", self.context_spread, least=0, most=_MOST_SPREAD)
+        if _known(self.output):
+            check_number("output", self.output, least=0, most=_MOST["prompt"])
         each = self.acceptance if isinstance(self.acceptance, tuple) else (self.acceptance,)
         for chance in each:
             if _known(chance) and not 0 <= chance <= 1:

@@ -8,7 +8,6 @@ are is read by `cmjax.hardware.uncertainty`.
 
 import dataclasses
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cmjax.hardware.machine import (
     Tier,
 )
 from cmjax.hardware.units import parse_quantity
+from cmjax.inputs import parse_toml, read_text, shown
 
 _TIER = {"bandwidth_bytes_per_s": "bytes/s", "latency_s": "s"}
 _SCHEMA: dict[str, Any] = {
@@ -75,6 +75,9 @@ _MAY_BE_ZERO = {
     *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
     *("matrix_startup_s", "vector_startup_s", "collective_startup_s"),
 }
+_MOST_BYTES = 1_000_000
+_MOST_RANKS = 2**20
+_MOST_QUANTITY = 1e30
 
 
 def catalog() -> list[str]:
@@ -109,6 +112,11 @@ def load_machine(name_or_path: str | Path) -> Supernode:
     tables = tree.pop("engines", None)
     values = _parse(tree, _SCHEMA, origin, prefix="")
     engines = _engines(tables, origin)
+    ranks = values["nodes"] * values["npus_per_node"] * values["dies_per_npu"]
+    if ranks > _MOST_RANKS:
+        raise ValueError(
+            f"{origin}: {shown(ranks)} ranks (dies); at most {_MOST_RANKS:,} are priced"
+        )
     fabric = dict(values["fabric"])
     for tier in ("die", "node", "supernode", "rdma", "vpc"):
         fabric[tier] = Tier(**fabric[tier])
@@ -184,10 +192,7 @@ def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     Raises: ValueError: unknown name, unreadable file, or no TOML.
     """
     text, origin = _read(str(name_or_path))
-    try:
-        return tomllib.loads(text), origin
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{origin}: not valid TOML: {error}") from None
+    return parse_toml(text, origin), origin
 
 
 def _known_factors(table: Any, origin: str) -> dict[str, Any]:
@@ -209,11 +214,9 @@ def _engines(tables: Any, origin: str) -> tuple[Engine, ...]:
 
 def _read(name_or_path: str) -> tuple[str, str]:
     if name_or_path.endswith(".toml"):
-        path = Path(name_or_path)
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"machine file {path}: cannot be read: {error}") from None
+        source = str(Path(name_or_path))
+        text = read_text(source, most_bytes=_MOST_BYTES, source=f"machine file {source}")
+        return text, source
     known = catalog()
     if name_or_path not in known:
         close = difflib.get_close_matches(name_or_path, known, n=2) or known
@@ -245,7 +248,7 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
         raise ValueError(f'{origin}: key "{key}" is missing; expected {_describe(expected)}')
     if not isinstance(entry, dict) or "value" not in entry:
         raise ValueError(
-            f'{origin}: key "{key}" must be a table with value and source, got {entry!r}'
+            f'{origin}: key "{key}" must be a table with value and source, got {shown(entry)}'
         )
     if not isinstance(entry.get("source"), str) or not entry["source"]:
         raise ValueError(f'{origin}: key "{key}" has no source; say where the number is from')
@@ -255,13 +258,17 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
             raise ValueError(f'{origin}: key "{key}" must be true or false, got {value!r}')
         return value
     if expected in ("count", "number"):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'{origin}: key "{key}" must be a whole number >= 1, got {value!r}')
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
+            raise ValueError(
+                f'{origin}: key "{key}" must be a whole number >= 1, got {shown(value)}'
+            )
         return value if expected == "count" else float(value)
     try:
         number = parse_quantity(value, expected)
     except ValueError as error:
         raise ValueError(f'{origin}: key "{key}": {error}') from None
+    if number and not 1 / _MOST_QUANTITY < number < _MOST_QUANTITY:
+        raise ValueError(f'{origin}: key "{key}": {value!r} is more or less than anything has')
     if number == 0 and key.rpartition(".")[2] not in _MAY_BE_ZERO:
         raise ValueError(f'{origin}: key "{key}" must be positive, got {value!r}')
     return number

@@ -250,7 +250,11 @@ def test_micro_benchmarks_report_consistent_results():
         ("zzz", {}, f"unknown operator 'zzz'; closest: {', '.join(MICROS)}"),
         ("gemm", {"m": 8, "k": 8, "n": 8, "sise": 3}, "operator gemm: "),
         ("gemm", {"m": 8, "k": 8}, "operator gemm: "),
-        ("gemm", {"m": 8, "k": 8, "n": 8, "quant": "int3"}, "operator gemm: 'int3'"),
+        (
+            "gemm",
+            {"m": 8, "k": 8, "n": 8, "quant": "int3"},
+            "operator gemm: quant must be int8 or bf16",
+        ),
         ("dispatch", {"ep": 1000, "tokens": 8}, "1000 ranks; cloudmatrix384 has 768"),
         (
             "dispatch",

@@ -161,7 +161,7 @@ def test_it_is_shown_in_one_line_and_as_a_table():
     [
         ({"npu": 4}, "predict: unknown option 'npu'; it takes npus"),
         ({"batch": -1}, "batch must be positive, got -1"),
-        ({"batch": float("inf")}, "batch must be positive, got inf"),
+        ({"batch": float("inf")}, "batch must be a finite number, got inf"),
         ({"context": 0}, "context must be positive, got 0"),
         ({"phase": "prefill", "batch": 4, "context": 8}, "context applies to decode; give prompt"),
         ({"phase": "prefill", "slo_tpot_ms": 30.0}, "slo-tpot-ms applies to decode"),

@@ -204,9 +204,9 @@ def test_a_deployment_that_makes_no_sense_is_refused(options, message):
     "change, message",
     [
         ({"batch": 0}, "batch must be positive, got 0"),
-        ({"batch": float("nan")}, "batch must be positive, got nan"),
+        ({"batch": float("nan")}, "batch must be a finite number, got nan"),
         ({"prompt": -5}, "prompt must be positive, got -5"),
-        ({"output": -1}, "output must not be negative, got -1"),
+        ({"output": -1}, "output must be at least 0, got -1"),
         ({"acceptance": 1.5}, "mtp-acceptance must lie in 0..1, got 1.5"),
         ({"acceptance": -0.1}, "mtp-acceptance must lie in 0..1, got -0.1"),
     ],
