@@ -1,7 +1,7 @@
 """`cmjax generate`: text from a model on an emulated (or real) mesh."""
 
 import dataclasses
-import json
+import os
 import re
 import time
 from pathlib import Path
@@ -11,7 +11,9 @@ import tyro
 from rich.console import Console
 
 from cmjax.console import check_target, emit, show_progress
-from cmjax.mesh import RankMesh, prepare_devices
+from cmjax.console import log as to_stderr
+from cmjax.inputs import check_count, parse_json, read_text
+from cmjax.mesh import MOST_EMULATED, RankMesh, prepare_devices
 from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
@@ -64,6 +66,8 @@ class Generate:
         default_factory=GeneratorOptions
     )
     """What the model computes in, and how it is spread over the ranks."""
+    threads: int | None = None
+    """Cores to compute on (default: all that this process may use)."""
     new_tokens: int = 64
     """Most tokens to add to each prompt."""
     context: int | None = None
@@ -89,7 +93,7 @@ class Generate:
         Raises: ValueError: bad input.
         """
         check_target(self.json)
-        log = Console(stderr=True)
+        log = to_stderr()
         self._sampler(GenerationDefaults())  # bad options are found before a file is read
         mesh = RankMesh.parse(self.mesh)
         model, config = open_model(self.weights, self.random)
@@ -103,6 +107,7 @@ class Generate:
             log.print("no tokenizer: every byte is a token")
         prompts = self._prompts(tokenizer)
         check_prompts(config, prompts, self.new_tokens, self.context)
+        limit_threads(self.threads)
         prepare_mesh(mesh, self.mesh)
         started = time.perf_counter()
         with show_progress("loading") as progress:
@@ -131,11 +136,7 @@ class Generate:
         """Prompts given as text."""
         if self.prompt_file is None:
             return self.prompt
-        try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.prompt_file}: cannot be read ({error})") from None
-        return *self.prompt, *filter(None, lines)
+        return *self.prompt, *filter(None, read_text(self.prompt_file).splitlines())
 
     def _sampler(self, defaults: GenerationDefaults) -> Sampler:
         return Sampler.of(
@@ -173,8 +174,8 @@ class Generate:
             if not equals or not name.isidentifier():
                 raise ValueError(f"--chat-option must be NAME=VALUE, got {given!r}")
             try:
-                options[name] = json.loads(value)
-            except (ValueError, RecursionError):
+                options[name] = parse_json(value, "")
+            except ValueError:
                 options[name] = value
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
         chats = ([*before, {"role": "user", "content": text}] for text in self._texts())
@@ -231,11 +232,30 @@ def open_model(
     return config, config
 
 
+def limit_threads(threads: int | None) -> None:
+    """Keep this process, and the threads that JAX will start, to so many cores.
+
+    Raises: ValueError: less than one, more than this process may use, or a system that cannot.
+    """
+    if threads is None:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("--threads: this system cannot keep a process to some of its cores")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(cores):
+        raise ValueError(
+            f"--threads must be 1 to {len(cores)}, the cores that this process may use; got "
+            f"{threads}"
+        )
+    os.sched_setaffinity(0, cores[:threads])
+
+
 def prepare_mesh(mesh: RankMesh, given: str) -> None:
     """XLA devices for the nodes of `--mesh`.
 
     Raises: ValueError: this process has started JAX with fewer.
     """
+    check_count(f"--mesh {given}: ranks", mesh.ranks, most=MOST_EMULATED)
     try:
         prepare_devices(mesh.nodes)
     except RuntimeError as error:

@@ -16,8 +16,12 @@ _SWITCH = "CMJAX_NATIVE"
 
 # Every function of the library that computes; the names are those of csrc/*.cc.
 TARGETS = (
+    "cmjax_cached_attention",
     "cmjax_conv1d",
     "cmjax_fsmn_memory",
+    "cmjax_grouped_dot",
+    "cmjax_grouped_msd_int8",
+    "cmjax_grouped_msd_mxfp4",
     "cmjax_mel_energies",
     "cmjax_msd_int8",
     "cmjax_msd_mxfp4",

@@ -110,7 +110,7 @@ def optimizer_update() -> Program:
 @functools.lru_cache(maxsize=8)
 def reduction(kind: str) -> Program:
     """A collective over two ranks of a node, of `elements` elements of 2 bytes on a rank:
-    `all_reduce`, `all_gather` (of that many from each) or `send`."""
+    `all_reduce`, `all_gather` (that gives twice as many) or `send`."""
     (n,) = jax.export.symbolic_shape("elements")
     run = {
         "all_reduce": lambda x: jax.lax.psum(x, "group"),

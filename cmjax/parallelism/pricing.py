@@ -141,7 +141,7 @@ class Prices:
             # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
             weights = 1.1 * (least - self._piece(layer, "inputs", whole)[b] / t)
             weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
-            weights += 20 * float(self.machine.chip.kernel_startup_s)
+            weights += 20 * float(self.machine.chip.matrix_startup_s)
             idle *= max(0.0, 1 - 2 * weights / each)
         send = self._furthest_s(stream / t, on["pipeline"])
         sends = 2 * (m * plan.interleave + p - 1) * send
@@ -206,7 +206,7 @@ class Prices:
             return self._collective("send", elements, on["pipeline"])
         part = elements / plan.tensor
         sent = self._collective("send", part, on["pipeline"])
-        return sent + self._collective("all_gather", part, on["tensor"])
+        return sent + self._collective("all_gather", elements / 2, on["tensor"])  # of two traced
 
     def _collective(self, kind: str, elements: float, on: On) -> float:
         if on == (1, 1, 1) or elements == 0:

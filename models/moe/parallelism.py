@@ -26,6 +26,9 @@ class Parallelism:
     sequence_parallel: bool = False
     """Prefill attention SP -> TP -> SP: latents are gathered, each rank attends a part of the
     heads for all sequences, and heads are exchanged back for the rank's own sequences."""
+    sort_rows: bool = False
+    """One rank without a capacity, for inference: copies of tokens are sorted by expert, instead of
+    laid out in a block of static size for each."""
 
     def __post_init__(self):
         if not self.axes and self.table.ranks != 1:
@@ -33,6 +36,11 @@ class Parallelism:
                 f"Parallelism: a table of {self.table.ranks} ranks needs the mesh axes that "
                 "enumerate them, got axes=()"
             )
+
+    @property
+    def sorts_rows(self) -> bool:
+        """Whether `sort_rows` applies."""
+        return self.sort_rows and self.ranks == 1 and self.capacity is None
 
     @property
     def ranks(self) -> int:

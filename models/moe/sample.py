@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32, Int32
 def sample(
     logits: Float32[Array, "*batch vocab"],
     uniform: Float32[Array, "*batch"],
-    temperature: Float32[Array, "*#batch"],
-    top_p: Float32[Array, "*#batch"],
+    temperature: Float32[Array, "*#batch"] | None,
+    top_p: Float32[Array, "*#batch"] | None,
     top_k: Int32[Array, "*#batch"] | None = None,
 ) -> Int32[Array, "*batch"]:
     """Draw a token by inverse transform from the nucleus of `softmax(logits / temperature)`.
@@ -28,11 +28,13 @@ def sample(
     Args:
       logits: scores.
       uniform: numbers in [0, 1), one per draw.
-      temperature: 0 means greedy.
+      temperature: 0 means greedy; `None` means that for all, without sorting.
       top_p: the nucleus is the fewest most likely tokens whose probabilities reach `top_p`; at
         least one token.
       top_k: of the nucleus's tokens, first, only this many likeliest; `None` for no limit.
     """
+    if temperature is None or top_p is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     cold = jnp.where(temperature > 0, temperature, 1)[..., None]
     tokens = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     keys, ranked = lax.sort((-logits / cold, tokens), dimension=-1, num_keys=1)

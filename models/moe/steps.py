@@ -36,8 +36,8 @@ class Sampling:
     """Per-request sampling, prepared on the host before the step."""
 
     uniform: Float32[Array, "requests *new"]  # in [0, 1), one per token the step may emit
-    temperature: Float32[Array, "requests"]  # 0: greedy
-    top_p: Float32[Array, "requests"]
+    temperature: Float32[Array, "requests"] | None  # 0: greedy; None: all greedy, nothing is sorted
+    top_p: Float32[Array, "requests"] | None
     top_k: Int32[Array, "requests"] | None = None  # None: no limit
 
 
@@ -107,8 +107,8 @@ def decode_step(model: MoEModel, inputs: DecodeInputs) -> DecodeOutput:
     logits = model.main.logits(jnp.concatenate(hidden))
     with jax.named_scope("sample"):
         how = inputs.sampling
-        top_k = None if how.top_k is None else how.top_k[:, None]
-        sampled = sample(logits, how.uniform, how.temperature[:, None], how.top_p[:, None], top_k)
+        each = jax.tree.map(lambda x: x[:, None], (how.temperature, how.top_p, how.top_k))
+        sampled = sample(logits, how.uniform, *each)
         agrees = (sampled[:, :-1] == inputs.tokens[:, 1:]).astype(jnp.int32)
         accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1)
         tokens = jnp.take_along_axis(sampled, accepted[:, None], axis=1)

@@ -53,6 +53,8 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
         (["--weights", "no/such", "--prompt", "a"], "no/such: no such folder"),
         (["--random", "tinny", "--prompt", "a"], "did you mean 'tiny'"),
         ([*RANDOM, "--mesh", "4y4"], "mesh must be NODESxNPUS"),
+        ([*RANDOM, "--threads", "0"], "--threads must be 1 to .*; got 0"),
+        ([*RANDOM, "--threads", "4096"], "the cores that this process may use; got 4096"),
         ([*RANDOM, "--mesh", "300x8"], "devices must be 1 to 256, got 300"),
         ([*RANDOM, "--new-tokens", "256"], "prompt 1 has 1 tokens and is to get 256 more"),
         ([*RANDOM, "--context", "10"], "prompt 1 has 1 tokens .* the cache holds 10"),
@@ -78,7 +80,7 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
             [*RANDOM, "--prefill", "sequence-parallel", "--prefill-chunk", "4"],
             "chunks of 4 tokens .* choose either",
         ),
-        ([*RANDOM, "--json", "no/such/out.json"], "no folder no/such"),
+        ([*RANDOM, "--json", "no/such/out.json"], "no/such does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):

@@ -7,9 +7,11 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "isa.h"
 #include "parallel.h"
+#include "row_groups.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace cmjax {
@@ -63,7 +65,8 @@ struct Free {
 using Scratch = std::unique_ptr<uint8_t[], Free>;
 
 Scratch aligned_bytes(int64_t count) {
-  return Scratch(static_cast<uint8_t*>(::operator new[](count, std::align_val_t{64}, std::nothrow)));
+  void* bytes = ::operator new[](count, std::align_val_t{64}, std::nothrow);
+  return Scratch(static_cast<uint8_t*>(bytes));
 }
 
 template <typename A, typename W>
@@ -78,12 +81,30 @@ bool is_shape(const D& dimensions, int64_t a, int64_t b, int64_t c) {
   return dimensions.size() == 3 && dimensions[0] == a && dimensions[1] == b && dimensions[2] == c;
 }
 
+// Rows of x that meet one matrix of the stack.
+struct Span {
+  int64_t start, count;
+};
+
+// Every matrix has the same number of rows, one matrix after the other.
+std::vector<Span> spans_of(const Sizes& n) {
+  std::vector<Span> spans;
+  for (int64_t s = 0; s < n.stack; ++s) spans.push_back({s * n.rows, n.rows});
+  return spans;
+}
+
+int64_t most_rows(const std::vector<Span>& spans) {
+  int64_t most = 0;
+  for (const Span& span : spans) most = std::max(most, span.count);
+  return most;
+}
+
 // Splits all rows, then calls totals(first row, count, stack, first feature, count, out) and
 // finish(row, stack, first feature, count, its totals, its results) for every tile of the result.
 template <typename Split, typename Totals, typename Finish>
-void run(ffi::ThreadPool& pool, const Sizes& n, int64_t row_bytes, float* y, const Split& split,
-         const Totals& totals, const Finish& finish) {
-  const int64_t all_rows = n.stack * n.rows;
+void run(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans, int64_t all_rows,
+         int64_t row_bytes, float* y, const Split& split, const Totals& totals,
+         const Finish& finish) {
   const int64_t at_once = n.inner * all_rows < kSplitAlone ? all_rows : 1;
   const int64_t splits = (all_rows + at_once - 1) / std::max<int64_t>(at_once, 1);
   parallel_for(pool, splits, worker_count(pool, splits), [&](int64_t block, int64_t) {
@@ -91,20 +112,27 @@ void run(ffi::ThreadPool& pool, const Sizes& n, int64_t row_bytes, float* y, con
     for (int64_t row = block * at_once; row < end; ++row) split(row);
   });
   const int64_t rows_at_once = std::clamp<int64_t>(kRowsBytes / row_bytes / 12 * 12, 12, kMostRows);
-  const int64_t row_blocks = (n.rows + rows_at_once - 1) / rows_at_once;
-  const int64_t feature_blocks = (n.features + kFeatures - 1) / kFeatures;
-  const int64_t tasks = n.stack * feature_blocks * row_blocks;
+  struct Tile {
+    int64_t stack, feature, row, rows;
+  };
+  std::vector<Tile> tiles;
+  for (int64_t stack = 0; stack < n.stack; ++stack) {
+    for (int64_t feature = 0; feature < n.features; feature += kFeatures) {
+      for (int64_t row = 0; row < spans[stack].count; row += rows_at_once) {
+        const int64_t rows = std::min(rows_at_once, spans[stack].count - row);
+        tiles.push_back({stack, feature, spans[stack].start + row, rows});
+      }
+    }
+  }
+  const auto tasks = static_cast<int64_t>(tiles.size());
   parallel_for(pool, tasks, worker_count(pool, tasks), [&](int64_t task, int64_t) {
-    const int64_t row = task % row_blocks * rows_at_once;
-    const int64_t feature = task / row_blocks % feature_blocks * kFeatures;
-    const int64_t stack = task / row_blocks / feature_blocks;
-    const int64_t rows = std::min(rows_at_once, n.rows - row);
+    const auto [stack, feature, row, rows] = tiles[task];
     const int64_t features = std::min(kFeatures, n.features - feature);
     float sums[kMostRows * kFeatures];
-    totals(stack * n.rows + row, rows, stack, feature, features, sums);
+    totals(row, rows, stack, feature, features, sums);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = stack * n.rows + row + r;
-      finish(at, stack, feature, features, sums + r * kFeatures, y + at * n.features + feature);
+      finish(row + r, stack, feature, features, sums + r * kFeatures,
+             y + (row + r) * n.features + feature);
     }
   });
 }
@@ -113,6 +141,45 @@ void run(ffi::ThreadPool& pool, const Sizes& n, int64_t row_bytes, float* y, con
 inline float rounded(float v) {
   constexpr float largest = std::numeric_limits<float>::max();
   return v > largest ? largest : v < -largest ? -largest : v;
+}
+
+// y of all spans; offsets and biases may be null.
+ffi::Error int8_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
+                        int64_t all_rows, const float* x, const int8_t* w, const float* scales,
+                        const float* offsets, const float* biases, float* y) {
+  // One or two rows wait for memory, from which AVX2's shorter loads stream faster.
+  const bool streams = isa() == Isa::kAvx512Vnni && most_rows(spans) <= 2;
+  const Kernels kernel = kernels(streams ? Isa::kAvx2 : isa());
+  const int64_t bytes = kernel.int8_bytes(n.inner);
+  const Scratch parts = aligned_bytes(bytes * all_rows);
+  const std::unique_ptr<Row[]> rows(new (std::nothrow) Row[all_rows]);
+  if (!parts || !rows) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_int8: memory");
+  run(
+      pool, n, spans, all_rows, bytes, y,
+      [&](int64_t row) {
+        kernel.int8_split(x + row * n.inner, n.inner, parts.get() + row * bytes,
+                          &rows[row]);
+      },
+      [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
+          float* sums) {
+        const int8_t* from = w + (stack * n.features + feature) * n.inner;
+        kernel.int8_totals(parts.get() + row * bytes, &rows[row], count, from, features, n.inner,
+                           sums, kFeatures);
+      },
+      [&](int64_t row, int64_t stack, int64_t feature, int64_t features, const float* sums,
+          float* out) {
+        // The order and rounding of every operation are those of the reference in msd.py.
+        const int64_t first = stack * n.features + feature;
+        const float unit = rows[row].unit, whole = rows[row].sum * unit;
+        for (int64_t f = 0; f < features; ++f) {
+          float v = sums[f] * unit;
+          if (offsets != nullptr) v = rounded(v) + rounded(offsets[first + f] * whole);
+          v = rounded(v * scales[first + f]);
+          if (biases != nullptr) v = rounded(v + biases[first + f]);
+          out[f] = v;
+        }
+      });
+  return ffi::Error::Success();
 }
 
 ffi::Error int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
@@ -141,39 +208,37 @@ ffi::Error int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
   }
   if (y->element_count() == 0) return ffi::Error::Success();
 
-  // One or two rows wait for memory, from which AVX2's shorter loads stream faster.
-  const bool streams = isa() == Isa::kAvx512Vnni && n.rows <= 2;
-  const Kernels kernel = kernels(streams ? Isa::kAvx2 : isa());
-  const int64_t bytes = kernel.int8_bytes(n.inner), all_rows = n.stack * n.rows;
+  return int8_product(pool, n, spans_of(n), n.stack * n.rows, x.typed_data(), w.typed_data(),
+                      scale.typed_data(), offset.element_count() ? offset.typed_data() : nullptr,
+                      bias.element_count() ? bias.typed_data() : nullptr, y->typed_data());
+}
+
+ffi::Error mxfp4_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
+                         int64_t all_rows, const float* x, const uint8_t* w, const uint8_t* scale,
+                         const float* biases, float* y) {
+  const Kernels kernel = kernels(isa());
+  const int64_t bytes = kernel.mxfp4_bytes(n.inner);
   const Scratch parts = aligned_bytes(bytes * all_rows);
-  const std::unique_ptr<Row[]> rows(new (std::nothrow) Row[all_rows]);
-  if (!parts || !rows) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_int8: memory");
-  const float* scales = scale.typed_data();
-  const float* offsets = offset.element_count() ? offset.typed_data() : nullptr;
-  const float* biases = bias.element_count() ? bias.typed_data() : nullptr;
+  if (!parts) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_mxfp4: memory");
   run(
-      pool, n, bytes, y->typed_data(),
+      pool, n, spans, all_rows, bytes, y,
       [&](int64_t row) {
-        kernel.int8_split(x.typed_data() + row * n.inner, n.inner, parts.get() + row * bytes,
-                          &rows[row]);
+        kernel.mxfp4_split(x + row * n.inner, n.inner, parts.get() + row * bytes);
       },
       [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
           float* sums) {
-        const int8_t* from = w.typed_data() + (stack * n.features + feature) * n.inner;
-        kernel.int8_totals(parts.get() + row * bytes, &rows[row], count, from, features, n.inner,
-                           sums, kFeatures);
-      },
-      [&](int64_t row, int64_t stack, int64_t feature, int64_t features, const float* sums,
-          float* out) {
-        // The order and rounding of every operation are those of the reference in msd.py.
         const int64_t first = stack * n.features + feature;
-        const float unit = rows[row].unit, whole = rows[row].sum * unit;
+        kernel.mxfp4_totals(parts.get() + row * bytes, count,
+                            w + first * (n.inner / 2),
+                            scale + first * (n.inner / msd::kBlock), features, n.inner,
+                            sums, kFeatures);
+      },
+      [&](int64_t, int64_t stack, int64_t feature, int64_t features, const float* sums,
+          float* out) {
+        const int64_t first = stack * n.features + feature;
         for (int64_t f = 0; f < features; ++f) {
-          float v = sums[f] * unit;
-          if (offsets != nullptr) v = rounded(v) + rounded(offsets[first + f] * whole);
-          v = rounded(v * scales[first + f]);
-          if (biases != nullptr) v = rounded(v + biases[first + f]);
-          out[f] = v;
+          out[f] = rounded(sums[f]);
+          if (biases != nullptr) out[f] = rounded(out[f] + biases[first + f]);
         }
       });
   return ffi::Error::Success();
@@ -201,33 +266,66 @@ ffi::Error mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
   }
   if (y->element_count() == 0) return ffi::Error::Success();
 
-  const Kernels kernel = kernels(isa());
-  const int64_t bytes = kernel.mxfp4_bytes(n.inner);
-  const Scratch parts = aligned_bytes(bytes * n.stack * n.rows);
-  if (!parts) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_mxfp4: memory");
-  const float* biases = bias.element_count() ? bias.typed_data() : nullptr;
-  run(
-      pool, n, bytes, y->typed_data(),
-      [&](int64_t row) {
-        kernel.mxfp4_split(x.typed_data() + row * n.inner, n.inner, parts.get() + row * bytes);
-      },
-      [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
-          float* sums) {
-        const int64_t first = stack * n.features + feature;
-        kernel.mxfp4_totals(parts.get() + row * bytes, count,
-                            w.typed_data() + first * (n.inner / 2),
-                            scale.typed_data() + first * (n.inner / msd::kBlock), features, n.inner,
-                            sums, kFeatures);
-      },
-      [&](int64_t, int64_t stack, int64_t feature, int64_t features, const float* sums,
-          float* out) {
-        const int64_t first = stack * n.features + feature;
-        for (int64_t f = 0; f < features; ++f) {
-          out[f] = rounded(sums[f]);
-          if (biases != nullptr) out[f] = rounded(out[f] + biases[first + f]);
-        }
-      });
+  return mxfp4_product(pool, n, spans_of(n), n.stack * n.rows, x.typed_data(), w.typed_data(),
+                       scale.typed_data(), bias.element_count() ? bias.typed_data() : nullptr,
+                       y->typed_data());
+}
+
+// Rows in groups: x [rows, inner], w [groups, features, ...], as in grouped.cc.
+template <typename W, typename S>
+ffi::Error grouped(ffi::Buffer<ffi::F32>& x, const W& w, const S& scale, int64_t codes,
+                   int64_t scales, ffi::Buffer<ffi::S32>& counts,
+                   ffi::ResultBuffer<ffi::F32>& y, Sizes& n, std::vector<Span>& spans) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  const auto groups = counts.element_count();
+  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || ws[2] * codes != xs[1] || xs[1] == 0 ||
+      ys[0] != xs[0] || ys[1] != ws[1] || groups != static_cast<size_t>(ws[0]) ||
+      scale.element_count() != static_cast<size_t>(ws[0] * ws[1] * scales)) {
+    return ffi::Error::InvalidArgument(
+        "grouped_msd_dot: x must be [rows, inner], w [groups, features, inner], counts "
+        "[groups], and the result [rows, features]");
+  }
+  n = {ws[0], xs[0], xs[1], ws[1]};
+  const RowGroups lists =
+      row_groups(nullptr, counts.typed_data(), n.stack, n.rows, nullptr, 0, false);
+  if (!lists.valid) {
+    return ffi::Error::InvalidArgument(
+        "grouped_msd_dot: a group has negative rows, or rows beyond the buffer");
+  }
+  for (int64_t g = 0; g < n.stack; ++g) spans.push_back({lists.begin[g], lists.count(g)});
+  if (static_cast<int64_t>(lists.rows.size()) < n.rows) {
+    std::memset(y->untyped_data(), 0, y->size_bytes());
+  }
   return ffi::Error::Success();
+}
+
+ffi::Error grouped_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
+                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> counts,
+                        ffi::ResultBuffer<ffi::F32> y) {
+  Sizes n;
+  std::vector<Span> spans;
+  if (ffi::Error e = grouped(x, w, scale, 1, 1, counts, y, n, spans); e.failure()) return e;
+  if (n.inner > msd::kMostInner) {
+    return ffi::Error::InvalidArgument("grouped_msd_dot: inner is too long for int32 sums");
+  }
+  return int8_product(pool, n, spans, n.rows, x.typed_data(), w.typed_data(), scale.typed_data(),
+                      nullptr, nullptr, y->typed_data());
+}
+
+ffi::Error grouped_mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
+                         ffi::Buffer<ffi::U8> scale, ffi::Buffer<ffi::S32> counts,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  Sizes n;
+  std::vector<Span> spans;
+  const int64_t scales = x.dimensions().size() == 2 ? x.dimensions()[1] / msd::kBlock : 0;
+  if (ffi::Error e = grouped(x, w, scale, 2, scales, counts, y, n, spans); e.failure()) {
+    return e;
+  }
+  if (n.inner % msd::kBlock != 0) {
+    return ffi::Error::InvalidArgument("grouped_msd_dot: inner must be a multiple of 32");
+  }
+  return mxfp4_product(pool, n, spans, n.rows, x.typed_data(), w.typed_data(), scale.typed_data(),
+                       nullptr, y->typed_data());
 }
 
 }  // namespace
@@ -249,6 +347,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_msd_mxfp4, mxfp4,
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_int8, grouped_int8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_mxfp4, grouped_mxfp4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 }  // namespace cmjax

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from cmjax.primitives.attention import cached
 from cmjax.primitives.attention.hidden import keep, usable_keys
 from cmjax.primitives.define import define
 from cmjax.program import Size, Work, cost_rule, matmul_flops
@@ -125,6 +126,12 @@ def _reference(q, k, v, *lengths, scale, causal, window):
     return out.reshape(*lead, q_len, heads, v.shape[-1]).astype(q.dtype)
 
 
+def _native(q, k, v, *lengths, scale, causal, window):
+    if cached.kernel_serves(q, k, v, lengths, causal):
+        return cached.cached_attention(q, k, v, lengths[0], scale=scale, window=window)
+    return _reference(q, k, v, *lengths, scale=scale, causal=causal, window=window)
+
+
 def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale, quantized):
     if quantized:
         latent = latent.astype(q_latent.dtype) * latent_scale[0][..., None].astype(q_latent.dtype)
@@ -221,7 +228,7 @@ def _check_latent(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale,
         )
 
 
-attention_p = define("cm_attention", _reference, check=_check)
+attention_p = define("cm_attention", _reference, check=_check, native=_native)
 latent_attention_p = define("cm_latent_attention", _latent_reference, check=_check_latent)
 
 

@@ -14,6 +14,7 @@ to float32 once. Its value depends on no order of summation: XLA and the kernels
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,18 @@ def _headroom(top):
     return jnp.where(large, top * 2.0**-64, top), jnp.where(large, np.float32(2.0**64), 1)
 
 
+def with_headroom(
+    product: Callable[[Array], Float32[Array, "*rows n"]], x: Float32[Array, "*rows k"]
+) -> Float32[Array, "*rows n"]:
+    """`product(x)` of an int8 kernel, saturated at float32's largest number.
+
+    Rows whose sums could overflow before they meet their scale go through it as x / 2**64. NaN is
+    not large: its row comes out as NaN whatever it is multiplied with.
+    """
+    factor = _headroom(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]
+    return _rounded(product(jnp.where(factor == 1, x, x * 2.0**-64)) * factor)
+
+
 def _grouped_product(x, w, scale, offset, passes, rounding):
     """Group after group, added in float32 in their order."""
     groups = scale.shape[-1]
@@ -262,21 +275,20 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
         return jnp.zeros((0,), jnp.float32) if a is None else a.reshape(-1)
 
     x = x.astype(jnp.float32)
-    # NaN is not large: its row comes out as NaN whatever it is multiplied with.
-    factor = _headroom(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]
-    if format == "int8":
-        x = jnp.where(factor == 1, x, x * 2.0**-64)
-    operands = (
-        flat(x, rows, x.shape[-1]),
+    weights = (
         flat(w, features, w.shape[-1]),
         flat(w_scale, features, w_scale.shape[-1] if format == "mxfp4" else 1),
     )
-    out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
+
+    def product(x, *rest):
+        out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
+        y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
+        return y.reshape(*x.shape[:-1], features)
+
     if format == "mxfp4":
-        y = native.call("cmjax_msd_mxfp4", out, *operands, of_features(bias))
-        return y.reshape(*x.shape[:-1], features).astype(out_dtype)
-    y = native.call("cmjax_msd_int8", out, *operands, of_features(offset), of_features(None))
-    y = _rounded(y.reshape(*x.shape[:-1], features) * factor)
+        return product(x, of_features(bias)).astype(out_dtype)
+    # the bias is added behind: the kernel's sums may be those of x / 2**64
+    y = with_headroom(lambda x: product(x, of_features(offset), of_features(None)), x)
     if bias is not None:
         y = _rounded(y + _over_rows(bias, y))
     return y.astype(out_dtype)

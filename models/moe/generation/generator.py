@@ -26,6 +26,7 @@ from cmjax.models.moe.generation.batch import (
     Sampler,
     check_prompts,
 )
+from cmjax.models.moe.generation.layered import are_split
 from cmjax.models.moe.generation.programs import (
     BatchShape,
     Programs,
@@ -69,7 +70,8 @@ class Generator:
 
     Attributes:
       config: the model.
-      params: its parameters on the mesh, as `load_params` or `place_params` gives them.
+      params: its parameters on the mesh, as `load_params` or `place_params` gives them, or these
+        as `split_layers` takes them apart, which is faster on CPU devices.
       parallelism: of the parameters; `parallelism.axes` are the mesh's.
       mesh: the ranks.
       precision: of the parameters.
@@ -138,6 +140,8 @@ class Generator:
             drafts=self.drafts,
             chunk=chunk,
             sequence_parallel=self.sequence_parallel,
+            greedy=sampler.temperature == 0,
+            layered=are_split(self.params),
         )
         programs = compile_programs(
             self.config, self.parallelism, self.mesh, self.precision, self.kv_cache, sizes

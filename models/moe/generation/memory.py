@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import jax
 
@@ -12,6 +13,7 @@ from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.steps import abstract_params
 
+_SMALLER: tuple[Precision, ...] = ("bfloat16", "int8")  # than float32, in order
 _EXCHANGE_FRACTION = 0.25
 """Of the memory, what exchange buffers may take; the rest is parameters, caches and the system."""
 
@@ -21,22 +23,34 @@ def check_memory(
 ) -> None:
     """Refuse parameters that cannot fit this machine before making any.
 
-    Raises: ValueError: names the bytes needed and there.
+    Raises: ValueError: names the bytes needed and there, and an arithmetic that would fit.
     """
     if jax.default_backend() != "cpu":
         return
+    needed = parameter_bytes(config, parallelism, mesh, precision, mtp)
+    there = _machine_bytes()
+    if needed <= there:
+        return
+    smaller = {other: parameter_bytes(config, parallelism, mesh, other, mtp) for other in _SMALLER}
+    fit = [f"{name} takes {size / 1e9:,.1f} GB" for name, size in smaller.items() if size <= there]
+    raise ValueError(
+        f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
+        f"this machine has {there / 1e9:,.1f} GB, {(needed - there) / 1e9:,.1f} GB too few; "
+        + (" and ".join(fit) or "choose a smaller model, mesh or precision")
+    )
+
+
+def parameter_bytes(
+    config: MoEConfig, parallelism: Parallelism, mesh: RankMesh, precision: Precision, mtp: bool
+) -> int:
+    """Bytes of the parameters on all ranks of a mesh."""
     shapes = abstract_params(config, parallelism, precision, mtp=mtp)
     specs = param_specs(shapes, parallelism)
     needed = 0
     for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True):
         copies = parallelism.ranks if spec is RANKED else mesh.nodes
         needed += copies * math.prod(leaf.shape) * leaf.dtype.itemsize
-    there = _machine_bytes()
-    if needed > there:
-        raise ValueError(
-            f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
-            f"this machine has {there / 1e9:,.1f} GB; choose a smaller model, mesh or precision"
-        )
+    return needed
 
 
 def exchange_bytes(config: MoEConfig, parallelism: Parallelism, tokens: int) -> int:
@@ -74,5 +88,13 @@ def chunk_that_fits(
     return 2 ** int(math.log2(room // each))
 
 
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory of this machine, or less where a container is limited to that."""
+    there = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in map(Path, _CGROUP_LIMITS):
+        text = path.read_text().strip() if path.is_file() else "max"
+        there += [int(text)] if text.isdecimal() else []
+    return min(there)

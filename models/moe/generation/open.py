@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from cmjax.console import Progress
+from cmjax.inputs import check_count
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache, Precision
 from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_checkpoint
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.generator import Generator, padded_length
+from cmjax.models.moe.generation.layered import split_layers
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits
 from cmjax.models.moe.generation.programs import check_prefill, place_params
 from cmjax.models.moe.model import convert_params
@@ -26,6 +28,8 @@ from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
 from cmjax.models.moe.steps import init_params
 from cmjax.placement import read_plan
+
+_MOST_DRAFTS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ def open_generator(
     requests: int = 1,
     prompt_tokens: int | None = None,
     seed: int = 0,
+    split: bool | None = None,
     progress: Progress | None = None,
 ) -> Generator:
     """A model on its mesh, ready to generate.
@@ -75,6 +80,8 @@ def open_generator(
       requests, prompt_tokens: how many prompts there will be and how long the longest is, which
         decides whether prefill runs in chunks; by default as long as the model is meant for.
       seed: of random parameters.
+      split: keep the arrays of layers apart (`cmjax.models.moe.generation.layered`): faster steps,
+        longer compilation; by default where all ranks are on one device.
       progress: called with the bytes read so far, in all, and what is being done.
     Raises:
       ValueError: a folder that is no checkpoint of a known family; a plan of another model or mesh;
@@ -118,6 +125,8 @@ def open_generator(
         params = place_params(shard_params(one, parallelism, tables), parallelism, mesh)
     if not direct:
         params = convert_params(params, config, parallelism, held, arithmetic, mtp=mtp)
+    if mesh.nodes == 1 if split is None else split:
+        params = split_layers(params, parallelism)
     return Generator(
         config=config,
         params=params,
@@ -135,6 +144,7 @@ def _drafts(model: Checkpoint | MoEConfig, wanted: int | None) -> int:
     """Drafts per step: the wanted number, or one where the model can."""
     possible = model.has_mtp if isinstance(model, Checkpoint) else model.mtp_layers > 0
     drafts = int(possible) if wanted is None else wanted
+    check_count("drafts", drafts, least=0, most=_MOST_DRAFTS)
     if drafts and not possible:
         raise ValueError(
             f"drafts {drafts}: this model has no multi-token-prediction module to draft with; use 0"
@@ -147,10 +157,12 @@ def _placed_experts(
 ) -> tuple[Parallelism, Sequence[SlotTable] | None]:
     """Slots of the experts on the ranks, and the table of each layer where they differ."""
     if plan is None:
-        return Parallelism(table=published_table(config, mesh.ranks), axes=mesh.axes), None
+        return Parallelism(
+            table=published_table(config, mesh.ranks), axes=mesh.axes, sort_rows=True
+        ), None
     tables = plan_tables(read_plan(plan), config, mesh.ranks, mtp=mtp)
     widest = max(tables, key=lambda table: table.max_copies)
-    return Parallelism(table=widest, axes=mesh.axes), tables
+    return Parallelism(table=widest, axes=mesh.axes, sort_rows=True), tables
 
 
 def _sequence_parallel(config: MoEConfig, mesh: RankMesh, prefill: str, chunk: int | None) -> bool:

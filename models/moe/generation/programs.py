@@ -20,7 +20,14 @@ from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.chunked import chunk_fn
+from cmjax.models.moe.generation.layered import (
+    join_cache,
+    join_layers,
+    split_cache,
+    split_shapes,
+)
 from cmjax.models.moe.layers.cache import empty_cache, extend_cache
+from cmjax.models.moe.layers.transformer import unrolled_layers
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import own_heads, param_specs
 from cmjax.models.moe.steps import abstract_params, decode_fn, prefill_fn
@@ -35,6 +42,8 @@ class BatchShape:
         holds. drafts: per request and decode step.
       chunk: tokens of a prompt per chunk; `None` for whole prompts.
       sequence_parallel: of prefill.
+      greedy: no token is drawn, so nothing is sorted.
+      layered: parameters are those of `split_layers`, caches likewise.
     """
 
     requests: int
@@ -43,6 +52,8 @@ class BatchShape:
     drafts: int = 0
     chunk: int | None = None
     sequence_parallel: bool = False
+    greedy: bool = True
+    layered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,25 +110,33 @@ def compile_programs(
     prefill_parallelism = check_prefill(config, parallelism, sizes.chunk, sizes.sequence_parallel)
     mtp = sizes.drafts > 0
     where = _shardings(mesh)
-    shapes = abstract_params(config, parallelism, precision, mtp=mtp)
-    specs = param_specs(shapes, parallelism)
+    whole_shapes = abstract_params(config, parallelism, precision, mtp=mtp)
+    specs = param_specs(whole_shapes, parallelism)
+    shapes = split_shapes(whole_shapes) if sizes.layered else whole_shapes
 
     def on_mesh(spec, leaf):
         shape = (parallelism.ranks, *leaf.shape) if spec is RANKED else leaf.shape
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
 
-    params = jax.tree.map(on_mesh, specs, shapes)
+    params = jax.tree.map(
+        lambda spec, sub: jax.tree.map(functools.partial(on_mesh, spec), sub), specs, shapes
+    )
     ranks, each = mesh.ranks, sizes.requests
-    like = RequestBatch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, Sampler())
+    sampler = Sampler(temperature=0.0 if sizes.greedy else 1.0)
+    like = RequestBatch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, sampler)
 
-    def compiled(fn, *args, donate=()):
+    def compiled(whole, *args, donate=()):
+        fn = _of_layers(whole) if sizes.layered else whole
         rest = (RANKED,) * (len(args) - 1)
         lifted = on_every_rank(fn, mesh, (specs, *rest), RANKED)
         executable = jax.jit(lifted, donate_argnums=donate).lower(*args).compile()
         return RankProgram(fn, (specs, *rest), executable)
 
-    cache = functools.partial(empty_cache, config, each, sizes.room, kv_cache, mtp=mtp)
-    cache = jax.tree.map(functools.partial(on_mesh, RANKED), jax.eval_shape(cache))
+    def empty_of_rank():
+        cache = empty_cache(config, each, sizes.room, kv_cache, mtp=mtp)
+        return split_cache(cache) if sizes.layered else cache
+
+    cache = jax.tree.map(functools.partial(on_mesh, RANKED), jax.eval_shape(empty_of_rank))
     if sizes.chunk is not None:
         found = np.zeros((ranks, each, 1 + mtp), np.int32)
         prefill = compiled(
@@ -151,6 +170,25 @@ def compile_programs(
         )
 
     return Programs(prefill, decode, empty)
+
+
+def _of_layers(fn: Callable) -> Callable:
+    """A program of parameters and caches that `cmjax.models.moe.generation.layered` splits."""
+
+    def run(params, *args):
+        *caches, inputs = args
+        with unrolled_layers():
+            out = fn(join_layers(params), *map(_joined, caches), inputs)
+        if isinstance(out, tuple):  # of a chunk: what was found, and the cache
+            return out[0], split_cache(out[1])
+        return dataclasses.replace(out, caches=split_cache(out.caches))
+
+    return run
+
+
+def _joined(caches: Any) -> Any:
+    """A cache, or a tuple of them, of arrays of layers."""
+    return tuple(map(join_cache, caches)) if isinstance(caches, tuple) else join_cache(caches)
 
 
 def check_prefill(

@@ -8,17 +8,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from cmjax.models.moe.arithmetic import Format
 from cmjax.models.moe.layers.linear import Linear, Weight, observe
+from cmjax.models.moe.layers.sorted import SortedRows
 from cmjax.primitives.exchange import quantize_rows
+from cmjax.primitives.grouped import grouped_dot, grouped_msd_dot, stacked_dot
 from cmjax.primitives.msd import QuantizedWeight
 from cmjax.primitives.msd.product import msd_dot
 from cmjax.program.mark import fused
-
-_BATCHED = (((2,), (1,)), ((0,), (0,)))  # [slots, rows, k] x [slots, k, n]
 
 
 class Experts(nnx.Module):
@@ -42,9 +41,20 @@ class Experts(nnx.Module):
         if up.scale is None or down.scale is None:
             return _batched(_swiglu(_batched(rows, up)), down).astype(dtype)
         assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
-        total = lax.dot_general(rows, up.value, _BATCHED, preferred_element_type=jnp.int32)
-        steps, step = _swiglu_int8(total, scale, up.scale)
+        steps, step = _swiglu_int8(stacked_dot(rows, up.value), scale, up.scale[:, None, :])
         return _grouped_matmul(dtype)(steps, step, down.value, down.scale)
+
+    def of_sorted(self, sent: SortedRows, dtype: jnp.dtype) -> Float[Array, "rows hidden"]:
+        """Outputs in `dtype` for rows that are sorted by slot."""
+        up, down = self.gate_up.matrix, self.down.matrix
+        if sent.scale is None or up.scale is None or down.scale is None:
+            hidden = _swiglu(_grouped(sent.rows, up, sent.sizes))
+            return _grouped(hidden, down, sent.sizes).astype(dtype)
+        assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
+        total = grouped_dot(sent.rows, up.value, sent.sizes)
+        steps, step = _swiglu_int8(total, sent.scale, up.scale[sent.slots])
+        total = grouped_dot(steps, down.value, sent.sizes)
+        return _rescale(total, step, down.scale[sent.slots]).astype(dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -65,8 +75,14 @@ def _batched(x, weight: Weight):
     observe(weight.name, x)
     if isinstance(weight.value, QuantizedWeight):
         return msd_dot(x, weight.value)
-    value = weight.value.astype(x.dtype)
-    return lax.dot_general(x, value, _BATCHED, preferred_element_type=x.dtype)
+    return stacked_dot(x, weight.value.astype(x.dtype))
+
+
+def _grouped(x, weight: Weight, sizes):
+    """Rows sorted by slot, by the matrices of their slots."""
+    if isinstance(weight.value, QuantizedWeight):
+        return grouped_msd_dot(x, weight.value, sizes)
+    return grouped_dot(x, weight.value.astype(x.dtype), sizes)
 
 
 def _activate(h):
@@ -80,15 +96,15 @@ def _grouped_matmul(dtype: jnp.dtype):
 
     @fused("GroupedMatmul")
     def kernel(steps, step, weight, weight_scale):
-        total = lax.dot_general(steps, weight, _BATCHED, preferred_element_type=jnp.int32)
-        return _rescale(total, step, weight_scale).astype(dtype)
+        total = stacked_dot(steps, weight)
+        return _rescale(total, step, weight_scale[:, None, :]).astype(dtype)
 
     return kernel
 
 
 def _rescale(total, row_scale, column_scale):
-    """Integer sums [slots, rows, n] to values."""
-    return total.astype(jnp.float32) * row_scale[..., None] * column_scale[:, None, :]
+    """Integer sums [..., rows, n] to values; scales of columns broadcast to them."""
+    return total.astype(jnp.float32) * row_scale[..., None] * column_scale
 
 
 @fused("SwiGLU")

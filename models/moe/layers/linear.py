@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
 from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
 from cmjax.models.moe.layers.initial import normal
 from cmjax.primitives.exchange import quantize_rows
+from cmjax.primitives.grouped import stacked_dot
 from cmjax.primitives.msd import QuantizedWeight, WeightFormat, msd_dot, quantize_weight
 from cmjax.program.mark import fused
 
@@ -59,7 +59,7 @@ def matmul(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch 
     if isinstance(weight.value, QuantizedWeight):
         return msd_dot(x, weight.value, bias=weight.bias)
     if weight.scale is None:
-        y = jnp.matmul(x, weight.value.astype(x.dtype), preferred_element_type=x.dtype)
+        y = stacked_dot(x, weight.value.astype(x.dtype))
     else:
         steps, x_scale = fused("DynamicQuant")(quantize_rows)(x)
         y = _quant_matmul(x.dtype)(steps, x_scale, weight.value, weight.scale)
@@ -70,8 +70,7 @@ def matmul(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch 
 def _quant_matmul(dtype: Any) -> Callable:
     @fused("QuantMatmul")
     def kernel(steps, x_scale, w_steps, w_scale):
-        contract = (((steps.ndim - 1,), (0,)), ((), ()))
-        total = lax.dot_general(steps, w_steps, contract, preferred_element_type=jnp.int32)
+        total = stacked_dot(steps, w_steps)
         return (total.astype(jnp.float32) * x_scale[..., None] * w_scale).astype(dtype)
 
     return kernel

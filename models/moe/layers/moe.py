@@ -16,6 +16,7 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.router import Router
+from cmjax.models.moe.layers.sorted import SortedRows, sort_by_slot, unsort
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
 
@@ -81,18 +82,26 @@ class MoE(nnx.Module):
         slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
         return Routed(x, slots, weights)
 
-    def send(self, routed: Routed) -> Dispatched:
+    def send(self, routed: Routed) -> Dispatched | SortedRows:
         """Dispatch, in INT8 if the experts are."""
+        if self.parallelism.sorts_rows:
+            count = self.parallelism.table.slots_per_rank
+            return sort_by_slot(routed.x, routed.slots, count, quantize=self.quantize)
         return dispatch(routed.x, routed.slots, quantize=self.quantize, **self._exchange)
 
-    def compute(self, sent: Dispatched, dtype: jnp.dtype) -> Float[Array, "slots rows hidden"]:
-        """Apply the experts in this rank's slots."""
+    def compute(self, sent: Dispatched | SortedRows, dtype: jnp.dtype) -> Array:
+        """Apply the experts in this rank's slots: `[slots, rows, hidden]`, or `[rows, hidden]` of
+        sorted rows."""
+        if isinstance(sent, SortedRows):
+            return self.experts.of_sorted(sent, dtype)
         return self.experts(sent.rows, sent.scale, dtype)
 
     def receive(
-        self, rows: Float[Array, "slots rows hidden"], sent: Dispatched, routed: Routed
+        self, rows: Array, sent: Dispatched | SortedRows, routed: Routed
     ) -> Float[Array, "tokens hidden"]:
         """Combine the routed experts' outputs."""
+        if isinstance(sent, SortedRows):
+            return unsort(rows, sent, routed.weights)
         return combine(rows, routed.slots, sent.position, routed.weights, **self._exchange)
 
     def compute_shared(self, routed: Routed) -> Float[Array, "tokens hidden"] | None:

@@ -6,7 +6,9 @@ microbatches, and issues its blocks in the order the schedule says. Attention is
 grouped-query, as the config says.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from cmjax.models.moe.layers.cache import LayerCache, ModelCache
 from cmjax.models.moe.layers.experts import SwiGLU
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.initial import normal
-from cmjax.models.moe.layers.linear import Linear, Weight, matmul
+from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.mla import MLA
 from cmjax.models.moe.layers.moe import MoE, run_moe
 from cmjax.models.moe.layers.norm import RMSNorm
@@ -32,6 +34,21 @@ Activations = tuple[Float[Array, "sequences length hidden"], ...]
 Caches = tuple[LayerCache, ...]
 # attend(attention, microbatch, x, cache) -> (y, cache): how a layer's attention is to be run
 Attend = Callable[[MLA | GQA, int, Array, Any], tuple[Array, LayerCache]]
+_unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
+
+
+def unrolled_layers() -> contextlib.AbstractContextManager[None]:
+    """A context in which layers are traced one by one instead of as a loop."""
+    return _unrolling()
+
+
+@contextlib.contextmanager
+def _unrolling() -> Iterator[None]:
+    token = _unrolled.set(True)
+    try:
+        yield
+    finally:
+        _unrolled.reset(token)
 
 
 class DenseLayer(nnx.Module):
@@ -111,7 +128,7 @@ class Stack(nnx.Module):
             state, caches = layer
             return nnx.merge(graph, state)(xs, caches, attend)
 
-        return lax.scan(one_layer, xs, (state, caches))
+        return lax.scan(one_layer, xs, (state, caches), unroll=_unrolled.get() or 1)
 
 
 class Transformer(nnx.Module):
@@ -168,7 +185,8 @@ class Transformer(nnx.Module):
         """Scores over the vocabulary, float32."""
         with jax.named_scope("lm_head"):
             if self.head is None:
-                return matmul(hidden, Weight(self.embed[...].T, None)).astype(jnp.float32)
+                # XLA's product reads the embedding as it lies: its transpose is never made
+                return jnp.matmul(hidden, self.embed[...].T).astype(jnp.float32)
             return self.head(hidden).astype(jnp.float32)
 
     def embedding(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:

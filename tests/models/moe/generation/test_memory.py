@@ -5,7 +5,12 @@ import pytest
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import deepseek_r1, tiny
 from cmjax.models.moe.generation import memory
-from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits, exchange_bytes
+from cmjax.models.moe.generation.memory import (
+    check_memory,
+    chunk_that_fits,
+    exchange_bytes,
+    parameter_bytes,
+)
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.slots import ep_table
 
@@ -16,6 +21,40 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made():
     config = deepseek_r1()
     with pytest.raises(ValueError, match=r"take 2,\d{3}\.\d GB on 1 ranks in float32, this"):
         check_memory(config, one_rank(config), RankMesh(1, 1), "float32", False)
+
+
+def test_a_model_that_is_too_large_says_by_how_much_and_what_would_fit(monkeypatch):
+    config = tiny()
+    at = (config, one_rank(config), RankMesh(1, 1))
+    wide, half, steps = (
+        10**4 * parameter_bytes(*at, precision, False)
+        for precision in ("float32", "bfloat16", "int8")
+    )
+    monkeypatch.setattr(memory, "parameter_bytes", lambda *a: 10**4 * parameter_bytes(*a))
+
+    def check(there, precision="float32"):
+        monkeypatch.setattr(memory, "_machine_bytes", lambda: there)
+        check_memory(*at, precision, False)
+
+    check(wide)
+    check(half, "bfloat16")
+    both = rf"bfloat16 takes {half / 1e9:,.1f} GB and int8 takes {steps / 1e9:,.1f} GB$"
+    with pytest.raises(ValueError, match=rf"GB, {(wide - half) / 1e9:,.1f} GB too few; {both}"):
+        check(half)
+    with pytest.raises(ValueError, match=rf"too few; int8 takes {steps / 1e9:,.1f} GB$"):
+        check(steps)
+    with pytest.raises(ValueError, match="choose a smaller model, mesh or precision"):
+        check(steps - 1)
+
+
+def test_a_containers_limit_counts(monkeypatch, tmp_path):
+    limit, none = tmp_path / "memory.max", tmp_path / "unlimited"
+    limit.write_text("123456\n")
+    none.write_text("max\n")
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (none, tmp_path / "absent"))
+    whole = memory._machine_bytes()
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (limit, none))
+    assert memory._machine_bytes() == 123456 < whole
 
 
 def test_exchange_buffers_grow_with_ranks_slots_and_tokens():

@@ -1,5 +1,7 @@
 """Linear layers and experts in each precision."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def test_int8_matmul_is_the_exact_product_of_the_rounded_operands():
     want = exact * np.asarray(x_scale, np.float64)[:, None] * np.asarray(w_scale, np.float64)
     np.testing.assert_allclose(matmul(jnp.asarray(x), Weight(weight, w_scale)), want, rtol=1e-6)
     jaxpr = str(jax.make_jaxpr(matmul)(x, Weight(weight, w_scale)))
-    assert "preferred_element_type=int32" in jaxpr
+    assert re.search(r":i32\[5,7\] = cm_stacked_dot", jaxpr)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""Attention of new tokens over a cache: kernel and XLA alike, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmjax import native
+from cmjax.primitives.attention.exact import attention
+
+
+def _wanted(q, k, v, lengths, scale, window):
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    batch, queries, heads, _ = q.shape
+    group = heads // k.shape[2]
+    y = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b in range(batch):
+        for i in range(queries):
+            at = lengths[b] - queries + i
+            seen = [t for t in range(min(at + 1, k.shape[1])) if window is None or t > at - window]
+            if not seen:
+                continue
+            for h in range(heads):
+                scores = scale * k[b, seen, h // group] @ q[b, i, h]
+                mass = np.exp(scores - scores.max())
+                y[b, i, h] = mass / mass.sum() @ v[b, seen, h // group]
+    return y
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("queries, dim, value_dim", [(1, 64, 64), (2, 20, 33), (5, 16, 8)])
+def test_new_tokens_attend_the_cache(dtype, error, window, queries, dim, value_dim):
+    rng = np.random.default_rng(0)
+    lengths = np.array([queries, 7, 23, 2, 23, 0, 30], np.int32)  # nothing there; more than room
+    q = jnp.asarray(rng.normal(size=(7, queries, 6, dim)), dtype)
+    k = jnp.asarray(rng.normal(size=(7, 23, 2, dim)), dtype)
+    v = jnp.asarray(rng.normal(size=(7, 23, 2, value_dim)), dtype)
+    scale = dim**-0.5
+    fn = jax.jit(
+        lambda *a: attention(*a[:3], scale=scale, causal=True, lengths=a[3], window=window)
+    )
+    wanted = _wanted(q, k, v, lengths, scale, window)
+    np.testing.assert_allclose(fn(q, k, v, lengths), wanted, rtol=error, atol=error)
+    mapped = jax.vmap(fn)(q[None], k[None], v[None], lengths[None])
+    np.testing.assert_array_equal(mapped[0], fn(q, k, v, lengths))
+
+
+@pytest.mark.skipif(not native.status().enabled, reason=native.status().reason)
+def test_one_new_token_goes_through_the_kernel_and_several_do_not():
+    def lowered(queries):
+        q, k = jnp.zeros((2, queries, 4, 8)), jnp.zeros((2, 9, 2, 8))
+        fn = lambda q: attention(q, k, k, scale=1.0, causal=True, lengths=jnp.array([4, 9]))  # noqa: E731
+        return jax.jit(fn).lower(q).as_text()
+
+    assert "cmjax_cached_attention" in lowered(1)
+    assert "cmjax_cached_attention" not in lowered(2)
+
+
+def test_the_gradient_is_that_of_the_formula():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.float32) for n in (1, 9, 9))
+    lengths = jnp.array([4, 9])
+    weights = jnp.asarray(rng.normal(size=(2, 1, 2, 8)), jnp.float32)
+
+    def loss(q, k, v):
+        return jnp.sum(weights * attention(q, k, v, scale=0.3, causal=True, lengths=lengths))
+
+    gradient = jax.grad(loss, (0, 1, 2))(q, k, v)
+    step = 1e-3
+    for which, (x, found) in enumerate(zip((q, k, v), gradient, strict=True)):
+        way = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+        near = [
+            loss(*(a + s * step * way if i == which else a for i, a in enumerate((q, k, v))))
+            for s in (1, -1)
+        ]
+        slope = (near[0] - near[1]) / (2 * step)
+        np.testing.assert_allclose(jnp.sum(found * way), slope, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_what_is_hidden_never_matters_and_one_element_that_is_seen_does(bad, which, dtype):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, n, h, 8)), dtype) for n, h in ((1, 4), (9, 2), (9, 2))
+    )
+    operands, lengths = {"q": q, "k": k, "v": v}, jnp.array([6, 6])
+
+    @jax.jit
+    def fn(q, k, v):
+        return attention(q, k, v, scale=0.3, causal=True, lengths=lengths, window=4)
+
+    whole = fn(**operands)
+    for at in (6, 8, 1):  # behind the length, the last of the buffer, older than the window
+        hidden = operands | {which: operands[which].at[:, at, 1, 3].set(bad)}
+        np.testing.assert_array_equal(fn(**hidden), whole)
+    for at in (2, 5):
+        seen = np.asarray(fn(**operands | {which: operands[which].at[0, at, 1, 3].set(bad)}))
+        assert np.isnan(seen[0, :, 2:]).all()  # heads that share the key
+        np.testing.assert_array_equal(seen[0, :, :2], whole[0, :, :2])
+        np.testing.assert_array_equal(seen[1], whole[1])
+
+
+def test_a_score_that_leaves_float32_downwards_weighs_nothing_and_upwards_is_nan():
+    k = jnp.zeros((2, 3, 1, 4)).at[0, 0].set(-3e38).at[1, 0].set(3e38)
+    v = jnp.arange(1.0, 4).reshape(1, 3, 1, 1) * jnp.ones((2, 1, 1, 2))
+    fn = jax.jit(lambda q: attention(q, k, v, scale=1.0, causal=True, lengths=jnp.array([3, 3])))
+    got = np.asarray(fn(jnp.ones((2, 1, 1, 4))))
+    np.testing.assert_allclose(got[0], 2.5)  # of 1, 2 and 3 the first is out
+    assert np.isnan(got[1]).all()
+
+
+def test_values_near_the_end_of_float32_overflow_in_their_own_column_only():
+    q = k = jnp.zeros((1, 2, 1, 4))
+    v = jnp.full((1, 2, 1, 3), 3e38).at[..., 2].set(1.0)
+    fn = jax.jit(lambda q: attention(q, k, v, scale=1.0, causal=True, lengths=jnp.array([2])))
+    np.testing.assert_allclose(fn(q[:, :1])[0, 0, 0], [3e38, 3e38, 1.0], rtol=1e-6)
+
+
+def test_with_64_bit_types_on_the_kernel_gives_the_same_and_float64_is_attended_too():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, h, 8)) for n, h in ((1, 4), (9, 2), (9, 2)))
+    narrow = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    options = {"scale": 0.3, "causal": True}
+    before = jax.jit(lambda *a: attention(*a, **options, lengths=jnp.array([4, 9])))(*narrow)
+    with jax.enable_x64(True):
+        fn = jax.jit(lambda *a: attention(*a, **options, lengths=jnp.array([4, 9])))
+        after = fn(*narrow)
+        assert after.dtype == jnp.float32
+        np.testing.assert_array_equal(after, before)
+        wide = fn(*map(jnp.asarray, (q, k, v)))
+        assert wide.dtype == jnp.float64
+    wanted = _wanted(q, k, v, np.array([4, 9]), 0.3, None)
+    np.testing.assert_allclose(before, wanted, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(wide, wanted, rtol=2e-6, atol=2e-6)  # its softmax is float32
