@@ -120,12 +120,12 @@ def test_published_rows_are_predicted(data):
     folder = data / "measurements_training"
     vtrain = compare(folder / "vtrain_multi_node.csv", load_machine("a100-pod"))
     assert len(vtrain.rows) == 41 and not vtrain.skipped
-    assert vtrain.mean_error < 0.121
-    assert vtrain.kendall_tau is not None and vtrain.kendall_tau > 0.79
+    assert vtrain.mean_error < 0.115
+    assert vtrain.kendall_tau is not None and vtrain.kendall_tau > 0.78
     megatron = compare(folder / "megatron_2021.csv", load_machine("selene"))
-    assert len(megatron.rows) == 5 and megatron.mean_error < 0.08
+    assert len(megatron.rows) == 5 and megatron.mean_error < 0.075
     korthikanti = compare(folder / "korthikanti_2022.csv", load_machine("selene"))
-    assert len(korthikanti.rows) == 4 and korthikanti.mean_error < 0.012
+    assert len(korthikanti.rows) == 4 and korthikanti.mean_error < 0.02
 
 
 def test_a_measured_run_is_priced_as_pytorch_recomputes():
