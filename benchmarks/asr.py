@@ -29,6 +29,7 @@ from benchmarks.asr_onnx import quantized, session_call
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.files import replace_text
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.conv import PRECISIONS
 from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
@@ -90,7 +91,7 @@ def main(options: Options) -> None:
         else:
             console.print(f"exported network: float32 logits agree within {largest_error:.1e}")
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        replace_text(options.json, json.dumps(found, indent=1) + "\n")
 
 
 def candidates(name: str, options: Options) -> tuple[dict[str, dict[str, Run]], float | None]:

@@ -31,6 +31,7 @@ from benchmarks.conv_peers import Run, Shape, peers
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.files import replace_text
 from cmjax.primitives.convolution import calibrate
 from cmjax.primitives.convolution.packed import prepack
 from cmjax.primitives.convolution.winograd import winograd_conv1d
@@ -104,7 +105,7 @@ def main(config: Config) -> None:
         seconds = {str(shape): row for shape, row in times.items()}
         status = native.status()
         result = {"isa": status.isa, "threads": config.threads, "seconds": seconds}
-        config.json.write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(config.json, json.dumps(result, indent=1) + "\n")
 
 
 def ours() -> dict[str, Callable[[Shape], Run]]:

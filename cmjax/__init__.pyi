@@ -2,6 +2,7 @@ from . import models as models
 from . import placement as placement
 from .cost import Timeline as Timeline
 from .deploy import Deployment as Deployment
+from .deploy import DeploymentSearch as DeploymentSearch
 from .deploy import LayerPrice as LayerPrice
 from .deploy import Placement as Placement
 from .deploy import Prediction as Prediction
@@ -10,6 +11,7 @@ from .deploy import evaluate as evaluate
 from .deploy import place as place
 from .deploy import predict as predict
 from .deploy import price as price
+from .deploy import search as search
 from .hardware import Supernode as Supernode
 from .hardware import load_machine as load_machine
 from .mesh import RankMesh as RankMesh

@@ -6,6 +6,7 @@ success, 1 a failure of the machine (a full disk, say), 2 bad input, with one li
 
 import argparse
 import inspect
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,8 @@ _COMMANDS = {
 }
 """Subcommand -> its class in `cmjax.commands`, and what it gives."""
 
+_MAY_BE_EMPTY = ("--prompt", "--system", "--question", "--without-ranks")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `cmjax` command; returns the exit code."""
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = parser.parse_args(given[:1]).command
 
     def run() -> None:
+        _refuse_empty(given[1:])
         kind = getattr(commands, _COMMANDS[name][0])
         command = tyro.cli(
             kind,
@@ -55,6 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run(terminal())
 
     return exit_code(run)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument without a letter where a name is wanted: as a path it would
+    be the current folder, which nobody named."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        option, equals, value = argument.partition("=")
+        if argument and not (option.startswith("--") and equals and not value):
+            continue
+        option = option if argument else before
+        if option not in _MAY_BE_EMPTY:
+            what = option if option.startswith("--") else "an argument"
+            raise ValueError(f"{what} is empty; give it a value, or leave it out")
 
 
 def _description(kind: type) -> str:

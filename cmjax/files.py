@@ -1,33 +1,77 @@
 """Writing files so that a reader never meets half of one."""
 
+import contextlib
 import os
+import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8; see `replace_bytes`."""
-    replace_bytes(path, text.encode("utf-8"))
+    """Write `text` as UTF-8; see `replaced`."""
+    replace_bytes(path, text.encode("utf-8", errors="surrogateescape"))
 
 
 def replace_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data`; an existing file is replaced only once the new one is complete.
+    """Write `data`; see `replaced`."""
+    with replaced(path) as file:
+        file.write(data)
 
-    The bytes go to a temporary file in the same folder, which is then renamed over `path`. A path
-    that is no regular file (`/dev/stdout`, a pipe) is written to directly.
+
+@contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write; what was at `path` is replaced only once the new one is complete.
+
+    The bytes go to a temporary file in the same folder, which is brought to the disk and then
+    renamed over `path`. A link stays a link: what it points to is replaced. A path that is no
+    regular file (`/dev/stdout`, a pipe) is written to directly.
 
     Raises: OSError if the folder is missing or the disk full; `path` is then as it was.
     """
-    path = Path(path).resolve()  # a link stays a link: what it points to is replaced
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
+        with path.open("wb") as file:
+            yield file
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".cmjax-{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Before long work: can a file be written there?
+
+    Raises: ValueError: its folder does not exist, it is a folder itself, its name is too long, its
+      links lead in a circle, or this user may not write there.
+    """
+    path = Path(path)
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise ValueError(f"cannot write {path}: the folder {folder} does not exist") from None
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"cannot write {path}: no right to write into {folder}") from None
+        return
+    except NotADirectoryError:
+        raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"cannot write {str(path)!r}: {error}") from None
+    if stat.S_ISDIR(about.st_mode):
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write {path}: no right to write it")

@@ -22,7 +22,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from cmjax.inputs import check_count
+
 XLA_CPU_DEVICE_LIMIT = 256
+MOST_EMULATED = 4096
+"""Ranks that a mesh may have to run on; to price on it may have `_MOST_RANKS`."""
+_MOST_RANKS = 2**20
 
 # XLA aborts the process if a collective has waited 40 s for a device, and warns after 20 s. Many
 # devices take turns on a few cores, so a healthy step on a loaded machine can be that slow.
@@ -65,6 +70,7 @@ class RankMesh:
                 raise ValueError(
                     f"RankMesh: {field.name} must be an integer of at least 1, got {value!r}"
                 )
+        check_count("mesh: ranks", self.ranks, most=_MOST_RANKS)
 
     @classmethod
     def parse(cls, text: str) -> "RankMesh":
@@ -77,7 +83,7 @@ class RankMesh:
 
         Raises: ValueError: anything else.
         """
-        if not re.fullmatch(r"\d+(x\d+){0,2}", text):
+        if not re.fullmatch(r"\d{1,9}(x\d{1,9}){0,2}", text):
             raise ValueError(f"mesh must be NODESxNPUS or NODESxNPUSxDIES, got {text!r}")
         sizes = [int(part) for part in text.split("x")]
         return cls(*(sizes if len(sizes) > 1 else [1, *sizes]))

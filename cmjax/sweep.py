@@ -8,6 +8,7 @@ where.
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -66,8 +67,21 @@ def executor_of(scheduler: str | None = None, workers: int | None = None) -> Ite
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # JAX has threads, which a fork would leave in the middle of what they do.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or cores or 1, mp_context=context) as pool:
-        yield pool
+    count = workers or cores or 1
+    before = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_leave_signals) as pool:
+        try:
+            yield pool
+        except BaseException:  # Ctrl-C, say: what runs is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
+
+
+def _leave_signals() -> None:
+    """Ctrl-C comes to all processes of a terminal; the one that started the others ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

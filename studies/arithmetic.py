@@ -30,6 +30,7 @@ from rich.table import Table
 
 from cmjax.console import exit_code, terminal
 from cmjax.deploy import Phase, predict
+from cmjax.files import replace_text
 from cmjax.models.moe import MoEModel, extend_cache
 from studies.arithmetic_figure import plot
 from train import checkpoint
@@ -75,7 +76,7 @@ def main(study: Study, console: Console) -> None:
     for row in rows:
         row |= priced(row["name"].removesuffix(", calibrated"))
     study.out.mkdir(parents=True, exist_ok=True)
-    (study.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    replace_text(study.out / "results.json", json.dumps(rows, indent=1) + "\n")
     console.print(table(rows))
     plot(rows, study.out / "arithmetic.png")
     console.print(f"written: {study.out}/results.json, {study.out}/arithmetic.png")

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from cmjax.console import terminal
 from cmjax.cost import price
+from cmjax.files import replace_text
 from cmjax.hardware import Supernode, load_machine
 from cmjax.models.asr import pricing
 from cmjax.models.asr.acoustic import AcousticModel
@@ -221,7 +222,7 @@ def main(options: Options, console: Console) -> None:
     console.print(table(found, options.on))
     console.print("chosen by gradient, layer by layer:", *choices(found), sep="\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    replace_text(options.out, json.dumps(found, indent=1) + "\n")
     console.print(f"wrote {options.out}")
 
 

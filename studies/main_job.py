@@ -17,6 +17,7 @@ from cmjax import placement, report
 from cmjax.console import show_progress, terminal
 from cmjax.deploy import predict
 from cmjax.deploy.placed import place as place_experts
+from cmjax.files import replace_text
 from cmjax.report import Section
 from studies import cloudmatrix
 
@@ -40,7 +41,7 @@ class MainJob:
 def sweep(out: Path, console: Console) -> Section:
     """Throughput against TPOT over batches, and the best batch under each SLO."""
     results = [predict("deepseek-r1", phase="decode", batch=float(b)).to_dict() for b in BATCHES]
-    (out / "batch_sweep.json").write_text(json.dumps(results, indent=1))
+    replace_text(out / "batch_sweep.json", json.dumps(results, indent=1))
     points = [report.ThroughputPoint.of(result) for result in results]
     report.plot_throughput(points, out / "throughput.png", slo_ms=SLO_TPOT_MS)
     for slo in SLO_TPOT_MS:

@@ -31,6 +31,7 @@ from rich.table import Table
 from scipy import stats
 
 from cmjax.console import exit_code, terminal
+from cmjax.files import replace_text
 from cmjax.mesh import prepare_devices
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.deployed import backbone, backbone_call, whole_call
@@ -319,7 +320,7 @@ def write_json(path: Path, value: Any) -> None:
     """A file of plain values and outcomes, replaced at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps(value, indent=1, default=dataclasses.asdict) + "\n")
+    replace_text(whole, json.dumps(value, indent=1, default=dataclasses.asdict) + "\n")
     whole.replace(path)
 
 

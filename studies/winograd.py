@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import terminal, track
+from cmjax.files import replace_text
 from cmjax.primitives.convolution import ConvScales, calibrate, least_error_step
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB, expected_sqnr_db
 from cmjax.primitives.convolution.packed import prepack
@@ -274,7 +275,7 @@ def run(study: Study, console: Console) -> dict[str, list[dict]]:
     }
     for name, table in found.items():
         console.print(_table(titles[name], table))
-    (study.out / "winograd.json").write_text(json.dumps(found, indent=1) + "\n")
+    replace_text(study.out / "winograd.json", json.dumps(found, indent=1) + "\n")
     plot_accuracy(study.out / "winograd_accuracy.png")
     scaled = next(layer for layer in layers if layer.input_limit == 110)
     console.print(

@@ -21,6 +21,7 @@ from rich import box
 from rich.table import Table
 
 from cmjax.console import terminal, track
+from cmjax.files import replace_text
 from cmjax.models.moe.model import MoEModel, parameters
 from cmjax.models.moe.xl3m import segment_starts
 from studies import xl3m_cost, xl3m_figure
@@ -254,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console.print(accuracy_table(accuracy))
     console.print(certainty_table(certainty))
-    (study.out / "xl3m.json").write_text(json.dumps(as_json(accuracy), indent=1))
+    replace_text(study.out / "xl3m.json", json.dumps(as_json(accuracy), indent=1))
     xl3m_figure.draw(_curves(accuracy), Recall().trained_length, study.out / "xl3m.png")
     xl3m_cost.show(console)
     console.print(f"wrote {study.out}/xl3m.json and {study.out}/xl3m.png")

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
 FOLDERS = ("cmjax", "models", "train", "studies", "benchmarks")
 FLOORS = {
+    "inputs": -1,
     "files": 0,
+    "interrupt": 0,
     "occupancy": 0,
     "console": 1,
     "sweep": 2,

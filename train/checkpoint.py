@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from train.interrupt import finished_first
+from cmjax.interrupt import finished_first
 
 _PARTIAL = ".partial"
 _SUMS = "SHA256SUMS"

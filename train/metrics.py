@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cmjax.files import replace_text
+from cmjax.inputs import parse_json, read_text
+
 
 class LossNotFinite(FloatingPointError):
     """Training went out of hand; the message says where the batch is saved."""
@@ -20,13 +23,11 @@ class MetricsLog:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if keep is None or line.get("step", -1) < keep]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
@@ -34,12 +35,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file; none if there is no file."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = read_text(path).splitlines()
     out = []
     for number, line in enumerate(lines, 1):
         try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, "")
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+            out.append(row)
+        except ValueError:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from None
     return out

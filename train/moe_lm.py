@@ -19,10 +19,9 @@ import tyro
 from jaxtyping import Int
 from rich.console import Console
 
-from cmjax.console import terminal
+from cmjax.console import exit_code, terminal
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.models.moe.model import MoEModel
-from train.interrupt import training_exit_code
 from train.metrics import read_metrics
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
@@ -55,7 +54,5 @@ def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) ->
 
 if __name__ == "__main__":
     sys.exit(
-        training_exit_code(
-            lambda: main(tyro.cli(LanguageModelConfig, description=__doc__), terminal())
-        )
+        exit_code(lambda: main(tyro.cli(LanguageModelConfig, description=__doc__), terminal()))
     )

@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from cmjax.inputs import check_seed
+
 _RATES = ("learning_rate", "scale_rate", "bias_rate", "weight_decay")
 _COUNTS = ("steps", "scale_steps")
-_MOST_SEED = 2**32
 
 
 def check_numbers(options: Any) -> None:
@@ -23,8 +24,8 @@ def check_numbers(options: Any) -> None:
                 raise ValueError(f"{option} must be finite, got {number}")
             if name in (*_RATES, *_COUNTS) and isinstance(number, int | float) and number < 0:
                 raise ValueError(f"{option} must not be negative, got {number}")
-        if name == "seed" and isinstance(value, int) and not 0 <= value < _MOST_SEED:
-            raise ValueError(f"{option} must be 0 to {_MOST_SEED - 1}, got {value}")
+        if name == "seed":
+            check_seed(option, value)
 
 
 def _fields(options: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -22,14 +22,13 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from cmjax.console import bar
+from cmjax.console import bar, exit_code
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.rope import angles, frequencies, rotate
 from cmjax.models.moe.layers.transformer import DenseLayer
 from cmjax.models.moe.model import MoEModel, from_config
 from train import checkpoint
-from train.interrupt import training_exit_code
 from train.metrics import LossNotFinite, MetricsLog
 from train.options import check_numbers
 
@@ -326,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     def command():
         train(tyro.cli(Recall, args=arguments, description=__doc__))
 
-    return training_exit_code(command)
+    return exit_code(command)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.console import terminal
+from cmjax.console import exit_code, terminal
 from cmjax.mesh import prepare_devices
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train, write_recognizer
-from train.interrupt import training_exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command():
         train_and_test(tyro.cli(Config, description=__doc__, args=arguments), terminal())
 
-    return training_exit_code(command)
+    return exit_code(command)
 
 
 def train_and_test(config: Config, console: Console) -> None:

@@ -8,20 +8,21 @@ from rich.console import Console
 
 from cmjax import report
 from cmjax.console import check_target, emit, track
-from cmjax.cost.fit import fit, fitted_keys, write_back
+from cmjax.cost.fit import fit, fitted_prior, update, write_back
 from cmjax.cost.measured import measured_machines, read_measurements
-from cmjax.deploy.validation import summary, validate
-from cmjax.hardware import load_machine
+from cmjax.deploy.validation import measure_of, summary, validate
+from cmjax.hardware import load_machine, uncertainty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Calibrate a machine's fitted constants on published micro-measurements."""
+    """Calibrate a machine on published kernel times, or update it by your own rows."""
 
     machine: tyro.conf.Positional[str] = "cloudmatrix384"
     """A name of the catalog, or a .toml file (then give the rows too)."""
     rows: str | None = None
-    """CSV of measurements (default: the built-in ones of the machine)."""
+    """CSV of your own measurements, of any kind: what the machine's constants and their spreads say
+    is updated by them (default: its fitted constants alone, by the built-in rows)."""
     write: Path | None = None
     """A machine .toml to write the values into; without it nothing is changed."""
     json: str | None = None
@@ -30,13 +31,19 @@ class Fit:
     def run(self, console: Console) -> None:
         check_target(self.json, self.write)
         machine = load_machine(self.machine)
-        rows = read_measurements(self.rows or self.machine)
-        found = fit(machine, fitted_keys(self.machine), rows)
-        if self.write:
-            write_back(self.write, found.values)
+        rows = read_measurements(self.machine if self.rows is None else self.rows)
+        if self.rows is None:
+            found = fit(*fitted_prior(self.machine), rows)
+        else:
+            measures = [measure_of(row, machine) for row in track(rows, "rows")]
+            found = update(machine, uncertainty(self.machine), rows, measures)
+        if self.write is not None:
+            write_back(self.write, found, model_error=self.rows is None)
         result = {
             "machine": machine.name,
             "values": found.values,
+            "spread": dict(zip(found.values, found.uncertainty.spread.tolist(), strict=True)),
+            "spread_before": dict(zip(found.values, found.before.tolist(), strict=True)),
             "residuals": [
                 {
                     "row": r.measurement.row,
@@ -63,10 +70,11 @@ class Validate:
 
     def run(self, console: Console) -> None:
         check_target(self.json)
-        if self.csv:
-            todo = {self.on or "cloudmatrix384": read_measurements(self.csv)}
+        if self.csv is not None:
+            on = "cloudmatrix384" if self.on is None else self.on
+            todo = {on: read_measurements(self.csv)}
         else:
-            names = [self.on] if self.on else measured_machines()
+            names = measured_machines() if self.on is None else [self.on]
             todo = {name: read_measurements(name) for name in names}
         found = {name: validate(track(rows, name), name) for name, rows in todo.items()}
         result = {

@@ -1,7 +1,6 @@
 """`cmjax generate`: text from a model on an emulated (or real) mesh."""
 
 import dataclasses
-import json
 import os
 import re
 import time
@@ -12,7 +11,9 @@ import tyro
 from rich.console import Console
 
 from cmjax.console import check_target, emit, show_progress
-from cmjax.mesh import RankMesh, prepare_devices
+from cmjax.console import log as to_stderr
+from cmjax.inputs import check_count, parse_json, read_text
+from cmjax.mesh import MOST_EMULATED, RankMesh, prepare_devices
 from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
@@ -92,7 +93,7 @@ class Generate:
         Raises: ValueError: bad input.
         """
         check_target(self.json)
-        log = Console(stderr=True)
+        log = to_stderr()
         self._sampler(GenerationDefaults())  # bad options are found before a file is read
         mesh = RankMesh.parse(self.mesh)
         model, config = open_model(self.weights, self.random)
@@ -135,11 +136,7 @@ class Generate:
         """Prompts given as text."""
         if self.prompt_file is None:
             return self.prompt
-        try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.prompt_file}: cannot be read ({error})") from None
-        return *self.prompt, *filter(None, lines)
+        return *self.prompt, *filter(None, read_text(self.prompt_file).splitlines())
 
     def _sampler(self, defaults: GenerationDefaults) -> Sampler:
         return Sampler.of(
@@ -177,8 +174,8 @@ class Generate:
             if not equals or not name.isidentifier():
                 raise ValueError(f"--chat-option must be NAME=VALUE, got {given!r}")
             try:
-                options[name] = json.loads(value)
-            except (ValueError, RecursionError):
+                options[name] = parse_json(value, "")
+            except ValueError:
                 options[name] = value
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
         chats = ([*before, {"role": "user", "content": text}] for text in self._texts())
@@ -258,6 +255,7 @@ def prepare_mesh(mesh: RankMesh, given: str) -> None:
 
     Raises: ValueError: this process has started JAX with fewer.
     """
+    check_count(f"--mesh {given}: ranks", mesh.ranks, most=MOST_EMULATED)
     try:
         prepare_devices(mesh.nodes)
     except RuntimeError as error:

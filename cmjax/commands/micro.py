@@ -34,6 +34,10 @@ class Micro:
     """Routed experts over all ranks (default 256)."""
     quant: str | None = None
     """int8 (default) or bf16."""
+    engine: str | None = None
+    """Serving engine whose exchange kernels run (default: the machine's first one)."""
+    after: int | None = None
+    """Microseconds of work that the ranks of an exchange come from, and differ by (default 0)."""
     m: int | None = None
     """Rows of a gemm."""
     k: int | None = None

@@ -13,6 +13,7 @@ from cmjax.console import check_target, emit, show_progress
 from cmjax.deploy.place_options import Export, Judging, Recording, Search, Target
 from cmjax.deploy.placed import evaluate, place_with
 from cmjax.deploy.placement_result import Placement
+from cmjax.report.plots.figure import checked_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ class Place:
     def run(self, console: Console) -> None:
         output = self.output
         check_target(output.json, output.plot, output.html)
+        if output.plot is not None:
+            checked_path(output.plot)
         if output.html is not None:
             report.check_page(output.html)
         if self.judging.evaluate is not None:

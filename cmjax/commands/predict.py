@@ -8,9 +8,12 @@ from rich.console import Console
 
 import cmjax
 from cmjax import report
-from cmjax.console import check_target, emit
+from cmjax.console import check_target, emit, show_progress
 from cmjax.deploy import Deployment, Requests, predictor_of
+from cmjax.deploy.search import VARIED
 from cmjax.placement import read_plan
+from cmjax.report.plots.figure import checked_path
+from cmjax.sweep import executor_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,14 @@ class Predict:
     """Where experts live under LOAD: a file that `cmjax place` writes (default: greedily)."""
     slo_tpot_ms: float | None = None
     """Find the largest batch whose TPOT stays within this."""
+    slo_ttft_ms: float | None = None
+    """With --search, of prefill: the limit on TTFT."""
+    search: bool = False
+    """Search EP degrees, microbatches and batches for most tokens/s per NPU within the SLO."""
+    vary: tuple[str, ...] = ()
+    """What --search varies besides: `quant=int8,bf16 kv_cache=bf16,int8 ep=32,64,320 ...`."""
+    workers: int | None = None
+    """Processes of --search (default: one per core)."""
     sensitivity: bool = False
     """Also report by how many percent the step changes per percent of each machine constant."""
     json: str | None = None
@@ -38,6 +49,14 @@ class Predict:
 
     def run(self, console: Console) -> None:
         check_target(self.json, self.trace, self.plot)
+        if self.plot is not None:
+            checked_path(self.plot)
+        if self.search:
+            self._search(console)
+            return
+        for name in ("vary", "slo_ttft_ms", "workers"):
+            if getattr(self, name) not in (None, ()):
+                raise ValueError(f"--{name.replace('_', '-')} belongs to --search")
         plan = None if self.plan is None else read_plan(self.plan)
         prediction = self.predict(plan)
         result = prediction.to_dict()
@@ -64,3 +83,42 @@ class Predict:
             plan=plan,
             slo_tpot_ms=self.slo_tpot_ms,
         )
+
+    def _search(self, console: Console) -> None:
+        for name in ("plan", "trace", "sensitivity"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} is of one deployment; leave it out with --search")
+        if self.load != "perfect":
+            raise ValueError("--load needs one deployment's slots; leave it out with --search")
+        with (
+            executor_of(None, self.workers) as executor,
+            show_progress("searching", quiet=self.json == "-") as progress,
+        ):
+            found = cmjax.search(
+                self.deployment,
+                self.on,
+                self.requests,
+                slo_tpot_ms=self.slo_tpot_ms,
+                slo_ttft_ms=self.slo_ttft_ms,
+                executor=executor,
+                progress=progress,
+                **_varied(self.vary),
+            )
+        if self.plot is not None:
+            report.plot_search(found, self.plot)
+        result = found.to_dict()
+        emit(console, self.json, result, report.search_table(result))
+
+
+def _varied(words: tuple[str, ...]) -> dict[str, tuple[int | str, ...]]:
+    """`quant=int8,bf16` as an option of `cmjax.search`."""
+    found = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not values or name not in VARIED:
+            raise ValueError(
+                f"--vary takes NAME=VALUE,VALUE with a name of {', '.join(VARIED)}; got {word!r}"
+            )
+        found[name] = tuple(int(v) if v.isdecimal() else v for v in values.split(","))
+    return found

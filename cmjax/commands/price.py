@@ -14,6 +14,9 @@ from cmjax.console import check_target, emit
 from cmjax.cost import Timeline, prepare, price
 from cmjax.cost.host import on_host
 from cmjax.hardware import load_machine
+from cmjax.program.users_code import users_code
+
+_MOST_SIZE = 1e15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,16 +43,14 @@ class Price:
         check_target(self.json, self.trace)
         machine = load_machine(self.on)
         given = parse_sizes(self.size)
-        found = prepare(
-            self.program,
-            machine,
-            given,
-            static=parse_static(self.static),
-            tiers=parse_tiers(self.tier),
-        )
+        static, tiers = parse_static(self.static), parse_tiers(self.tier)
+        with users_code(self.program):
+            found = prepare(self.program, machine, given, static=static, tiers=tiers)
         program = found.program
         timeline = on_host(lambda sizes: price(program, machine, sizes))(found.symbols)
         work = program.totals({k: float(np.mean(v)) for k, v in found.symbols.items()})
+        if not float(timeline.total_s) > 0:
+            raise ValueError(f"program {self.program!r}: it computes nothing that has a price")
         result = priced(timeline, work) | {"machine": machine.name, "sizes": given}
         if self.trace:
             timeline.to_perfetto(self.trace)
@@ -83,8 +84,11 @@ def parse_sizes(given: tuple[str, ...]) -> dict[str, float]:
             number = float(value)
         except ValueError:
             number = float("nan")
-        if not equals or not name or not 0 < number < float("inf"):
-            raise ValueError(f"size {text!r}: expected name=number with a positive number")
+        if not equals or not name or not 0 < number <= _MOST_SIZE:
+            raise ValueError(
+                f"size {text!r}: expected name=number with a positive number of at most "
+                f"{_MOST_SIZE:g}"
+            )
         if name in sizes:
             raise ValueError(f"size {name!r} is given twice")
         sizes[name] = number
@@ -105,7 +109,7 @@ def parse_static(given: tuple[str, ...]) -> dict[str, Any]:
             raise ValueError(f"static {name!r} is given twice")
         try:
             values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             values[name] = value
     return values
 
@@ -126,7 +130,7 @@ def parse_tiers(given: tuple[str, ...]) -> dict[str, str | dict[str, int]]:
             tiers[axis] = said
             continue
         pairs = [part.partition(":") for part in said.split(",")]
-        if not all(count.isdecimal() for _, _, count in pairs):
+        if not all(count.isdecimal() and len(count) < 10 for _, _, count in pairs):
             raise ValueError(f"tier {text!r}: expected whole numbers of ranks after each ':'")
         tiers[axis] = {tier: int(count) for tier, _, count in pairs}
     return tiers

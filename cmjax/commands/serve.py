@@ -10,6 +10,7 @@ from rich.console import Console
 from cmjax import report
 from cmjax.console import check_target, emit, show_progress
 from cmjax.hardware import load_machine
+from cmjax.inputs import check_seed
 from cmjax.serving import (
     Service,
     ServingResult,
@@ -50,6 +51,7 @@ class Offered:
 
     def read(self, trace: str, progress=None):
         """The trace, so many of its requests, at the times asked for."""
+        check_seed("seed", self.seed)
         found = read_trace(
             trace, requests=self.first, rate=self.rate, seed=self.seed, progress=progress
         )
@@ -112,8 +114,9 @@ class _Engine:
         run = read_measured(self.calibrate)
         table = read_profile(self.calibrate_profile or self._profile(), layers=self.layers)
         kv = self.kv_tokens if self.calibrate_kv_tokens is None else self.calibrate_kv_tokens
+        most = self.calibrate_max_requests
         service, times = measured_engine(
-            table, batch=self.calibrate_max_requests or self.max_requests,
+            table, batch=self.max_requests if most is None else most,
             tokens=self.max_tokens, kv_tokens=kv,
         )  # fmt: skip
         return calibrate(run, service, times, machine)

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from cmjax.commands.generate import open_model, prepare_mesh
 from cmjax.console import check_target, emit, show_progress
+from cmjax.console import log as to_stderr
+from cmjax.inputs import read_text
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import Sampler
@@ -65,7 +67,7 @@ class XL3M:
         Raises: ValueError: bad input.
         """
         check_target(self.json)
-        log = Console(stderr=True)
+        log = to_stderr()
         sampler = Sampler(temperature=self.temperature, seed=self.seed)
         mesh = RankMesh.parse(self.mesh)
         text = _read_text(self.text)
@@ -168,10 +170,7 @@ class XL3M:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+    text = read_text(path)
     if not text:
         raise ValueError(f"{path}: the text is empty")
     return text

@@ -4,9 +4,10 @@ A compute kernel's time is
 
     t = startup * launches + max(cube, vector, hbm) + min(cube, vector) / PIPELINE_TILES
 
-with cube = FLOP / (peak * share * efficiency), and so on. The last term is the hand-over between
-cube and vector cores: they work on tiles in turn, so the shorter one is exposed for one tile.
-A collective's time is given in `fabric.py`.
+with the start-up of its class (with matrix products, or without) and cube = FLOP / (peak * share *
+efficiency), and so on. The last term is the hand-over between cube and vector cores: they work on
+tiles in turn, so the shorter one is exposed for one tile.
+A collective's time is given in `fabric.py`, and how long it waits for other ranks in `waiting.py`.
 """
 
 import dataclasses
@@ -18,10 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cmjax.cost.fabric import COLUMN, exchange_s
+from cmjax.cost.waiting import NONE, Differences, waits_s
 from cmjax.hardware import Supernode
 from cmjax.program import Program
 from cmjax.program.work import COMPUTE
 
+_CUBE = ("cube_flops_8bit", "cube_flops_16bit", "cube_flops_32bit")
 PIPELINE_TILES = 8.0
 """Tiles a fused kernel passes between cube and vector cores; 1/8 of the shorter one is exposed."""
 
@@ -31,6 +34,11 @@ PIPELINE_TILES = 8.0
 class Seconds:
     """Seconds of every operation of one program level, by engine, and as scheduled.
 
+    Fields:
+      cube, vector, hbm, fabric: how long it keeps each engine busy.
+      waiting: for the slowest rank, before it. total: from its start to its end, waiting included.
+      skew: what another stream that needs its result waits longer, for the slowest rank's.
+
     Leading axes are those of a batch, and of the loops around the level whose iterations differ.
     """
 
@@ -38,7 +46,9 @@ class Seconds:
     vector: Float[Array, "*loops operations"]
     hbm: Float[Array, "*loops operations"]
     fabric: Float[Array, "*loops operations"]
+    waiting: Float[Array, "*loops operations"]
     total: Float[Array, "*loops operations"]
+    skew: Float[Array, "*loops operations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +56,7 @@ class _Static:
     """What does not change with sizes or machine constants, per operation."""
 
     cube_share: np.ndarray
+    matrix: np.ndarray
     vector_cores: np.ndarray
     vector_share: np.ndarray
     attention: np.ndarray
@@ -63,7 +74,12 @@ def largest(terms, temperature: float, axis: int = 0):
 
 
 def seconds(
-    program: Program, table, machine: Supernode, temperature: float, period_s=None
+    program: Program,
+    table,
+    machine: Supernode,
+    temperature: float,
+    period_s=None,
+    differences: Differences = NONE,
 ) -> Seconds:
     """Time of every operation of one level.
 
@@ -74,6 +90,7 @@ def seconds(
       temperature: 0 for exact maxima, else the smoothing scale in seconds.
       period_s: time the level takes when its streams do not disturb one another; with it, the
         times include what they cost one another.
+      differences: between the work of ranks.
     """
     static = _static(program, machine.chip.cube_cores, machine.chip.vector_cores)
     chip, efficiency = machine.chip, machine.efficiency
@@ -90,19 +107,41 @@ def seconds(
     vector = work("vector_bytes") / (chip.vector_bytes_per_s * static.vector_share)
     hbm_rate = chip.hbm_bytes_per_s * efficiency.hbm
     hbm = (work("read_bytes") + work("write_bytes")) / hbm_rate
-    wire, waiting, disturbing = exchange_s(table, static, machine)
-    startup = chip.kernel_startup_s * work("launches")
+    wire, chain, fixed, disturbing = exchange_s(table, static, machine)
+    startup = work("launches") * (
+        chip.matrix_startup_s * static.matrix
+        + chip.vector_startup_s * (static.compute & ~static.matrix)
+        + chip.collective_startup_s * (static.kind == "collective")
+    )
+    factor = _factor(static, machine)
 
     def combined(cube, vector, hbm):
-        kernel = largest(jnp.stack([cube, vector, hbm, wire]), temperature)
-        return kernel + jnp.minimum(cube, vector) / PIPELINE_TILES + startup + waiting
+        kernel = largest(jnp.stack([cube, vector, hbm, wire, chain]), temperature)
+        return factor * (kernel + jnp.minimum(cube, vector) / PIPELINE_TILES + startup + fixed)
 
     total = combined(cube, vector, hbm)
     if period_s is not None and len(static.stream) > 1:
         hbm_left, interference = _contention(static, hbm, total, disturbing, period_s)
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
-    return Seconds(cube, vector, hbm, wire, total)
+    waiting, skew = waits_s(program, total, machine, differences)
+    return Seconds(cube, vector, hbm, wire, waiting, total + waiting, skew)
+
+
+def _factor(static: _Static, machine: Supernode):
+    """What the model leaves unexplained of every operation, by its kind."""
+    factors = machine.factors
+    exchange = np.isin(static.kind, ["dispatch", "combine"])
+    collective = static.kind == "collective"
+    matrix = static.matrix & static.compute & ~static.attention
+    vector = ~(matrix | static.attention | exchange | collective)
+    return (
+        factors.matrix * matrix
+        + factors.attention * static.attention
+        + factors.vector * vector
+        + factors.exchange * exchange
+        + factors.collective * collective
+    )
 
 
 def _contention(static: _Static, hbm, total, disturbing, period_s):
@@ -147,6 +186,7 @@ def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
     streams = sorted({op.stream.name for op in operations if op.loop is None})
     return _Static(
         cube_share=cube / cube_cores,
+        matrix=np.array([any(op.work.column(f).terms for f in _CUBE) for op in operations], bool),
         vector_cores=vector,
         vector_share=vector / vector_cores,
         attention=kinds == "attention",

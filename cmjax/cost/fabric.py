@@ -1,22 +1,30 @@
 """How long moving bytes between ranks takes: latency and bandwidth per tier (Hockney's model).
 
     t_collective = startup + latency(furthest tier) + wire
-    t_dispatch   = t_collective + dispatch_startup + flags * flag_s / cores + local bytes / HBM
+    t_dispatch   = dispatch_startup + latency + max(wire, chain)
+                   + flags * flag_s / cores + local bytes / HBM
     wire         = max(die / B_die, (node / B_node + supernode / B_supernode)) / (eta * saturation)
-    1 / eta      = on-chip share / eta_chip + (1 - on-chip share) / eta_hbm
+    chain        = sum over copies (copy_s + latency(tier) + message * saturation_cores / B_node)
+                   / cores
 
 Traffic to the own node and to other nodes leaves a die through the same Unified Bus links, so the
 two add; where they are separate networks (NVLink and RDMA) the larger counts. `eta` is the share
 of the point-to-point bandwidth that an all-to-all reaches, also taken for other collectives; it is
-lower for the bytes that overflow the receiver's L2, as they cross HBM twice. Dispatch
-and combine are the fused operators of the CloudMatrix384 paper, section 4.2: vector cores write
-straight into remote memory, so few cores send slower (`saturation`).
+lower for the bytes that overflow the receiver's L2, as they cross HBM twice.
+
+Dispatch and combine are the fused operators of the CloudMatrix384 paper, section 4.2, and of the
+open kernels `moe_distribute_dispatch_v2` and `combine_v2`: the copies of tokens are divided over
+the vector cores of the stream, and a core reads, quantizes and writes one after the other into
+remote memory, waiting for each. So their time is the longer of that chain and of the links, and
+what is fixed is only the rest: launch, barriers, flags, reordering. Kernels for messages beyond L2
+("normal" ones) do not wait for a copy before they start the next, so that the links are left, and
+their dispatch goes through its source ranks one by one (`bulk_source_s`).
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.hardware import Supernode
+from cmjax.hardware import TIERS, Supernode
 from cmjax.program import FIELDS
 
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
@@ -28,8 +36,9 @@ def exchange_s(table, static, machine: Supernode):
     Args:
       table: work, [operations, len(FIELDS)].
       static: per-operation constants (`engines._Static`).
-    Returns: (wire, waiting, disturbing), each [operations] in seconds, zero for compute kernels:
-      moving bytes, what overlaps with nothing, and the part that slows kernels beside it.
+    Returns: (wire, chain, fixed, disturbing), each [operations] in seconds, zero for compute
+      kernels: moving bytes, sending copies one by one, what overlaps with neither, and the part
+      that slows kernels beside it.
     """
     tiers, exchange = machine.fabric, machine.exchange
     fused = np.isin(static.kind, ["dispatch", "combine"])
@@ -50,7 +59,9 @@ def exchange_s(table, static, machine: Supernode):
     node = node / tiers.node.bandwidth_bytes_per_s
     far = far / tiers.supernode.bandwidth_bytes_per_s
     apart = node + far if tiers.shared_ports else jnp.maximum(node, far)
-    rate = (1 - spilled) / exchange.bandwidth + spilled / exchange.bandwidth_from_hbm
+    dispatches = static.kind == "dispatch"
+    slow = jnp.where(dispatches, exchange.bandwidth, exchange.bandwidth_from_hbm)
+    rate = (1 - spilled) / exchange.bandwidth + spilled / slow
     wire = jnp.maximum(near, apart) * rate / cores
     disturbing = wire * jnp.where(spilled > 0, 1.0, 0.0) if exchange.bulk_kernels else wire
 
@@ -58,9 +69,28 @@ def exchange_s(table, static, machine: Supernode):
         [jnp.asarray(t.latency_s, wire.dtype) for t in (tiers.die, tiers.node, tiers.supernode)]
     )
     latency = jnp.where(static.reach >= 0, latencies[np.maximum(static.reach, 0)], 0.0)
-    startup = jnp.where(static.kind == "dispatch", exchange.dispatch_startup_s, 0.0)
+    startup = jnp.where(dispatches, exchange.dispatch_startup_s, 0.0)
     startup = startup + jnp.where(static.kind == "combine", exchange.combine_startup_s, 0.0)
-    flags = table[:, COLUMN["flags"]] * exchange.flag_s / static.vector_cores
+    flags = column("flags") * (
+        exchange.flag_s / static.vector_cores + spilled * exchange.bulk_source_s
+    )
     hbm_rate = machine.chip.hbm_bytes_per_s * machine.efficiency.hbm
-    local = table[:, COLUMN["local_bytes"]] / hbm_rate
-    return wire, latency + startup + flags + local, disturbing
+    local = column("local_bytes") / hbm_rate
+    fixed = latency + startup + flags + local
+    if exchange.copies_in_flight or not fused.any():
+        return wire, jnp.zeros_like(wire), fixed, disturbing
+    return wire, _chain_s(column, static, machine, spilled), fixed, disturbing
+
+
+def _chain_s(column, static, machine: Supernode, spilled):
+    """Seconds of the copies that one vector core sends, one after another."""
+    exchange = machine.exchange
+    tiers = machine.fabric
+    latencies = sum(
+        column(f"{name}_copies") * tier.latency_s
+        for name, tier in zip(TIERS, (tiers.die, tiers.node, tiers.supernode), strict=True)
+    )
+    # One core's share of the links; further away the latency grows, not the time to issue.
+    moved = column("copy_bytes") * exchange.saturation_cores / tiers.node.bandwidth_bytes_per_s
+    own = column("copies") * machine.running().copy_s
+    return (1 - spilled) * (own + latencies + moved) / static.vector_cores

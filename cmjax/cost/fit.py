@@ -1,34 +1,63 @@
-"""Calibration: least squares on micro-measurements, with gradients through the cost model.
+"""Calibration: constants and how sure they are, from measurements, by gradients of the model.
 
-    minimise over theta   sum over rows rho( log predicted(theta) - log measured )
+    minimise over theta   sum over rows rho((log predicted(theta) - log measured) / noise)
+                          + |(theta - mu) / spread|^2
 
-with rho(r) = 2 (sqrt(1 + (r/c)^2) - 1) c^2, c = ROBUST: squares near zero, linear for outliers, as
-rows come from different kernels and versions that no one machine description can all meet.
-theta are the few constants whose source in the machine's catalog file reads `fitted by cmjax fit`.
-End-to-end rows never enter; they stay predictions.
+theta are logarithms of constants, mu and spread what is believed before (their prior), and
+rho(r) = 2 (sqrt(1 + r^2) - 1): squares near zero, linear for outliers, as rows come from different
+kernels and versions that no one machine description can all meet. In coordinates z with
+theta = mu + L z, where L L^T is the prior's covariance, the posterior's covariance is (Laplace)
+
+    C = L (1 + J^T W J)^-1 L^T,      J = d(log predicted / noise) / dz,   W = 1 / sqrt(1 + r^2)
+
+`fit` calibrates the few constants of a catalog machine whose source reads `fitted by cmjax fit` on
+micro-measurements; end-to-end rows never enter, they stay predictions. `update` takes a user's own
+measurements, of any kind, and moves whatever they say something about.
 """
 
 import dataclasses
 import functools
-import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy  # its parts are imported with their first use
+from jaxtyping import ArrayLike, Float
 
+from cmjax.cost.host import on_host
 from cmjax.cost.measured import Measurement
 from cmjax.cost.micro import micro
 from cmjax.files import replace_text
-from cmjax.hardware import Supernode, replace_leaf, sources
+from cmjax.hardware import (
+    FITTED,
+    Supernode,
+    Uncertainty,
+    describe_key,
+    leaf_names,
+    prior,
+    replace_leaf,
+    sources,
+)
 from cmjax.hardware.units import UNITS
+from cmjax.inputs import parse_toml, read_text
 
-ROBUST = 0.05
-"""Relative error beyond which a row pulls linearly instead of quadratically."""
-FITTED = "fitted by cmjax fit"
+NOISE = 0.05
+"""Relative error that published rows of a kernel have beside one another (versions, shapes)."""
+OWN_NOISE = 0.03
+"""Relative error of a user's own measurements."""
+_AGREE = 0.2  # by how much two measurements of the same thing may differ
+_LEARNT = 0.99  # of a spread that is left: more, and the rows say nothing of the constant
+_KIND = {
+    "dispatch": "exchange",
+    "combine": "exchange",
+    "gemm": "matrix",
+    "latent-attention": "attention",
+    "attention": "attention",
+}
+Measure = Callable[[Supernode], Float[ArrayLike, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +74,22 @@ class Residual:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A calibrated machine: the values found (dotted key -> SI value) and what is left."""
+    """A calibrated machine.
+
+    Fields:
+      machine: with the values found. values: those of constants that moved or became surer, dotted
+        key -> SI value.
+      uncertainty: of the same constants, after the rows. before: their standard deviations before.
+      residuals: what is left, row by row.
+      model_error: by kind of operation, how far off rows are that the fit has seen.
+    """
 
     machine: Supernode
     values: dict[str, float]
+    uncertainty: Uncertainty
+    before: Float[np.ndarray, "keys"]
     residuals: tuple[Residual, ...]
+    model_error: dict[str, float]
 
 
 def fitted_keys(name_or_path: str) -> list[str]:
@@ -57,21 +97,84 @@ def fitted_keys(name_or_path: str) -> list[str]:
     return [key for key, source in sources(name_or_path).items() if source.startswith(FITTED)]
 
 
-def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) -> Calibration:
-    """Calibrate `keys` of `machine` on the `micro` rows whose role is `calibrate`.
+def fitted_prior(name_or_path: str) -> tuple[Supernode, Uncertainty]:
+    """A machine before its fit, and what is believed of the constants that it may change."""
+    machine, before = prior(name_or_path)
+    keys = fitted_keys(name_or_path)
+    at = [before.keys.index(key) for key in keys]
+    return machine, Uncertainty(tuple(keys), before.covariance[np.ix_(at, at)])
 
-    Raises: ValueError: nothing to fit, or more constants than rows.
+
+def fit(machine: Supernode, before: Uncertainty, rows: Sequence[Measurement]) -> Calibration:
+    """Calibrate constants of a machine on the `micro` rows whose role is `calibrate`.
+
+    Args:
+      machine: its constants before. before: those that may change, and how sure they are; for a
+        machine of the catalog both are `fitted_prior`.
+    Raises: ValueError: nothing to fit, or an end-to-end row.
     """
     used = [row for row in rows if row.role == "calibrate"]
     for row in used:
         if row.command[0] != "micro":
             raise ValueError(f"fit: row {row.row!r} is end-to-end; only micro rows may calibrate")
-    if not keys or len(used) < len(keys):
-        raise ValueError(f"fit: {len(used)} rows for {len(keys)} constants")
-    measured = np.log([row.value for row in used])
+    if not before.keys or not used:
+        raise ValueError(f"fit: {len(used)} rows for {len(before.keys)} constants")
+    measures = [micro_measure(row, machine) for row in used]
+    return _posterior(machine, before, used, measures, NOISE, keep=before.keys)
+
+
+def update(
+    machine: Supernode,
+    before: Uncertainty,
+    rows: Sequence[Measurement],
+    measures: Sequence[Measure],
+    noise: float = OWN_NOISE,
+) -> Calibration:
+    """What measurements of a machine say about its constants, given what was believed of them.
+
+    Args:
+      machine: constants before. before: how sure they are (`cmjax.hardware.uncertainty`).
+      rows: measured values. measures: the same as functions of the machine.
+      noise: relative standard deviation of the measurements.
+    Raises: ValueError: rows of one thing that contradict each other, or that say nothing of any
+      constant.
+    """
+    if not rows:
+        raise ValueError("fit: no rows")
+    _check_agreement(rows)
+    at = np.flatnonzero(before.spread > 0)
+    known = Uncertainty(tuple(before.keys[i] for i in at), before.covariance[np.ix_(at, at)])
+    found = _posterior(machine, known, rows, measures, noise, keep=before.joint)
+    if (found.uncertainty.spread > _LEARNT * found.before).all():
+        raise ValueError(
+            f"fit: the {len(rows)} row(s) identify no constant of {machine.name}: none becomes "
+            "surer by them"
+        )
+    return found
+
+
+def micro_measure(row: Measurement, machine: Supernode) -> Measure:
+    """A `micro` row as a function of the machine.
+
+    Raises: ValueError: an unknown operator, option or key.
+    """
+    benchmark = micro(row.command[1], machine, **parse_options(row.command[2:]))
+    keys = jax.eval_shape(benchmark.measure, machine)
+    if row.key not in keys:
+        raise ValueError(f"row {row.row!r}: no key {row.key!r}; there are {', '.join(keys)}")
+    return lambda at: benchmark.measure(at)[row.key]
+
+
+def _posterior(
+    machine, known: Uncertainty, rows, measures, noise, *, keep: Collection[str]
+) -> Calibration:
+    """The most probable constants, and the Laplace approximation around them."""
+    keys, root = known.keys, np.linalg.cholesky(known.covariance)
+    names, leaves = leaf_names(machine), jax.tree.leaves(machine)
+    mean = np.log([float(leaves[names.index(key)]) for key in keys])
+    measured = np.log([row.value for row in rows])
 
     with jax.enable_x64(True):
-        benchmarks = [_benchmark(row, machine) for row in used]
 
         def machine_at(theta) -> Supernode:
             changed = machine
@@ -79,27 +182,77 @@ def fit(machine: Supernode, keys: Sequence[str], rows: Sequence[Measurement]) ->
                 changed = replace_leaf(changed, key, value)
             return changed
 
-        @jax.jit
-        def predicted(theta):
-            at = machine_at(theta)
-            pairs = zip(benchmarks, used, strict=True)
-            return jnp.log(jnp.stack([b.measure(at)[r.key] for b, r in pairs]))
+        def distances(z):
+            at = machine_at(jnp.asarray(mean) + jnp.asarray(root) @ z)
+            found = jnp.stack([jnp.asarray(measure(at), float) for measure in measures])
+            return (jnp.log(found) - measured) / noise
 
-        jacobian = jax.jit(jax.jacfwd(predicted))
-        start = np.log([float(operator.attrgetter(key)(machine)) for key in keys])
+        off, slopes = on_host(distances), on_host(jax.jacrev(distances))
+
+        def residuals(z):
+            r = np.asarray(off(z))
+            return np.concatenate([_robust(r), z])
+
+        def jacobian(z):
+            # d(rho)^(1/2)/dr = r / (rho^(1/2) sqrt(1 + r^2)), which is 1 at 0
+            r, j = np.asarray(off(z)), np.asarray(slopes(z))
+            ratio = np.sqrt((np.sqrt(1 + r * r) + 1) / 2) / np.sqrt(1 + r * r)
+            return np.concatenate([ratio[:, None] * j, np.eye(len(z))])
+
         found = scipy.optimize.least_squares(
-            lambda theta: np.asarray(predicted(theta)) - measured,
-            start,
-            jac=lambda theta: np.asarray(jacobian(theta)),  # pyright: ignore[reportArgumentType]
-            loss="soft_l1",
-            f_scale=ROBUST,
-            bounds=([np.log(1e-9)] * len(keys), [0.0] * len(keys)),  # fractions and seconds below 1
+            residuals,
+            np.zeros(len(keys)),
+            jac=jacobian,  # pyright: ignore[reportArgumentType]
         )
-        final = np.exp(np.asarray(predicted(found.x)))
-    values = dict(zip(keys, np.exp(found.x).tolist(), strict=True))
-    calibrated = functools.reduce(lambda m, kv: replace_leaf(m, *kv), values.items(), machine)
-    residuals = tuple(Residual(r, float(p)) for r, p in zip(used, final, strict=True))
-    return Calibration(calibrated, values, residuals)
+        r, j = np.asarray(off(found.x)), np.asarray(slopes(found.x))
+    weight = 1 / np.sqrt(1 + r * r)
+    inverse = np.linalg.inv(np.eye(len(keys)) + (j * weight[:, None]).T @ j)
+    covariance = root @ inverse @ root.T
+    values = np.exp(mean + root @ found.x)
+    predicted = np.exp(r * noise + measured)
+    calibrated = functools.reduce(
+        lambda m, kv: replace_leaf(m, *kv), zip(keys, values.tolist(), strict=True), machine
+    )
+    kept = [
+        i
+        for i in range(len(keys))
+        if keys[i] in keep or np.sqrt(covariance[i, i]) < _LEARNT * known.spread[i]
+    ]
+    results = tuple(Residual(row, float(p)) for row, p in zip(rows, predicted, strict=True))
+    return Calibration(
+        calibrated,
+        {keys[i]: float(values[i]) for i in kept},
+        Uncertainty(tuple(keys[i] for i in kept), covariance[np.ix_(kept, kept)]),
+        known.spread[kept],
+        results,
+        _model_error(results),
+    )
+
+
+def _robust(r):
+    """A residual whose square is rho(r) = 2 (sqrt(1 + r^2) - 1)."""
+    return np.sign(r) * np.sqrt(2 * r * r / (np.sqrt(1 + r * r) + 1))
+
+
+def _model_error(residuals: Sequence[Residual]) -> dict[str, float]:
+    """Standard deviations by kind of operation, from mean absolute errors; at least `NOISE` / 2."""
+    errors: dict[str, list[float]] = {}
+    for r in residuals:
+        if r.measurement.command[0] == "micro":
+            errors.setdefault(_KIND[r.measurement.command[1]], []).append(abs(r.error))
+    normal = float(np.sqrt(np.pi / 2))
+    return {kind: max(normal * float(np.mean(e)), NOISE / 2) for kind, e in errors.items()}
+
+
+def _check_agreement(rows: Sequence[Measurement]) -> None:
+    first: dict[tuple, Measurement] = {}
+    for row in rows:
+        same = first.setdefault((row.command, row.key), row)
+        if abs(np.log(row.value / same.value)) > np.log1p(_AGREE):
+            raise ValueError(
+                f"fit: row {row.row!r} says {row.key} {row.value:g}, and row {same.row!r} "
+                f"{same.value:g} for the same command: more than {_AGREE:.0%} apart"
+            )
 
 
 def parse_options(arguments: Sequence[str]) -> dict[str, int | str]:
@@ -113,18 +266,63 @@ def parse_options(arguments: Sequence[str]) -> dict[str, int | str]:
     }
 
 
-def write_back(path: Path, values: dict[str, float]) -> None:
-    """Put fitted values into a machine's TOML file, leaving everything else as it is."""
-    text = path.read_text(encoding="utf-8")
-    for dotted, value in values.items():
+def write_back(path: Path, found: Calibration, *, model_error: bool = False) -> None:
+    """Put fitted values and their covariance into a machine's TOML file, leaving everything else.
+
+    Args:
+      model_error: also write what the rows show of the model's own error, as spreads of factors.
+    Raises: ValueError: a constant that the file does not have.
+    """
+    text = read_text(path)
+    factors = [key for key in found.values if key.startswith("factors.")]
+    for dotted, value in found.values.items():
+        if dotted in factors:
+            continue
         table, _, key = dotted.rpartition(".")
-        shown = f"{value / UNITS['s']['us']:.4g} us" if key.endswith("_s") else f"{value:.2%}"
-        section = re.compile(rf"(?ms)(^\[{re.escape(table)}\].*?^{key} = {{ value = )\"[^\"]*\"")
-        text, count = section.subn(rf'\g<1>"{shown}"', text, count=1)
+        section = re.compile(
+            rf'(?ms)(^\[{re.escape(table)}\](?:(?!^\[).)*?^{key} = {{ value = )("[^"]*"|[\d.]+)'
+        )
+        text, count = section.subn(lambda m, k=dotted, v=value: m[1] + _shown(k, v), text, count=1)
         if count != 1:
             raise ValueError(f"{path}: cannot find {dotted} to write it back")
-    replace_text(path, text)
+    text = _without_table(text, "fit")
+    lines = ["\n[fit]  # covariance of the logarithms of fitted constants, by cmjax fit"]
+    lines += ["constants = [", *(f'  "{key}",' for key in found.uncertainty.keys), "]"]
+    rows = (", ".join(f"{c:.4g}" for c in row) for row in found.uncertainty.covariance)
+    lines += ["covariance = [", *(f"  [{row}]," for row in rows), "]"]
+    kinds = found.model_error if model_error else {}
+    if kinds or factors:
+        entries = parse_toml(text, str(path)).get("factors", {})
+        text = _without_table(text, "factors")
+        said = "mean error of the rows that cmjax fit used"
+        for kind, spread in kinds.items():
+            entries[kind] = {"value": "100 %", "source": said, "spread": f"{spread:.1%}"}
+        for key in factors:
+            entry = entries.get(key[8:], {"spread": f"{_spread_of(key, found):.1%}"})
+            entry |= {"value": f"{found.values[key]:.2%}", "source": "updated by cmjax fit --rows"}
+            entries[key[8:]] = entry
+        lines += ["", "[factors]  # time over the model's, by kind of operation"]
+        for name, entry in entries.items():
+            written = ", ".join(f'{k} = "{entry[k]}"' for k in ("value", "source", "spread"))
+            lines.append(f"{name} = {{ {written} }}")
+    replace_text(path, text.rstrip("\n") + "\n" + "\n".join(lines) + "\n")
 
 
-def _benchmark(row: Measurement, machine: Supernode):
-    return micro(row.command[1], machine, **parse_options(row.command[2:]))
+def _spread_of(key: str, found: Calibration) -> float:
+    return float(found.uncertainty.spread[found.uncertainty.keys.index(key)])
+
+
+def _without_table(text: str, name: str) -> str:
+    return re.sub(rf"(?ms)^\[{name}\].*?(?=^\[|\Z)", "", text)
+
+
+def _shown(dotted: str, value: float) -> str:
+    dimension = describe_key(dotted)
+    if dimension == "number":
+        return f"{value:.4g}"
+    if dimension == "s":
+        return f'"{value / UNITS["s"]["us"]:.4g} us"'
+    if dimension == "fraction":
+        return f'"{value:.2%}"'
+    unit = {"bytes/s": "GB/s", "flop/s": "TFLOPS", "bytes": "GB"}[dimension]
+    return f'"{value / UNITS[dimension][unit]:.5g} {unit}"'

@@ -140,6 +140,38 @@ def _gather(x, indices, *, dimension_numbers, slice_sizes, mode, fill_value, **_
     return np.moveaxis(found, range(len(batch), found.ndim), d.offset_dims)
 
 
+def _scatter_add(x, indices, updates, *, dimension_numbers, **_):
+    """XLA's scatter with addition, the transpose of `_gather`; what falls outside is dropped."""
+    d = dimension_numbers
+    batch = indices.shape[:-1]
+    window = [i for i in range(updates.ndim) if i not in d.update_window_dims]
+    updates = np.transpose(updates, (*window, *d.update_window_dims))
+    dropped = (*d.inserted_window_dims, *d.operand_batching_dims)
+    kept = iter(updates.shape[len(batch) :])
+    sizes = [1 if i in dropped else next(kept) for i in range(x.ndim)]
+    found = np.array(x)
+    for where in np.ndindex(*batch):
+        start = np.zeros(x.ndim, int)
+        start[list(d.scatter_dims_to_operand_dims)] = indices[where]
+        for i, j in zip(d.operand_batching_dims, d.scatter_indices_batching_dims, strict=True):
+            start[i] = where[j]
+        if (start >= 0).all() and (start + sizes <= x.shape).all():
+            part = tuple(slice(s, s + n) for s, n in zip(start, sizes, strict=True))
+            found[part] += updates[where].reshape(sizes)
+    return found
+
+
+def _pad(x, value, *, padding_config, **_):
+    """XLA's pad: negative amounts cut, interior ones spread the elements."""
+    low, high, inside = (np.array(amounts, int) for amounts in zip(*padding_config, strict=True))
+    spread = np.array([n + max(n - 1, 0) * i for n, i in zip(x.shape, inside, strict=True)], int)
+    found = np.full(spread + np.maximum(low, 0) + np.maximum(high, 0), value, x.dtype)
+    begin = np.maximum(low, 0)
+    found[tuple(slice(b, b + n, i + 1) for b, n, i in zip(begin, spread, inside, strict=True))] = x
+    cut = zip(np.maximum(-low, 0), found.shape, np.maximum(-high, 0), strict=True)
+    return found[tuple(slice(a, n - b) for a, n, b in cut)]
+
+
 _RULES: dict[str, Callable] = {
     "add": _plain(np.add),
     "add_any": _plain(np.add),
@@ -191,4 +223,8 @@ _RULES: dict[str, Callable] = {
     ),
     "dot_general": _dot,
     "gather": _gather,
+    "scatter-add": _scatter_add,
+    "pad": _pad,
+    "square": _plain(np.square),
+    "split": lambda x, sizes, axis: np.split(x, np.cumsum(sizes)[:-1], axis),
 }

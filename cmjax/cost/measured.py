@@ -1,11 +1,11 @@
 """Published measurements, as rows of a command to repeat and the value it should give."""
 
-import csv
 import dataclasses
 import math
 import shlex
 from importlib import resources
-from pathlib import Path
+
+from cmjax.inputs import in_one_line, parse_csv, read_text, records_of, shown
 
 COLUMNS = ("row", "role", "command", "key", "value", "source")
 ROLES = ("calibrate", "predict")
@@ -41,29 +41,21 @@ def read_measurements(machine_or_path: str) -> list[Measurement]:
     """
     if machine_or_path.endswith(".csv"):
         origin = machine_or_path
-        try:
-            text = Path(machine_or_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"measurements {origin}: cannot be read: {error}") from None
+        text = read_text(origin, source=f"measurements {origin}")
     else:
         if machine_or_path not in measured_machines():
             known = ", ".join(measured_machines())
             raise ValueError(f"no measurements of {machine_or_path!r}; built in: {known}")
         origin = f"{machine_or_path}.csv"
         text = (resources.files("cmjax.cost") / "measurements" / origin).read_text("utf-8")
-    reader = csv.DictReader(text.splitlines())
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        found = ", ".join(reader.fieldnames or ()) or "nothing"
+    rows = parse_csv(text, origin)
+    if (names := tuple(rows[0][1]) if rows else ()) != COLUMNS:
+        found = ", ".join(names) or "nothing"
         raise ValueError(f"{origin}: expected the columns {', '.join(COLUMNS)}; found {found}")
-    rows = [_row(row, f"{origin} line {reader.line_num}") for row in reader]
-    if not rows:
-        raise ValueError(f"{origin}: no rows")
-    return rows
+    return [_row(row, f"{origin} line {line}") for line, row in records_of(rows, COLUMNS, origin)]
 
 
 def _row(row: dict, place: str) -> Measurement:
-    if None in row or None in row.values():
-        raise ValueError(f"{place}: expected {len(COLUMNS)} columns")
     if row["role"] not in ROLES:
         raise ValueError(f"{place}: role must be {' or '.join(ROLES)}, got {row['role']!r}")
     try:
@@ -72,7 +64,12 @@ def _row(row: dict, place: str) -> Measurement:
         raise ValueError(f"{place}: value must be a number, got {row['value']!r}") from None
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{place}: value must be positive, got {row['value']!r}")
-    command = tuple(shlex.split(row["command"]))
+    try:
+        command = tuple(shlex.split(row["command"]))
+    except ValueError as error:  # a quotation that does not end
+        raise ValueError(
+            f"{place}: command {shown(row['command'])}: {in_one_line(error)}"
+        ) from None
     if len(command) < 2 or command[0] not in ("micro", "predict"):
         raise ValueError(
             f"{place}: command must start with 'micro OPERATOR' or 'predict decode|prefill', "

@@ -6,6 +6,7 @@ compares them with published measurements and nothing else.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -14,20 +15,30 @@ import jax.numpy as jnp
 
 from cmjax.cost.price import price
 from cmjax.cost.ranks import mesh_for
+from cmjax.cost.waiting import wait_s
 from cmjax.hardware import Supernode
+from cmjax.inputs import check_count, shown
 from cmjax.primitives import attention, combine, dispatch, latent_attention
 from cmjax.program import Program, fused, trace
 
+_FORMATS = ("quant", "kv_cache")
+_COPIES, _EXPERTS = 8, 256
 _DTYPES = {"int8": jnp.int8, "bf16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBenchmark:
-    """A traced micro-benchmark and how its result is reported."""
+    """A traced micro-benchmark, how its result is reported, and whose kernels it runs.
+
+    `after_s`: of what work its `ranks` come, so that they wait for the slowest one.
+    """
 
     program: Program
     flops: float
     kv_bytes: float
+    engine: str | None = None
+    ranks: int = 1
+    after_s: float = 0.0
 
     def measure(self, machine: Supernode) -> dict:
         """Results on `machine`, differentiable in its constants.
@@ -35,7 +46,9 @@ class MicroBenchmark:
         Returns: `us` (time), `tflops` (useful FLOP over time), `utilization` (of the 8- or 16-bit
         peak), `gb_per_s` (cache or weight bytes over time).
         """
+        machine = machine.under(self.engine)
         seconds = price(self.program, machine, {}).total_s
+        seconds += wait_s(self.after_s, self.ranks, machine)
         totals = self.program.totals({})
         peak = (
             machine.chip.cube_flops_8bit
@@ -56,13 +69,19 @@ def micro_exchange(
     operator: str,
     ep: int,
     tokens: int,
-    copies: int = 8,
+    copies: int = _COPIES,
     hidden: int = 7168,
-    experts: int = 256,
+    experts: int = _EXPERTS,
     quant: str = "int8",
+    engine: str | None = None,
+    after: int = 0,
 ) -> MicroBenchmark:
-    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread."""
+    """One dispatch or combine of `tokens` tokens a rank, `copies` experts each, evenly spread,
+    with the kernels of a serving engine (default: the machine's first one), as a rank of mean speed
+    sees it after `after` microseconds of work (0: all ranks start together)."""
+    machine.running(engine)
     mesh = mesh_for(ep, machine)
+    check_count("micro: tokens x copies", tokens * copies, most=2**31 - 1)
     slots_per_rank = max(1, experts // ep)
     common = {"axes": mesh.axes, "ranks": ep, "slots_per_rank": slots_per_rank}
     (capacity,) = jax.export.symbolic_shape("capacity")
@@ -79,11 +98,11 @@ def micro_exchange(
 
     axis_sizes = dict(zip(mesh.axes, mesh.shape, strict=True))
     if operator == "dispatch":
-        program = trace(send, x, slots, axis_sizes=axis_sizes)
+        program = _traced(machine, send, x, slots, axis_sizes=axis_sizes)
     else:
         program = trace(receive, rows, slots, weights, axis_sizes=axis_sizes)
     filled = tokens * copies / (ep * slots_per_rank)
-    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0)
+    return MicroBenchmark(program.at(capacity=filled), 0.0, 0.0, engine, ep, after * 1e-6)
 
 
 def micro_gemm(
@@ -96,7 +115,8 @@ def micro_gemm(
     def product(x, w):
         return jnp.matmul(x, w, preferred_element_type=out).astype(jnp.bfloat16)
 
-    program = trace(
+    program = _traced(
+        machine,
         fused("GEMM")(product),
         jax.ShapeDtypeStruct((groups, m, k), dtype),
         jax.ShapeDtypeStruct((groups, k, n), dtype),
@@ -132,7 +152,7 @@ def micro_latent_attention(
     def decode(q_latent, q_rope, latent, rope, lengths, scale=None):
         return latent_attention(q_latent, q_rope, latent, scale, rope, lengths, scale=1.0)
 
-    program = trace(decode, *arguments)
+    program = _traced(machine, decode, *arguments)
     kv_bytes = batch * context * (latent * jnp.dtype(cached).itemsize + 2 * rope)
     flops = 2.0 * batch * q_len * heads * context * (2 * latent + rope)
     return MicroBenchmark(program, flops, float(kv_bytes))
@@ -145,8 +165,20 @@ def micro_attention(
     bf16 = jnp.bfloat16
     q = jax.ShapeDtypeStruct((batch, length, heads, d), bf16)
     v = jax.ShapeDtypeStruct((batch, length, heads, dv), bf16)
-    program = trace(lambda q, k, v: attention(q, k, v, scale=1.0, causal=True), q, q, v)
+    program = _traced(machine, lambda q, k, v: attention(q, k, v, scale=1.0, causal=True), q, q, v)
     return MicroBenchmark(program, 1.0 * batch * heads * length**2 * (d + dv), 0.0)
+
+
+def _traced(machine: Supernode, function: Callable, *arguments, **options) -> Program:
+    """The program, if what it is given fits into the memory of a die."""
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments)
+    room = machine.chip.hbm_bytes
+    if isinstance(room, int | float) and needed > room:
+        raise ValueError(
+            f"micro: operands of {needed / 1e9:,.4g} GB; a die of {machine.name} has "
+            f"{room / 1e9:,.4g} GB"
+        )
+    return trace(function, *arguments, **options)
 
 
 MICROS: dict[str, Callable[..., MicroBenchmark]] = {
@@ -163,6 +195,16 @@ def micro(operator: str, machine: Supernode, **options) -> MicroBenchmark:
     if operator not in MICROS:
         close = get_close_matches(operator, MICROS, n=2) or list(MICROS)
         raise ValueError(f"unknown operator {operator!r}; closest: {', '.join(close)}")
+    for name, value in options.items():
+        if name in _FORMATS and value not in _DTYPES:
+            raise ValueError(
+                f"operator {operator}: {name} must be {' or '.join(_DTYPES)}, got {shown(value)}"
+            )
+        if name not in _FORMATS:
+            check_count(f"operator {operator}: {name}", value)
+    if "copies" in options or "experts" in options:
+        most = options.get("experts", _EXPERTS)
+        check_count(f"operator {operator}: copies", options.get("copies", _COPIES), most=most)
     try:
         return MICROS[operator](machine, **options)
     except (TypeError, KeyError) as error:

@@ -16,8 +16,9 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from cmjax.cost.engines import Seconds, seconds
-from cmjax.cost.schedule import Ready, finish
+from cmjax.cost.schedule import Ready, Times, finish
 from cmjax.cost.timeline import Timeline
+from cmjax.cost.waiting import NONE, Differences
 from cmjax.hardware import Supernode
 from cmjax.program import Loop, Program
 from cmjax.program.size import evaluate_monomial
@@ -33,6 +34,7 @@ def price(
     sizes: Mapping[str, ArrayLike],
     *,
     temperature: float = 0.0,
+    differences: Differences = NONE,
 ) -> Timeline:
     """Time of one run of `program`.
 
@@ -45,6 +47,7 @@ def price(
         work depends on may be given as well.
       temperature: 0 for the exact schedule; a positive number of seconds replaces every maximum
         by a log-sum-exp of that scale, an upper bound that is smooth for optimisers.
+      differences: between the ranks' work, beyond jitter (`cmjax.cost.waiting`).
     Returns: a `Timeline`.
     Raises:
       ValueError: a missing or unknown size, or a negative temperature.
@@ -64,8 +67,8 @@ def price(
     start = Ready(jnp.zeros((0, 1)), jnp.zeros((len(streams), 1)), zero)
 
     def run(periods):
-        parts, work = _price_levels(program, machine, values, temperature, periods)
-        durations = {level: part.total for level, part in parts.items()}
+        parts, work = _price_levels(program, machine, values, temperature, periods, differences)
+        durations = {level: Times(part.total, part.skew) for level, part in parts.items()}
         after, spans = finish(program, durations, streams, start, zero, temperature)
         return (parts, work), after, spans
 
@@ -95,14 +98,15 @@ def _iterations(program: Program) -> dict[Program, int]:
 
 
 def _price_levels(
-    program, machine, values, temperature, periods
+    program, machine, values, temperature, periods, differences
 ) -> tuple[dict[Program, Seconds], dict[Program, Array]]:
     """Seconds and work of every operation, for the program and the loops in it."""
 
     def visit(level: Program, values) -> list[tuple[Seconds, Array]]:
         means = {name: jnp.mean(value) for name, value in values.items()}
         table = _table(level, means)
-        found = [(seconds(level, table, machine, temperature, periods.get(level)), table)]
+        period = periods.get(level)
+        found = [(seconds(level, table, machine, temperature, period, differences), table)]
         for op in level.operations:
             if op.loop is not None:
                 found += inside(op.loop, values)

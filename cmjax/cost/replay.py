@@ -26,23 +26,33 @@ class Event:
         return self.start_s + self.duration_s
 
 
-def replay(program: Program, durations: Mapping[Program, np.ndarray]) -> list[Event]:
+def replay(
+    program: Program,
+    durations: Mapping[Program, np.ndarray],
+    skews: Mapping[Program, np.ndarray],
+) -> list[Event]:
     """Every operation of a run in issue order, loops unrolled.
 
     Args:
       program: what is run.
       durations: seconds per operation of every level, with a leading axis for each loop around it
         whose iterations differ.
+      skews: likewise, what other streams wait longer for it.
     """
-    return _Replay(program, durations).events
+    return _Replay(program, durations, skews).events
 
 
 class _Replay:
     """Runs the streams forward in time."""
 
-    def __init__(self, program: Program, durations: Mapping[Program, np.ndarray]):
+    def __init__(
+        self,
+        program: Program,
+        durations: Mapping[Program, np.ndarray],
+        skews: Mapping[Program, np.ndarray],
+    ):
         self.events: list[Event] = []
-        self.durations = durations
+        self.durations, self.skews = durations, skews
         self.free: dict[str, int | None] = dict.fromkeys(program.streams)
         self.level(program, [], None, (), ())
 
@@ -62,12 +72,26 @@ class _Replay:
                 return ends[min(source.index, len(ends) - 1)]
             return constants if source.index < 0 else carries[source.index]
 
-        durations = self.durations[program][row]
+        durations, skews = self.durations[program][row], self.skews[program][row]
+
+        def seen(source: Source, stream: str) -> float:
+            """When a kernel on `stream` may start that needs `source`."""
+            event = ready(source)
+            if event is None:
+                return 0.0
+            end = self.events[event].end_s
+            producer = None if source.op is None else program.operations[source.op]
+            apart = producer and not producer.loop and producer.stream.name != stream
+            return end + float(skews[source.op]) if apart else end
+
         for i, op in enumerate(program.operations):
             waits = [ready(s) for s in op.sources]
             if op.loop is None:
                 after = self.latest([self.free[op.stream.name], *waits])
                 start = 0.0 if after is None else self.events[after].end_s
+                for source in op.sources:
+                    if (when := seen(source, op.stream.name)) > start:
+                        start, after = when, ready(source)
                 scope = "/".join(op.scope)
                 self.events.append(
                     Event(

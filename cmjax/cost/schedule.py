@@ -31,6 +31,15 @@ class Segment:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds per operation of a level: of itself, and that other streams wait for it longer."""
+
+    duration: Float[Array, "*iterations operations"]
+    skew: Float[Array, "*iterations operations"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Ready:
     """Ready times after a program level: of each carried output, each stream, and of everything."""
 
@@ -94,7 +103,7 @@ def _joins(program: Program, source: Source, stream: str) -> bool:
 
 def finish(
     program: Program,
-    durations: dict[Program, Float[Array, "operations"]],
+    durations: dict[Program, Times],
     streams: tuple[str, ...],
     start: Ready,
     constants,
@@ -129,10 +138,10 @@ def finish(
 
     for segment in segments(program):
         operation = program.operations[segment.operations[0]]
-        inputs = [ready(s) for s in segment.waits]
+        inputs = [_seen(s, ready(s), segment, program, durations) for s in segment.waits]
         if operation.loop is None:
             begin = latest([free[segment.stream], *inputs])
-            end = begin + jnp.sum(durations[program][jnp.array(segment.operations)])
+            end = begin + jnp.sum(durations[program].duration[jnp.array(segment.operations)])
             free[segment.stream] = end
             done.update({i: [end] for i in segment.operations})
             continue
@@ -155,6 +164,17 @@ def finish(
     return Ready(ready_carries, ready_streams, end), spans
 
 
+def _seen(source: Source, ready, segment: Segment, program: Program, durations):
+    """When a segment may start that needs `source`, which is `ready` on a rank of mean speed."""
+    if source.op is None:
+        return ready
+    ends = program.operations[source.op]
+    begins = program.operations[segment.operations[0]]
+    if ends.loop or begins.loop or ends.stream.name == segment.stream:
+        return ready
+    return ready + durations[program].skew[source.op]
+
+
 def _iterate(loop, durations, streams, state, temperature):
     """Apply `loop.length` iterations to `state` [carries + streams + 1, basis]."""
     size = state.shape[0]
@@ -174,7 +194,7 @@ def _iterate(loop, durations, streams, state, temperature):
 
     inside = tuple(level for level, _ in loop.body.levels)
     own = {level: durations[level] for level in inside}
-    if own[loop.body].ndim == 2:  # one row of durations per iteration, in the loops inside too
+    if own[loop.body].duration.ndim == 2:  # a row per iteration, in the loops inside too
 
         def advance(state, rows):
             step, spans = matrix(dict(zip(inside, rows, strict=True)))

@@ -20,6 +20,8 @@ from cmjax.program import Loop, Program
 
 ENGINES = ("cube", "vector", "hbm", "fabric")
 """What an operation can keep busy, as `Seconds` names it."""
+WAITING = "waiting for the slowest rank"
+"""Name of the time before exchanges, among the scopes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,16 @@ class Timeline:
 
     @property
     def scopes(self) -> dict[str, Float[Array, "*batch"]]:
-        """Seconds on its stream of every named scope, without what is nested in named children."""
-        return self._by_scope([part.total for part in self.parts])
+        """Seconds on its stream of every named scope, without what is nested in named children.
+
+        Time that exchanges wait for the slowest rank is under `WAITING`.
+        """
+        scopes = self._by_scope([part.total - part.waiting for part in self.parts])
+        waits = self._by_scope([part.waiting for part in self.parts])
+        exchanging = any(
+            op.work.ranks > 1 for level, _ in self.program.levels for op in level.operations
+        )
+        return scopes | ({WAITING: sum(waits.values(), jnp.zeros(()))} if exchanging else {})
 
     @property
     def scope_flops(self) -> dict[str, Float[Array, "*batch"]]:
@@ -127,8 +137,8 @@ class Timeline:
             "scopes": {
                 scope: {
                     "seconds": _plain(seconds),
-                    "flops": _plain(flops[scope]),
-                    "hbm_bytes": _plain(nbytes[scope]),
+                    "flops": _plain(flops.get(scope, 0.0)),
+                    "hbm_bytes": _plain(nbytes.get(scope, 0.0)),
                 }
                 for scope, seconds in self.scopes.items()
             },
@@ -198,8 +208,11 @@ class Timeline:
         if jnp.ndim(self.total_s):
             raise ValueError("events: the timeline is batched; index it to one configuration first")
         parts = zip(self.program.levels, self.parts, strict=True)
-        durations = {level: np.asarray(part.total, float) for (level, _), part in parts}
-        return replay(self.program, durations)
+        durations, skews = {}, {}
+        for (level, _), part in parts:
+            durations[level] = np.asarray(part.total, float)
+            skews[level] = np.asarray(part.skew, float)
+        return replay(self.program, durations, skews)
 
     def critical_path(self) -> list[Event]:
         """The chain of events that sets `total_s`, in order of time."""

@@ -10,10 +10,12 @@ from cmjax.deploy.prediction import Prediction, calibration
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.price import price
 from cmjax.deploy.requests import Requests
+from cmjax.deploy.search import DeploymentSearch, search
 from cmjax.deploy.step import MoEStep
 
 __all__ = [
     "Deployment",
+    "DeploymentSearch",
     "LayerPrice",
     "MoEStep",
     "Phase",
@@ -31,4 +33,5 @@ __all__ = [
     "predictor_of",
     "prefill_step",
     "price",
+    "search",
 ]

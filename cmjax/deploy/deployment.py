@@ -6,7 +6,10 @@ from typing import Literal
 
 import tyro
 
+from cmjax.inputs import check_count
+
 Phase = Literal["decode", "prefill"]
+MOST_DRAFTS = 8
 _NPUS: dict[Phase, int] = {"decode": 160, "prefill": 16}
 
 
@@ -31,7 +34,11 @@ class Deployment:
     kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
     """Format of the latent cache."""
     mtp: bool = True
-    """Draft one token per request and step with the MTP module."""
+    """Draft tokens with the MTP module."""
+    drafts: int = 1
+    """Tokens that a request drafts in a step of decode (with mtp)."""
+    engine: str | None = None
+    """Serving engine, whose host time the NPU waits for (default: the machine's first one)."""
 
     def __post_init__(self):
         if self.npus is None:
@@ -44,10 +51,14 @@ class Deployment:
             value = getattr(self, name)
             if typing.get_origin(annotation) is Literal and str(value) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value!r}")
-        if self.instance_npus < 1:
-            raise ValueError(f"npus must be at least 1, got {self.npus}")
+        check_count("npus", self.instance_npus)
+        if not 1 <= self.drafts <= MOST_DRAFTS:
+            raise ValueError(
+                f"drafts must lie in 1..{MOST_DRAFTS} (no-mtp for none), got {self.drafts}"
+            )
         if self.ep < 0:
             raise ValueError(f"ep must be at least 1 (or 0 for all ranks), got {self.ep}")
+        check_count("ep", self.ep, least=0)
 
     @property
     def instance_npus(self) -> int:

@@ -57,8 +57,6 @@ def build_step(
     if deployment.microbatches == "auto":
         raise ValueError("build_step: microbatches must be 1 or 2; 'auto' is decided by predict")
     config = load_config(deployment.model)
-    if not config.moe_layers:
-        raise ValueError(f"{deployment.model}: all layers are dense; there are no experts to place")
     npus = deployment.instance_npus
     ranks = npus * machine.dies_per_npu
     if npus > machine.npus:
@@ -77,7 +75,9 @@ def build_step(
     # Splitting heads over nodes pays where the scale-up network spans them.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
     sequence_parallel = machine.fabric.shared_ports and splits
-    drafts = int(deployment.mtp and config.mtp_layers > 0)
+    drafting = deployment.mtp and config.mtp_layers > 0
+    drafts = (deployment.drafts if deployment.decoding else 1) * drafting
+    copies = 0 if config.dense else config.experts_per_token + table.has_shared
     requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
     common = {
         "precision": dataclasses.replace(
@@ -110,19 +110,19 @@ def build_step(
             microbatches=schedule.microbatches,
             dies_per_npu=machine.dies_per_npu,
             slots=table.slots,
-            copies=config.experts_per_token + table.has_shared,
+            copies=copies,
             spread=ep if sequence_parallel else 1,
             drafts=drafts,
         ),
         weight_bytes=_rank_bytes(params, ranked.in_specs[0]),
         state_bytes=_rank_bytes(inputs, ranked.in_specs[1]),
-        layers=config.moe_layers,
+        layers=config.moe_layers or config.layers,
         microbatches=schedule.microbatches,
         expert_slots=table.slots,
         experts=config.routed_experts,
         shared_slots=table.experts_of_slot.count(config.routed_experts),
         experts_per_token=config.experts_per_token,
-        copies=config.experts_per_token + table.has_shared,
+        copies=copies,
         drafts=drafts,
         ranks=ep,
     )
@@ -142,6 +142,8 @@ def build_layer(
     Its sizes are `tokens` per rank and `rows` on the slowest rank.
     """
     base = load_config(model)
+    if base.dense:
+        raise ValueError(f"{model}: all layers are dense; there are no experts to place")
     copies = min(base.experts_per_token, experts)
     config = dataclasses.replace(
         base,

@@ -10,9 +10,13 @@ from typing import Literal
 import numpy as np
 
 from cmjax.hardware.units import parse_quantity
+from cmjax.inputs import MOST_SIZE, check_count, check_number, check_seed
 from cmjax.placement import Loads, Plan
+from cmjax.placement.loads import MOST_EXPERTS, MOST_LAYERS
 from cmjax.placement.routing import RoutingName
 
+MOST_SLOTS = 2**20
+"""Redundant slots of a layer."""
 FormatName = Literal["own", "sglang", "vllm-ascend", "vllm", "tensorrt-llm"]
 """Formats that plans are written in; see `cmjax.placement.PLAN_FORMATS`."""
 
@@ -40,6 +44,12 @@ class Recording:
     family: Sequence[LoadsLike] = ()
     train_windows: str | None = None
     first_layer: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for numbers out of their range."""
+        check_count("windows", self.windows)
+        if self.first_layer is not None:
+            check_count("first_layer", self.first_layer, least=0, most=MOST_LAYERS)
 
     def trained_on(self, windows: int) -> slice:
         """The windows to plan on, of so many.
@@ -91,8 +101,11 @@ class Target:
         if self.ranks is None:
             raise ValueError("--ranks is needed to place experts")
         self.check_tokens()
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise ValueError(f"memory_gib must be positive, got {self.memory_gib}")
+        if self.memory_gib is not None:
+            check_number("memory_gib", self.memory_gib, above=0, most=MOST_SIZE)
+        if self.redundant is not None:
+            check_count("redundant", self.redundant, least=0, most=MOST_SLOTS)
+        check_count("groups", self.groups, least=0)
         most = self.shared if self.redundant is None else self.redundant
         if not 0 <= self.shared <= most:
             raise ValueError(
@@ -125,15 +138,14 @@ class Target:
     def check_tokens(self) -> None:
         """Raise ValueError unless a rank routes tokens, and ranks divide over nodes."""
         for name in ("ranks", "nodes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), most=MOST_EXPERTS)
         if self.ranks is not None and self.nodes is not None and self.ranks % self.nodes:
             raise ValueError(
                 f"ranks must be a multiple of nodes: {self.ranks} ranks do not divide over "
                 f"{self.nodes} nodes"
             )
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        check_count("tokens", self.tokens)
 
     @property
     def dead_ranks(self) -> tuple[int, ...]:
@@ -141,7 +153,7 @@ class Target:
         given = self.without_ranks
         parts = given.split(",") if isinstance(given, str) else map(str, given)
         parts = [part.strip() for part in parts if part.strip()]
-        if not all(part.isdecimal() for part in parts):
+        if not all(part.isdecimal() and len(part) < 10 for part in parts):
             raise ValueError(f"--without-ranks: expected ranks such as 3,17, got {given!r}")
         return tuple(sorted({int(part) for part in parts}))
 
@@ -180,8 +192,9 @@ class Search:
     def check(self) -> None:
         """Raise ValueError for numbers out of their range, a budget without a running plan, or a
         running plan without one."""
-        if self.seconds is not None and not self.seconds >= 0:
-            raise ValueError(f"seconds must be 0 or more, got {self.seconds}")
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, least=0)
+        check_seed("seed", self.seed)
         budgets = [self.moves, self.migration_budget]
         if self.start_from is None and budgets != [None, None]:
             raise ValueError("--moves and --migration-budget need --start-from PLAN")
@@ -189,8 +202,8 @@ class Search:
             raise ValueError(
                 "--start-from PLAN goes with one of --moves N and --migration-budget BYTES"
             )
-        if self.moves is not None and self.moves < 0:
-            raise ValueError(f"moves must be 0 or more, got {self.moves}")
+        if self.moves is not None:
+            check_count("moves", self.moves, least=0)
         if self.shrink != "auto" and not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink must lie between 0 and 1, or be auto, got {self.shrink}")
         unlike = self.method != Search.method or self.weighted or self.shrink
@@ -211,7 +224,7 @@ class Search:
             if not isinstance(budget, str) or not budget.strip()[-1:].isalpha():
                 budget = f"{float(budget)} B"  # a bare number
             return int(parse_quantity(budget, "bytes") // expert_bytes)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(
                 f"--migration-budget: expected bytes such as 2GB or 512MiB, got "
                 f"{self.migration_budget!r}"
@@ -235,8 +248,7 @@ class Judging:
 
     def check(self) -> None:
         """Raise ValueError for a number out of its range, or two loads to judge on."""
-        if self.step_tokens < 0:
-            raise ValueError(f"step_tokens must be 0 or more, got {self.step_tokens}")
+        check_count("step_tokens", self.step_tokens, least=0)
         if self.test is not None and self.test_windows is not None:
             raise ValueError("--test and --test-windows: give one of them")
 
@@ -261,10 +273,15 @@ class Export:
     format: FormatName = "own"
     model_layers: int | None = None
 
+    def check(self) -> None:
+        """Raise ValueError for a number of layers that no model has."""
+        if self.model_layers is not None:
+            check_count("model_layers", self.model_layers, most=MOST_LAYERS)
+
 
 def _windows(text: str, windows: int, option: str) -> slice:
     """The windows that `A:B` names of `windows`: from A to before B, either left out."""
-    found = re.fullmatch(r"(\d*):(\d*)", text)
+    found = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text)
     first, last = (int(found[1] or 0), int(found[2] or windows)) if found else (0, 0)
     if not 0 <= first < last <= windows:
         raise ValueError(f"{option} {text}: expected A:B with 0 <= A < B <= {windows} windows")

@@ -133,8 +133,8 @@ def place_with(
     machine = as_machine(machine)
     placement.check_method(search.method)
     ranks = target.check()
-    search.check()
-    judging.check()
+    for options in (recording, search, judging, export):
+        options.check()
     counted = as_loads(loads, recording)
     target = replace(
         target, redundant=target.extra_slots(counted.experts),
@@ -236,6 +236,7 @@ def evaluate(
     ['contiguous', 'greedy', 'plan']
     """
     Target(tokens=tokens, ranks=ranks, nodes=nodes).check_tokens()
+    Recording(windows=windows, first_layer=first_layer).check()
     risk = placement.Risk.parse(objective)
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=ranks, nodes=nodes)

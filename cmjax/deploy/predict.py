@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from cmjax import placement
@@ -17,7 +21,9 @@ from cmjax.deploy.prediction import Prediction, fastest
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
+from cmjax.deploy.width import explain
 from cmjax.hardware import Supernode, as_machine
+from cmjax.inputs import check_number
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table
 from cmjax.placement import Loads, Plan
@@ -60,16 +66,18 @@ def predict(
     >>> p.deployment.phase, bool(p.tpot_s > 0), p.fits_hbm
     ('decode', True, True)
     """
-    deployment, requests = _split_options(model, requests, options)
+    deployment, requests = split_options(model, requests, options)
     machine = as_machine(machine)
     if slo_tpot_ms is not None and not deployment.decoding:
         raise ValueError("slo-tpot-ms applies to decode")
+    if isinstance(slo_tpot_ms, int | float):
+        check_number("slo-tpot-ms", slo_tpot_ms, above=0)
     if plan is not None and loads is None:
         raise ValueError("plan needs loads: the counts that its experts serve")
     counts = None if loads is None else as_loads(loads, Recording())
     placed = None if plan is None else _read_plan(plan, deployment, machine)
     table = None if placed is None else plan_table(placed, deployment, machine)
-    load, found, reasons = None, [], []
+    load, found, predictors, reasons = None, [], [], []
     for choice in deployment.choices():
         try:
             predictor = Predictor.of(choice, machine, table)
@@ -82,11 +90,28 @@ def predict(
                 served = predictor.largest_batch(served, slo_tpot_ms)
             prediction = predictor.predict(served)
             found.append(dataclasses.replace(prediction, deployment=deployment))
+            predictors.append(predictor)
         except ValueError as error:
             reasons.append(error)
     if not found:
         raise reasons[0]
-    return fastest(found)
+    best = fastest(found)
+    where = [i for i, one in enumerate(found) if one is best]
+    return with_interval(best, predictors[where[0]]) if where else best
+
+
+def with_interval(prediction: Prediction, predictor: Predictor) -> Prediction:
+    """A prediction and how sure it is, where its numbers are known."""
+    if any(isinstance(x, Tracer) or jnp.ndim(x) for x in jax.tree.leaves(prediction.step_s)):
+        return prediction
+    intervals = predictor.intervals(prediction.requests)
+    if not intervals:
+        return prediction
+    return dataclasses.replace(
+        prediction,
+        interval={key: (i.low, i.high) for key, i in intervals.items()},
+        width_from=explain(intervals["step_ms"], prediction),
+    )
 
 
 def predictor_of(prediction: Prediction, plan: Plan | None = None) -> Predictor:
@@ -154,13 +179,18 @@ def _ep_ranks(deployment: Deployment, machine: Supernode) -> int:
     return deployment.ep or deployment.instance_npus * machine.dies_per_npu
 
 
-def _split_options(model, requests, options) -> tuple[Deployment, Requests]:
-    """The deployment and the requests that were given whole or by their fields."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that neither `Deployment` nor `Requests` has."""
     unknown = sorted(set(options) - _DEPLOYMENT - _REQUESTS)
     if unknown:
         known = sorted(_DEPLOYMENT | _REQUESTS)
         close = difflib.get_close_matches(unknown[0], known, n=1) or known
         raise ValueError(f"predict: unknown option {unknown[0]!r}; it takes {', '.join(close)}")
+
+
+def split_options(model, requests, options) -> tuple[Deployment, Requests]:
+    """The deployment and the requests that were given whole or by their fields."""
+    check_options(options)
     given = {name: value for name, value in options.items() if name in _DEPLOYMENT}
     if isinstance(model, Deployment):
         deployment = dataclasses.replace(model, **given)

@@ -15,7 +15,7 @@ from cmjax.console import html_table
 from cmjax.cost.fit import fitted_keys
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.requests import Requests
-from cmjax.hardware import Supernode
+from cmjax.hardware import Supernode, leaf_names
 
 Number = float | np.number | Num[Array, "*_batch"]
 Seconds = Number
@@ -25,9 +25,9 @@ Seconds = Number
     jax.tree_util.register_dataclass,
     data_fields=[
         "requests", "machine", "microbatches", "step_s", "tokens_per_step", "per_layer_s",
-        "streams_s", "breakdown_s", "engines_busy_s", "memory_bytes",
+        "interval", "streams_s", "waiting_s", "breakdown_s", "engines_busy_s", "memory_bytes",
     ],
-    meta_fields=["deployment"],
+    meta_fields=["deployment", "width_from"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -39,8 +39,14 @@ class Prediction:
       step_s: from one step's start to the next, the NPU's time and the host's.
       tokens_per_step: tokens that a request gains in a step of decode.
       per_layer_s: one MoE layer; streams_s: of it, how long a microbatch keeps each stream busy.
+      waiting_s: how much longer the step takes because ranks wait for the slowest one, by what
+        makes it slow: jitter, contexts of other lengths, expert load.
       breakdown_s: on its stream, by scope. engines_busy_s: by engine.
       memory_bytes: HBM of one die by what fills it, caches at their largest.
+      interval: 90 % of what the numbers of `headlines` may be, low and high, as far as the
+        machine's constants are known; empty where the prediction is traced or no file says how
+        sure they are. width_from: what most of that width comes from, and which measurement would
+        narrow it.
     """
 
     deployment: Deployment
@@ -51,9 +57,12 @@ class Prediction:
     tokens_per_step: Number
     per_layer_s: Seconds
     streams_s: dict[str, Seconds]
+    waiting_s: dict[str, Seconds]
     breakdown_s: dict[str, Seconds]
     engines_busy_s: dict[str, Seconds]
     memory_bytes: dict[str, Number]
+    interval: dict[str, tuple[Number, Number]] = dataclasses.field(default_factory=dict)
+    width_from: str = ""
 
     @property
     def tpot_s(self) -> Seconds:
@@ -87,22 +96,29 @@ class Prediction:
         """Whether weights and caches fit the die."""
         return sum(self.memory_bytes.values()) <= self.machine.chip.hbm_bytes
 
+    def headlines(self) -> dict[str, Number]:
+        """The numbers that a prediction is asked for, by the keys of its JSON; may be traced."""
+        latency = {"tpot_ms": self.tpot_s} if self.deployment.decoding else {"ttft_ms": self.ttft_s}
+        return {
+            "step_ms": self.step_s * 1e3,
+            **{key: seconds * 1e3 for key, seconds in latency.items()},
+            "tokens_per_s_per_npu": self.tokens_per_s_per_npu,
+            "per_layer_us": self.per_layer_s * 1e6,
+            **{f"{name}_stream_us": s * 1e6 for name, s in self.streams_s.items()},
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain numbers: the JSON of `cmjax predict`.
 
         Raises: ValueError if it is traced or batched.
         """
         _check_plain(self)
-        latency = {"tpot_ms": float(self.tpot_s) * 1e3} if self.deployment.decoding else {
-            "ttft_ms": float(self.ttft_s) * 1e3
-        }  # fmt: skip
         chosen = dataclasses.replace(self.deployment, microbatches=int(self.microbatches))
         return {
-            "step_ms": float(self.step_s) * 1e3,
-            **latency,
-            "tokens_per_s_per_npu": float(self.tokens_per_s_per_npu),
-            "per_layer_us": float(self.per_layer_s) * 1e6,
-            **{f"{name}_stream_us": float(s) * 1e6 for name, s in self.streams_s.items()},
+            **{key: float(value) for key, value in self.headlines().items()},
+            "interval": {k: [float(v[0]), float(v[1])] for k, v in self.interval.items()},
+            "width_from": self.width_from,
+            "waiting_ms": {k: float(v) * 1e3 for k, v in self.waiting_s.items()},
             "breakdown": {k: float(v) * 1e3 for k, v in self.breakdown_s.items()},
             "engines_busy_ms": {k: float(v) * 1e3 for k, v in self.engines_busy_s.items()},
             "hbm_gb_per_die": {k: float(v) / 1e9 for k, v in self.memory_bytes.items()},
@@ -169,9 +185,8 @@ def calibration(machine: Supernode) -> dict[str, float]:
         keys = fitted_keys(machine.name)
     except ValueError:  # a user's own file: nothing in it was fitted by cmjax
         return {}
-    leaves = jax.tree_util.tree_leaves_with_path(machine)
-    flat = {jax.tree_util.keystr(path)[1:]: float(v) for path, v in leaves}
-    return {key: flat[key] for key in keys}
+    flat = dict(zip(leaf_names(machine), jax.tree.leaves(machine), strict=True))
+    return {key: float(flat[key]) for key in keys}
 
 
 def _select(condition: Array, one: Prediction, other: Prediction) -> Prediction:
@@ -183,8 +198,8 @@ def _select(condition: Array, one: Prediction, other: Prediction) -> Prediction:
         shape = jnp.broadcast_shapes(jnp.shape(condition), jnp.shape(a), jnp.shape(b))
         return jnp.where(condition, jnp.broadcast_to(a, shape), b)
 
-    priced = ("microbatches", "step_s", "per_layer_s", "streams_s", "breakdown_s",
-              "engines_busy_s", "memory_bytes")  # fmt: skip
+    priced = ("microbatches", "step_s", "per_layer_s", "streams_s", "waiting_s",
+              "breakdown_s", "engines_busy_s", "memory_bytes")  # fmt: skip
     return dataclasses.replace(
         one, **{name: chosen(getattr(one, name), getattr(other, name)) for name in priced}
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,16 +12,18 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from cmjax.cost.host import on_host
+from cmjax.cost.interval import Interval, interval
 from cmjax.cost.load import sampling_imbalance
 from cmjax.cost.price import price
 from cmjax.cost.timeline import LoopTime, Timeline
+from cmjax.cost.waiting import Differences
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
 from cmjax.deploy.prediction import Prediction
 from cmjax.deploy.program_cache import kept
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
-from cmjax.hardware import Supernode
+from cmjax.hardware import Supernode, Uncertainty, leaf_names, uncertainty
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable
 from cmjax.program import Program, Size
@@ -53,10 +56,13 @@ class Predictor:
         """
         # What is built depends on the machine's counts and names, which its shape holds; constants
         # of the program are made in one of JAX's two precisions.
-        shape, x64 = jax.tree.structure(machine), jax.config.read("jax_enable_x64")
-        origin = deployment, shape, table, x64
+        shape, x64 = (
+            jax.tree.structure(dataclasses.replace(machine, origin="")),
+            jax.config.read("jax_enable_x64"),
+        )
+        origin = dataclasses.replace(deployment, engine=None), shape, table, x64
         step, program, _ = _traced(*origin)
-        return Predictor(deployment, machine, step, program, origin)
+        return Predictor(deployment, machine.under(deployment.engine), step, program, origin)
 
     def predict(self, requests: Requests) -> Prediction:
         """The step for these requests.
@@ -65,21 +71,48 @@ class Predictor:
         """
         requests = requests.of(self.deployment)
         symbols = self.symbols(requests)
-        priced = self._prices(symbols).summary(self.machine, symbols)
+        differences = self.differences(requests)
+        priced = self._prices(symbols).summary(self.machine, symbols, differences)
         device_s, layer_s, streams_s, scopes_s, engines_s = priced
         return Prediction(
             deployment=self.deployment,
             requests=requests,
             machine=self.machine,
             microbatches=self.step.microbatches,
-            step_s=device_s + self.machine.chip.host_step_s,
+            step_s=device_s + self.host_s,
             tokens_per_step=self.tokens_per_step(requests),
             per_layer_s=layer_s,
             streams_s={k: s / self.step.microbatches for k, s in streams_s.items()},
+            waiting_s=self._waiting_s(requests, symbols, differences, device_s),
             breakdown_s={k or "other": s for k, s in scopes_s.items()},
             engines_busy_s=engines_s,
             memory_bytes=self.memory_bytes(requests),
         )
+
+    def intervals(self, requests: Requests) -> dict[str, Interval]:
+        """How sure the numbers of `Prediction.headlines` are, by the gradient of the price.
+
+        Empty where the machine is in no catalog and no file, or JAX traces it.
+        """
+        known = known_uncertainty(self.machine)
+        if known is None:
+            return {}
+        requests = requests.of(self.deployment)
+        symbols, differences = self.symbols(requests), self.differences(requests)
+        found = self._prices(symbols).elasticities(
+            self.machine, symbols, differences, _number(self.step.drafts)
+        )
+        names = leaf_names(self.machine)
+        at = [names.index(key) for key in known.keys]
+        predicted = self.predict(requests)
+        step, layer, *streams = np.asarray(found)
+        names = sorted(predicted.streams_s)
+        of_stream = {f"{name}_stream_us": e for name, e in zip(names, streams, strict=True)}
+        by_key = {"tokens_per_s_per_npu": -step, "per_layer_us": layer, **of_stream}
+        return {
+            key: interval(float(value), by_key.get(key, step)[at], known)
+            for key, value in predicted.headlines().items()
+        }
 
     def steps_s(
         self, batch: Float[np.ndarray, "n"], length: Float[np.ndarray, "n"], acceptance: float = 0.7
@@ -92,13 +125,13 @@ class Predictor:
         """
         name = "context" if self.deployment.decoding else "prompt"
         sizes: dict[str, Any] = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
-        symbols = self.symbols(Requests(acceptance=acceptance, **sizes))
-        return self._steps_s(symbols)
+        requests = Requests(acceptance=acceptance, **sizes)
+        return self._steps_s(self.symbols(requests), self.differences(requests))
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
         given = self._given(requests.batch, requests.length(self.deployment.phase))
-        load = requests.load
+        load = requests.load if self.step.copies else 1.0
         if load is None:
             even = self.step.symbols(given | {"load": 1.0})
             rows_per_rank = even["slot_rows"] * self.step.expert_slots
@@ -106,10 +139,33 @@ class Predictor:
         symbols = self.step.symbols(given | {"load": load})
         return {name: _number(value) for name, value in symbols.items()}
 
+    def differences(self, requests: Requests) -> Differences:
+        """How the work of ranks differs under these requests, beyond jitter and expert load."""
+        assert requests.batch is not None
+        each = requests.batch / (self.machine.dies_per_npu * self.step.microbatches)
+        spread = requests.length_spread(self.deployment.phase)
+        return jax.tree.map(_number, Differences(attention=spread / each**0.5))
+
+    def _waiting_s(self, requests, symbols, differences, device_s) -> dict[str, Any]:
+        """How much longer a step takes for each reason that ranks wait for the slowest one."""
+        even = dataclasses.replace(requests, load=1.0)
+        level = {k: v + 0 * symbols[k] for k, v in self.symbols(even).items()}
+        jitter_s = _number(self.machine.exchange.jitter_s)
+        steady = _number(0.0)
+        without = self._prices(symbols).with_jitter(
+            _stacked([steady, jitter_s, jitter_s]),
+            self.machine,
+            _stacked([symbols, symbols, level]),
+            _stacked([differences, Differences(attention=steady), differences]),
+        )
+        causes = ("jitter", "contexts", "expert load")
+        return {name: device_s - total_s for name, total_s in zip(causes, without, strict=True)}
+
     def timeline(self, requests: Requests) -> Timeline:
         """The priced step, operation by operation."""
         symbols = self.symbols(requests.of(self.deployment))
-        return self._prices(symbols).timeline(self.machine, symbols)
+        differences = self.differences(requests.of(self.deployment))
+        return self._prices(symbols).timeline(self.machine, symbols, differences)
 
     def memory_bytes(self, requests: Requests) -> dict[str, Any]:
         """HBM of one die: weights, and caches with inputs at their largest."""
@@ -123,14 +179,41 @@ class Predictor:
 
     def sensitivity(self, requests: Requests) -> dict[str, float]:
         """Elasticity of the step time in each machine constant: percent change per percent."""
-        symbols = self.symbols(requests.of(self.deployment))
-        total, gradient = self._prices(symbols).slopes(self.machine, symbols)
-        leaves = jax.tree_util.tree_leaves_with_path(self.machine)
-        names = [jax.tree_util.keystr(path)[1:] for path, _ in leaves]
-        values = [float(v) for _, v in leaves]
+        requests = requests.of(self.deployment)
+        symbols, differences = self.symbols(requests), self.differences(requests)
+        total, gradient = self._prices(symbols).slopes(self.machine, symbols, differences)
+        names = leaf_names(self.machine)
+        values = [float(v) for v in jax.tree.leaves(self.machine)]
         slopes = [float(g) for g in jax.tree.leaves(gradient)]
         found = {n: v * g / float(total) for n, v, g in zip(names, values, slopes, strict=True)}
         return dict(sorted(((n, e) for n, e in found.items() if e), key=lambda ne: -abs(ne[1])))
+
+    def batches_that_fit(self, requests: Requests) -> Float[np.ndarray, "batches"]:
+        """Every batch per NPU, up to `MOST_REQUESTS`, with which weights and caches fit HBM.
+
+        Raises: ValueError: not even the smallest batch does.
+        """
+        step = self.machine.dies_per_npu * self.step.microbatches
+        batches = np.arange(step, MOST_REQUESTS + 1, step, dtype=float)
+        memory = self.memory_bytes(dataclasses.replace(requests, batch=batches))
+        fits = batches[sum(memory.values()) <= float(self.machine.chip.hbm_bytes)]
+        if not len(fits):
+            raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
+        return fits
+
+    def step_times_s(
+        self, requests: Requests, batches: Float[np.ndarray, "batches"]
+    ) -> Float[np.ndarray, "batches"]:
+        """Seconds of the steps of these requests at many batches, the host's included."""
+        if requests.load is None or not jnp.ndim(requests.load):
+            at_once = dataclasses.replace(requests, batch=batches)
+            sizes = self.symbols(at_once), self.differences(at_once)
+            return self._steps_s(
+                *jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), batches.shape), sizes)
+            )
+        each = [dataclasses.replace(requests, batch=float(batch)) for batch in batches]
+        symbols = _stacked([self.symbols(one) for one in each])
+        return self._steps_s(symbols, _stacked([self.differences(one) for one in each]))
 
     def largest_batch(self, requests: Requests, slo_tpot_ms: float) -> Requests:
         """The largest batch, up to `MOST_REQUESTS` per NPU, whose TPOT stays within `slo_tpot_ms`
@@ -138,34 +221,29 @@ class Predictor:
 
         Raises: ValueError: not even the smallest batch does.
         """
-        step = self.machine.dies_per_npu * self.step.microbatches
-        fits = []
-        for batch in range(step, MOST_REQUESTS + 1, step):
-            candidate = dataclasses.replace(requests, batch=float(batch))
-            if sum(self.memory_bytes(candidate).values()) > float(self.machine.chip.hbm_bytes):
-                break
-            fits.append(candidate)
-        if not fits:
-            raise ValueError(f"not even a batch of {step} per NPU fits HBM; use more NPUs")
-        symbols = [self.symbols(candidate) for candidate in fits]
-        stacked = {k: np.stack([s[k] for s in symbols]) for k in symbols[0]}
-        tpot_ms = self._steps_s(stacked) * 1e3 / self.tokens_per_step(requests)
-        within = [c for c, t in zip(fits, tpot_ms, strict=True) if t <= slo_tpot_ms]
-        if not within:
+        batches = self.batches_that_fit(requests)
+        tpot_ms = self.step_times_s(requests, batches) * 1e3 / self.tokens_per_step(requests)
+        within = batches[tpot_ms <= slo_tpot_ms]
+        if not len(within):
             raise ValueError(
-                f"slo-tpot-ms {slo_tpot_ms:g} cannot be met: a batch of {step} per NPU already "
-                f"takes {tpot_ms[0]:.1f} ms"
+                f"slo-tpot-ms {slo_tpot_ms:g} cannot be met: a batch of {batches[0]:g} per NPU "
+                f"already takes {tpot_ms[0]:.1f} ms"
             )
-        return within[-1]
+        return dataclasses.replace(requests, batch=float(within[-1]))
 
     def tokens_per_step(self, requests: Requests):
         """Tokens that a request gains in a step: one, and each draft that is accepted."""
-        return 1 + requests.acceptance * self.step.drafts * self.deployment.decoding
+        return requests.tokens_per_step(self.step.drafts * self.deployment.decoding)
 
-    def _steps_s(self, symbols: dict[str, Any]) -> Float[np.ndarray, "n"]:
+    @property
+    def host_s(self):
+        """Host time of a step that the NPU waits for, as the serving engine leaves it."""
+        return self.machine.running().host_s(self.step.drafts)
+
+    def _steps_s(self, symbols: dict[str, Any], differences: Any) -> Float[np.ndarray, "n"]:
         """Seconds of steps, the host's included, for a row of every size's values."""
-        totals = self._prices({}).totals(self.machine, symbols)
-        return np.asarray(totals + self.machine.chip.host_step_s, float)
+        totals = self._prices({}).totals(self.machine, symbols, differences)
+        return np.asarray(totals + self.host_s, float)
 
     def _prices(self, symbols: dict[str, Any]) -> "_Priced":
         """The prices of the program, its kernels chosen at these sizes where they are numbers."""
@@ -183,20 +261,46 @@ class _Priced:
     """The prices of one program: by NumPy where they are numbers, by XLA where JAX traces them."""
 
     def __init__(self, program: Program, step: MoEStep):
-        def summary(machine, symbols):
-            timeline = price(program, machine, symbols)
+        def summary(machine, symbols, differences):
+            timeline = price(program, machine, symbols, differences=differences)
             loop = _layer_loop(timeline, step.layers)
             layer = loop.each_s, loop.streams_s
             return timeline.total_s, *layer, timeline.scopes, timeline.engines
 
-        def total_s(machine, symbols):
-            return price(program, machine, symbols).total_s
+        def total_s(machine, symbols, differences):
+            return price(program, machine, symbols, differences=differences).total_s
+
+        def with_jitter(jitter_s, machine, symbols, differences):
+            steady = dataclasses.replace(machine.exchange, jitter_s=jitter_s)
+            return total_s(dataclasses.replace(machine, exchange=steady), symbols, differences)
 
         self.scatter = on_host(lambda rows: sampling_imbalance(rows, step.ranks))
-        self.timeline = on_host(lambda machine, symbols: price(program, machine, symbols))
+        self.timeline = on_host(
+            lambda machine, symbols, differences: price(
+                program, machine, symbols, differences=differences
+            )
+        )
         self.summary = on_host(summary)
         self.slopes = jax.jit(jax.value_and_grad(total_s))
-        self.totals = on_host(jax.vmap(total_s, in_axes=(None, 0)))
+        self.totals = on_host(jax.vmap(total_s, in_axes=(None, 0, 0)))
+
+        def headlines(logs, machine, symbols, differences, drafts):
+            leaves, tree = jax.tree.flatten(machine)
+            scaled = [leaf * jnp.exp(log) for leaf, log in zip(leaves, logs, strict=True)]
+            machine = jax.tree.unflatten(tree, scaled)
+            timeline = price(program, machine, symbols, differences=differences)
+            step_s = timeline.total_s + machine.running().host_s(drafts)
+            layer = _layer_loop(timeline, step.layers)
+            busy = [layer.streams_s[name] for name in sorted(layer.streams_s)]
+            return jnp.log(jnp.stack([step_s, layer.each_s, *busy]))
+
+        def elasticities(machine, symbols, differences, drafts):
+            logs = [jnp.zeros(()) for _ in jax.tree.leaves(machine)]
+            slopes = jax.jacrev(headlines)(logs, machine, symbols, differences, drafts)
+            return jnp.stack(slopes, axis=-1)
+
+        self.elasticities = on_host(elasticities)
+        self.with_jitter = on_host(jax.vmap(with_jitter, in_axes=(0, None, 0, 0)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,6 +332,24 @@ def _number(value: Any) -> Any:
     return jnp.asarray(value, float) if isinstance(value, Tracer) else np.asarray(
         value, jax.dtypes.canonicalize_dtype(float)
     )  # fmt: skip
+
+
+def known_uncertainty(machine: Supernode) -> Uncertainty | None:
+    """How sure a machine's constants are, where a file says so and JAX does not trace them."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(machine)):
+        return None
+    return _uncertainty_of(machine.origin) if machine.origin else None
+
+
+@functools.lru_cache(maxsize=16)
+def _uncertainty_of(origin: str) -> Uncertainty:
+    return uncertainty(origin)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """Pytrees of one structure as one, with an axis in front."""
+    stack = jnp.stack if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)) else np.stack
+    return jax.tree.map(lambda *leaves: stack(leaves), *trees)
 
 
 def _layer_loop(timeline: Timeline, layers: int) -> LoopTime:

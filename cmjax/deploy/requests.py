@@ -1,6 +1,7 @@
 """What an instance serves: how many requests at a time, how long, how many drafts are right."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
@@ -8,6 +9,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from cmjax.deploy.deployment import Deployment, Phase
+from cmjax.inputs import check_number
 
 if TYPE_CHECKING:
     Number = float | Float[Array, "..."]
@@ -15,6 +17,9 @@ else:
     Number = float  # what a command line reads
 PREFILL_TOKENS = 16384
 """Prompt tokens per NPU and step that a prefill instance batches by default."""
+
+_LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**9, "context": 10**9}
+_MOST_SPREAD = 100
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +35,12 @@ class Requests:
     """Generated tokens of a request; decode is priced in the middle of them."""
     context: Number | None = None
     """Cached tokens of a request in decode, in place of prompt and output."""
-    acceptance: Annotated[Number, tyro.conf.arg(name="mtp-acceptance")] = 0.7
-    """Probability that a draft is accepted (ignored without drafts)."""
+    context_spread: Number | None = None
+    """Standard deviation of requests' context (or prompt) lengths over their mean; by default what
+    being anywhere between the prompt and the last generated token makes."""
+    acceptance: Annotated[Number | tuple[Number, ...], tyro.conf.arg(name="mtp-acceptance")] = 0.7
+    """Probability that a draft is accepted if those before it were: one for all drafts, or one for
+    each (ignored without drafts)."""
     load: Annotated[Any, tyro.conf.Suppress] = None
     """Rows on the slowest rank over the mean, one number or one per MoE layer; `None` is a load of
     equal expectation on all ranks, with the scatter that routing a finite batch leaves."""
@@ -52,18 +61,53 @@ class Requests:
     def _check(self) -> None:
         for name in ("batch", "prompt", "context"):
             value = getattr(self, name)
-            if _known(value) and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value:g}")
-        if _known(self.output) and not 0 <= self.output < float("inf"):
-            raise ValueError(f"output must not be negative, got {self.output:g}")
-        if _known(self.acceptance) and not 0 <= self.acceptance <= 1:
-            raise ValueError(f"mtp-acceptance must lie in 0..1, got {self.acceptance:g}")
+            if _known(value):
+                check_number(name, value, above=0, least=_LEAST, most=_MOST[name])
+        if self.context_spread is not None and _known(self.context_spread):
+            check_number("context-spread", self.context_spread, least=0, most=_MOST_SPREAD)
+        if _known(self.output):
+            check_number("output", self.output, least=0, most=_MOST["prompt"])
+        each = self.acceptance if isinstance(self.acceptance, tuple) else (self.acceptance,)
+        for chance in each:
+            if _known(chance) and not 0 <= chance <= 1:
+                raise ValueError(f"mtp-acceptance must lie in 0..1, got {chance:g}")
+
+    def tokens_per_step(self, drafts: int) -> Number:
+        """Tokens that a request gains in a step of decode: one, and each draft that is accepted.
+
+        A draft counts if it and all before it are accepted: `1 + a1 + a1 a2 + ...`.
+        Raises: ValueError: as many acceptances as there are drafts were not given.
+
+        >>> round(Requests(acceptance=(0.8, 0.5)).tokens_per_step(2), 6)
+        2.2
+        """
+        each = self.acceptance
+        if not isinstance(each, tuple):
+            each = (each,) * drafts
+        if drafts and len(each) != drafts:
+            raise ValueError(
+                f"mtp-acceptance has {len(each)} numbers for {drafts} draft(s); give one for all, "
+                "or one for each"
+            )
+        total, chance = 1.0, 1.0
+        for accepted in each[:drafts]:
+            chance = chance * accepted
+            total = total + chance
+        return total
 
     def length(self, phase: Phase) -> Number:
         """Tokens per request at which a step is priced."""
         if phase == "prefill":
             return self.prompt
         return self.prompt + self.output / 2 if self.context is None else self.context
+
+    def length_spread(self, phase: Phase) -> Number:
+        """Standard deviation of the tokens per request over their mean."""
+        if self.context_spread is not None:
+            return self.context_spread
+        if phase == "prefill" or self.context is not None:
+            return 0.0
+        return self.output / math.sqrt(12.0) / self.length(phase)
 
     def longest(self, phase: Phase) -> Number:
         """Tokens per request that the caches must hold."""

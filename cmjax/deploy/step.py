@@ -16,12 +16,13 @@ class MoEStep(Step):
     """A step of a mixture-of-experts model, and how its experts lie.
 
     Fields:
-      layers: MoE layers in the main loop; microbatches: independent chains in it.
+      layers: MoE layers in the main loop (of a dense model, all of them). microbatches:
+        independent chains in it.
       ranks: of the expert-parallel group.
       experts: number of routed experts. expert_slots: slots of all ranks; shared_slots: how many of
         those hold shared experts.
       experts_per_token: routed experts of a token. copies: slots that it is sent to, that of a
-        shared expert included where there is one.
+        shared expert included where there is one; 0 where all layers are dense.
       drafts: tokens that a request drafts in a step of decode.
     """
 
@@ -55,6 +56,8 @@ class _Sizes:
 
     def symbols(self, requests, length, tokens, load) -> dict[str, Any]:
         load = load if isinstance(load, Tracer) else np.asarray(load, float)
+        if not self.copies:
+            return {"requests": requests, "length": length}
         rows = tokens * self.copies / self.slots * load
         return {"requests": requests, "length": length, "slot_rows": rows}
 

@@ -10,15 +10,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cmjax.cost.fit import parse_options
+from cmjax.cost.fit import Measure, micro_measure, parse_options
+from cmjax.cost.host import on_host
+from cmjax.cost.interval import interval
 from cmjax.cost.measured import Measurement, read_measurements
-from cmjax.cost.micro import micro
+from cmjax.cost.micro import MicroBenchmark, micro
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predict import predict
+from cmjax.deploy.predictor import known_uncertainty
 from cmjax.deploy.requests import Requests
-from cmjax.hardware import load_machine
+from cmjax.hardware import Supernode, leaf_names, load_machine
 
 _FLAGS = {f"--{no}mtp": ("mtp", not no) for no in ("", "no-")}
 _NAMES = {"mtp_acceptance": "acceptance", "load": "loads"}
@@ -35,6 +39,7 @@ class ValidationRow:
       predicted, measured: in the unit that `key` names.
       source: where the measurement is from.
       key: key of the result, such as `tpot_ms`.
+      interval: 90 % of what it may be by the model, low and high.
     Raises: ValueError if the measured number is not positive.
     """
 
@@ -44,6 +49,7 @@ class ValidationRow:
     measured: float
     source: str
     key: str
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self):
         if not self.measured > 0:
@@ -56,6 +62,11 @@ class ValidationRow:
         """Relative error of the prediction, signed."""
         return self.predicted / self.measured - 1
 
+    @property
+    def inside(self) -> bool:
+        """Whether the measured number lies in the interval."""
+        return self.interval is not None and self.interval[0] <= self.measured <= self.interval[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class RoleSummary:
@@ -65,12 +76,16 @@ class RoleSummary:
       rows: how many there are.
       mean_error, worst_error: absolute relative errors.
       worst_row: name of the row that is furthest off.
+      coverage: share of the rows that lie in their 90 % interval; half_width: the median of the
+        intervals', relative. None where no row has one.
     """
 
     rows: int
     mean_error: float
     worst_error: float
     worst_row: str
+    coverage: float | None = None
+    half_width: float | None = None
 
 
 def validate(
@@ -92,7 +107,7 @@ def compare(measurement: Measurement, machine: str) -> ValidationRow:
 
     Raises: ValueError: a command that cannot be read, or a key that its result does not have.
     """
-    result = _result(measurement, machine)
+    result, intervals = _result(measurement, machine)
     value = result.get(measurement.key)
     if not isinstance(value, int | float):
         known = ", ".join(k for k, v in result.items() if isinstance(v, int | float))
@@ -106,7 +121,32 @@ def compare(measurement: Measurement, machine: str) -> ValidationRow:
         measured=measurement.value,
         source=measurement.source,
         key=measurement.key,
+        interval=intervals.get(measurement.key),
     )
+
+
+def measure_of(row: Measurement, machine: Supernode) -> Measure:
+    """What a row measures, as a function of the machine: for `cmjax.cost.fit.update`.
+
+    Raises: ValueError: a command that cannot be read, or a key without a gradient.
+    """
+    kind, what, *arguments = row.command
+    if kind == "micro":
+        return micro_measure(row, machine)
+    try:
+        options = _predict_options(what, arguments)
+    except _Unreadable as error:
+        raise ValueError(
+            f"row {row.row!r}: cannot read {' '.join(row.command)!r}: {error}"
+        ) from None
+    options.pop("on", None)
+    model = options.pop("model", "deepseek-r1")
+    known = predict(model, machine, **options).headlines()
+    if row.key not in known:
+        raise ValueError(
+            f"row {row.row!r}: no key {row.key!r} to fit to; there are {', '.join(known)}"
+        )
+    return lambda at: predict(model, at, **options).headlines()[row.key]
 
 
 def summary(rows: Sequence[ValidationRow]) -> dict[str, RoleSummary]:
@@ -120,20 +160,35 @@ def summary(rows: Sequence[ValidationRow]) -> dict[str, RoleSummary]:
 def _summarise(group: list[ValidationRow]) -> RoleSummary:
     errors = np.abs([row.error for row in group])
     worst = int(errors.argmax())
-    return RoleSummary(len(group), float(errors.mean()), float(errors[worst]), group[worst].row)
+    coverage = half_width = None
+    if sure := [row for row in group if row.interval is not None]:
+        coverage = float(np.mean([row.inside for row in sure]))
+        half_width = float(np.median([_half_width(row) for row in sure]))
+    return RoleSummary(
+        len(group), float(errors.mean()), float(errors[worst]), group[worst].row,
+        coverage, half_width,
+    )  # fmt: skip
 
 
-def _result(measurement: Measurement, machine: str) -> dict[str, Any]:
+def _half_width(row: ValidationRow) -> float:
+    assert row.interval is not None
+    return (row.interval[1] - row.interval[0]) / 2 / row.predicted
+
+
+def _result(
+    measurement: Measurement, machine: str
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
     kind, what, *arguments = measurement.command
     try:
         if kind == "micro":
             options = parse_options(arguments)
             on = load_machine(str(options.pop("on", machine)))
-            measured = jax.jit(micro(what, on, **options).measure)(on)
-            return {key: float(value) for key, value in measured.items()}
+            return _micro(micro(what, on, **options), on)
         options = _predict_options(what, arguments)
         on = options.pop("on", machine)
-        return predict(options.pop("model", "deepseek-r1"), on, **options).to_dict()
+        found = predict(options.pop("model", "deepseek-r1"), on, **options)
+        ends = {key: (float(e[0]), float(e[1])) for key, e in found.interval.items()}
+        return found.to_dict(), ends
     except _Unreadable as error:
         command = " ".join(measurement.command)
         raise ValueError(
@@ -141,6 +196,24 @@ def _result(measurement: Measurement, machine: str) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ValueError(f"row {measurement.row!r}: {error}") from None
+
+
+def _micro(benchmark: MicroBenchmark, on: Supernode):
+    """Results of a micro-benchmark, and the intervals of its time and of what follows from it."""
+    leaves, tree = jax.tree.flatten(on)
+
+    def log_time(logs):
+        scaled = [leaf * jnp.exp(log) for leaf, log in zip(leaves, logs, strict=True)]
+        return jnp.log(benchmark.measure(jax.tree.unflatten(tree, scaled))["us"])
+
+    values = {key: float(value) for key, value in on_host(benchmark.measure)(on).items()}
+    known = known_uncertainty(on)
+    if known is None:
+        return values, {}
+    names = leaf_names(on)
+    slopes = np.stack(on_host(jax.grad(log_time))([np.zeros(()) for _ in leaves]))
+    of_time = interval(1.0, slopes[[names.index(key) for key in known.keys]], known)
+    return values, {key: (v * of_time.low, v * of_time.high) for key, v in values.items()}
 
 
 class _Unreadable(ValueError):

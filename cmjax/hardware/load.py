@@ -1,18 +1,31 @@
 """Machines from TOML: the built-in catalog by name, a user's own file by path.
 
 Every quantity is a table `{ value = "1.6 TB/s", source = "..." }`; a count is
-`{ value = 24, source = "..." }`. All keys of the schema are needed and no others are taken.
+`{ value = 24, source = "..." }`. All keys of the schema are needed and no others are taken. Serving
+engines are tables `[engines.NAME]`, the first of which is the machine's own; how sure the numbers
+are is read by `cmjax.hardware.uncertainty`.
 """
 
 import dataclasses
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cmjax.hardware.machine import Chip, Efficiency, Exchange, Fabric, Supernode, Tier
+import jax
+
+from cmjax.hardware.machine import (
+    Chip,
+    Efficiency,
+    Engine,
+    Exchange,
+    Fabric,
+    Factors,
+    Supernode,
+    Tier,
+)
 from cmjax.hardware.units import parse_quantity
+from cmjax.inputs import parse_toml, read_text, shown
 
 _TIER = {"bandwidth_bytes_per_s": "bytes/s", "latency_s": "s"}
 _SCHEMA: dict[str, Any] = {
@@ -23,8 +36,9 @@ _SCHEMA: dict[str, Any] = {
         "vector_bytes_per_s": "bytes/s",
         "hbm_bytes_per_s": "bytes/s",
         "hbm_bytes": "bytes",
-        "kernel_startup_s": "s",
-        "host_step_s": "s",
+        "matrix_startup_s": "s",
+        "vector_startup_s": "s",
+        "collective_startup_s": "s",
         "l2_bytes": "bytes",
         "cube_cores": "count",
         "vector_cores": "count",
@@ -44,8 +58,11 @@ _SCHEMA: dict[str, Any] = {
         "dispatch_startup_s": "s",
         "combine_startup_s": "s",
         "flag_s": "s",
+        "bulk_source_s": "s",
         "saturation_cores": "number",
         "interference": "fraction",
+        "jitter_s": "s",
+        "copies_in_flight": "flag",
         "bulk_kernels": "flag",
     },
     "efficiency": {"gemm": "fraction", "attention": "fraction", "hbm": "fraction"},
@@ -53,7 +70,14 @@ _SCHEMA: dict[str, Any] = {
     "npus_per_node": "count",
     "dies_per_npu": "count",
 }
-_MAY_BE_ZERO = {"interference", "flag_s", "host_step_s", "kernel_startup_s"}
+_ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s"}
+_MAY_BE_ZERO = {
+    *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
+    *("matrix_startup_s", "vector_startup_s", "collective_startup_s"),
+}
+_MOST_BYTES = 1_000_000
+_MOST_RANKS = 2**20
+_MOST_QUANTITY = 1e30
 
 
 def catalog() -> list[str]:
@@ -76,24 +100,36 @@ def load_machine(name_or_path: str | Path) -> Supernode:
       ValueError: unknown name (with the closest ones), unreadable file, unknown or missing key,
         negative or unit-less value; the message names file, key and what was expected.
     """
-    text, origin = _read(str(name_or_path))
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{origin}: not valid TOML: {error}") from None
+    tree, origin = read_tree(name_or_path)
     name = tree.pop("name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f'{origin}: key "name" is missing; expected name = "my-machine"')
+    tree.pop("fit", None)
+    factors = {
+        name: _parse_entry(entry, "fraction", origin, f"factors.{name}")
+        for name, entry in _known_factors(tree.pop("factors", {}), origin).items()
+    }
+    tables = tree.pop("engines", None)
     values = _parse(tree, _SCHEMA, origin, prefix="")
+    engines = _engines(tables, origin)
+    ranks = values["nodes"] * values["npus_per_node"] * values["dies_per_npu"]
+    if ranks > _MOST_RANKS:
+        raise ValueError(
+            f"{origin}: {shown(ranks)} ranks (dies); at most {_MOST_RANKS:,} are priced"
+        )
     fabric = dict(values["fabric"])
     for tier in ("die", "node", "supernode", "rdma", "vpc"):
         fabric[tier] = Tier(**fabric[tier])
     return Supernode(
         name=name,
+        origin=str(name_or_path),
         chip=Chip(**values["chip"]),
         fabric=Fabric(**fabric),
         exchange=Exchange(**values["exchange"]),
         efficiency=Efficiency(**values["efficiency"]),
+        engines=engines,
+        factors=Factors(**factors),
+        engine=engines[0].name,
         nodes=values["nodes"],
         npus_per_node=values["npus_per_node"],
         dies_per_npu=values["dies_per_npu"],
@@ -102,7 +138,6 @@ def load_machine(name_or_path: str | Path) -> Supernode:
 
 def sources(name_or_path: str | Path) -> dict[str, str]:
     """Where each number of a machine comes from: dotted key -> source."""
-    text, _ = _read(str(name_or_path))
 
     def walk(tree, prefix):
         for key, value in tree.items():
@@ -111,12 +146,39 @@ def sources(name_or_path: str | Path) -> dict[str, str]:
             elif isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
 
-    return dict(walk(tomllib.loads(text), ""))
+    return dict(walk(read_tree(name_or_path)[0], ""))
+
+
+def describe_key(dotted: str) -> str:
+    """The dimension of a machine's number, as `cmjax.hardware.units` names it, or `number`."""
+    if dotted.startswith("factors."):
+        return "fraction"
+    if dotted.startswith("engines."):
+        return _ENGINE[dotted.rpartition(".")[2]]
+    found: Any = _SCHEMA
+    for name in dotted.split("."):
+        found = found[name]
+    return found
+
+
+def leaf_names(machine: Supernode) -> list[str]:
+    """Dotted keys of a machine's leaves, in the order of `jax.tree.leaves`."""
+
+    def name(key) -> str:
+        return machine.engines[key.idx].name if hasattr(key, "idx") else key.name
+
+    paths = jax.tree_util.tree_leaves_with_path(machine)
+    return [".".join(name(key) for key in path) for path, _ in paths]
 
 
 def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
     """`replace_leaf(machine, "chip.hbm_bytes_per_s", 2e12)`: a machine with one value changed."""
     head, _, rest = dotted.partition(".")
+    if head == "engines" and rest:
+        name, _, field = rest.partition(".")
+        new = dataclasses.replace(machine.running(name), **{field: value})
+        engines = tuple(new if old.name == name else old for old in machine.engines)
+        return dataclasses.replace(machine, engines=engines)
     names = [f.name for f in dataclasses.fields(machine)]
     if head not in names:
         raise ValueError(f"{type(machine).__name__} has no {head!r}; it has {', '.join(names)}")
@@ -124,13 +186,37 @@ def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
     return dataclasses.replace(machine, **{head: new})
 
 
+def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """A machine's TOML as it is written, and where it is from, for messages.
+
+    Raises: ValueError: unknown name, unreadable file, or no TOML.
+    """
+    text, origin = _read(str(name_or_path))
+    return parse_toml(text, origin), origin
+
+
+def _known_factors(table: Any, origin: str) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(Factors)]
+    if not isinstance(table, dict) or (unknown := [name for name in table if name not in known]):
+        name = unknown[0] if isinstance(table, dict) else table
+        raise ValueError(f"{origin}: [factors] has no {name!r}; known: {', '.join(known)}")
+    return table
+
+
+def _engines(tables: Any, origin: str) -> tuple[Engine, ...]:
+    if not isinstance(tables, dict) or not tables:
+        raise ValueError(f"{origin}: no engine; expected a table such as [engines.my-engine]")
+    return tuple(
+        Engine(name=name, **_parse_entry(table, _ENGINE, origin, f"engines.{name}"))
+        for name, table in tables.items()
+    )
+
+
 def _read(name_or_path: str) -> tuple[str, str]:
     if name_or_path.endswith(".toml"):
-        path = Path(name_or_path)
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"machine file {path}: cannot be read: {error}") from None
+        source = str(Path(name_or_path))
+        text = read_text(source, most_bytes=_MOST_BYTES, source=f"machine file {source}")
+        return text, source
     known = catalog()
     if name_or_path not in known:
         close = difflib.get_close_matches(name_or_path, known, n=2) or known
@@ -162,7 +248,7 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
         raise ValueError(f'{origin}: key "{key}" is missing; expected {_describe(expected)}')
     if not isinstance(entry, dict) or "value" not in entry:
         raise ValueError(
-            f'{origin}: key "{key}" must be a table with value and source, got {entry!r}'
+            f'{origin}: key "{key}" must be a table with value and source, got {shown(entry)}'
         )
     if not isinstance(entry.get("source"), str) or not entry["source"]:
         raise ValueError(f'{origin}: key "{key}" has no source; say where the number is from')
@@ -172,13 +258,17 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
             raise ValueError(f'{origin}: key "{key}" must be true or false, got {value!r}')
         return value
     if expected in ("count", "number"):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'{origin}: key "{key}" must be a whole number >= 1, got {value!r}')
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
+            raise ValueError(
+                f'{origin}: key "{key}" must be a whole number >= 1, got {shown(value)}'
+            )
         return value if expected == "count" else float(value)
     try:
         number = parse_quantity(value, expected)
     except ValueError as error:
         raise ValueError(f'{origin}: key "{key}": {error}') from None
+    if number and not 1 / _MOST_QUANTITY < number < _MOST_QUANTITY:
+        raise ValueError(f'{origin}: key "{key}": {value!r} is more or less than anything has')
     if number == 0 and key.rpartition(".")[2] not in _MAY_BE_ZERO:
         raise ValueError(f'{origin}: key "{key}" must be positive, got {value!r}')
     return number

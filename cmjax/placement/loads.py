@@ -7,6 +7,13 @@ from pathlib import PurePath
 import numpy as np
 from jaxtyping import Float
 
+from cmjax.inputs import check_count, listed, shown
+
+MOST_EXPERTS = 2**16
+"""Experts of a layer, and ranks: more than any model has, and a table of them fits."""
+MOST_LAYERS = 10_000
+MOST_COUNTS = 2**27
+_MOST_TOKENS = 1e30  # so that sums and products of counts stay finite
 SHAPES = "[layers, experts] or [windows, layers, experts]"
 
 
@@ -45,11 +52,14 @@ class Loads:
             )
         if counts.size == 0:
             raise ValueError(f"{self.source}: expected {SHAPES}, found no counts")
+        check_sizes(self.source, layers=counts.shape[-2], experts=counts.shape[-1])
+        check_count(f"{self.source}: counts", counts.size, most=MOST_COUNTS)
         counts = counts.astype(np.float64).reshape(-1, *counts.shape[-2:])
         for name, bad in (
             ("NaN", np.isnan(counts)),
             ("infinite", np.isinf(counts)),
             ("negative", counts < 0),
+            ("impossible", counts > _MOST_TOKENS),
         ):
             if bad.any():
                 window, layer, expert = np.argwhere(bad)[0]
@@ -152,6 +162,13 @@ def _numbered(loads: Loads) -> tuple[str, ...]:
     return (stem,) if count == 1 else tuple(f"{stem} {n}" for n in range(count))
 
 
+def check_sizes(source: str, *, layers: int = 1, experts: int = 1, ranks: int = 1) -> None:
+    """Raise ValueError, one line that starts with `source`, for sizes that no model has."""
+    check_count(f"{source}: layers", layers, most=MOST_LAYERS)
+    check_count(f"{source}: experts", experts, most=MOST_EXPERTS)
+    check_count(f"{source}: ranks", ranks, most=MOST_EXPERTS)
+
+
 def checked_labels(
     labels: Sequence[int] | None, layers: int, source: str
 ) -> tuple[int, ...] | None:
@@ -161,10 +178,12 @@ def checked_labels(
     """
     if labels is None:
         return None
+    check_sizes(source, layers=len(labels))
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in labels)
     if not whole or len(labels) != layers or len(set(labels)) != layers or min(labels) < 0:
         raise ValueError(
             f"{source}: expected {layers} different layer numbers of 0 or more, found "
-            f"{', '.join(map(str, labels)) or 'none'}"
+            f"{listed([shown(label) for label in labels]) or 'none'}"
         )
+    check_count(f"{source}: a layer's number", max(labels), least=0, most=MOST_LAYERS)
     return tuple(int(label) for label in labels)

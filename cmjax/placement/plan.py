@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cmjax.placement.loads import checked_labels
+from cmjax.placement.loads import check_sizes, checked_labels
 from cmjax.placement.routing import Routing
 
 EMPTY = -1
@@ -68,6 +68,7 @@ class Plan:
                 f"{self.source}: expected whole numbers of shape [layers, slots], found "
                 f"{experts.dtype} of shape {experts.shape}"
             )
+        check_sizes(self.source, layers=experts.shape[0], experts=self.experts)
         if self.ranks < 1 or experts.shape[1] % self.ranks:
             raise ValueError(
                 f"{self.source}: {experts.shape[1]} slots do not divide over {self.ranks} ranks"

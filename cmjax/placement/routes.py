@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from cmjax.placement.loads import Loads, checked_labels
+from cmjax.placement.loads import Loads, check_sizes, checked_labels
 
 _CHUNK = 4096  # tokens whose choices are spread out at once: about 8 MB at 256 experts
 
@@ -46,6 +46,7 @@ class Routes:
                 f"{self.source}: expected ids as integers [tokens, layers, top_k], found "
                 f"{ids.dtype} of shape {ids.shape}"
             )
+        check_sizes(self.source, layers=ids.shape[1], experts=self.experts)
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= self.experts:
             found = least if least < 0 else most

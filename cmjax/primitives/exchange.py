@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from cmjax.hardware import TIERS
 from cmjax.occupancy import reach_probability
 from cmjax.primitives.define import Zero, define
 from cmjax.program import Size, Work, cost_rule, exchange, ranks_on_tiers
@@ -345,20 +346,22 @@ def _dispatch_cost(
 ) -> Work:
     """FusedDispatch on the slowest rank, which sends and receives as many rows as it holds.
 
-    Every copy of a token is read, quantized and written straight into the receiver's slot; the
-    flags of every source rank are counted and polled. Slots are static and in the experts' order,
-    so nothing is moved afterwards, unless rows are restored to floats.
+    The copies of a rank's tokens are divided over its vector cores; a core reads, quantizes and
+    writes them into the receivers' slots one by one. The flags of every source rank are counted
+    and polled, and what arrived is copied from the window into contiguous rows.
     """
     hidden = x.shape[1].constant
     rows = out[0].shape[0] * out[0].shape[1]
     copies = slots.size
     message = _message_bytes(hidden, quantize, x.itemsize)
     traffic = _traffic(rows * message, slots.shape[1].constant, axes, mesh)
+    traffic |= _copies(copies, message, axes, mesh)
     floats = rows * (hidden * x.itemsize) if restore else 0.0
     return Work(
         kind="dispatch",
         vector_bytes=copies * (hidden * x.itemsize * (4.0 if quantize else 1.0)) + floats * 2.0,
         flags=ranks if axes else 0.0,
+        local_bytes=rows * (2.0 * message) if axes else 0.0,
         read_bytes=copies * (hidden * x.itemsize) + (rows * message if restore else 0.0),
         write_bytes=rows * message + floats,
         **traffic,
@@ -369,13 +372,14 @@ def _dispatch_cost(
 def _combine_cost(
     rows, slots, position, weights, *, out, mesh, axes, ranks, slots_per_rank, capacity
 ) -> Work:
-    """FusedCombine on the slowest rank: rows return in full precision; a token is summed when its
-    copies are complete."""
+    """FusedCombine on the slowest rank: rows return one by one in full precision; a token is
+    summed when its copies are complete."""
     hidden = rows.shape[2].constant
     count = rows.shape[0] * rows.shape[1]
     copies = slots.size
     row = hidden * rows.itemsize
     traffic = _traffic(count * row, slots.shape[1].constant, axes, mesh)
+    traffic |= _copies(count, row, axes, mesh)
     return Work(
         kind="combine",
         vector_bytes=copies * (2.0 * hidden * 4),
@@ -398,6 +402,16 @@ def _traffic(nbytes: Size, copies: float, axes, mesh) -> dict:
     return fields | {
         "once_per_node_bytes": fields["supernode_bytes"] * distinct,
         "launches": 1.0,
+    }
+
+
+def _copies(copies: Size, message: float, axes, mesh) -> dict:
+    """Messages that a rank writes into others one by one, evenly spread over the ranks."""
+    if not axes:
+        return {}
+    tiers = exchange(copies, axes, mesh)
+    return {"copies": copies, "copy_bytes": copies * message} | {
+        f"{tier}_copies": tiers[f"{tier}_bytes"] for tier in TIERS
     }
 
 

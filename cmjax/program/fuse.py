@@ -187,6 +187,7 @@ def _operation(nodes: list[Node], group_of, needed_outside, place, choices: Choi
         **totals,
         kind=kinds[0] if kinds else "compute",
         reach=max(n.work.reach for n in nodes),
+        ranks=max(n.work.ranks for n in nodes),
     )
     sources = {
         _source(v, place)

@@ -79,7 +79,7 @@ def load_function(target: str) -> Callable:
     Raises: ValueError: no such module or function (with the closest names).
     """
     module_name, colon, name = target.partition(":")
-    if not colon or not module_name or not name:
+    if not colon or not name or not all(map(str.isidentifier, module_name.split("."))):
         raise ValueError(f"program {target!r}: expected module:function")
     try:
         module = import_from_here(module_name)

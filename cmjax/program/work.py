@@ -16,6 +16,11 @@ TRAFFIC = (
     "once_per_node_bytes",
     "flags",
     "local_bytes",
+    "copies",
+    "copy_bytes",
+    "die_copies",
+    "node_copies",
+    "supernode_copies",
 )
 COUNTED = ("flops", "transcendentals", "read_bytes", "write_bytes", "launches")
 FIELDS = ENGINES + TRAFFIC + COUNTED
@@ -72,11 +77,14 @@ class Work:
       once_per_node_bytes: as supernode_bytes, if a token crosses to a node once however many of
         its experts are there.
       flags: source ranks whose flags are polled; local_bytes: HBM bytes that cannot overlap.
+      copies, copy_bytes: messages that vector cores write into other ranks one by one, and their
+        bytes. die_copies, node_copies, supernode_copies: of them, to ranks of each tier.
       flops, transcendentals: as XLA's cost analysis counts them; for cross-checks and reports.
       read_bytes, write_bytes: HBM traffic; `None` means all arguments once, all results once.
       launches: kernels started.
       kind: one of `KINDS`.
       reach: the furthest tier that the operation waits for: -1 none, 0 die, 1 node, 2 supernode.
+      ranks: how many ranks must have arrived before it can end; 1: it waits for no other.
     """
 
     cube_flops_8bit: Size | float = 0.0
@@ -89,6 +97,11 @@ class Work:
     once_per_node_bytes: Size | float = 0.0
     flags: Size | float = 0.0
     local_bytes: Size | float = 0.0
+    copies: Size | float = 0.0
+    copy_bytes: Size | float = 0.0
+    die_copies: Size | float = 0.0
+    node_copies: Size | float = 0.0
+    supernode_copies: Size | float = 0.0
     flops: Size | float = 0.0
     transcendentals: Size | float = 0.0
     read_bytes: Size | float | None = None
@@ -96,6 +109,7 @@ class Work:
     launches: Size | float = 1.0
     kind: str = "compute"
     reach: int = -1
+    ranks: int = 1
 
     def column(self, field: str) -> Size:
         value = getattr(self, field)

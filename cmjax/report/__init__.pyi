@@ -11,6 +11,7 @@ from .plots import plot_node_bytes as plot_node_bytes
 from .plots import plot_pareto as plot_pareto
 from .plots import plot_placement as plot_placement
 from .plots import plot_rank_curve as plot_rank_curve
+from .plots import plot_search as plot_search
 from .plots import plot_step as plot_step
 from .plots import plot_steps_compare as plot_steps_compare
 from .plots import plot_throughput as plot_throughput
@@ -25,5 +26,6 @@ from .tables import placement_table as placement_table
 from .tables import prediction_table as prediction_table
 from .tables import price_table as price_table
 from .tables import residual_table as residual_table
+from .tables import search_table as search_table
 from .tables import sensitivity_table as sensitivity_table
 from .tables import validation_table as validation_table

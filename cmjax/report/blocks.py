@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from cmjax.cost.timeline import WAITING
+
 BLOCKS = {
     "attention": "attention",
     "router": "router",
@@ -10,6 +12,7 @@ BLOCKS = {
     "combine": "combine",
     "shared": "shared expert",
     "dense_ffn": "dense FFN",
+    WAITING: WAITING,
     "lm_head": "LM head",
     "sample": "sampling",
     "mtp": "MTP",

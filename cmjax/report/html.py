@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmjax.files import replace_text
+from cmjax.files import check_writable, replace_text
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 _NUMBER = re.compile(r"[+−-]?[\d,]+(\.\d+)?(e[+-]?\d+)?( ?[%×]| ?(ms|µs|s|GB|GB/s|TFLOPS))?")
@@ -90,8 +90,7 @@ def check_page(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".html":
         raise ValueError(f"{path}: pages are written as .html, got {path.suffix or 'no suffix'}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    check_writable(path)
 
 
 def _section(section: Section) -> str:

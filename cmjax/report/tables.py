@@ -9,6 +9,7 @@ from rich.text import Text
 
 from cmjax.cost.fit import Calibration
 from cmjax.deploy.validation import ValidationRow, summary
+from cmjax.hardware import describe_key
 from cmjax.placement import Score
 from cmjax.report.blocks import BLOCKS, roll_up
 from cmjax.report.units import number, percent, quantity
@@ -40,8 +41,8 @@ def price_table(program: str, result: Mapping) -> RenderableType:
     title = f"{program} on {result['machine']}"
     table = simple_table(title, "scope", "GFLOP", "HBM MB", "ms on its stream")
     for scope, ms in sorted(result["breakdown"].items(), key=lambda entry: -entry[1]):
-        flops = result["breakdown_flops"][scope]
-        nbytes = result["breakdown_hbm_bytes"][scope]
+        flops = result["breakdown_flops"].get(scope, 0.0)
+        nbytes = result["breakdown_hbm_bytes"].get(scope, 0.0)
         table.add_row(scope, number(flops / 1e9), number(nbytes / 1e6), number(ms))
     total = Text(
         f"{number(result['flops'] / 1e9)} GFLOP, {number(result['hbm_bytes'] / 1e6)} MB of HBM "
@@ -73,11 +74,22 @@ def residual_table(fit: Calibration) -> RenderableType:
         )
         for r in fit.residuals
     ]
-    constants = simple_table("Fitted constants", "constant", "value")
-    for key, value in fit.values.items():
-        shown = f"{number(value * 1e6)} µs" if key.endswith("_s") else percent(value)
-        constants.add_row(key, shown)
+    constants = simple_table("Fitted constants", "constant", "value", "spread", "before")
+    spreads = zip(fit.values.items(), fit.uncertainty.spread, fit.before, strict=True)
+    for (key, value), after, before in spreads:
+        constants.add_row(key, _constant(key, value), percent(after), percent(before))
     return Group(constants, _comparison("Calibration rows", rows, model="fitted"), _summary(rows))
+
+
+def _constant(key: str, value: float) -> str:
+    dimension = describe_key(key)
+    if dimension == "s":
+        return f"{number(value * 1e6)} µs"
+    if dimension == "fraction":
+        return percent(value)
+    scales = {"bytes/s": (1e9, " GB/s"), "flop/s": (1e12, " TFLOPS"), "bytes": (1e9, " GB")}
+    scale, unit = scales.get(dimension, (1.0, ""))
+    return f"{number(value / scale)}{unit}"
 
 
 def validation_table(rows: Sequence[ValidationRow]) -> RenderableType:
@@ -182,6 +194,34 @@ def _add_method(table, name, is_best, methods, *cells):
     table.add_row(f"{name} ◀" if marked else name, *cells, style="bold" if is_best else "")
 
 
+def search_table(result: Mapping, rows: int = 12) -> RenderableType:
+    """The best deployment of a search, and the ones that nothing beats in both figures.
+
+    Args:
+      result: as `DeploymentSearch.to_dict` gives it. rows: of the front, at most, evenly spread.
+    """
+    front = result["pareto"]
+    latency = "tpot_ms" if "tpot_ms" in front[0] else "ttft_ms"
+    heads = ("EP", "NPUs", "batch", "microbatches", "quant", "KV cache")
+    table = simple_table(
+        "Best in latency or throughput", *heads, latency[:4].upper(), "tokens/s per NPU", "HBM, GB"
+    )
+    step = max(len(front) - 1, 1) / max(rows - 1, 1)
+    shown = dict.fromkeys(min(round(i * step), len(front) - 1) for i in range(rows))
+    for row in (front[i] for i in shown):
+        table.add_row(
+            f"{row['ep']}", f"{row['npus']}", f"{row['batch']:g}", f"{row['microbatches']}",
+            row["quant"], row["kv_cache"], quantity(latency, row[latency]),
+            number(row["tokens_per_s_per_npu"]), number(row["hbm_gb_per_die"]),
+        )  # fmt: skip
+    refused = len(result["refused"])
+    table.caption = (
+        f"{result['candidates']:,} candidates, {result['within_limit']:,} within the limit"
+        + (f"; {refused} structures are not possible" if refused else "")
+    )
+    return Group(_headlines(result["best"]), table)
+
+
 def sensitivity_table(elasticities: Mapping[str, float]) -> RenderableType:
     """What 1 % more of each machine constant does to the step, strongest first."""
     table = simple_table("Sensitivity of the step", "machine constant", "step, for +1 %")
@@ -206,11 +246,23 @@ def _headlines(result: Mapping) -> Table:
     table = Table(title=title, box=None, show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")
+    table.add_column(style="dim")
     table.add_row("batch per NPU, prompt", f"{asked['batch']:g}, {asked['prompt']:,g}")
     for key, words in _HEADLINES:
         if result.get(key):
-            table.add_row(words, quantity(key, result[key]))
+            low_high = result.get("interval", {}).get(key)
+            table.add_row(words, quantity(key, result[key]), _range(key, low_high))
+    if result.get("interval"):
+        table.caption = f"width: {result['width_from']}"
     return table
+
+
+def _range(key: str, low_high: Sequence[float] | None) -> str:
+    """`90 % interval 43.0 ms - 50.6 ms`, or nothing."""
+    if low_high is None:
+        return ""
+    low, high = (quantity(key, value) for value in low_high)
+    return f"90 % interval {low} – {high}"
 
 
 def _blocks(result: Mapping) -> Table:
@@ -249,7 +301,9 @@ def _memory(result: Mapping) -> Text:
 
 
 def _comparison(title: str, rows: Sequence[ValidationRow], model: str = "predicted") -> Table:
-    table = simple_table(title, "what", model, "published", "error")
+    sure = any(row.interval is not None for row in rows)
+    columns = ["90 % interval"] * sure
+    table = simple_table(title, "what", model, "published", "error", *columns)
     for row in rows:
         size = abs(row.error)
         style = "green" if size <= _GOOD else "yellow" if size <= _FAIR else "red"
@@ -258,14 +312,28 @@ def _comparison(title: str, rows: Sequence[ValidationRow], model: str = "predict
             quantity(row.key, row.predicted),
             quantity(row.key, row.measured),
             Text(percent(row.error, sign=True), style=style),
+            *([_ends(row)] * sure),
         )
     return table
+
+
+def _ends(row: ValidationRow) -> Text:
+    if row.interval is None:
+        return Text("")
+    low, high = (quantity(row.key, end) for end in row.interval)
+    return Text(f"{low} – {high}", style="green" if row.inside else "red")
 
 
 def _summary(rows: Sequence[ValidationRow]) -> Text:
     lines = (
         f"{role}: {found.rows} rows, mean error {percent(found.mean_error)}, "
         f"worst {percent(found.worst_error)} ({found.worst_row})"
+        + (
+            f"; {percent(found.coverage)} inside the 90 % interval, median half-width "
+            f"{percent(found.half_width)}"
+            if found.coverage is not None and found.half_width is not None
+            else ""
+        )
         for role, found in summary(rows).items()
     )
     return Text("\n".join(lines))

@@ -15,6 +15,7 @@ import scipy  # its parts are imported with their first use
 from jaxtyping import Float64
 
 from cmjax.hardware import Supernode
+from cmjax.inputs import check_count, read_text
 from cmjax.serving.assemble import Replay
 from cmjax.serving.engine.table import Table
 from cmjax.serving.metrics import PERCENTILES
@@ -97,7 +98,7 @@ def read_measured(path: str | Path) -> MeasuredRun:
     """
     trace = read_trace(path)
     times = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         record = json_record(line)
@@ -130,6 +131,9 @@ def measured_engine(
       table: its step times. batch: `max_num_seqs`. tokens: `max_num_batched_tokens`.
       kv_tokens: of its cache; 0 is more than it needs. page: `block_size`.
     """
+    check_count("max-requests", batch)
+    check_count("max-tokens", tokens)
+    check_count("kv-tokens", kv_tokens, least=0)
     service = Service(name="engine", colocated=ColocatedPool(npus=1, tokens=tokens, batch=batch))
     times = StepTimes(
         tables={"colocated": table}, ranks={"colocated": 1}, kv_tokens={"colocated": kv_tokens},

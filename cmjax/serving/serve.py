@@ -7,6 +7,7 @@ from typing import Any
 
 from cmjax.console import Progress
 from cmjax.hardware import Supernode, as_machine
+from cmjax.inputs import MOST_SIZE, check_count, check_number, check_seed
 from cmjax.serving.assemble import Replay, assemble
 from cmjax.serving.engine import engine_in_use, run
 from cmjax.serving.engine.table import Lookup
@@ -69,11 +70,11 @@ def serve(
         trace = trace.faster(rate_scale)
     service = _service(deployment, npus, cache_blocks, fields)
     service.check(machine)
-    if clients < 0 or think_s < 0 or not 0 <= uncertainty < 1:
-        raise ValueError(
-            f"clients {clients} and think_s {think_s:g} must not be negative, and uncertainty "
-            f"{uncertainty:g} lies in 0..1"
-        )
+    check_count("clients", clients, least=0)
+    check_number("think_s", think_s, least=0, most=MOST_SIZE)
+    if not 0 <= uncertainty < 1:
+        raise ValueError(f"uncertainty must lie in 0..1, got {uncertainty:g}")
+    check_seed("seed", seed)
     if times is None:
         times = price_service(service, machine)
     replay = Replay(

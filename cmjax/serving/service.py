@@ -10,6 +10,7 @@ from typing import Literal
 from cmjax.deploy import Deployment
 from cmjax.deploy.requests import PREFILL_TOKENS
 from cmjax.hardware import Supernode
+from cmjax.inputs import MOST_SIZE, check_count, check_number
 
 RouterName = Literal["any-idle", "least-loaded", "round-robin", "cache-aware"]
 AdmissionName = Literal["none", "late", "early", "predictive"]
@@ -40,8 +41,8 @@ class Pool:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             low = 1 if field.name in ("instances", "npus", "batch") else 0
-            if isinstance(value, int | float) and not low <= value < float("inf"):
-                raise ValueError(f"{name}.{field.name} must be at least {low}, got {value:g}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(f"{name}.{field.name}", value, least=low, most=MOST_SIZE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,10 +110,9 @@ class ContextCache:
         """Raise ValueError for a number out of range."""
         for name in ("blocks", "gb_per_node", "ssd_blocks"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"cache.{name} must not be negative, got {value:g}")
-        if not self.ssd_gb_per_s > 0:
-            raise ValueError(f"cache.ssd_gb_per_s must be positive, got {self.ssd_gb_per_s:g}")
+            if value is not None:
+                check_number(f"cache.{name}", value, least=0, most=MOST_SIZE)
+        check_number("cache.ssd_gb_per_s", self.ssd_gb_per_s, above=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,8 +210,7 @@ class Service:
 
     def with_cache_blocks(self, blocks: int) -> "Service":
         """The same with a cache of so many blocks; 0 is none."""
-        if blocks < 0:
-            raise ValueError(f"cache-blocks must not be negative, got {blocks}")
+        check_count("cache-blocks", blocks, least=0)
         cache = dataclasses.replace(self.cache or ContextCache(), blocks=blocks)
         return dataclasses.replace(self, cache=cache if blocks else None)
 
@@ -226,6 +225,7 @@ def paper_service(npus: int = 384, **fields) -> Service:
     >>> service.prefill.instances, service.decode.instances, service.npus
     (14, 1, 384)
     """
+    check_count("npus", npus, most=2**20)
     prefill, decode = PrefillPool(), DecodePool()
     least = prefill.npus + decode.npus
     if npus < least:

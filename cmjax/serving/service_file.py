@@ -2,12 +2,12 @@
 
 import dataclasses
 import difflib
-import tomllib
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+from cmjax.inputs import read_toml
 from cmjax.serving.service import (
     ColocatedPool,
     ContextCache,
@@ -38,10 +38,7 @@ def read_service(source: str | Path, npus: int = 384) -> Service:
         raise ValueError(
             f"{source}: no such deployment; give {' or '.join(_NAMES)}, or a .toml file"
         )
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
+    given = read_toml(path)
     fields: dict[str, Any] = {"name": path.stem}
     losses = given.pop("losses", [])
     if not isinstance(losses, list):

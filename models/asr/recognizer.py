@@ -9,6 +9,7 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flax import nnx
 from jaxtyping import Int16
 
 from cmjax.files import replace_bytes
+from cmjax.inputs import check_archive, parse_json, read_member
 from cmjax.models.asr.acoustic import AcousticModel, Statistics
 from cmjax.models.asr.conv import PRECISIONS
 from cmjax.models.asr.decoding import Decoder, Decoding, make_decoder
@@ -136,7 +138,8 @@ def load_recognizer(path: Path) -> Recognizer:
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo(_HEADER).file_size > _MOST_HEADER_BYTES:
                 raise ValueError("its header is too long")
-            header = json.loads(archive.read(_HEADER))
+            check_archive(archive)
+            header = parse_json(archive.read(_HEADER), _HEADER)
             if header["format"] != FORMAT:
                 raise ValueError(f"it has format {header['format']}, and this is {FORMAT}")
             kinds = {kind: sizes for sizes, kind in _KINDS.items()}
@@ -154,7 +157,10 @@ def load_recognizer(path: Path) -> Recognizer:
                 _fill(networks[precision], precision, archive)
             if not networks:
                 raise ValueError("it has no network")
-    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, TypeError, ValueError,
+        AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no recognizer, or a damaged one: {said}") from None
     return Recognizer(sizes, front, alphabet, networks)
@@ -189,7 +195,7 @@ def _fill(model: AcousticModel, precision: str, archive: zipfile.ZipFile) -> Non
         info = archive.getinfo(f"{name}.npy")
         if info.file_size > wanted.nbytes + 4096:  # before anything is inflated
             raise ValueError(f"{name} has {info.file_size} bytes, {wanted.nbytes} are needed")
-        value = np.load(io.BytesIO(archive.read(info)), allow_pickle=False)
+        value = read_member(archive, info)
         if value.shape != wanted.shape or value.dtype != wanted.dtype:
             raise ValueError(
                 f"{name} is {value.dtype}{list(value.shape)}, and {wanted.dtype}"

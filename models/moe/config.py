@@ -1,14 +1,16 @@
-"""Sizes and constants of one mixture-of-experts transformer, and presets.
+"""Sizes and constants of one mixture-of-experts transformer, or of a dense one, and presets.
 
 Source of the presets: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 4.2, and the
-published config.json of DeepSeek-V3 and DeepSeek-R1.
+published config.json of DeepSeek-V3, DeepSeek-R1, Qwen3-30B-A3B, Qwen3-8B and Llama-3.1-8B.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral"]
+Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral", "qwen3", "llama"]
+DENSE: tuple[Family, ...] = ("qwen3", "llama")
+"""Families without experts."""
 LayerKind = Literal["dense", "moe"]
 
 
@@ -249,6 +251,11 @@ class MoEConfig:
             return self.max_position
         return max(self.max_position, int(yarn.factor * yarn.original_max_position))
 
+    @property
+    def dense(self) -> bool:
+        """Whether no layer has experts."""
+        return not self.moe_layers
+
     def kind(self, layer: int) -> LayerKind:
         """What the feed-forward block of a layer is."""
         return "dense" if layer in self.dense_layers else "moe"
@@ -305,6 +312,97 @@ def deepseek_r1() -> MoEConfig:
     return deepseek_v3()
 
 
+def qwen3_30b_a3b() -> MoEConfig:
+    """Qwen3-30B-A3B: 128 experts of 768, 8 of them per token, none shared."""
+    return MoEConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        layers=48,
+        dense_layers=(),
+        heads=32,
+        attention=GroupedAttention(kv_heads=4, head_dim=128, qk_norm=True),
+        ffn_size=6144,
+        expert_ffn_size=768,
+        routed_experts=128,
+        shared_experts=0,
+        experts_per_token=8,
+        expert_groups=1,
+        groups_per_token=1,
+        scoring="softmax",
+        score_bias=False,
+        group_best=1,
+        rope=Rope(theta=1e6, interleave=False),
+        max_position=40960,
+        end_tokens=(151645,),
+        family="qwen3_moe",
+    )
+
+
+def qwen3_8b() -> MoEConfig:
+    """Qwen3-8B, a dense model."""
+    return dense_config(
+        vocab_size=151936,
+        hidden_size=4096,
+        layers=36,
+        heads=32,
+        attention=GroupedAttention(kv_heads=8, head_dim=128, qk_norm=True),
+        ffn_size=12288,
+        rope=Rope(theta=1e6, interleave=False),
+        max_position=40960,
+        end_tokens=(151645,),
+        family="qwen3",
+    )
+
+
+def llama3_8b() -> MoEConfig:
+    """Llama-3.1-8B, a dense model."""
+    return dense_config(
+        vocab_size=128256,
+        hidden_size=4096,
+        layers=32,
+        heads=32,
+        attention=GroupedAttention(kv_heads=8, head_dim=128),
+        ffn_size=14336,
+        norm_eps=1e-5,
+        rope=Rope(
+            theta=5e5,
+            interleave=False,
+            scaling=Llama3Scaling(
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position=8192,
+            ),
+        ),
+        max_position=131072,
+        end_tokens=(128001,),
+        family="llama",
+    )
+
+
+def dense_config(*, layers: int, ffn_size: int, **fields: Any) -> MoEConfig:
+    """A model whose layers all have a dense feed-forward block.
+
+    Args:
+      layers, ffn_size, **fields: of `MoEConfig`, without what it says of experts.
+    """
+    return MoEConfig(
+        layers=layers,
+        dense_layers=tuple(range(layers)),
+        ffn_size=ffn_size,
+        expert_ffn_size=ffn_size,
+        routed_experts=1,
+        shared_experts=0,
+        experts_per_token=1,
+        expert_groups=1,
+        groups_per_token=1,
+        scoring="softmax",
+        score_bias=False,
+        group_best=1,
+        **fields,
+    )
+
+
 def tiny() -> MoEConfig:
     """A model of every feature that runs anywhere: 3 layers, 16 experts, 64 wide."""
     return MoEConfig(
@@ -336,5 +434,8 @@ def tiny() -> MoEConfig:
 PRESETS: dict[str, Callable[[], MoEConfig]] = {
     "deepseek-r1": deepseek_r1,
     "deepseek-v3": deepseek_v3,
+    "llama3-8b": llama3_8b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "qwen3-8b": qwen3_8b,
     "tiny": tiny,
 }

@@ -249,9 +249,9 @@ def test_ctrl_c_gives_the_best_plan_so_far(tmp_path, method):
         (["--moves", "3"], "--moves and --migration-budget need --start-from PLAN"),
         (["--migration-budget", "2GB"], "--moves and --migration-budget need --start-from PLAN"),
         (["--start-from", "plan.json"], "goes with one of --moves N and --migration-budget BYTES"),
-        (["--seconds", "-1"], "seconds must be 0 or more, got -1.0"),
-        (["--seconds", "nan"], "seconds must be 0 or more, got nan"),
-        (["--memory-gib", "-1"], "memory_gib must be positive, got -1.0"),
+        (["--seconds", "-1"], "seconds must be at least 0, got -1"),
+        (["--seconds", "nan"], "seconds must be a finite number, got nan"),
+        (["--memory-gib", "-1"], "memory_gib must be positive, got -1"),
         (["--shared", "9"], "shared must lie in 0 to 8, got 9"),
     ],
 )

@@ -127,8 +127,8 @@ def test_bad_plans_are_one_line_and_exit_code_2(capsys, loads, tmp_path):
     out.write_text("old")
     good = {"format": "cmjax-placement", "version": 1, "experts": 12, "ranks": 2, "nodes": 1}
     for text, expected in {
-        "": "expected a plan as JSON",
-        "{": "expected a plan as JSON",
+        "": "not valid JSON",
+        "{": "not valid JSON",
         '{"a": 1}': "unknown plan format",
         json.dumps(good | {"expert_of_slot": [[0] * 12] * 3}): "expert 1 of layer 0 has no slot",
         json.dumps(good | {"expert_of_slot": [[*range(12)]] * 2}): "layers disagree",

@@ -80,7 +80,7 @@ def test_a_plan_for_another_model_is_one_clear_line(tmp_path, capsys, plan, mess
             [*RANDOM, "--prefill", "sequence-parallel", "--prefill-chunk", "4"],
             "chunks of 4 tokens .* choose either",
         ),
-        ([*RANDOM, "--json", "no/such/out.json"], "no folder no/such"),
+        ([*RANDOM, "--json", "no/such/out.json"], "no/such does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):

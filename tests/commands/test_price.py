@@ -1,6 +1,7 @@
 """`cmjax price`: what it takes, what it shows first, what it refuses."""
 
 import json
+import re
 
 import pytest
 
@@ -115,6 +116,66 @@ def test_bad_input_is_one_line_and_exit_code_two(capsys, programs, arguments, wo
     assert main(["price", f"{programs}:{name}", *rest]) == 2
     said = capsys.readouterr().err
     assert words in " ".join(said.split()) and "Traceback" not in said
+
+
+BROKEN = """
+from __future__ import annotations
+import sys
+from jaxtyping import Array, BFloat16
+def helper(x):
+    raise TypeError('mine')
+def fails(x: BFloat16[Array, "n 4"]):
+    return helper(x)
+def clashes(x: BFloat16[Array, "n 4"]):
+    return x @ x
+def ends(x: BFloat16[Array, "n 4"]):
+    sys.exit(0)
+def idle(x: BFloat16[Array, "n 4"]):
+    return 1
+def works(x: BFloat16[Array, "n 4"], w: BFloat16[Array, "4 8"]):
+    return x @ w
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        (
+            BROKEN,
+            "fails",
+            "raise TypeError('mine') error: program 'broken0:fails': TypeError",
+        ),
+        (
+            BROKEN,
+            "clashes",
+            "x @ x ~~^~~ error: program 'broken1:clashes': TypeError: dot_g",
+        ),
+        (BROKEN, "ends", "error: program 'broken2:ends': it ends with sys.exit(0)"),
+        (BROKEN, "idle", "error: program 'broken3:idle': it computes nothing that has a price"),
+        ("def f(:", "f", "def f(: ^ error: program 'broken4:f': SyntaxError: invalid syntax"),
+        ("1/0", "f", "1/0 ~^~ error: program 'broken5:f': ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit()", "f", "error: program 'broken6:f': it ends with sys.exit(None)"),
+        ("import lacking", "f", "error: program 'broken7:f': broken7 needs 'lacking'"),
+    ],
+)
+def test_what_fails_in_a_users_program_is_shown_by_their_lines(
+    capsys, tmp_path, monkeypatch, text, name, said
+):
+    number = re.findall(r"broken(\d)", said)[0]
+    (tmp_path / f"broken{number}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["price", f"broken{number}:{name}", "--size", "n=4"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert said in shown and "Traceback" not in shown and "/cmjax/" not in shown
+
+
+def test_annotations_may_be_strings(capsys, tmp_path, monkeypatch):
+    (tmp_path / "sound.py").write_text(BROKEN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["price", "sound:works", "--size", "n=4", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["flops"] == 2 * 4 * 4 * 8
 
 
 def test_static_values_are_python_literals_or_text():

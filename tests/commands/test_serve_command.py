@@ -80,7 +80,7 @@ def test_plan_prints_a_split_and_what_limits_it(service, tmp_path, capsys):
         (["serve", TRACE, "--npus", "800"], "more than the 384 of cloudmatrix384"),
         (["serve", TRACE, "--slo-tpot-ms", "0.1"], "slo-tpot-ms 0.1 cannot be met"),
         (["serve", TRACE, "--per-request", "r.txt"], "requests are written as .csv or .parquet"),
-        (["serve", TRACE, "--html", "/nowhere/p.html"], "no folder /nowhere"),
+        (["serve", TRACE, "--html", "/nowhere/p.html"], "/nowhere does not exist"),
         (["serve", TRACE, "--profile", "x", "--deployment", "y"], "does not go with --deployment"),
         (["serve", TRACE, "--calibrate", "x.jsonl"], "no such trace file"),
         (["plan", TRACE], "plan needs an SLO"),

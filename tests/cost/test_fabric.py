@@ -32,7 +32,7 @@ class Static:
 
 
 def timed(machine, kind="collective", cores=1e9, reach=-1, **work):
-    """(wire, waiting, disturbing) of one operation."""
+    """(wire, chain, fixed, disturbing) of one operation."""
     table = np.zeros((1, len(FIELDS)))
     for name, amount in work.items():
         table[0, COLUMN[name]] = amount
@@ -90,36 +90,70 @@ def test_few_vector_cores_send_a_fused_exchange_slower(kind):
 
 @pytest.mark.parametrize("reach, tier", [(0, "die"), (1, "node"), (2, "supernode")])
 def test_an_exchange_waits_for_the_latency_of_its_furthest_tier(reach, tier):
-    assert timed(CM, reach=reach)[1] == pytest.approx(getattr(CM.fabric, tier).latency_s)
-    assert timed(CM, reach=-1)[1] == 0.0
+    assert timed(CM, reach=reach)[2] == pytest.approx(getattr(CM.fabric, tier).latency_s)
+    assert timed(CM, reach=-1)[2] == 0.0
 
 
 def test_a_fused_exchange_waits_for_its_startup_its_flags_and_its_own_reads():
     ranks, nbytes, cores = 320, 1e6, 16.0
     latency = CM.fabric.supernode.latency_s
     flags = ranks * CM.exchange.flag_s / cores
-    dispatch = timed(CM, "dispatch", cores=cores, reach=2, flags=ranks)[1]
+    dispatch = timed(CM, "dispatch", cores=cores, reach=2, flags=ranks)[2]
     assert dispatch == pytest.approx(latency + CM.exchange.dispatch_startup_s + flags)
     local = nbytes / (CM.chip.hbm_bytes_per_s * CM.efficiency.hbm)
-    combine = timed(CM, "combine", cores=cores, reach=2, local_bytes=nbytes)[1]
+    combine = timed(CM, "combine", cores=cores, reach=2, local_bytes=nbytes)[2]
     assert combine == pytest.approx(latency + CM.exchange.combine_startup_s + local)
+
+
+@pytest.mark.parametrize("kind", ["dispatch", "combine"])
+def test_a_vector_core_sends_its_copies_one_after_another(kind):
+    copies, message, cores = 96, 7680, 16
+    tiers = {"die": 6, "node": 30, "supernode": 54}  # the other six stay on the die
+    fabric, exchange = CM.fabric, CM.exchange
+    waits = sum(n * getattr(fabric, tier).latency_s for tier, n in tiers.items())
+    rate = fabric.node.bandwidth_bytes_per_s / exchange.saturation_cores
+    want = (waits + copies * (CM.running().copy_s + message / rate)) / cores
+    sent = {f"{tier}_copies": n for tier, n in tiers.items()}
+    work = {"copies": copies, "copy_bytes": copies * message, **sent}
+    assert timed(CM, kind, cores=cores, **work)[1] == pytest.approx(want)
+    assert timed(CM, kind, cores=2 * cores, **work)[1] == pytest.approx(want / 2)
+    # Kernels for what does not fit L2 have copies in flight, as GPUs always do.
+    bulk = {"supernode_bytes": 2 * CM.chip.l2_bytes}
+    assert timed(CM, kind, cores=cores, **work, **bulk)[1] == 0.0
+    assert timed(H800, kind, cores=cores, **work)[1] == 0.0
+
+
+def test_a_bulk_dispatch_goes_through_its_source_ranks_one_by_one():
+    nbytes = 2 * CM.chip.l2_bytes
+    few, many = (timed(CM, "dispatch", supernode_bytes=nbytes, flags=r)[2] for r in (32, 128))
+    assert many - few == pytest.approx(96 * (CM.exchange.bulk_source_s + CM.exchange.flag_s / 1e9))
+
+
+def test_the_kernels_of_a_serving_engine_take_their_own_time_for_a_copy():
+    slow = CM.under("sglang-ascend")
+    work = {"copies": 48.0, "copy_bytes": 1.0}
+    more = timed(slow, "dispatch", cores=48, **work)[1] - timed(CM, "dispatch", cores=48, **work)[1]
+    assert more == pytest.approx(slow.running().copy_s - CM.running().copy_s)
+    assert more > 0
 
 
 def test_bulk_kernels_send_a_token_to_a_node_once():
     assert H800.exchange.bulk_kernels and not CM.exchange.bulk_kernels
     nbytes, once = 10 * H800.chip.l2_bytes, 2 * H800.chip.l2_bytes
     work = {"supernode_bytes": nbytes, "once_per_node_bytes": once}
-    rate = H800.fabric.supernode.bandwidth_bytes_per_s * H800.exchange.bandwidth_from_hbm
-    assert timed(H800, "dispatch", **work)[0] == pytest.approx(once / rate)
+    rate = H800.fabric.supernode.bandwidth_bytes_per_s
+    for kind, share in (("dispatch", "bandwidth"), ("combine", "bandwidth_from_hbm")):
+        want = once / (rate * getattr(H800.exchange, share))
+        assert timed(H800, kind, **work)[0] == pytest.approx(want)
     few = {"supernode_bytes": small(H800), "once_per_node_bytes": 1.0}
     low_latency = timed(H800, "dispatch", **few)
     assert low_latency[0] > 1e3 * timed(H800, "dispatch", supernode_bytes=1.0)[0]
-    assert low_latency[2] == 0.0  # those kernels hold no cores
-    assert timed(H800, "dispatch", **work)[2] > 0
+    assert low_latency[3] == 0.0  # those kernels hold no cores
+    assert timed(H800, "dispatch", **work)[3] > 0
 
 
 def test_a_kernel_that_stays_on_its_die_spends_nothing_here():
-    assert timed(CM, "compute", read_bytes=1e9, flops=1e12) == (0.0, 0.0, 0.0)
+    assert timed(CM, "compute", read_bytes=1e9, flops=1e12) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_priced_all_reduce_is_two_shares_to_every_peer():
@@ -133,7 +167,7 @@ def test_a_priced_all_reduce_is_two_shares_to_every_peer():
     near = 2 * nbytes / ranks / CM.fabric.die.bandwidth_bytes_per_s
     node = 2 * nbytes * (ranks - 2) / ranks / CM.fabric.node.bandwidth_bytes_per_s
     wire = max(near, node) / CM.exchange.bandwidth
-    want = wire + CM.fabric.node.latency_s + CM.chip.kernel_startup_s
+    want = wire + CM.fabric.node.latency_s + CM.chip.collective_startup_s
     vector = nbytes / CM.chip.vector_bytes_per_s
     hbm = 2 * nbytes / (CM.chip.hbm_bytes_per_s * CM.efficiency.hbm)
     assert max(vector, hbm) < wire

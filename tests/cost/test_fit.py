@@ -6,27 +6,40 @@ import shutil
 from importlib import resources
 
 import jax
+import numpy as np
 import pytest
 
-from cmjax.cost.fit import fit, fitted_keys, parse_options, write_back
+from cmjax.cost.fit import (
+    Calibration,
+    fit,
+    fitted_keys,
+    fitted_prior,
+    parse_options,
+    update,
+    write_back,
+)
 from cmjax.cost.measured import COLUMNS, Measurement, measured_machines, read_measurements
 from cmjax.cost.micro import micro
-from cmjax.hardware import load_machine, replace_leaf
+from cmjax.hardware import Uncertainty, leaf_names, load_machine, replace_leaf, uncertainty
 
 HEADER = ",".join(COLUMNS)
 GOOD = "a row,calibrate,micro gemm --m 8 --k 8 --n 8,us,12.5,somewhere"
 
 
 def value(machine, dotted):
-    for name in dotted.split("."):
-        machine = getattr(machine, name)
-    return float(machine)
+    leaves = zip(leaf_names(machine), jax.tree.leaves(machine), strict=True)
+    return float(dict(leaves)[dotted])
+
+
+def unknown(*keys, spread=100.0):
+    """Constants of which next to nothing is known."""
+    return Uncertainty(keys, spread**2 * np.eye(len(keys)))
 
 
 def test_planted_constants_are_recovered_from_synthetic_measurements():
     machine = load_machine("h800-pod")
     planted = {
-        "chip.kernel_startup_s": 3e-6,
+        "chip.matrix_startup_s": 3e-6,
         "exchange.bandwidth": 0.5,
         "exchange.dispatch_startup_s": 40e-6,
         "exchange.combine_startup_s": 11e-6,
@@ -56,7 +69,7 @@ def test_planted_constants_are_recovered_from_synthetic_measurements():
         Measurement(c, "calibrate", tuple(c.split()), "us", measure(c), "synthetic")
         for c in commands
     ]
-    found = fit(machine, list(planted), rows)
+    found = fit(machine, unknown(*planted), rows)
     assert found.values == pytest.approx(planted, rel=1e-4)
     assert all(abs(residual.error) < 1e-6 for residual in found.residuals)
     assert {key: value(found.machine, key) for key in planted} == found.values
@@ -67,7 +80,7 @@ def test_planted_constants_are_recovered_from_synthetic_measurements():
 @pytest.mark.parametrize("name", measured_machines())
 def test_the_catalog_holds_what_the_fit_finds_now(name):
     machine, keys = load_machine(name), fitted_keys(name)
-    found = fit(machine, keys, read_measurements(name))
+    found = fit(*fitted_prior(name), read_measurements(name))
     # The catalog shows four digits.
     assert found.values == pytest.approx({key: value(machine, key) for key in keys}, rel=1e-2)
 
@@ -75,7 +88,7 @@ def test_the_catalog_holds_what_the_fit_finds_now(name):
 def test_prediction_rows_change_nothing():
     rows = read_measurements("h800-pod")
     assert any(row.role == "predict" for row in rows)
-    keys = ["efficiency.gemm"]
+    keys = unknown("efficiency.gemm")
     some = [r for r in rows if r.command[1] == "gemm"][:2]
     end_to_end = [r for r in rows if r.role == "predict"]
     machine = load_machine("h800-pod")
@@ -87,7 +100,7 @@ def test_an_end_to_end_row_may_not_calibrate():
     row = dataclasses.replace(row, role="calibrate")
     message = f"fit: row {row.row!r} is end-to-end; only micro rows may calibrate"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        fit(load_machine("cloudmatrix384"), ["efficiency.gemm"], [row])
+        fit(load_machine("cloudmatrix384"), unknown("efficiency.gemm"), [row])
 
 
 @pytest.mark.parametrize("name", measured_machines())
@@ -96,13 +109,13 @@ def test_built_in_end_to_end_rows_are_predictions(name):
         assert row.command[0] == "micro" or row.role == "predict", row.row
 
 
-def test_more_constants_than_rows_are_refused():
+def test_a_fit_of_nothing_or_to_nothing_is_refused():
     rows = read_measurements("cloudmatrix384")
     machine = load_machine("cloudmatrix384")
     with pytest.raises(ValueError, match=r"^fit: 0 rows for 1 constants$"):
-        fit(machine, ["efficiency.gemm"], [])
+        fit(machine, unknown("efficiency.gemm"), [])
     with pytest.raises(ValueError, match=r"^fit: \d+ rows for 0 constants$"):
-        fit(machine, [], rows)
+        fit(machine, unknown(), rows)
 
 
 def test_fitted_values_are_written_back_and_nothing_else(tmp_path):
@@ -112,16 +125,27 @@ def test_fitted_values_are_written_back_and_nothing_else(tmp_path):
     ) as original:
         shutil.copy(original, path)
         before = original.read_text("utf-8").splitlines()
-    values = {"chip.kernel_startup_s": 3.25e-6, "exchange.bandwidth": 0.625}
-    write_back(path, values)
+    values = {"chip.matrix_startup_s": 3.25e-6, "exchange.bandwidth": 0.625}
+    write_back(path, found_of(values))
     machine = load_machine(path)
     for key, number in values.items():
         assert value(machine, key) == pytest.approx(number, rel=1e-9)
     after = path.read_text("utf-8").splitlines()
-    changed = [old for old, new in zip(before, after, strict=True) if old != new]
-    assert [line.split()[0] for line in changed] == ["kernel_startup_s", "bandwidth"]
+    end = next(i for i, line in enumerate(before) if line.startswith("[fit]"))
+    changed = [old for old, new in zip(before[:end], after[:end], strict=True) if old != new]
+    assert [line.split()[0] for line in changed] == ["matrix_startup_s", "bandwidth"]
+    assert uncertainty(path).joint == tuple(values)
+    at = [uncertainty(path).keys.index(key) for key in values]
+    want = found_of(values).uncertainty.covariance
+    assert uncertainty(path).covariance[np.ix_(at, at)] == pytest.approx(want)
     with pytest.raises(ValueError, match=r": cannot find chip\.speed to write it back$"):
-        write_back(path, {"chip.speed": 1.0})
+        write_back(path, found_of({"chip.speed": 1.0}))
+
+
+def found_of(values):
+    count = len(values)
+    covariance = 0.01 * np.eye(count) + 0.002
+    return Calibration(None, values, Uncertainty(tuple(values), covariance), np.ones(count), (), {})
 
 
 def test_options_of_a_command_are_read():
@@ -179,3 +203,46 @@ def test_missing_measurements_are_named(tmp_path):
     known = ", ".join(measured_machines())
     with pytest.raises(ValueError, match=f"^no measurements of 'h900'; built in: {known}$"):
         read_measurements("h900")
+
+
+def own_rows(*values, command="micro gemm --m 4096 --k 7168 --n 4096"):
+    return [
+        Measurement(f"row {i}", "predict", tuple(command.split()), "us", value, "mine")
+        for i, value in enumerate(values)
+    ]
+
+
+def efficiency_measure(machine):
+    """A time that is linear in the inverse of one constant."""
+    return 100.0 / machine.efficiency.gemm
+
+
+def test_an_update_is_the_conjugate_normal_posterior():
+    machine = load_machine("cloudmatrix384")
+    spread, noise = 0.1, 0.1
+    before = unknown("efficiency.gemm", "efficiency.hbm", spread=spread)
+    mean = np.log(machine.efficiency.gemm)
+    # So near the prior that the robust loss is quadratic.
+    seen = mean + np.array([0.0010, 0.0014, 0.0012])
+    rows = own_rows(*(100.0 / np.exp(seen)))
+    found = update(machine, before, rows, [efficiency_measure] * 3, noise=noise)
+    precision = 1 / spread**2 + 3 / noise**2
+    want = (mean / spread**2 + seen.sum() / noise**2) / precision
+    assert np.log(found.values["efficiency.gemm"]) == pytest.approx(want, abs=1e-6)
+    assert found.uncertainty.spread == pytest.approx([precision**-0.5], rel=1e-3)
+    assert list(found.values) == ["efficiency.gemm"]  # the other one they say nothing of
+
+
+def test_rows_that_say_nothing_are_refused():
+    machine = load_machine("cloudmatrix384")
+    with pytest.raises(ValueError, match="identify no constant of cloudmatrix384"):
+        update(machine, unknown("efficiency.hbm", spread=0.1), own_rows(5.0), [efficiency_measure])
+    with pytest.raises(ValueError, match=r"^fit: no rows$"):
+        update(machine, unknown("efficiency.hbm"), [], [])
+
+
+def test_rows_that_contradict_each_other_are_named():
+    machine, rows = load_machine("cloudmatrix384"), own_rows(100.0, 130.0)
+    message = "fit: row 'row 1' says us 130, and row 'row 0' 100 for the same command"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        update(machine, unknown("efficiency.gemm"), rows, [efficiency_measure] * 2)

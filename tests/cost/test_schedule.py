@@ -212,7 +212,7 @@ def test_streams_that_share_hbm_slow_one_another():
     both = price(trace(functools.partial(copies, layers=4), big, big), M, {})
     alone = 2 * 4096 * 4096 * 2 / (M.chip.hbm_bytes_per_s * M.efficiency.hbm)
     # Each kernel finds the other stream on HBM for most of its time, but never gets less than half.
-    assert 4 * alone * 1.5 < float(both.total_s) < 4 * (2 * alone + 2 * M.chip.kernel_startup_s) * 6
+    assert 4 * alone * 1.5 < float(both.total_s) < 4 * (2 * alone + 2 * M.chip.vector_startup_s) * 6
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 61])

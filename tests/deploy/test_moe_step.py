@@ -156,7 +156,7 @@ def test_a_dense_model_has_no_experts_to_place(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config_json(dense)))
     with pytest.raises(ValueError, match="all layers are dense; there are no experts to place"):
-        _step(model=str(path))
+        build_layer(str(path), MACHINE, ranks=8, nodes=None, experts=8, redundant=0)
 
 
 def test_a_table_for_another_number_of_ranks_is_refused():

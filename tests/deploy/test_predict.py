@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+import cmjax
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
 from cmjax.deploy.prediction import calibration
@@ -54,7 +55,7 @@ def test_results_follow_from_the_step_time(decode, prefill):
     result = decode.predict(REQUESTS).to_dict()
     assert result["step_ms"] == result["tpot_ms"]  # without MTP a step is a token
     assert result["tokens_per_s_per_npu"] == pytest.approx(96 / result["step_ms"] * 1e3)
-    host = M.chip.host_step_s * 1e3
+    host = M.running().step_s * 1e3
     device = float(decode.timeline(REQUESTS).total_s) * 1e3
     assert result["step_ms"] == pytest.approx(device + host, rel=1e-6)
     assert result["calibration"] == calibration(M) and len(result["calibration"]) >= 5
@@ -142,7 +143,7 @@ def test_sensitivities_name_what_the_step_waits_for(decode):
     found = decode.sensitivity(REQUESTS)
     sizes = [abs(v) for v in found.values()]
     assert sizes == sorted(sizes, reverse=True) and 0 not in sizes
-    assert found["chip.kernel_startup_s"] > 0 > found["chip.hbm_bytes_per_s"]
+    assert found["chip.matrix_startup_s"] > 0 > found["chip.hbm_bytes_per_s"]
     # Time is homogeneous: every rate up by 1 % and every delay down by 1 % saves 1 %; counts such
     # as cores and fractions enter a rate, or change only how kernels disturb one another.
     units = ("_s", "_flops", "_bit", "bytes_per_s")
@@ -163,14 +164,14 @@ def test_a_sensitivity_is_the_difference_that_predictions_show(decode, batch):
     requests = dataclasses.replace(REQUESTS, batch=batch)
 
     def device_s(startup_s):
-        chip = dataclasses.replace(M.chip, kernel_startup_s=startup_s)
+        chip = dataclasses.replace(M.chip, matrix_startup_s=startup_s)
         machine = dataclasses.replace(M, chip=chip)
         step_s = dataclasses.replace(decode, machine=machine).predict(requests).step_s
-        return float(step_s) - float(M.chip.host_step_s)
+        return float(step_s) - float(M.running().step_s)
 
-    startup_s = float(M.chip.kernel_startup_s)
+    startup_s = float(M.chip.matrix_startup_s)
     slope = (device_s(1.02 * startup_s) - device_s(0.98 * startup_s)) / 0.04 / device_s(startup_s)
-    found = decode.sensitivity(requests)["chip.kernel_startup_s"]
+    found = decode.sensitivity(requests)["chip.matrix_startup_s"]
     assert found == pytest.approx(slope, rel=0.02)
 
 
@@ -203,9 +204,9 @@ def test_a_deployment_that_makes_no_sense_is_refused(options, message):
     "change, message",
     [
         ({"batch": 0}, "batch must be positive, got 0"),
-        ({"batch": float("nan")}, "batch must be positive, got nan"),
+        ({"batch": float("nan")}, "batch must be a finite number, got nan"),
         ({"prompt": -5}, "prompt must be positive, got -5"),
-        ({"output": -1}, "output must not be negative, got -1"),
+        ({"output": -1}, "output must be at least 0, got -1"),
         ({"acceptance": 1.5}, "mtp-acceptance must lie in 0..1, got 1.5"),
         ({"acceptance": -0.1}, "mtp-acceptance must lie in 0..1, got -0.1"),
     ],
@@ -219,3 +220,43 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_would(decode):
     message = "batch 97 requests per NPU do not divide over 2 dies x 2 microbatches; 96 would"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         decode.predict(dataclasses.replace(REQUESTS, batch=97)).to_dict()
+
+
+@pytest.mark.parametrize(
+    "acceptance, drafts, tokens",
+    [(0.7, 1, 1.7), (0.5, 3, 1.875), ((0.8, 0.5, 0.5), 3, 2.4), (0.9, 0, 1.0)],
+)
+def test_a_draft_counts_if_all_before_it_were_accepted(acceptance, drafts, tokens):
+    assert Requests(acceptance=acceptance).tokens_per_step(drafts) == pytest.approx(tokens)
+
+
+def test_acceptances_of_another_number_of_drafts_are_refused():
+    with pytest.raises(ValueError, match=r"^mtp-acceptance has 2 numbers for 3 draft\(s\)"):
+        Requests(acceptance=(0.8, 0.5)).tokens_per_step(3)
+
+
+def test_an_engine_that_the_machine_does_not_know_is_refused():
+    deployment = Deployment(phase="decode", model="tiny", npus=8, engine="triton", microbatches=1)
+    with pytest.raises(ValueError, match=r"^engine 'triton' is not known on cloudmatrix384"):
+        Predictor.of(deployment, M)
+
+
+def test_a_serving_engine_adds_its_host_time():
+    common = {"phase": "decode", "model": "tiny", "npus": 8, "microbatches": 1}
+    requests = Requests(batch=96, context=4096)
+    one, other = (
+        Predictor.of(Deployment(**common, engine=name), M)
+        for name in ("cloudmatrix-infer", "vllm-ascend")
+    )
+    more = float(other.predict(requests).step_s - one.predict(requests).step_s)
+    want = M.running("vllm-ascend").host_s(1) - M.running("cloudmatrix-infer").host_s(1)
+    assert more == pytest.approx(want, rel=1e-4)  # their kernels take the same time for a copy
+
+
+def test_the_interval_of_a_prediction_holds_it_and_names_a_measurement():
+    found = cmjax.predict("tiny", M, phase="decode", npus=8, batch=96, context=4096)
+    for key, value in found.headlines().items():
+        low, high = found.interval[key]
+        assert low < float(value) < high
+    assert found.width_from.startswith("measure ")
+    assert found.to_dict()["interval"].keys() == found.headlines().keys()

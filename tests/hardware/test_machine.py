@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cmjax.hardware import catalog, load_machine, replace_leaf
+from cmjax.hardware import catalog, leaf_names, load_machine, replace_leaf
 
 
 def _floats(tree, prefix=""):
@@ -16,6 +16,9 @@ def _floats(tree, prefix=""):
         value = getattr(tree, field.name)
         if dataclasses.is_dataclass(value):
             yield from _floats(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple):
+            for part in value:
+                yield from _floats(part, f"{prefix}{field.name}.{part.name}.")
         elif isinstance(value, float):
             yield f"{prefix}{field.name}", value
 
@@ -24,8 +27,7 @@ def _floats(tree, prefix=""):
 def test_the_leaves_are_exactly_the_floats(name):
     machine = load_machine(name)
     leaves = {
-        jax.tree_util.keystr(path)[1:]: leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(machine)
+        name: leaf for name, leaf in zip(leaf_names(machine), jax.tree.leaves(machine), strict=True)
     }
     assert leaves == dict(_floats(machine))
 

@@ -107,6 +107,13 @@ def test_a_path_that_cannot_be_written_is_refused(name, file, message, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_is_no_formula(tmp_path, recwarn):
+    loads = next(iter(LOADS.values()))
+    for suffix in ("svg", "png"):
+        plot_placement({"$\\frac$": loads, "漢 $x_{$": loads}, tmp_path / f"a.{suffix}")
+    assert not recwarn
+
+
 def test_every_lane_of_the_step_adds_up_to_the_step(result, timeline):
     lanes = step_lanes(result, timeline)
     assert list(lanes)[:3] == ["critical path", "attention", "moe"]

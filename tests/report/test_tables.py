@@ -9,7 +9,7 @@ from rich.console import Console
 from cmjax.cost.fit import Calibration, Residual
 from cmjax.cost.measured import Measurement
 from cmjax.deploy.validation import ValidationRow, summary
-from cmjax.hardware import load_machine
+from cmjax.hardware import Uncertainty, load_machine
 from cmjax.placement import BASELINES, Judge, Problem, Risk, Routes, Score, compare
 from cmjax.report import (
     block_of,
@@ -122,10 +122,14 @@ def test_residuals_show_constants_and_errors():
     fit = Calibration(
         load_machine("cloudmatrix384"),
         {"exchange.dispatch_startup_s": 88e-6, "efficiency.gemm": 0.8158},
+        Uncertainty(("exchange.dispatch_startup_s", "efficiency.gemm"), 1e-4 * np.eye(2)),
+        np.array([0.6, 0.1]),
         (Residual(row, 120.0),),
+        {},
     )
     text = shown(residual_table(fit))
     assert "88.0 µs" in text and "81.6 %" in text
+    assert "1.0 %" in text and "60.0 %" in text  # how sure after and before
     assert "120 µs" in text and "116 µs" in text and "+3.4 %" in text
 
 

@@ -105,7 +105,7 @@ def test_a_line_that_makes_no_sense_is_named(tmp_path, change, message):
         ("", "no requests"),
         ("\n\n", "no requests"),
         ("hello\n", "neither a JSON object nor Azure's header"),
-        ("{broken\n", "line 1: not JSON"),
+        ("{broken\n", "line 1: not valid JSON"),
         (lines(*MOONCAKE[::-1]), "line 2: time 0 s is before the one above it .3 s.; sort"),
         (lines(MOONCAKE[0], {"timestamp": 1}), "line 2: no 'input_length'"),
         (lines({"a": 1}), "no prompt tokens"),

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cmjax.console import exit_code
+from cmjax.interrupt import Terminated
 from train import checkpoint
 from train.checkpoint import Damaged, SaveFailed, latest, save
-from train.interrupt import Terminated, training_exit_code
 from train.metrics import MetricsLog, read_metrics
 
 ARRAYS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.array(3)}}
@@ -174,7 +175,7 @@ def test_a_signal_waits_for_the_save(tmp_path, monkeypatch, number, raised):
             caught.append(type(error))
             raise
 
-    assert training_exit_code(run) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert exit_code(run) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert caught == [raised]
     found = latest(tmp_path)
     assert found is not None and found.progress == {"step": 1}

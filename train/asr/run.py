@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cmjax.files import replace_text
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.decoding import make_decoder
 from cmjax.models.asr.deployed import whole_call
@@ -370,12 +370,13 @@ def _report(task: Task, console: Console) -> None:
     )
     for name, names in shared(corpus, (item.digest() for item in corpus.train)).items():
         console.print(
-            f"[yellow]{escape(name)}[/]: {len(names)} of its recordings are in the training data "
-            f"too, such as {escape(names[0])}"
+            f"{name}: {len(names)} of its recordings are in the training data too, such as "
+            f"{names[0]}",
+            markup=False,
         )
     for item in corpus.skipped:
-        said = escape(f"{item.name}: {item.reason}")
-        console.print(f"[yellow]skipped[/] {said}", highlight=False)
+        said = f"skipped {item.name}: {item.reason}"
+        console.print(said, markup=False, highlight=False)
 
 
 def _progress(console: Console) -> Progress:
@@ -391,4 +392,4 @@ def _progress(console: Console) -> Progress:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, default=np.ndarray.tolist) + "\n")
+    replace_text(path, json.dumps(value, indent=1, default=np.ndarray.tolist) + "\n")

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from cmjax.files import replace_text
+from cmjax.inputs import read_text
 from train.asr.task import Task
 from train.data.corpus import shared
 
@@ -28,19 +28,20 @@ def without_trained(task: Task, out: Path, console: Console) -> Task:
     """
     if not (out / FILE).is_file():
         console.print(
-            f"[yellow]no {FILE} in {escape(str(out))}[/]: recordings that were trained on may be "
-            "among those of the test"
+            f"no {FILE} in {out}: recordings that were trained on may be among those of the test",
+            markup=False,
         )
         return task
-    known = shared(task.corpus, (out / FILE).read_text().split())
+    known = shared(task.corpus, read_text(out / FILE).split())
     tests = {}
     for name, utterances in task.corpus.tests.items():
         own = set(known.get(name, ()))
         kept = tuple(utterance for utterance in utterances if utterance.name not in own)
         if own:
             console.print(
-                f"[yellow]{escape(name)}[/]: {len(own)} of {len(utterances)} recordings are left "
-                "out, because the network was trained on them"
+                f"{name}: {len(own)} of {len(utterances)} recordings are left out, because the "
+                "network was trained on them",
+                markup=False,
             )
         if kept:
             tests[name] = kept

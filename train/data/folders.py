@@ -3,12 +3,12 @@
 Each loader returns the entries of its layout; `load` reads, checks and splits them.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from cmjax.inputs import parse_json
 from cmjax.models.asr.text import Units
 from train.data.audio import Reader, Recordings, find_audio
 from train.data.corpus import Corpus, Entry, assemble
@@ -214,10 +214,9 @@ def _of_table(path: Path, audio: Recordings, encoding: str) -> list[Entry]:
 
 def _json_row(line: Line) -> dict[str, Any]:
     try:
-        row = json.loads(line.text)
-    except (ValueError, RecursionError) as error:
-        said = str(error) if isinstance(error, json.JSONDecodeError) else "too deep or too large"
-        raise ValueError(f"{line.where}: not JSON ({said}): {line.text[:60]!r}") from None
+        row = parse_json(line.text, "")
+    except ValueError as error:
+        raise ValueError(f"{line.where}: not JSON ({error}): {line.text[:60]!r}") from None
     if not isinstance(row, dict):
         raise ValueError(
             f"{line.where}: a line must be a JSON object with audio_filepath and text, got "

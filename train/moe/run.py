@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cmjax.files import replaced
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
@@ -84,7 +85,8 @@ def train(run: LanguageModelRun, console: Console) -> None:
             loss, norm = float(result.loss), float(result.gradient_norm)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 path = config.out / "bad_batch.npz"
-                np.savez(path, tokens=tokens, step=run.step)
+                with replaced(path) as file:
+                    np.savez(file, tokens=tokens, step=run.step)
                 raise LossNotFinite(
                     f"the loss or its gradient is not finite at step {run.step}; the batch is in "
                     f"{path}. A lower learning rate may do"

@@ -28,6 +28,7 @@ import optax
 from jaxtyping import Array, Int
 
 from cmjax.console import Progress
+from cmjax.interrupt import Terminated
 from cmjax.placement.methods.incumbent import Incumbent
 from cmjax.placement.methods.relaxation import project, relaxed_cost, soft_places
 from cmjax.placement.methods.rounding import round_copies
@@ -115,6 +116,8 @@ def gradient(
                 best, plans, seed=seed, deadline=begin + limit, progress=progress,
                 config=config.search,
             )  # fmt: skip
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         pass
     return problem.plan(best.expert_of_slot)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cmjax.console import Progress
+from cmjax.interrupt import Terminated
 from cmjax.placement.methods.contiguous import contiguous
 from cmjax.placement.methods.greedy import (
     cover,
@@ -115,6 +116,8 @@ def search(
         plans = _starts(problem, start, count, np.random.default_rng(seed))
         best.consider(plans)
         improve_plans(best, plans, seed=seed, deadline=deadline, progress=progress, config=config)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         pass
     return problem.plan(best.expert_of_slot)

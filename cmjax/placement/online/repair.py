@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cmjax.console import Progress
+from cmjax.interrupt import Terminated
 from cmjax.placement.methods.local_search import improve, start_state
 from cmjax.placement.methods.search import search_inputs
 from cmjax.placement.plan import EMPTY, Plan, count_copies
@@ -76,6 +77,8 @@ def repair(
                     progress(index * _STEPS + step, len(parts) * _STEPS, "")
                 if now + slowest > deadline:
                     break
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         pass
     shares = [_kept_shares(current, rows, problem.alive, plan) for (rows, _), plan in zip(

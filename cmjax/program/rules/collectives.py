@@ -1,6 +1,7 @@
 """Collectives: what a rank sends to peers on every tier of the fabric."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from cmjax.program.rules.registry import cost_rule
 from cmjax.program.size import Size
@@ -17,6 +18,7 @@ def exchange(nbytes: Size, names, mesh: Mapping[str, int]) -> dict:
         "node_bytes": nbytes * node,
         "supernode_bytes": nbytes * supernode,
         "reach": reach,
+        "ranks": int(ranks),
         "launches": 1.0 if ranks > 1 else 0.0,
     }
 
@@ -70,4 +72,5 @@ def _ppermute(x: Operand, *, out, mesh, axis_name, **_) -> Work:
     _, _, node, supernode = tier_shares(axis_name, mesh)
     tier = "supernode" if supernode else "node" if node else "die"
     reach = {"die": 0, "node": 1, "supernode": 2}[tier]
-    return Work(kind="collective", reach=reach, **{f"{tier}_bytes": x.nbytes})
+    moved: dict[str, Any] = {f"{tier}_bytes": x.nbytes}
+    return Work(kind="collective", reach=reach, **moved)

@@ -10,6 +10,7 @@ from cmjax.report.plots.placement import (
     plot_rank_curve,
     rank_curve_title,
 )
+from cmjax.report.plots.search import plot_search, search_title
 from cmjax.report.plots.serving import (
     latency_title,
     pareto_title,
@@ -38,12 +39,14 @@ __all__ = [
     "plot_placement",
     "plot_queues",
     "plot_rank_curve",
+    "plot_search",
     "plot_step",
     "plot_steps_compare",
     "plot_throughput",
     "plot_timeline",
     "queues_title",
     "rank_curve_title",
+    "search_title",
     "step_lanes",
     "step_title",
     "steps_compare_title",

@@ -4,7 +4,9 @@ Figures are made without pyplot, so importing or drawing leaves matplotlib's glo
 Colours are Okabe and Ito's (jfly.uni-koeln.de/color, 2008).
 """
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -12,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from cmjax.files import check_writable, replaced
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A"
@@ -35,6 +39,21 @@ BLOCK_COLOURS = {
 WIDTH_INCHES = 8.0
 SUFFIXES = (".png", ".svg")
 _DPI = {".png": 200, ".svg": 100}
+
+
+def plain_text[**Arguments, Result](
+    draw: Callable[Arguments, Result],
+) -> Callable[Arguments, Result]:
+    """A drawing function whose texts are shown as they are: names that users give are no formulas,
+    and one with a letter that the font lacks says nothing on the terminal."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def new_figure(height_inches: float) -> Figure:
@@ -76,8 +95,7 @@ def checked_path(path: str | Path) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         found = repr(path.suffix) if path.suffix else "no suffix"
         raise ValueError(f"{path}: figures are written as {' or '.join(SUFFIXES)}, got {found}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    check_writable(path)
     return path
 
 
@@ -100,8 +118,8 @@ def save(figure: Figure, path: str | Path) -> None:
     path = checked_path(path)
     suffix = path.suffix.lower()
     stamp = {"Date": None} if suffix == ".svg" else {"Software": None}
-    with rc_context({"svg.hashsalt": "cmjax"}):  # else an SVG's ids are random
-        figure.savefig(path, format=suffix[1:], dpi=_DPI[suffix], metadata=stamp)
+    with rc_context({"svg.hashsalt": "cmjax"}), replaced(path) as file:  # else ids are random
+        figure.savefig(file, format=suffix[1:], dpi=_DPI[suffix], metadata=stamp)
 
 
 def quiet_axes(axes: Axes, *, keep: Sequence[str] = ("left", "bottom")) -> None:

@@ -29,6 +29,7 @@ def placement_title(plan_loads: Mapping[str, Float[np.ndarray, "layers ranks"]])
     return "Busiest rank over mean: " + ", ".join(f"{n} {par:.2f}×" for n, par in pars.items())
 
 
+@fig.plain_text
 def plot_placement(
     plan_loads: Mapping[str, Float[np.ndarray, "layers ranks"]], path: str | Path
 ) -> None:
@@ -93,6 +94,7 @@ def load_curve_title(loads: Float[np.ndarray, "layers experts"]) -> str:
     )
 
 
+@fig.plain_text
 def plot_load_curve(loads: Float[np.ndarray, "layers experts"], path: str | Path) -> None:
     """Draw experts from busiest to idlest over the mean load: mean of layers, and their range.
 
@@ -124,6 +126,7 @@ def rank_curve_title(plan_loads: Mapping[str, Float[np.ndarray, "layers ranks"]]
     )
 
 
+@fig.plain_text
 def plot_rank_curve(
     plan_loads: Mapping[str, Float[np.ndarray, "layers ranks"]], path: str | Path
 ) -> None:
@@ -173,6 +176,7 @@ def node_bytes_title(received: Mapping[str, Float[np.ndarray, "nodes"]]) -> str:
     return f"Busiest node receives a step, in {unit}: {', '.join(busiest)}"
 
 
+@fig.plain_text
 def plot_node_bytes(received: Mapping[str, Float[np.ndarray, "nodes"]], path: str | Path) -> None:
     """Draw what each node receives from other nodes in a step, methods side by side.
 

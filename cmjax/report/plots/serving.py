@@ -18,6 +18,7 @@ def queues_title(result: ServingResult) -> str:
     return f"{result.verdict.capitalize()}: up to {number(longest)} requests wait at a time"
 
 
+@fig.plain_text
 def plot_queues(result: ServingResult, path: str | Path) -> None:
     """Requests that wait and that decode, and busy instances, over the time of the trace.
 
@@ -58,6 +59,7 @@ def latency_title(result: ServingResult) -> str:
     return f"Half of the first tokens come within {number(p50)} ms, 99 % within {number(p99)} ms"
 
 
+@fig.plain_text
 def plot_latency(result: ServingResult, path: str | Path) -> None:
     """How many requests are slower than a TTFT, and than a TPOT.
 
@@ -104,6 +106,7 @@ def pareto_title(plan: CapacityPlan) -> str:
     )
 
 
+@fig.plain_text
 def plot_pareto(plan: CapacityPlan, path: str | Path) -> None:
     """Output tokens per second and NPU against TPOT, a point per service that was simulated.
 

@@ -59,6 +59,7 @@ def step_title(result: Mapping, timeline: Timeline | None = None) -> str:
     return title + (f", {number(result['tpot_ms'])} ms per token" if decoding else "")
 
 
+@fig.plain_text
 def plot_step(result: Mapping, path: str | Path, timeline: Timeline | None = None) -> None:
     """Draw the step as horizontal stacked bars on one time axis, one bar per lane.
 

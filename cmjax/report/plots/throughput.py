@@ -59,6 +59,7 @@ def throughput_title(points: Sequence[ThroughputPoint], slo_ms: Sequence[float] 
     return f"No batch meets the SLO; the most is {told}" if slo_ms else f"At most {told}"
 
 
+@fig.plain_text
 def plot_throughput(
     points: Sequence[ThroughputPoint], path: str | Path, *, slo_ms: Sequence[float] = ()
 ) -> None:

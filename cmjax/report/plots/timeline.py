@@ -129,6 +129,7 @@ def timeline_title(period: Period) -> str:
     return f"One layer takes {f'{number(ms)} ms' if ms >= 10 else f'{ms * 1e3:,.0f} µs'}: {busy}"
 
 
+@fig.plain_text
 def plot_timeline(timeline: Timeline, path: str | Path, layer: int | None = None) -> None:
     """Draw one layer's period, kernels labelled where the text fits; arguments as `layer_period`.
 

@@ -26,6 +26,7 @@ def steps_compare_title(rows: Sequence[ValidationRow]) -> str:
     )
 
 
+@fig.plain_text
 def plot_steps_compare(rows: Sequence[ValidationRow], path: str | Path) -> None:
     """Draw one bar per row: predicted as percent of published, with the error and both numbers.
 

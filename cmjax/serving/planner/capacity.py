@@ -14,6 +14,7 @@ import numpy as np
 
 from cmjax.console import Progress
 from cmjax.hardware import Supernode, as_machine
+from cmjax.inputs import check_count, check_number, check_seed
 from cmjax.serving.assemble import Replay, decode_steps
 from cmjax.serving.cache_curve import cache_hits
 from cmjax.serving.planner.fluid import Demand, Fluid, Proposal, at, propose
@@ -122,6 +123,16 @@ def plan(
         raise ValueError("plan needs an SLO: slo-ttft-ms, slo-tpot-ms or both")
     if not 0 < target <= 1:
         raise ValueError(f"target must lie in 0..1, got {target:g}")
+    check_seed("seed", seed)
+    for name, ms in (("slo-ttft-ms", slo_ttft_ms), ("slo-tpot-ms", slo_tpot_ms)):
+        if ms is not None:
+            check_number(name, ms, above=0)
+    for name, sizes in (("prefill-npus", prefill_npus), ("decode-npus", decode_npus)):
+        if not sizes:
+            raise ValueError(f"{name} names no size")
+        for size in sizes:
+            check_count(name, size)
+    check_count("npus", npus)
     if npus > machine.npus:
         raise ValueError(f"npus {npus}: {machine.name} has {machine.npus}")
     if executor is None:

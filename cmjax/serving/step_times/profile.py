@@ -9,14 +9,16 @@ A folder has attention.csv (prefill_chunk, kv_prefill, n_decode, kv_decode, time
 profiler writes them: kernels of one layer on one GPU.
 """
 
-import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from cmjax.inputs import read_records
 from cmjax.serving.engine.table import Table
 
+_MOST_STEPS = 2**22
 _STEPS = ("prefill_tokens", "prefill_length", "decode_requests", "decode_context", "step_ms")
 _ONCE = ("embedding", "final_layernorm")  # per step, not per layer
 _TWICE = ("layernorm",)  # before attention and before the feed-forward network
@@ -47,6 +49,7 @@ def _steps(path: Path) -> Table:
     rows = _rows(path, _STEPS)
     points = {row[:4]: row[4] * 1e-3 for row in rows}
     axes = [np.unique([point[i] for point in points]) for i in range(4)]
+    _check_grid(path, *axes)
     values = np.empty([len(axis) for axis in axes])
     for index in np.ndindex(*values.shape):
         point = tuple(float(axis[i]) for axis, i in zip(axes, index, strict=True))
@@ -102,6 +105,7 @@ def _attention(path: Path, layers: int, **others) -> Table:
     chunk, cached, requests, context = (np.unique([p[i] for p in points]) for i in range(4))
     lengths = np.unique(np.concatenate([chunk, 2 * cached + chunk.max()]))
     lengths = lengths[lengths > 0]
+    _check_grid(path, chunk, np.append(cached, lengths), requests, context)
     context = context[context > 0]
     alone = np.array([[points.get((0.0, 0.0, n, c), 0.0) for c in context] for n in requests])
 
@@ -135,6 +139,16 @@ def _attention(path: Path, layers: int, **others) -> Table:
     )
 
 
+def _check_grid(path: Path, *axes: np.ndarray) -> None:
+    """Raise ValueError for steps that lie on no grid but anywhere."""
+    count = math.prod(map(len, axes))
+    if count > _MOST_STEPS:
+        raise ValueError(
+            f"{path}: {' x '.join(str(len(axis)) for axis in axes)} values are a grid of {count:,} "
+            f"steps; at most {_MOST_STEPS:,} are read"
+        )
+
+
 def _along(nodes: np.ndarray, values: np.ndarray, x: float) -> np.ndarray:
     """Linear along the first axis; beyond the last node the last slope goes on."""
     if len(nodes) == 1:
@@ -165,19 +179,12 @@ def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[float, ...]]:
 def _records(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in columns if c not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path}: no column {missing[0]}; it needs {', '.join(columns)}")
-        records = list(reader)
-    for line, record in enumerate(records, 2):
+    numbered = read_records(path, columns)
+    for line, record in numbered:
         for column in columns:
             if column != "layer" and not _is_number(record[column]):
                 raise ValueError(f"{path} line {line}: {column} is no number: {record[column]!r}")
-    if not records:
-        raise ValueError(f"{path}: no rows")
-    return records
+    return [record for _, record in numbered]
 
 
 def _is_number(text: str | None) -> bool:

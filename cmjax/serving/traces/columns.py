@@ -1,13 +1,13 @@
 """Columns of a trace as they are read: compact arrays that grow."""
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from cmjax.inputs import parse_json
 from cmjax.serving.traces.trace import Trace, compact
 
 
@@ -75,12 +75,7 @@ def json_record(line: bytes | str) -> dict[str, Any]:
 
     Raises: ValueError: it holds none.
     """
-    try:
-        record = json.loads(line)
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+    record = parse_json(line, "")
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but a {type(record).__name__}")
     return record

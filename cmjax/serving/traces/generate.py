@@ -4,8 +4,12 @@ from typing import Literal
 
 import numpy as np
 
+from cmjax.inputs import MOST_SIZE, check_number, check_seed
 from cmjax.serving.hashing import mix
 from cmjax.serving.traces.trace import Trace, compact, without_blocks
+
+_MOST = {"requests": 10**7, "trees": 10**6, "branches": 2**31, "prompt_cv": 100, "output_cv": 100}
+_MOST_BLOCKS = 1e8
 
 
 def generate(
@@ -48,12 +52,18 @@ def generate(
         ("trees", trees, 1), ("branches", branches, 1), ("fork", fork, 1),
         ("block_tokens", block_tokens, 1), ("prompt_cv", prompt_cv, 0), ("output_cv", output_cv, 0),
     ):  # fmt: skip
-        if not low <= value < float("inf"):
-            raise ValueError(f"generate: {name} must be at least {low}, got {value:g}")
+        check_number(f"generate: {name}", value, least=low, most=_MOST.get(name, MOST_SIZE))
     if not rate > 0:
         raise ValueError("generate: rate must be positive, got 0")
     if not 0 <= reuse <= 1:
         raise ValueError(f"generate: reuse must lie in 0..1, got {reuse:g}")
+    check_seed("generate: seed", seed)
+    blocks = requests * (prompt / block_tokens + 1)  # of all prompts, about
+    if reuse and max(blocks, blocks / fork) > _MOST_BLOCKS:
+        raise ValueError(
+            f"generate: {requests} prompts of {prompt:g} tokens are {blocks:.3g} blocks; at most "
+            f"{_MOST_BLOCKS:g} are drawn"
+        )
     rng = np.random.default_rng(seed)
     lengths = [
         _lengths(rng, mean, v, requests) for mean, v in ((prompt, prompt_cv), (output, output_cv))
@@ -76,8 +86,7 @@ def _gaps(rng, kind: str, cv: float, requests: int) -> np.ndarray:
     if kind == "poisson":
         return rng.exponential(size=requests)
     if kind == "gamma":
-        if not cv > 0:
-            raise ValueError(f"generate: cv must be positive, got {cv:g}")
+        check_number("generate: cv", cv, above=0, most=100)
         return rng.gamma(1 / cv**2, cv**2, requests)
     if kind == "constant":
         return np.ones(requests)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from cmjax.inputs import check_count, check_seed
 from cmjax.serving.traces.azure import AzureReader
 from cmjax.serving.traces.chats import ChatReader
 from cmjax.serving.traces.columns import Columns, json_record
@@ -46,6 +47,10 @@ def read_trace(
       progress: called with bytes read, bytes of the file, "".
     Raises: ValueError: no such file, an unknown kind, a line that does not make sense, named.
     """
+    if requests is not None:
+        check_count("first (requests)", requests)
+    check_count("block_tokens", block_tokens)
+    check_seed("seed", seed)
     kind, colon, options = str(source).partition(":")
     if colon and kind in _GENERATORS:
         trace = generate(kind, **({"seed": seed} | _options(str(source), options)))

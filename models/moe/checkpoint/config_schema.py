@@ -44,7 +44,6 @@ class CommonKeys(Struct, kw_only=True):
     num_attention_heads: Size
     intermediate_size: Size
     max_position_embeddings: Size
-    num_experts_per_tok: Experts
     hidden_act: Literal["silu"] = "silu"
     rms_norm_eps: Epsilon = 1e-6
     tie_word_embeddings: bool = False
@@ -54,6 +53,7 @@ class CommonKeys(Struct, kw_only=True):
 class _DeepseekKeys(CommonKeys, kw_only=True):
     """What DeepSeek-V2 and V3 say alike."""
 
+    num_experts_per_tok: Experts
     q_lora_rank: Size | None
     kv_lora_rank: Size
     qk_nope_head_dim: Size
@@ -119,6 +119,7 @@ class Qwen3MoeKeys(CommonKeys, kw_only=True):
     aliases: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
 
     num_experts: Experts
+    num_experts_per_tok: Experts
     moe_intermediate_size: Size
     num_key_value_heads: Size | None = 4
     head_dim: Size | None = None
@@ -137,9 +138,30 @@ class MixtralKeys(CommonKeys, kw_only=True):
     default_theta: ClassVar[float] = 1e6
 
     num_local_experts: Experts
+    num_experts_per_tok: Experts
     num_key_value_heads: Size | None = 8
     head_dim: Size | None = None
     sliding_window: int | None = None
     attention_bias: Literal[False] | None = False
     rms_norm_eps: Epsilon = 1e-5
+    eos_token_id: Tokens = 2
+
+
+class Qwen3Keys(CommonKeys, kw_only=True):
+    """`Qwen3Config`. A window there holds for the upper layers only, which is not computed here."""
+
+    num_key_value_heads: Size | None = 32
+    head_dim: Size | None = 128
+    attention_bias: bool = False
+    use_sliding_window: Literal[False] = False
+    layer_types: list[Literal["full_attention"]] | None = None
+
+
+class LlamaKeys(CommonKeys, kw_only=True):
+    """`LlamaConfig`."""
+
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
     eos_token_id: Tokens = 2

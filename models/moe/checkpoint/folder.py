@@ -4,7 +4,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import msgspec
 
-from cmjax.models.moe.checkpoint.json_file import convert, read_object, shortened
+from cmjax.inputs import listed as shortened
+from cmjax.models.moe.checkpoint.json_file import convert, read_object
 from cmjax.models.moe.checkpoint.safetensor_file import StoredTensor, list_tensors
 
 INDEX = "model.safetensors.index.json"

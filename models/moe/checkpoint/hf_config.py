@@ -1,6 +1,7 @@
 """A model's sizes from a Hugging Face config.json, and back.
 
-Families: DeepSeek-V2, DeepSeek-V3 (R1; Kimi-K2 is one in all but name), Qwen3-MoE and Mixtral.
+Families: DeepSeek-V2, DeepSeek-V3 (R1; Kimi-K2 is one in all but name), Qwen3-MoE and Mixtral; of
+dense models Qwen3 and Llama.
 What a key may hold, and what holds where it is absent, is in `config_schema`. What a family allows
 but this model does not compute is refused, never ignored.
 """
@@ -16,13 +17,16 @@ from cmjax.models.moe.checkpoint.config_schema import (
     DeepseekV2Keys,
     DeepseekV3Keys,
     KimiK2Keys,
+    LlamaKeys,
     MixtralKeys,
+    Qwen3Keys,
     Qwen3MoeKeys,
     token_numbers,
 )
 from cmjax.models.moe.checkpoint.json_file import convert, read_object
 from cmjax.models.moe.checkpoint.rope_keys import read_rope, rope_json
 from cmjax.models.moe.config import (
+    DENSE,
     PRESETS,
     GroupedAttention,
     LatentAttention,
@@ -34,6 +38,8 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
 }
 
 
@@ -95,7 +101,6 @@ def parse_config(raw: dict[str, Any], path: Path) -> MoEConfig:
             hidden_size=keys.hidden_size,
             layers=keys.num_hidden_layers,
             heads=keys.num_attention_heads,
-            experts_per_token=keys.num_experts_per_tok,
             ffn_size=keys.intermediate_size,
             max_position=keys.max_position_embeddings,
             norm_eps=keys.rms_norm_eps,
@@ -125,7 +130,6 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.heads if latent else attention.kv_heads,
-        "num_experts_per_tok": config.experts_per_token,
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
@@ -141,6 +145,7 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
             "qk_rope_head_dim": attention.qk_rope_dim,
             "v_head_dim": attention.v_dim,
             "attention_bias": attention.bias,
+            "num_experts_per_tok": config.experts_per_token,
             "moe_intermediate_size": config.expert_ffn_size,
             "first_k_dense_replace": len(config.dense_layers),
             "n_routed_experts": config.routed_experts,
@@ -158,9 +163,16 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
                 "rope_interleave": config.rope.interleave,
                 "num_nextn_predict_layers": config.mtp_layers,
             }
+    elif config.family in DENSE:
+        raw |= {"head_dim": attention.head_dim, "attention_bias": attention.bias}
+        if config.family == "llama":
+            raw["mlp_bias"] = config.ffn_bias
     else:
         raw |= {"head_dim": attention.head_dim, "sliding_window": attention.window}
-        raw["num_local_experts"] = config.routed_experts
+        raw |= {
+            "num_local_experts": config.routed_experts,
+            "num_experts_per_tok": config.experts_per_token,
+        }
         if config.family == "qwen3_moe":
             raw |= {
                 "num_experts": config.routed_experts,
@@ -203,6 +215,7 @@ def _deepseek(keys: DeepseekV2Keys | DeepseekV3Keys) -> dict[str, Any]:
         ),
         "expert_ffn_size": keys.moe_intermediate_size,
         "routed_experts": keys.n_routed_experts,
+        "experts_per_token": keys.num_experts_per_tok,
         "shared_experts": keys.n_shared_experts or 0,
         "routed_scale": keys.routed_scaling_factor,
     }
@@ -237,8 +250,10 @@ def _deepseek_v3(keys: DeepseekV3Keys) -> dict[str, Any]:
     }
 
 
-def _grouped(keys: Qwen3MoeKeys | MixtralKeys, **options: Any) -> dict[str, Any]:
-    """What Qwen3-MoE and Mixtral say alike: grouped queries, softmax routing, nothing shared."""
+def _grouped(
+    keys: Qwen3MoeKeys | MixtralKeys | Qwen3Keys | LlamaKeys, **options: Any
+) -> dict[str, Any]:
+    """What Qwen3, Mixtral and Llama say alike: grouped queries, softmax routing, nothing shared."""
     heads = keys.num_attention_heads
     return {
         "attention": GroupedAttention(
@@ -265,6 +280,7 @@ def _qwen3_moe(keys: Qwen3MoeKeys) -> dict[str, Any]:
         ),
         "expert_ffn_size": keys.moe_intermediate_size,
         "routed_experts": keys.num_experts,
+        "experts_per_token": keys.num_experts_per_tok,
         "normalize_weights": keys.norm_topk_prob,
     }
 
@@ -275,7 +291,26 @@ def _mixtral(keys: MixtralKeys) -> dict[str, Any]:
         "dense_layers": (),
         "expert_ffn_size": keys.intermediate_size,
         "routed_experts": keys.num_local_experts,
+        "experts_per_token": keys.num_experts_per_tok,
     }
+
+
+def _dense(keys: Qwen3Keys | LlamaKeys, **options: Any) -> dict[str, Any]:
+    """What dense families say alike; what is said of experts plays no part."""
+    return _grouped(keys, bias=keys.attention_bias, **options) | {
+        "dense_layers": tuple(range(keys.num_hidden_layers)),
+        "expert_ffn_size": keys.intermediate_size,
+        "routed_experts": 1,
+        "experts_per_token": 1,
+    }
+
+
+def _qwen3(keys: Qwen3Keys) -> dict[str, Any]:
+    return _dense(keys, qk_norm=True) | {"family": "qwen3"}
+
+
+def _llama(keys: LlamaKeys) -> dict[str, Any]:
+    return _dense(keys) | {"family": "llama", "ffn_bias": keys.mlp_bias}
 
 
 class FamilyReader(NamedTuple):
@@ -292,6 +327,8 @@ FAMILIES: dict[str, FamilyReader] = {
     "kimi_k2": FamilyReader(KimiK2Keys, _deepseek_v3),
     "qwen3_moe": FamilyReader(Qwen3MoeKeys, _qwen3_moe),
     "mixtral": FamilyReader(MixtralKeys, _mixtral),
+    "qwen3": FamilyReader(Qwen3Keys, _qwen3),
+    "llama": FamilyReader(LlamaKeys, _llama),
 }
 """By `model_type`."""
 

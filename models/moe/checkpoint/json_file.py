@@ -5,8 +5,6 @@ A schema is a `msgspec.Struct`: a field without a default must be in the file, o
 need not be, and bounds are written in its type.
 """
 
-import collections
-import json
 import re
 import types
 import typing
@@ -16,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-_MOST_BYTES = 200_000_000
-"""Larger than any JSON of a checkpoint: the index of 100,000 tensors takes 10 MB."""
+from cmjax.inputs import read_json
+
 _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
 _KINDS = {
     "int": "a whole number",
@@ -31,22 +29,11 @@ _KINDS = {
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The keys of a JSON object; a byte-order mark before it is skipped.
+    """The keys of a JSON object.
 
-    Raises:
-      ValueError: the file cannot be read, is no JSON, too large, or holds something else than an
-        object.
+    Raises: ValueError: as `cmjax.inputs.read_json`, or the file holds no object.
     """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=distinct)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(raw).__name__}")
     return raw
@@ -65,25 +52,6 @@ def convert[T](raw: Any, schema: type[T], path: Path | None, within: str = "") -
         return msgspec.convert(raw, schema)
     except msgspec.ValidationError as error:
         raise ValueError(where + _explained(str(error), raw, schema)) from None
-
-
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`: an object in which no name comes twice.
-
-    Raises: ValueError: one does.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        twice = sorted(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"named twice: {shortened(twice)}")
-    return found
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first of many names, and how many there are."""
-    shown = ", ".join(names[:4])
-    return shown + (f", ... ({len(names):,} in all)" if len(names) > 4 else "")
 
 
 def _explained(message: str, raw: Any, schema: Any) -> str:

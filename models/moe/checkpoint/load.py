@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cmjax.console import Progress
+from cmjax.inputs import listed as shortened
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Precision
 from cmjax.models.moe.checkpoint.buffers import ParameterBuffers
@@ -23,7 +24,6 @@ from cmjax.models.moe.checkpoint.generation_config import (
     read_generation_config,
 )
 from cmjax.models.moe.checkpoint.hf_config import parse_config, read_json
-from cmjax.models.moe.checkpoint.json_file import shortened
 from cmjax.models.moe.checkpoint.safetensor_file import StoredTensor
 from cmjax.models.moe.checkpoint.tensor_names import (
     WeightMapping,

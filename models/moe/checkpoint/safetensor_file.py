@@ -9,7 +9,6 @@ a map and knows no FP8 in NumPy; the tests compare with it.
 import dataclasses
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,9 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from cmjax.models.moe.checkpoint.json_file import convert, distinct
+from cmjax.files import replaced
+from cmjax.inputs import parse_json
+from cmjax.models.moe.checkpoint.json_file import convert
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -128,11 +129,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        header = json.loads(text, object_pairs_hook=distinct)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file (its header is no JSON)") from None
+        header = parse_json(text, "")
     except ValueError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a safetensors file (its header: {error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a safetensors file (its header is no JSON object)")
     return header, 8 + length, size
@@ -184,8 +183,7 @@ def write_tensors(
         offset += spec.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replaced(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, spec), (given, tensor) in zip(specs.items(), tensors, strict=True):
             if name != given or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
@@ -194,4 +192,3 @@ def write_tensors(
                     f" got {given!r} as {tensor.dtype}{list(tensor.shape)}"
                 )
             file.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
-    os.replace(partial, path)

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from cmjax.files import replace_text
 from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.folder import INDEX
 from cmjax.models.moe.checkpoint.hf_config import config_json
@@ -101,8 +102,8 @@ def save(
             "metadata": {"total_size": sum(item.spec.nbytes for item in planned.values())},
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        replace_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    replace_text(folder / "config.json", json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
 def _plan(mapping: WeightMapping, held: Any, dtype: StoredType | None) -> dict[str, _Planned]:

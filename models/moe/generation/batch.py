@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from cmjax.inputs import check_seed
 from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.chunked import ChunkInputs
@@ -37,8 +38,7 @@ class Sampler:
             raise ValueError("top_p must be more than 0, got 0; temperature 0 is greedy")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k must be at least 0 and below 2**31, got {self.top_k}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        check_seed("seed", self.seed)
 
     @classmethod
     def of(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmjax.inputs import read_text
 from cmjax.models.moe.checkpoint.json_file import read_object
 from cmjax.models.moe.generation.tokenizer_config import FILE, read_tokenizer_config
 
@@ -98,10 +99,7 @@ def read_chat_template(folder: str | Path, name: str = "default") -> ChatTemplat
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
     if (file := files.get(name)) is not None and file.exists():
-        try:
-            path, templates[name] = file, file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from None
+        path, templates[name] = file, read_text(file)
     if name not in templates:
         others = f"; it has {', '.join(sorted(templates))}" if templates else ""
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from cmjax.console import Progress
+from cmjax.inputs import check_count
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache, Precision
 from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_checkpoint
@@ -28,6 +29,8 @@ from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
 from cmjax.models.moe.steps import init_params
 from cmjax.placement import read_plan
+
+_MOST_DRAFTS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,7 @@ def _drafts(model: Checkpoint | MoEConfig, wanted: int | None) -> int:
     """Drafts per step: the wanted number, or one where the model can."""
     possible = model.has_mtp if isinstance(model, Checkpoint) else model.mtp_layers > 0
     drafts = int(possible) if wanted is None else wanted
+    check_count("drafts", drafts, least=0, most=_MOST_DRAFTS)
     if drafts and not possible:
         raise ValueError(
             f"drafts {drafts}: this model has no multi-token-prediction module to draft with; use 0"

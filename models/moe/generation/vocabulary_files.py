@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmjax.inputs import read_bytes
 from cmjax.models.moe.generation.tokenizer_config import TokenizerConfig
 
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
@@ -84,10 +85,7 @@ def read_vocabulary(path: Path, config: TokenizerConfig) -> VocabularyTokenizer:
 
     Raises: ValueError: the file is of neither form, or the package that reads it is not installed.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     if _LINE.fullmatch(data.split(b"\n", 1)[0].strip()):
         return _tiktoken(path, data, config)
     return _sentencepiece(path, data, config)

@@ -134,7 +134,7 @@ def _array(value):
     [
         (lambda m: {k: v for k, v in m.items() if "json" not in k}, "no .*recognizer.json"),
         (lambda m: m | {"recognizer.json": "["}, "Expecting value"),
-        (lambda m: m | {"recognizer.json": "[" * 100_000}, "recursion"),
+        (lambda m: m | {"recognizer.json": "[" * 100_000}, "nested too deeply"),
         (lambda m: {k: v for k, v in m.items() if "kernel" not in k}, r"no .*kernel\.npy"),
         (_header(format=2), "format 2, and this is 1"),
         (_header(network="rnn"), "no 'rnn'"),

@@ -101,7 +101,7 @@ def test_presets_load_by_name():
         ({"q_lora_rank": ...}, "config.json: key 'q_lora_rank' is missing"),
         ({"q_lora_rank": "8"}, "config.json: key 'q_lora_rank' must be a number, got '8'"),
         ({"hidden_size": 7.5}, "key 'hidden_size' must be a whole number, got 7.5"),
-        ({"model_type": "llama"}, "model_type must be one of deepseek_v2, .* got 'llama'"),
+        ({"model_type": "gpt2"}, "model_type must be one of deepseek_v2, .* got 'gpt2'"),
         ({"rope_theta": ...}, "key 'rope_theta' is missing"),
         ({"rope_scaling": {"type": "su"}}, "'rope_type' must be 'default', 'linear',.* got 'su'"),
         ({"rope_scaling": {"type": "yarn"}}, "key 'factor' is missing"),

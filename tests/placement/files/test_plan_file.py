@@ -146,8 +146,8 @@ def ascend(**change):
 
 
 BAD = [
-    ("", "expected a plan as JSON"),
-    (plan_text(PLAN)[:60], "expected a plan as JSON"),
+    ("", "not valid JSON"),
+    (plan_text(PLAN)[:60], "not valid JSON"),
     ("[1]", "unknown plan format; .* found no object"),
     ('{"phy2log": [[0]]}', "unknown plan format; .* found the keys phy2log"),
     (json.dumps(OWN | {"version": 2}), "expected version 1, found 2"),
@@ -160,7 +160,7 @@ BAD = [
     (json.dumps(OWN | {"expert_of_slot": [[0, 1], [0]]}), "layers disagree: .* 2 entries"),
     (json.dumps(OWN | {"expert_of_slot": []}), "expected expert_of_slot as a list of lists"),
     (json.dumps(OWN | {"expert_of_slot": [[0.5] * 4]}), "expected whole numbers"),
-    (json.dumps(OWN | {"expert_of_slot": [["a"] * 4]}), "expected whole numbers"),
+    (json.dumps(OWN | {"expert_of_slot": [["a"] * 4]}), "expected numbers in expert_of_slot"),
     (json.dumps(OWN | {"layer_labels": [1]}), "expected 2 different layer numbers"),
     (json.dumps(OWN | {"layer_labels": 3}), "expected layer_labels as a list"),
     (json.dumps(OWN | {"split_of_slot": [[1, 1, 1, 1]] * 2}), "sum to 1, found 2 for expert 0"),

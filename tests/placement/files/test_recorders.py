@@ -108,7 +108,7 @@ def test_json_lines_are_windows_or_rows(rows, tmp_path):
     ("text", "message"),
     [
         ("", "found an empty file"),
-        ("[[1, 2]]\n{", "expected JSON in line 2"),
+        ("[[1, 2]]\n{", "line 2: not valid JSON"),
         ('[[1, 2]]\n{"layer": 1}', "expected lines of one kind"),
         ("[[1, 2]]\n[[1]]", "found ragged lists"),
         ('{"model": "x"}', "found model"),

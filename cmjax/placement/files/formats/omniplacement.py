@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from cmjax.placement.files.readers.arrays import open_npy, open_npz
+from cmjax.inputs import read_array, read_arrays
 from cmjax.placement.plan import EMPTY, Plan
 
 _LAYERS, _EXPERTS = 58, 256  # of DeepSeek-V3, whose plans are published packed
@@ -25,9 +25,9 @@ def from_omniplacement(file: Path, *, nodes: int = 1) -> Mapping[str, Plan]:
     Raises: ValueError of one line for a damaged file or an array that is no placement.
     """
     if file.suffix.lower() == ".npy":
-        return {"": _stored(open_npy(file), nodes, str(file))}
+        return {"": _stored(read_array(file), nodes, str(file))}
     plans = {}
-    for name, packed in open_npz(file).items():
+    for name, packed in read_arrays(file).items():
         dies = re.search(r"dies(\d+)", name)
         size = int(dies[1]) * _LAYERS * _EXPERTS if dies else 0
         if packed.dtype != np.uint8 or packed.ndim != 1 or len(packed) != -(-size // 8) or not size:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cmjax.inputs import shown
 from cmjax.placement.plan import EMPTY, Plan
 from cmjax.placement.routing import ROUTINGS
 
@@ -103,7 +104,13 @@ def table(rows: Any, name: str, source: str) -> np.ndarray:
             f"{source}: layers disagree: {name} has {len(rows[0])} entries in layer 0 and "
             f"{len(rows[odd])} in layer {odd}"
         )
+    for n, row in enumerate(rows):
+        wrong = next((x for x in row if type(x) not in (int, float)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{source}: expected numbers in {name}, found {shown(wrong)} in layer {n}"
+            )
     try:
         return np.array(rows)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{source}: expected numbers in {name}: {error}") from None

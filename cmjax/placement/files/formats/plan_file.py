@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmjax.files import replace_text
+from cmjax.inputs import read_json, read_text
 from cmjax.placement.files.formats import own, sglang, tensorrt_llm, vllm, vllm_ascend
 from cmjax.placement.files.formats.omniplacement import from_omniplacement
 from cmjax.placement.plan import Plan
@@ -60,7 +61,8 @@ def plan_text(
         )
     if beside and format != "own":
         raise ValueError(f"plan_text: {format}'s file holds a plan only, not {', '.join(beside)}")
-    last = model_layers or (max(plan.layer_labels) + 1 if plan.layer_labels else plan.layers)
+    last = max(plan.layer_labels) + 1 if plan.layer_labels else plan.layers
+    last = last if model_layers is None else model_layers
     if format == "tensorrt-llm":
         more = tuple(range(last, last + mtp_layers))
         return tensorrt_llm.yaml_text(tensorrt_llm.to_tensorrt_llm(plan, mtp_layers=more))
@@ -137,10 +139,7 @@ def read_plans(
 
 def _from_json(file, ranks, nodes, layer_labels):
     source = str(file)
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source}: expected a plan as JSON, found: {error}") from None
+    document = read_json(file)
     if isinstance(document, Mapping):
         if document.get("format") == own.PLAN_FORMAT:
             return own.from_own(document, source)
@@ -165,11 +164,7 @@ def _from_json(file, ranks, nodes, layer_labels):
 
 def _from_yaml(file, ranks, nodes):
     source = str(file)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: expected a plan as YAML, found: {error}") from None
-    document = tensorrt_llm.read_yaml(text, source)
+    document = tensorrt_llm.read_yaml(read_text(file), source)
     if not isinstance(document, Mapping) or tensorrt_llm.KEY not in document:
         raise ValueError(
             f"{source}: unknown plan format; expected {tensorrt_llm.KEY} (TensorRT-LLM)"

@@ -47,7 +47,7 @@ def to_sglang(plan: Plan, *, model_layers: int | None = None) -> dict[str, Any]:
             f"{plan.source}: expected more than {last} model layers, got {model_layers}"
         )
     trivial = np.arange(plan.slots) % plan.experts
-    rows = np.tile(trivial, (model_layers or last + 1, 1))
+    rows = np.tile(trivial, (last + 1 if model_layers is None else model_layers, 1))
     rows[list(plan.layer_labels)] = plan.expert_of_slot
     return {KEY: rows.tolist()}
 

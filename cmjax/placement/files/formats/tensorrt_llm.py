@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cmjax.inputs import in_one_line
 from cmjax.placement.files.formats.own import check_only_slots, table
 from cmjax.placement.plan import Plan
 
@@ -61,8 +62,8 @@ def read_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = in_one_line(error)
         raise ValueError(f"{source}: expected a plan as YAML, found: {said}") from None
 
 

@@ -1,12 +1,11 @@
 """Recordings as NumPy arrays: `.npy` and `.npz`, counts and token-level routes."""
 
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
+from cmjax.inputs import read_array, read_arrays, whole_numbers
 from cmjax.placement.files.readers.scenario import (
     COUNT_KEYS,
     SGLANG_KEY,
@@ -24,7 +23,7 @@ def read_npy(file: Path, key: str | None, experts: int | None) -> Scenarios:
 
     Raises: ValueError for a damaged file, or an array that is no counts.
     """
-    return {"": Counts(open_npy(file), str(file))}
+    return {"": Counts(read_array(file), str(file))}
 
 
 def read_npz(file: Path, key: str | None, experts: int | None) -> Scenarios:
@@ -34,7 +33,7 @@ def read_npz(file: Path, key: str | None, experts: int | None) -> Scenarios:
 
     Raises: NoRecordingError if there is none of these; ValueError for a damaged file.
     """
-    arrays = open_npz(file)
+    arrays = read_arrays(file)
     source = f"{file}" if key is None else f"{file}:{key}"
     if key is not None and key not in arrays:
         raise ValueError(f"{file}: found no key {key!r} among {', '.join(arrays)}")
@@ -62,29 +61,6 @@ def read_npz(file: Path, key: str | None, experts: int | None) -> Scenarios:
         f"{file}: expected an .npz of one array, of arrays of one shape, or with a key counts, "
         f"loads or ids, or chosen by {file.name}:KEY; found the keys {', '.join(arrays) or 'none'}"
     )
-
-
-def open_npy(file: Path) -> np.ndarray:
-    """Raises: ValueError of one line for a file that is no numeric array."""
-    try:
-        return np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: expected a numeric .npy array, found: {error}") from None
-
-
-def open_npz(file: Path) -> dict[str, np.ndarray]:
-    """All arrays of an archive by name.
-
-    Raises: ValueError of one line for a damaged archive.
-    """
-    try:
-        with file.open("rb") as opened:  # np.load leaves a damaged archive open
-            archive = np.load(opened, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single .npy array")
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file}: expected an .npz of numeric arrays, found: {error}") from None
 
 
 def _may_be_counts(array):
@@ -131,14 +107,17 @@ def _routes(arrays, file, experts):
     ids = ids.swapaxes(0, 1) if ids.shape[1] > ids.shape[0] else ids
     sequence, domain, names = None, None, ()
     if "seq_lens" in arrays:
-        lengths = arrays["seq_lens"]
-        if lengths.sum() != len(ids):
+        lengths = whole_numbers(arrays["seq_lens"], "seq_lens", str(file), ndim=1, most=len(ids))
+        total = sum(lengths.tolist())  # which never wraps around
+        if total != len(ids):
             raise ValueError(
-                f"{file}: expected seq_lens that sum to {len(ids)} tokens, found {lengths.sum()}"
+                f"{file}: expected seq_lens that sum to {len(ids)} tokens, found {total}"
             )
         sequence = np.repeat(np.arange(len(lengths)), lengths)
-    elif len(arrays.get("doc", ())) == len(ids):
-        sequence = arrays["doc"]
+    elif np.shape(arrays.get("doc", ())) == ids.shape[:1]:
+        sequence = whole_numbers(
+            arrays["doc"], "doc", str(file), ndim=1, least=-(2**62), most=2**62
+        )
         categories = document_categories(file.with_name("docs.csv"))
         if categories is not None:
             lost = sorted(set(np.unique(sequence).tolist()) - set(categories))
@@ -156,6 +135,8 @@ def _routes(arrays, file, experts):
 
 def _by_category(freq, category, file):
     """One workload per category; a category's rows (its phases, say) are its windows."""
+    if category.dtype.kind not in "USiu":
+        raise ValueError(f"{file}: expected names or numbers in category, found {category.dtype}")
     if freq.ndim != 3 or category.shape != freq.shape[:1]:
         raise ValueError(
             f"{file}: expected freq {SHAPES.partition(' or ')[2]} and one category per window, "

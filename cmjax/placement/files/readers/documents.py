@@ -1,12 +1,13 @@
 """Recordings as JSON: nested lists, or objects that name domains, layers and experts."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cmjax.inputs import read_json as read_document
+from cmjax.inputs import read_json_lines
 from cmjax.placement.files.readers.scenario import (
     COUNT_KEYS,
     SGLANG_KEY,
@@ -25,11 +26,7 @@ def read_json(file: Path, key: str | None, experts: int | None) -> Scenarios:
     Raises: NoRecordingError for an object without counts; ValueError for text that is no JSON,
       ragged lists, or an unknown `key`.
     """
-    try:
-        document = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: expected JSON, found: {error}") from None
-    return _read_document(document, key, file)
+    return _read_document(read_document(file), key, file)
 
 
 def read_jsonl(file: Path, key: str | None, experts: int | None) -> Scenarios:
@@ -42,17 +39,7 @@ def read_jsonl(file: Path, key: str | None, experts: int | None) -> Scenarios:
     windows: dict[str, list] = {}
     rows: list[Mapping[str, Any]] = []
     idle = False
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected JSON lines, found: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: expected JSON in line {number}, found: {error}") from None
+    for _, document in read_json_lines(file):
         if isinstance(document, Mapping):
             name = key or next((name for name in COUNT_KEYS if name in document), None)
             if name is None or not isinstance(document.get(name), list):

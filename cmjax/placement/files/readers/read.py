@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from cmjax.placement.files.readers.arrays import is_pairs, open_npz, read_npy, read_npz
+from cmjax.inputs import read_arrays
+from cmjax.placement.files.readers.arrays import is_pairs, read_npy, read_npz
 from cmjax.placement.files.readers.documents import read_json, read_jsonl
 from cmjax.placement.files.readers.scenario import Counts, NoRecordingError, Scenarios, summed
 from cmjax.placement.files.readers.tables import read_csv
@@ -156,7 +157,7 @@ def read_pairs(path: str | Path) -> dict[str, Float[np.ndarray, "steps experts e
     file = Path(path)
     if file.suffix.lower() != ".npz" or not file.is_file():
         raise ValueError(f"{path}: expected an .npz file of pair counts, found no such file")
-    arrays = open_npz(file)
+    arrays = read_arrays(file)
     if not is_pairs(arrays):
         raise ValueError(
             f"{path}: expected arrays [steps, experts, experts], found "
@@ -170,6 +171,8 @@ def read_pairs(path: str | Path) -> dict[str, Float[np.ndarray, "steps experts e
 
 def _scenarios(path: str | Path, experts: int | None) -> Scenarios:
     """All recordings of a file, or of a folder with what is below it, by name."""
+    if not str(path).strip():
+        raise ValueError("the file or folder of loads has no name; give `.` for the current folder")
     place, name = _chosen(path)
     if place.is_dir():
         found = _of_folder(place, experts)

@@ -1,13 +1,16 @@
 """Recordings as comma-separated text: rows of layers, or one row per layer and expert."""
 
-import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cmjax.inputs import check_count
+from cmjax.inputs import read_csv as read_rows
 from cmjax.placement.files.readers.scenario import Counts, NoRecordingError, Scenarios
+from cmjax.placement.loads import MOST_COUNTS, check_sizes
 
 _HITS = ("hits", "count", "counts", "load", "loads")
 _RENAMED = {"layer_id": "layer", "expert_id": "expert"}  # as SGLang's older recorder writes them
@@ -61,10 +64,7 @@ def document_categories(file: Path) -> dict[int, str] | None:
 
 
 def _rows(file):
-    try:
-        rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines()) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: expected comma-separated text, found: {error}") from None
+    rows = [cells for _, cells in read_rows(file)]
     if not rows:
         raise ValueError(f"{file}: expected rows of counts, found an empty file")
     return rows
@@ -92,6 +92,9 @@ def _read_long(file, header, rows, *, missing=False):
             f"{file}: expected the columns layer, expert, hits or count[, window, domain], "
             f"found {', '.join(header)}"
         )
+    twice = [name for name in ("window", "layer", "expert", hits) if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{file}: expected the column {twice[0]} once, found it twice")
     names = ["window", "layer", "expert"] if "window" in header else ["layer", "expert"]
     columns = [header.index(name) for name in (*names, hits)]
     domain = header.index("domain") if "domain" in header else None
@@ -114,14 +117,17 @@ def _read_long(file, header, rows, *, missing=False):
 def _long_loads(table, names, source, missing):
     """`table` holds a row of [window,] layer, expert, count for each count."""
     numbers = table[:, :-1]
-    if (numbers != np.floor(numbers)).any() or numbers.min() < 0:
+    whole = np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all()
+    if not whole or numbers.min() < 0 or numbers.max() > 2**53:
         raise ValueError(
             f"{source}: expected whole numbers of 0 or more as {', '.join(names)}, found others"
         )
     # Layers (and windows) keep their order but may skip numbers: a file may hold 0, 10, 20 only.
     found = [np.unique(numbers[:, n], return_inverse=True) for n in range(len(names) - 1)]
+    check_sizes(source, layers=len(found[-1][0]), experts=int(numbers[:, -1].max()) + 1)
     expert = numbers[:, -1].astype(np.int64)
     shape = (*(len(values) for values, _ in found), int(expert.max()) + 1)
+    check_count(f"{source}: counts in all windows", math.prod(shape), most=MOST_COUNTS)
     flat = np.ravel_multi_index((*(index for _, index in found), expert), shape)
     seen = np.bincount(flat, minlength=int(np.prod(shape)))
     wrong = seen > 1 if missing else seen != 1

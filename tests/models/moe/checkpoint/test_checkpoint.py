@@ -16,7 +16,7 @@ from cmjax.models.moe.checkpoint.load import load, load_params, open_checkpoint
 from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors, write_tensors
 from cmjax.models.moe.checkpoint.save import save
 from cmjax.models.moe.checkpoint.tensor_names import weight_mappings
-from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
+from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig, dense_config
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.model import abstract_model, assemble, parameters
 from cmjax.models.moe.parallelism import Parallelism, one_rank
@@ -45,6 +45,10 @@ SMALL = MoEConfig(
     mtp_layers=1,
     end_tokens=(1, 2),
 )
+SIZES = {
+    "vocab_size": 20, "hidden_size": 8, "layers": 3, "heads": 4, "ffn_size": 12,
+    "max_position": 64, "rope": dataclasses.replace(SMALL.rope, interleave=False),
+}  # fmt: skip
 FAMILIES = {
     "deepseek_v3": SMALL,
     "deepseek_v2": dataclasses.replace(
@@ -88,6 +92,15 @@ FAMILIES = {
         mtp_layers=0,
         tie_embeddings=True,
         rope=dataclasses.replace(SMALL.rope, interleave=False),
+    ),
+    "qwen3": dense_config(
+        **SIZES, attention=GroupedAttention(kv_heads=2, head_dim=6, qk_norm=True), family="qwen3"
+    ),
+    "llama": dense_config(
+        **SIZES,
+        attention=GroupedAttention(kv_heads=1, head_dim=4, bias=True),
+        ffn_bias=True,
+        family="llama",
     ),
 }
 

@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 
 from cmjax.models.moe.checkpoint.hf_config import FAMILIES, parse_config, read_config
-from cmjax.models.moe.config import GroupedAttention, LatentAttention
+from cmjax.models.moe.config import (
+    GroupedAttention,
+    LatentAttention,
+    qwen3_8b,
+    qwen3_30b_a3b,
+)
 
 CLASSES = {
     "deepseek_v2": "DeepseekV2Config",
     "deepseek_v3": "DeepseekV3Config",
     "qwen3_moe": "Qwen3MoeConfig",
     "mixtral": "MixtralConfig",
+    "qwen3": "Qwen3Config",
+    "llama": "LlamaConfig",
 }
 ESSENTIAL = {"deepseek_v2": {"num_experts_per_tok": 6}}
 """What a class leaves open and its model cannot do without."""
@@ -28,8 +35,10 @@ CHANGES_NOTHING = """
 DERIVED = {
     "deepseek_v2": ["head_dim", "qk_head_dim", "num_key_value_heads", "norm_topk_prob"],
     "deepseek_v3": ["head_dim", "qk_head_dim", "num_key_value_heads"],
+    "qwen3": ["sliding_window", "max_window_layers"],
 }
-"""Follow from keys that are read; transformers' DeepSeek-V2 never looks at `norm_topk_prob`."""
+"""Follow from keys that are read, or mean nothing without one that is refused; transformers'
+DeepSeek-V2 never looks at `norm_topk_prob`."""
 PATH = Path("config.json")
 
 
@@ -119,7 +128,7 @@ def test_what_is_read_is_what_the_class_says(family):
         pairs |= {"n_group": None, "topk_group": None}
     compared = {key: value for key, value in pairs.items() if hasattr(theirs, key)}
     assert compared == {key: getattr(theirs, key) for key in compared}
-    assert len(compared) >= 12
+    assert len(compared) >= (10 if ours.dense else 12)
     ends = theirs.eos_token_id
     assert ours.end_tokens == (() if ends is None else (ends,))
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
@@ -143,8 +152,10 @@ def test_every_published_config_is_read_or_refused_by_its_family(data):
             assert "model_type must be one of" in str(error)
     assert set(read) == {
         "DeepSeek-R1", "DeepSeek-V3", "Kimi-K2-Instruct", "Qwen3-235B-A22B", "Qwen3-30B-A3B",
-        "Qwen3-Coder-480B-A35B-Instruct",
+        "Qwen3-Coder-480B-A35B-Instruct", "Qwen3-8B", "Qwen3-32B",
     }  # fmt: skip
+    assert read["Qwen3-30B-A3B"] == qwen3_30b_a3b()
+    assert read["Qwen3-8B"] == qwen3_8b()
     assert read["Kimi-K2-Instruct"].mtp_layers == 0
     assert read["DeepSeek-R1"].end_tokens == (1,)
 

@@ -123,7 +123,7 @@ def _at(*offsets, shape=(2,), dtype="F32"):
         ({"a": _at(0, 8, dtype=None)}, "tensor 'a': key 'dtype' must be a string, got None"),
         ({"a": 3}, "tensor 'a': must be an object, got 3"),
         (b"[1]", "header is no JSON object"),
-        (b"[" * 100_000, "its header is no JSON"),
+        (b"[" * 100_000, "its header: not valid JSON"),
         (b'{"a": {}, "a": {}}', "named twice: a"),
     ],
 )

@@ -201,7 +201,7 @@ def test_requests_that_do_not_fit_are_refused_with_their_sizes(arguments, messag
         (lambda: Sampler(top_p=0), "top_p must be more than 0, got 0"),
         (lambda: Sampler(top_p=float("nan")), r"top_p must lie in 0\.\.1, got nan"),
         (lambda: Sampler(top_k=-1), "top_k must be at least 0 .* got -1"),
-        (lambda: Sampler(seed=-2), "seed must be at least 0, got -2"),
+        (lambda: Sampler(seed=-2), "seed must be 0 to 4294967295, got -2"),
         (
             lambda: Generator(
                 config=CONFIG,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from train.interrupt import Terminated, finished_first, training_exit_code
+from cmjax.console import exit_code
+from cmjax.interrupt import Terminated, finished_first
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_signals_wait_for_what_is_to_be_finished():
             done.append("whole")
         done.append("beyond")
 
-    assert training_exit_code(run) == 143 and done == ["whole"]
+    assert exit_code(run) == 143 and done == ["whole"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_training_says_one_line_and_its_exit_code(raised, code, line, capsys):
         raise raised
 
     before = signal.getsignal(signal.SIGTERM)
-    assert training_exit_code(run) == code
+    assert exit_code(run) == code
     assert capsys.readouterr().err == line + "\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
