@@ -6,6 +6,7 @@ A file is read line by line and only its columns are kept, so that its size on d
 
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from cmjax.serving.traces.lengths import LengthsReader
 from cmjax.serving.traces.mooncake import MooncakeReader
 from cmjax.serving.traces.trace import Trace
 
+_MOST_LINE_BYTES = 50_000_000
 _REPORT_EVERY = 1 << 14  # lines
 _GENERATORS = ("poisson", "gamma", "constant")
 
@@ -82,7 +84,7 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
                         continue
                 try:
                     reader.add(line, columns)
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, OverflowError) as error:
                     what = f"no {error}" if isinstance(error, KeyError) else error
                     raise ValueError(f"{path} line {number}: {what}") from None
                 if progress is not None and number % _REPORT_EVERY == 0:
@@ -90,7 +92,7 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
                 if requests is not None and len(columns.prompt) >= requests:
                     columns.keep(requests)
                     break
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
     if not columns.prompt:
         raise ValueError(f"{path}: no requests")
@@ -98,7 +100,11 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    return (line for line in file if line.strip())
+    while line := file.readline(_MOST_LINE_BYTES + 1):
+        if len(line) > _MOST_LINE_BYTES:
+            raise OSError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
+        if line.strip():
+            yield line
 
 
 def _is_gzip(raw: IO[bytes]) -> bool:
