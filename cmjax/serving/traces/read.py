@@ -79,7 +79,10 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
             reader = None
             for number, line in enumerate(_lines(file), 1):
                 if reader is None:
-                    reader = _reader_of(path, line, block_tokens)
+                    try:
+                        reader = _reader_of(line, block_tokens)
+                    except ValueError as error:
+                        raise ValueError(f"{path} line 1: {error}") from None
                     if reader.has_header:
                         continue
                 try:
@@ -113,12 +116,9 @@ def _is_gzip(raw: IO[bytes]) -> bool:
     return found
 
 
-def _reader_of(path: Path, first: bytes, block_tokens: int):
-    if first.lstrip().startswith(b"{"):
-        try:
-            record = json_record(first)
-        except ValueError as error:
-            raise ValueError(f"{path} line 1: {error}") from None
+def _reader_of(first: bytes, block_tokens: int):
+    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+        record = json_record(first)
         if "hash_ids" in record:
             return MooncakeReader(block_tokens)
         if "conversations" in record or "messages" in record:
@@ -127,7 +127,7 @@ def _reader_of(path: Path, first: bytes, block_tokens: int):
     if first.upper().lstrip(b"\xef\xbb\xbf").startswith(b"TIMESTAMP"):
         return AzureReader(first)
     raise ValueError(
-        f"{path} line 1: neither a JSON object nor Azure's header TIMESTAMP,ContextTokens,"
+        f"neither a JSON object nor Azure's header TIMESTAMP,ContextTokens,"
         f"GeneratedTokens: {first[:60].decode(errors='replace').strip()!r}"
     )
 
