@@ -27,7 +27,7 @@ KINDS = (
 
 def _begin(command: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "cmjax.cli", *COMMANDS[command].split()],
+        [sys.executable, "-m", "cmjax", *COMMANDS[command].split()],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_signal_in_any_moment_leaves_the_old_files_or_whole_new_ones(command, 
             path.write_text("old")
         number, codes, line = KINDS[moment % len(KINDS)]
         process = _begin(command, tmp_path)
-        time.sleep(1.0 + (taken - 1.0) * moment / 9)  # the first second is Python's own start
+        time.sleep(0.5 + max(taken - 0.5, 0) * moment / 9)  # before that Python itself starts
         process.send_signal(number)
         _, said = process.communicate(timeout=120)
         if process.returncode != 0:  # it may have been done
