@@ -2,14 +2,15 @@
 
     python -m benchmarks.generate                                  # Qwen3-MoE, batches of 1 and 4
     python -m benchmarks.generate --model deepseek --batches 1 16 --prompt 1024
+    python -m benchmarks.generate --no-peers                       # without torch
     python -m benchmarks.generate --json out/generate.json
 
 The checkpoint has random weights: transformers writes it into a temporary folder, from which both
-sides read it. Candidates take turns in one process (`benchmarks.timing` says why). A turn is one
-prefill and a few decode steps, greedy; the least time of a prefill and of a step over all turns is
-what a candidate can do, whatever else the machine does. The bound is the bytes of weights that one
-token touches (a batch: the experts that its tokens are expected to touch), over the rate at which
-`cmjax_sum_words` reads memory.
+sides read it (`--no-peers` needs none). Candidates take turns in one process (`benchmarks.timing`
+says why). A turn is one prefill and a few decode steps, greedy; the least time of a prefill and of
+a step over all turns is what a candidate can do, whatever else the machine does. The bound is the
+bytes of weights that one token touches (a batch: the experts that its tokens are expected to
+touch), over the rate at which `cmjax_sum_words` reads memory.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ class Options:
     arithmetics: tuple[str, ...] = ("float32", "bfloat16", "int8", "msd_w8a16", "msd_w4a16")
     """What this library computes in."""
     peers: bool = True
-    """Time transformers too; without it a line says so."""
+    """Time transformers on torch too. Without them the weights are random numbers of our own."""
     json: Path | None = None
     """Write the numbers here as well."""
 
@@ -114,13 +115,17 @@ def main(options: Options) -> None:
     console.print(f"{native.status().reason}; memory is read at {rate / 1e9:.1f} GB/s")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(options.model, Path(folder))
+        source: Path | moe.MoEConfig = Path(folder)
+        if options.peers:
+            write_checkpoint(options.model, source)
+        else:
+            source = config_of(options.model, source)
         peers = dict(transformers_turns(Path(folder), console)) if options.peers else {}
         opened = {}
         for name in options.arithmetics:
             start = time.perf_counter()
             opened[name] = moe.open_generator(
-                folder, options=GeneratorOptions(arithmetic=name, drafts=0)
+                source, options=GeneratorOptions(arithmetic=name, drafts=0)
             )
             console.print(f"{name} in place: {time.perf_counter() - start:.1f} s")
         gc.collect()
@@ -212,6 +217,14 @@ def transformers_turns(folder: Path, console: Console) -> Iterator[tuple[str, Ca
         yield name, make
 
 
+def config_of(model: str, folder: Path) -> moe.MoEConfig:
+    """The model, without a checkpoint; `folder` is written to."""
+    kind, sizes = ("qwen3_moe", QWEN) if model == "qwen" else ("deepseek_v3", DEEPSEEK)
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_type": kind, "rope_theta": 10000.0, **sizes}))
+    return moe.load_config(path)
+
+
 def write_checkpoint(model: str, folder: Path) -> None:
     """A checkpoint of random weights, as transformers writes it.
 
@@ -221,7 +234,9 @@ def write_checkpoint(model: str, folder: Path) -> None:
         import torch  # pyright: ignore[reportMissingImports]
         import transformers
     except ImportError as error:
-        raise ValueError(f"the checkpoint needs transformers and torch ({error})") from None
+        raise ValueError(
+            f"the checkpoint needs transformers and torch ({error}); use --no-peers without them"
+        ) from None
     torch.manual_seed(0)
     with _quiet():
         if model == "qwen":

@@ -29,6 +29,7 @@ from cmjax.models.moe.config import (
 from cmjax.models.moe.generation import (
     ChatTemplate,
     Completion,
+    ContinuousBatch,
     Generated,
     Generator,
     GeneratorOptions,
@@ -68,6 +69,7 @@ __all__ = [
     "ChatTemplate",
     "Checkpoint",
     "Completion",
+    "ContinuousBatch",
     "DecodeInputs",
     "DecodeOutput",
     "Generated",

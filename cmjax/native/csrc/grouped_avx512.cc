@@ -22,6 +22,11 @@ inline __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_p
 
 #include "grouped_tiles.inc"
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 constexpr int64_t kGroup = 64;  // columns that are interleaved together
 
 // Four rows of 64 columns, interleaved; `valid` columns are read, of the first `depth` rows.
@@ -142,11 +147,14 @@ inline void int8_direct(const int8_t* const* x, const int32_t* sums, const int8_
   }
 }
 
+// Meanwhile the rows of `ahead`, one for every k, are fetched.
 template <int R>
 inline void int8_packed(const int8_t* const* x, const int32_t* sums, const uint8_t* packed,
                         int64_t depth, bool first, bool last, int64_t columns, int32_t* y,
-                        int64_t y_stride) {
+                        int64_t y_stride, Ahead ahead) {
   const auto fetch = [&](int64_t k, int, __m512i* out) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.at + (k + i) * ahead.stride);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) out[j] = _mm512_load_si512(packed + k * kGroup + 64 * j);
   };
@@ -180,20 +188,26 @@ void int8_columns(const int8_t* const* x, const int32_t* sums, int64_t count, co
         for (int j = 0; j < 4; ++j) _mm512_store_si512(scratch + d * kGroup + 64 * j, out[j]);
       }
       const bool first = k == 0, last = k + depth == inner;
+      const Ahead nothing{reinterpret_cast<const char*>(scratch), 0};
+      Ahead ahead = last ? nothing : ahead_of(w + (k + kDepth) * stride + c, stride);
       const int8_t* at[6];
       int64_t r = 0;
-      for (; r < count; r += 6) {
+      for (; r < count; r += 6, ahead = nothing) {
         const int64_t rows = count - r < 6 ? count - r : 6;
         for (int64_t i = 0; i < rows; ++i) at[i] = x[r + i] + k;
         const int32_t* s = sums + r;
         int32_t* to = y + r * y_stride + c;
+        const auto packed = [&](auto count) {
+          int8_packed<decltype(count)::value>(at, s, scratch, depth, first, last, some, to,
+                                              y_stride, ahead);
+        };
         switch (rows) {
-          case 1: int8_packed<1>(at, s, scratch, depth, first, last, some, to, y_stride); break;
-          case 2: int8_packed<2>(at, s, scratch, depth, first, last, some, to, y_stride); break;
-          case 3: int8_packed<3>(at, s, scratch, depth, first, last, some, to, y_stride); break;
-          case 4: int8_packed<4>(at, s, scratch, depth, first, last, some, to, y_stride); break;
-          case 5: int8_packed<5>(at, s, scratch, depth, first, last, some, to, y_stride); break;
-          default: int8_packed<6>(at, s, scratch, depth, first, last, some, to, y_stride);
+          case 1: packed(Count<1>{}); break;
+          case 2: packed(Count<2>{}); break;
+          case 3: packed(Count<3>{}); break;
+          case 4: packed(Count<4>{}); break;
+          case 5: packed(Count<5>{}); break;
+          default: packed(Count<6>{});
         }
       }
     }

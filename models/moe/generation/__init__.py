@@ -2,6 +2,7 @@
 
 from cmjax.models.moe.generation.batch import Completion, Sampler
 from cmjax.models.moe.generation.chat import ChatTemplate, read_chat_template
+from cmjax.models.moe.generation.continuous import ContinuousBatch, Emitted, Finished
 from cmjax.models.moe.generation.generator import Generated, Generator
 from cmjax.models.moe.generation.open import GeneratorOptions, open_generator
 from cmjax.models.moe.generation.programs import place_params
@@ -17,6 +18,9 @@ __all__ = [
     "ByteTokenizer",
     "ChatTemplate",
     "Completion",
+    "ContinuousBatch",
+    "Emitted",
+    "Finished",
     "Generated",
     "Generator",
     "GeneratorOptions",

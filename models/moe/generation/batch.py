@@ -63,10 +63,13 @@ class Sampler:
             seed=seed,
         )
 
+    def stream(self, request: int, count: int) -> np.ndarray:
+        """`[count]` float32 in [0, 1) of one request; the first do not depend on how many."""
+        return np.random.default_rng((self.seed, request)).random(count, np.float32)
+
     def uniform(self, requests: int, count: int) -> np.ndarray:
         """`[requests, count]` float32 in [0, 1); a request's do not depend on the others."""
-        streams = (np.random.default_rng((self.seed, request)) for request in range(requests))
-        return np.stack([stream.random(count, np.float32) for stream in streams])
+        return np.stack([self.stream(request, count) for request in range(requests)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,32 +92,48 @@ def check_prompts(
     """
     if not prompts:
         raise ValueError("generate: no prompt given")
-    if new_tokens < 1:
-        raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}")
-    for number, prompt in enumerate(prompts, 1):
-        if not len(prompt):
-            raise ValueError(f"generate: prompt {number} is empty")
-        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"generate: prompt {number} holds token {wrong[0]}; the model's are "
-                f"0..{config.vocab_size - 1}"
-            )
     limit = config.context_limit if context is None else context
     if limit > config.context_limit:
         raise ValueError(
             f"generate: a context of {limit} tokens is more than the {config.context_limit} the "
             "model is meant for (max_position, or as far as YaRN stretches it)"
         )
+    for number, prompt in enumerate(prompts, 1):
+        check_prompt(config, prompt, new_tokens, None, "generate", f"prompt {number}")
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    needed = len(prompts[longest]) + new_tokens
-    if needed > limit:
+    hint = "" if context is None else ", or enlarge the context"
+    name = f"prompt {longest + 1}"
+    check_prompt(config, prompts[longest], new_tokens, limit, "generate", name, hint)
+    return len(prompts[longest]) + new_tokens if context is None else context
+
+
+def check_prompt(
+    config: MoEConfig,
+    prompt: Sequence[int],
+    new_tokens: int,
+    room: int | None,
+    what: str,
+    name: str,
+    hint: str = "",
+) -> None:
+    """Check one request: tokens that there are, and with `room` as many as a cache holds.
+
+    Raises: ValueError: names the caller (`what`) and the prompt (`name`).
+    """
+    if new_tokens < 1:
+        raise ValueError(f"{what}: new_tokens must be at least 1, got {new_tokens}")
+    if not len(prompt):
+        raise ValueError(f"{what}: {name} is empty")
+    wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if wrong:
         raise ValueError(
-            f"generate: prompt {longest + 1} has {len(prompts[longest])} tokens and is to get "
-            f"{new_tokens} more, the cache holds {limit} per request; shorten one of them"
-            + ("" if context is None else ", or enlarge the context")
+            f"{what}: {name} holds token {wrong[0]}; the model's are 0..{config.vocab_size - 1}"
         )
-    return needed if context is None else context
+    if room is not None and len(prompt) + new_tokens > room:
+        raise ValueError(
+            f"{what}: {name} has {len(prompt)} tokens and is to get {new_tokens} more, the cache "
+            f"holds {room} per request; shorten one of them{hint}"
+        )
 
 
 @dataclasses.dataclass
@@ -200,51 +219,68 @@ class RequestBatch:
         return Sampling(uniform, temperature * full, how.top_p * full, limit)  # type: ignore
 
 
+@dataclasses.dataclass
+class Tally:
+    """What one request has so far."""
+
+    new_tokens: int  # most that it is to get
+    end_tokens: frozenset[int]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it has all its tokens, or ended."""
+        return self.ended or len(self.tokens) >= self.new_tokens
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Add tokens up to its last one; returns those that were added."""
+        before = len(self.tokens)
+        for token in tokens:
+            if self.done:
+                break
+            self.tokens.append(token)
+            self.ended = token in self.end_tokens
+        return self.tokens[before:]
+
+    def completion(self) -> Completion:
+        """What it got."""
+        return Completion(self.tokens, "end token" if self.ended else "length")
+
+
 class CompletionTally:
-    """What each request has so far."""
+    """What each request of a batch has so far."""
 
     def __init__(self, requests: int, new_tokens: int, end_tokens: Sequence[int]):
-        self.tokens: list[list[int]] = [[] for _ in range(requests)]
-        self.ended = [False] * requests
-        self.new_tokens, self.end_tokens = new_tokens, frozenset(end_tokens)
+        ends = frozenset(end_tokens)
+        self.each = [Tally(new_tokens, ends) for _ in range(requests)]
         self.drafted = self.accepted = 0
 
     def add(self, sampled: np.ndarray, emitted: np.ndarray, drafts: int = 0) -> None:
         """Take in a step: `sampled [requests, new]`, of which `emitted` are a request's, and how
         many were drafted for each."""
-        for request, tokens in enumerate(self.tokens):
-            if self._done(request):
+        for request, tally in enumerate(self.each):
+            if tally.done:
                 continue
-            before = len(tokens)
-            for token in sampled[request, : emitted[request]].tolist():
-                tokens.append(token)
-                self.ended[request] = token in self.end_tokens
-                if self._done(request):
-                    break
+            new = tally.take(sampled[request, : emitted[request]].tolist())
             self.drafted += drafts
-            self.accepted += len(tokens) - before - 1 if drafts else 0
-
-    def _done(self, request: int) -> bool:
-        return self.ended[request] or len(self.tokens[request]) >= self.new_tokens
+            self.accepted += len(new) - 1 if drafts else 0
 
     @property
     def finished(self) -> bool:
         """Whether every request has all its tokens, or ended."""
-        return all(map(self._done, range(len(self.tokens))))
+        return all(tally.done for tally in self.each)
 
     @property
     def count(self) -> int:
         """Tokens so far."""
-        return sum(map(len, self.tokens))
+        return sum(len(tally.tokens) for tally in self.each)
 
     @property
     def wanted(self) -> int:
         """Tokens asked for."""
-        return self.new_tokens * len(self.tokens)
+        return sum(tally.new_tokens for tally in self.each)
 
     def completions(self) -> list[Completion]:
         """What every request got."""
-        return [
-            Completion(tokens, "end token" if ended else "length")
-            for tokens, ended in zip(self.tokens, self.ended, strict=True)
-        ]
+        return [tally.completion() for tally in self.each]

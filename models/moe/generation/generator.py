@@ -11,14 +11,10 @@ deterministic drafts can better (Leviathan et al. 2023, section 3.3).
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from cmjax.console import Progress
-from cmjax.mesh import RankMesh
-from cmjax.models.moe.arithmetic import Arithmetic, KVCache
-from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import (
     Completion,
     CompletionTally,
@@ -26,16 +22,8 @@ from cmjax.models.moe.generation.batch import (
     Sampler,
     check_prompts,
 )
-from cmjax.models.moe.generation.layered import are_split
-from cmjax.models.moe.generation.programs import (
-    BatchShape,
-    Programs,
-    check_prefill,
-    compile_programs,
-)
-from cmjax.models.moe.parallelism import Parallelism
-
-_PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
+from cmjax.models.moe.generation.continuous import ContinuousBatch
+from cmjax.models.moe.generation.placed import PlacedModel, padded_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,42 +53,9 @@ class Generated:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generator:
-    """A model on its mesh, ready to generate.
-
-    Attributes:
-      config: the model.
-      params: its parameters on the mesh, as `load_params` or `place_params` gives them, or these
-        as `split_layers` takes them apart, which is faster on CPU devices.
-      parallelism: of the parameters; `parallelism.axes` are the mesh's.
-      mesh: the ranks.
-      precision: of the parameters.
-      kv_cache: format of the cache.
-      drafts: tokens the MTP module drafts per step; 0 for plain decoding.
-      prefill_chunk: tokens of each prompt per prefill step; `None` for whole prompts.
-      sequence_parallel: in prefill, each rank attends a share of the heads of all ranks' prompts.
-    Raises: ValueError: drafts without an MTP module, or a prefill that cannot be.
-    """
-
-    config: MoEConfig
-    params: dict[str, Any]
-    parallelism: Parallelism
-    mesh: RankMesh
-    precision: Arithmetic | str = "float32"
-    kv_cache: KVCache = "float32"
-    drafts: int = 0
-    prefill_chunk: int | None = None
-    sequence_parallel: bool = False
-
-    def __post_init__(self):
-        check_prefill(self.config, self.parallelism, self.prefill_chunk, self.sequence_parallel)
-        if self.drafts < 0:
-            raise ValueError(f"Generator: drafts must be at least 0, got {self.drafts}")
-        if self.drafts and "mtp" not in self.params:
-            raise ValueError(
-                f"Generator: {self.drafts} draft(s) per step need the weights of a multi-token-"
-                "prediction module, which this model was loaded without; use drafts=0"
-            )
+class Generator(PlacedModel):
+    """A model on its mesh, ready to generate: `generate` for a batch of prompts, `continuous` for
+    requests that come and go. Attributes and errors are those of `PlacedModel`."""
 
     def generate(
         self,
@@ -131,23 +86,16 @@ class Generator:
         width = padded_length(self.config, longest)
         batch = RequestBatch.of(prompts, width, self.mesh.ranks, new_tokens, self.drafts, sampler)
         compiling = time.perf_counter()
-        chunk = self.prefill_chunk and min(self.prefill_chunk, width)
-        sizes = BatchShape(
+        sizes = self.sizes(
             requests=batch.lengths.shape[1],
-            prompt=chunk or width,
-            # a padded prompt may be longer than the context; what is written beyond it is dropped
-            room=context if chunk else max(context, width),
-            drafts=self.drafts,
-            chunk=chunk,
-            sequence_parallel=self.sequence_parallel,
+            prompt=width,
+            room=context,
             greedy=sampler.temperature == 0,
-            layered=are_split(self.params),
         )
-        programs = compile_programs(
-            self.config, self.parallelism, self.mesh, self.precision, self.kv_cache, sizes
-        )
+        self.prefilling(sizes)
+        decoding = self.decoding(sizes)
         started = time.perf_counter()
-        tokens, caches = self._prefill(programs, batch, chunk, longest)
+        tokens, caches = self.prefill(batch, sizes)
         prefill_s = time.perf_counter() - started
         tally = CompletionTally(len(prompts), new_tokens, end_tokens)
         tally.add(_flat(tokens)[:, :1], np.ones(batch.requests, int))
@@ -158,7 +106,7 @@ class Generator:
             if progress is not None:
                 progress(tally.count, tally.wanted, "generating")
             inputs = batch.decode_inputs(tokens, lengths)
-            step = programs.decode(self._used, caches, inputs)
+            step = decoding.run(self.used_params, caches, inputs)
             tokens, lengths = np.asarray(step.tokens), np.asarray(step.lengths)
             caches = step.caches
             emitted = _flat(step.emitted)
@@ -178,30 +126,35 @@ class Generator:
             tally.accepted,
         )
 
-    def _prefill(
-        self, programs: Programs, batch: RequestBatch, chunk: int | None, longest: int
-    ) -> tuple[np.ndarray, tuple[Any, ...]]:
-        """The first token of each request (and a draft), `[ranks, requests, new]`; the caches."""
-        if chunk is None:
-            out = programs.prefill(self._used, batch.prefill_inputs())
-            return np.asarray(out.tokens), out.caches
-        cache = programs.empty_cache()
-        found = np.zeros((*batch.lengths.shape, 1 + (self.drafts > 0)), np.int32)
-        for start in range(0, longest, chunk):
-            inputs = batch.chunk_inputs(start, chunk, found)
-            found, cache = programs.prefill(self._used, cache, inputs)
-            found = np.asarray(found)
-        return found, (cache,)
+    def continuous(
+        self,
+        *,
+        places: int,
+        context: int | None = None,
+        sampler: Sampler | None = None,
+        end_tokens: Sequence[int] = (),
+    ) -> ContinuousBatch:
+        """A batch that requests join and leave between steps.
 
-    @property
-    def _used(self) -> dict[str, Any]:
-        """The parameters, without the draft module's where nothing is drafted."""
-        return self.params if self.drafts else {"main": self.params["main"]}
+            >>> from cmjax.models.moe import open_generator, tiny
+            >>> batch = open_generator(tiny()).continuous(places=2, context=32)
+            >>> for prompt, new_tokens in ([1, 2, 3], 9), ([4], 2), ([5, 6], 3):
+            ...     number = batch.put(prompt, new_tokens)
+            >>> [(request, len(found.tokens)) for request, found in batch]  # the third takes over
+            [(1, 2), (2, 3), (0, 9)]
 
-
-def padded_length(config: MoEConfig, prompt_tokens: int) -> int:
-    """Tokens that whole prompts are padded to, if the longest has `prompt_tokens`."""
-    return min(-(-prompt_tokens // _PROMPT_STEP) * _PROMPT_STEP, config.context_limit)
+        Args:
+          places: requests that run at once, rounded up to a multiple of the ranks.
+          context: tokens that the cache of each holds, prompt and new ones; by default as many as
+            the model is meant for.
+          sampler: by default greedy. The numbers of request `n` (as `put` numbers them) are those
+            of prompt `n` of `generate`.
+          end_tokens: a request leaves after one of these.
+        Raises: ValueError: no place, or a context that the model is not meant for.
+        """
+        return ContinuousBatch(
+            self, places=places, context=context, sampler=sampler, end_tokens=end_tokens
+        )
 
 
 def _flat(x) -> np.ndarray:

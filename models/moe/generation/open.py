@@ -18,9 +18,10 @@ from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache, Precision
 from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_checkpoint
 from cmjax.models.moe.config import LatentAttention, MoEConfig
-from cmjax.models.moe.generation.generator import Generator, padded_length
+from cmjax.models.moe.generation.generator import Generator
 from cmjax.models.moe.generation.layered import split_layers
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits
+from cmjax.models.moe.generation.placed import padded_length
 from cmjax.models.moe.generation.programs import check_prefill, place_params
 from cmjax.models.moe.model import convert_params
 from cmjax.models.moe.parallelism import Parallelism

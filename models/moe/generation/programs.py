@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, Spec, on_every_rank
@@ -70,12 +71,21 @@ class RankProgram:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-    """Prefill and decode of one batch.
+class CacheProgram:
+    """A program of a batch, and the cache that it reads, without entries.
 
-    `prefill(params, inputs)` gives a `PrefillOutput`; with chunks, `prefill(params, cache, inputs)`
-    gives found tokens and the cache. `decode(params, caches, inputs)` gives a `DecodeOutput`.
+    `run(params, inputs)` of prefill gives a `PrefillOutput`; with chunks, `run(params, cache,
+    inputs)` gives found tokens and the cache. `run(params, caches, inputs)` of decoding gives a
+    `DecodeOutput`.
     """
+
+    run: RankProgram
+    empty_cache: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Prefill and decode of one batch, each as `CacheProgram.run`."""
 
     prefill: RankProgram
     decode: RankProgram
@@ -92,7 +102,6 @@ def place_params(
     return jax.tree.map(lambda spec, x: jax.device_put(np.asarray(x), where[spec]), specs, params)
 
 
-@functools.lru_cache(maxsize=16)
 def compile_programs(
     config: MoEConfig,
     parallelism: Parallelism,
@@ -107,69 +116,148 @@ def compile_programs(
       ValueError: sequence-parallel prefill in chunks, of grouped-query attention, or of heads that
         do not divide over the ranks.
     """
+    key = (config, parallelism, mesh, precision, kv_cache)
+    prefill, decode = compile_prefill(*key, sizes), compile_decode(*key, sizes)
+    return Programs(prefill.run, decode.run, decode.empty_cache)
+
+
+@functools.lru_cache(maxsize=32)
+def compile_prefill(
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    kv_cache: KVCache,
+    sizes: BatchShape,
+) -> CacheProgram:
+    """The prefill of `compile_programs`."""
     prefill_parallelism = check_prefill(config, parallelism, sizes.chunk, sizes.sequence_parallel)
-    mtp = sizes.drafts > 0
-    where = _shardings(mesh)
-    whole_shapes = abstract_params(config, parallelism, precision, mtp=mtp)
-    specs = param_specs(whole_shapes, parallelism)
-    shapes = split_shapes(whole_shapes) if sizes.layered else whole_shapes
-
-    def on_mesh(spec, leaf):
-        shape = (parallelism.ranks, *leaf.shape) if spec is RANKED else leaf.shape
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
-
-    params = jax.tree.map(
-        lambda spec, sub: jax.tree.map(functools.partial(on_mesh, spec), sub), specs, shapes
-    )
-    ranks, each = mesh.ranks, sizes.requests
-    sampler = Sampler(temperature=0.0 if sizes.greedy else 1.0)
-    like = RequestBatch.of([[0]] * (ranks * each), sizes.prompt, ranks, 1, sizes.drafts, sampler)
-
-    def compiled(whole, *args, donate=()):
-        fn = _of_layers(whole) if sizes.layered else whole
-        rest = (RANKED,) * (len(args) - 1)
-        lifted = on_every_rank(fn, mesh, (specs, *rest), RANKED)
-        executable = jax.jit(lifted, donate_argnums=donate).lower(*args).compile()
-        return RankProgram(fn, (specs, *rest), executable)
-
-    def empty_of_rank():
-        cache = empty_cache(config, each, sizes.room, kv_cache, mtp=mtp)
-        return split_cache(cache) if sizes.layered else cache
-
-    cache = jax.tree.map(functools.partial(on_mesh, RANKED), jax.eval_shape(empty_of_rank))
+    batch = _Batch(config, parallelism, mesh, precision, kv_cache, sizes)
+    mtp, ranks, each = sizes.drafts > 0, mesh.ranks, sizes.requests
     if sizes.chunk is not None:
         found = np.zeros((ranks, each, 1 + mtp), np.int32)
-        prefill = compiled(
+        run = batch.compiled(
             chunk_fn(config, parallelism, precision, mtp=mtp),
-            params,
-            cache,
-            like.chunk_inputs(0, sizes.chunk, found),
+            batch.params,
+            batch.cache,
+            batch.like.chunk_inputs(0, sizes.chunk, found),
             donate=1,
         )
-    else:
-        whole = prefill_fn(config, prefill_parallelism, precision, kv_cache, mtp=mtp)
+        return CacheProgram(run, batch.empty)
+    whole = prefill_fn(config, prefill_parallelism, precision, kv_cache, mtp=mtp)
 
-        def first(params, inputs):
-            own = own_heads(params, prefill_parallelism) if sizes.sequence_parallel else params
-            out = whole(own, inputs)
-            return dataclasses.replace(out, caches=extend_cache(out.caches, sizes.room))
+    def first(params, inputs):
+        own = own_heads(params, prefill_parallelism) if sizes.sequence_parallel else params
+        out = whole(own, inputs)
+        return dataclasses.replace(out, caches=extend_cache(out.caches, sizes.room))
 
-        prefill = compiled(first, params, like.prefill_inputs())
-    decode_one = decode_fn(config, parallelism, precision, mtp=mtp)
+    run = batch.compiled(first, batch.params, batch.like.prefill_inputs())
+    return CacheProgram(run, batch.empty)
+
+
+def compile_decode(
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    kv_cache: KVCache,
+    sizes: BatchShape,
+) -> CacheProgram:
+    """The decode step of `compile_programs`; batches that differ in their prefill share it."""
+    sizes = dataclasses.replace(sizes, prompt=1, chunk=None, sequence_parallel=False)
+    return _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes) -> CacheProgram:
+    batch = _Batch(config, parallelism, mesh, precision, kv_cache, sizes)
+    decode_one = decode_fn(config, parallelism, precision, mtp=sizes.drafts > 0)
 
     def step(params, caches, inputs):
         return decode_one(params, dataclasses.replace(inputs, caches=caches))
 
-    inputs = like.decode_inputs(np.zeros((ranks, each, 1 + sizes.drafts), np.int32), like.lengths)
+    tokens = np.zeros((mesh.ranks, sizes.requests, 1 + sizes.drafts), np.int32)
+    inputs = batch.like.decode_inputs(tokens, batch.like.lengths)
     # the caches are donated: a step writes into them instead of copying them
-    decode = compiled(step, params, (cache,), inputs, donate=1)
+    run = batch.compiled(step, batch.params, (batch.cache,), inputs, donate=1)
+    return CacheProgram(run, batch.empty)
 
-    def empty():
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), cache
+
+@functools.lru_cache(maxsize=16)
+def compile_join(
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    kv_cache: KVCache,
+    sizes: BatchShape,
+) -> Callable[[Any, Any, np.ndarray], Any]:
+    """`join(caches, new, places)`: `caches` of a batch of `sizes`, which are donated, with those of
+    one new request a rank in the rank's place `places[rank]`; -1 where a rank has none."""
+    one = dataclasses.replace(sizes, requests=1)
+    batch = _Batch(config, parallelism, mesh, precision, kv_cache, sizes)
+    new = _Batch(config, parallelism, mesh, precision, kv_cache, one)
+    axis = 0 if sizes.layered else 1  # of requests
+
+    def put(old, entry, place):
+        at = jnp.maximum(place, 0)
+        here = lax.dynamic_slice_in_dim(old, at, 1, axis)
+        entry = jnp.where(place >= 0, entry, here)
+        return lax.dynamic_update_slice_in_dim(old, entry, at, axis)
+
+    def join(caches, new, place):
+        return jax.tree.map(functools.partial(put, place=place), caches, new)
+
+    lifted = on_every_rank(join, mesh, (RANKED, RANKED, RANKED), RANKED)
+    places = np.zeros(mesh.ranks, np.int32)
+    lowered = jax.jit(lifted, donate_argnums=0).lower((batch.cache,), (new.cache,), places)
+    return lowered.compile()
+
+
+class _Batch:
+    """Shapes of what the programs of a batch take, and how one is compiled."""
+
+    def __init__(self, config, parallelism, mesh, precision, kv_cache, sizes: BatchShape):
+        self.mesh, self.sizes = mesh, sizes
+        mtp = sizes.drafts > 0
+        where = _shardings(mesh)
+        whole = abstract_params(config, parallelism, precision, mtp=mtp)
+        self.specs = param_specs(whole, parallelism)
+        shapes = split_shapes(whole) if sizes.layered else whole
+
+        def on_mesh(spec, leaf):
+            shape = (parallelism.ranks, *leaf.shape) if spec is RANKED else leaf.shape
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
+
+        self.params = jax.tree.map(
+            lambda spec, sub: jax.tree.map(functools.partial(on_mesh, spec), sub),
+            self.specs,
+            shapes,
         )
 
-    return Programs(prefill, decode, empty)
+        def empty_of_rank():
+            cache = empty_cache(config, sizes.requests, sizes.room, kv_cache, mtp=mtp)
+            return split_cache(cache) if sizes.layered else cache
+
+        self.cache = jax.tree.map(functools.partial(on_mesh, RANKED), jax.eval_shape(empty_of_rank))
+        ranks = mesh.ranks
+        sampler = Sampler(temperature=0.0 if sizes.greedy else 1.0)
+        prompts = [[0]] * (ranks * sizes.requests)
+        self.like = RequestBatch.of(prompts, sizes.prompt, ranks, 1, sizes.drafts, sampler)
+
+    def compiled(self, whole: Callable, *args: Any, donate: Any = ()) -> RankProgram:
+        """`whole`, a program of one rank's parameters and more, for all ranks."""
+        fn = _of_layers(whole) if self.sizes.layered else whole
+        specs = (self.specs, *(RANKED,) * (len(args) - 1))
+        lifted = on_every_rank(fn, self.mesh, specs, RANKED)
+        executable = jax.jit(lifted, donate_argnums=donate).lower(*args).compile()
+        return RankProgram(fn, specs, executable)
+
+    def empty(self) -> Any:
+        """A cache of zeros."""
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), self.cache
+        )
 
 
 def _of_layers(fn: Callable) -> Callable:
