@@ -17,7 +17,7 @@ _SIZES = ("layers", "hidden", "heads", "ffn", "vocab", "sequence")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """Split training over data, tensor, pipeline and optimizer: search, or price a plan."""
+    """Split training over devices: search for plans, or price one."""
 
     model: str | None = None
     """A preset (pangu-2.6b, pangu-13b, pangu-200b, llama-2-7b, ...); or give sizes."""
