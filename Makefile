@@ -10,7 +10,10 @@ FIND_PYTHON := for p in $(PYTHON) python3.12 python3.13 python3.14 python3 pytho
 	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done
 
-.PHONY: run test test-slow test-all lint bench docs clean
+# make fuzz  files and options of any content, FUZZ examples of each kind (docs: SECURITY.md)
+FUZZ ?= 3000
+
+.PHONY: run test test-slow test-all fuzz lint bench docs clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed
@@ -24,6 +27,9 @@ test-slow: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+fuzz: $(VENV)/.installed-test
+	CMJAX_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -146,3 +146,18 @@ def test_targets_are_checked_before_the_work(tmp_path):
 def test_an_encoding_handler_leaves_a_stream_without_one_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert exit_code(lambda: print("µ")) == 0
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "cmjax", "micro", "gemm", "--m", "8"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "tyro" in line:  # of cmjax.cli, long before its main
+            break
+    process.send_signal(signal.SIGINT)
+    said = [line for line in process.communicate(timeout=60)[1].splitlines()
+            if not line.startswith("import time:")]  # fmt: skip
+    assert process.returncode == 130 and said == ["interrupted"]

@@ -33,6 +33,7 @@ FLOORS = {
     "report": 8,
     "commands": 9,
     "cli": 10,
+    "__main__": 11,
 }
 """Parts of `cmjax`, which may import what lies lower, and their own."""
 HOUSE_FLOORS = {"cmjax": 0, "train": 1, "studies": 2, "benchmarks": 2}

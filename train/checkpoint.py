@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from cmjax.inputs import parse_json
 from cmjax.interrupt import finished_first
 
 _PARTIAL = ".partial"
@@ -153,7 +154,7 @@ def latest(folder: Path, say: Callable[[str], None] | None = None) -> SavedRun |
         if problem is None:
             if problems:
                 (say or _on_stderr)(f"{'; '.join(problems)}: going back to {path}")
-            record = json.loads((path / "run.json").read_text())
+            record = parse_json((path / "run.json").read_text(encoding="utf-8"), "")
             return SavedRun(path, record["config"], record["progress"])
         problems.append(problem)
     if problems:
@@ -165,8 +166,7 @@ def _problem(path: Path, *, contents: bool = True) -> str | None:
     """What is wrong with a checkpoint, in a line, or None."""
     run = path / "run.json"
     try:
-        text = run.read_text()
-        record = json.loads(text)
+        record = parse_json(run.read_text(encoding="utf-8"), "")
         if not all(isinstance(record[name], dict) for name in ("config", "progress")):
             return f"{run} has no configuration and progress"
         if (path / _SUMS).is_file():
@@ -181,7 +181,7 @@ def _problem(path: Path, *, contents: bool = True) -> str | None:
 
 def _difference(path: Path, contents: bool) -> str | None:
     """The first file that is not as the checkpoint's checksums have it; sizes alone, if asked."""
-    listed, text = {_SUMS}, (path / _SUMS).read_text(errors="replace")
+    listed, text = {_SUMS}, (path / _SUMS).read_text(encoding="utf-8", errors="replace")
     if text and not text.endswith("\n"):
         return f"{path / _SUMS} is truncated"
     for line in text.splitlines():

@@ -25,10 +25,19 @@ from cmjax.models.moe.model import MoEModel
 from train.metrics import read_metrics
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
+from train.only_run import only_run
 
 
 def main(config: LanguageModelConfig, console: Console) -> None:
-    """Train what is left to train, and test."""
+    """Train what is left to train, and test.
+
+    Raises: ValueError: another run writes into the folder.
+    """
+    with only_run(config.out):
+        _main(config, console)
+
+
+def _main(config: LanguageModelConfig, console: Console) -> None:
     prepare_devices(RankMesh.parse(config.mesh).nodes)
     run = start(config, console)
     train(run, console)

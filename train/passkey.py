@@ -30,6 +30,7 @@ from cmjax.models.moe.layers.transformer import DenseLayer
 from cmjax.models.moe.model import MoEModel, from_config
 from train import checkpoint
 from train.metrics import LossNotFinite, MetricsLog
+from train.only_run import only_run
 from train.options import check_numbers
 
 
@@ -192,9 +193,14 @@ def train(recall: Recall) -> MoEModel:
     """The trained model: from the folder's last checkpoint if there is one, trained on if needed.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
+      ValueError: the folder holds a run of another configuration, or another run writes there.
       LossNotFinite: names the step.
     """
+    with only_run(recall.out):
+        return _train(recall)
+
+
+def _train(recall: Recall) -> MoEModel:
     model = initial_model(recall)
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params)

@@ -8,6 +8,7 @@ Prints error rates of the float32 and the integer network, and writes metrics.js
 errors.json and checkpoints into the output folder. Run again, it goes on where it was stopped.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from cmjax.mesh import prepare_devices
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train, write_recognizer
+from train.only_run import only_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train_and_test(config: Config, console: Console) -> None:
-    """Train what is left to train, test, and print the results."""
+    """Train what is left to train, test, and print the results.
+
+    Raises: ValueError: another run writes into the folder.
+    """
+    writes = config.out.is_dir() or not config.evaluate_only
+    with only_run(config.out) if writes else contextlib.nullcontext():
+        _train_and_test(config, console)
+
+
+def _train_and_test(config: Config, console: Console) -> None:
     prepare_devices(config.devices)
     if config.compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compiled.absolute()))

@@ -259,6 +259,8 @@ def prepare_mesh(mesh: RankMesh, given: str) -> None:
     try:
         prepare_devices(mesh.nodes)
     except RuntimeError as error:
+        if "backend" in str(error) and "initialize" in str(error):  # JAX_PLATFORMS, not the mesh
+            raise
         raise ValueError(f"--mesh {given}: {error}") from None
 
 

@@ -50,7 +50,7 @@ def read_measurements(machine_or_path: str) -> list[Measurement]:
         text = (resources.files("cmjax.cost") / "measurements" / origin).read_text("utf-8")
     rows = parse_csv(text, origin)
     if (names := tuple(rows[0][1]) if rows else ()) != COLUMNS:
-        found = ", ".join(names) or "nothing"
+        found = " ".join(", ".join(names).split()) or "nothing"
         raise ValueError(f"{origin}: expected the columns {', '.join(COLUMNS)}; found {found}")
     return [_row(row, f"{origin} line {line}") for line, row in records_of(rows, COLUMNS, origin)]
 

@@ -200,8 +200,8 @@ def micro(operator: str, machine: Supernode, **options) -> MicroBenchmark:
             raise ValueError(
                 f"operator {operator}: {name} must be {' or '.join(_DTYPES)}, got {shown(value)}"
             )
-        if name not in _FORMATS:
-            check_count(f"operator {operator}: {name}", value)
+        if name not in (*_FORMATS, "engine"):
+            check_count(f"operator {operator}: {name}", value, least=int(name != "after"))
     if "copies" in options or "experts" in options:
         most = options.get("experts", _EXPERTS)
         check_count(f"operator {operator}: copies", options.get("copies", _COPIES), most=most)

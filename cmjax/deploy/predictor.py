@@ -150,16 +150,15 @@ class Predictor:
         """How much longer a step takes for each reason that ranks wait for the slowest one."""
         even = dataclasses.replace(requests, load=1.0)
         level = {k: v + 0 * symbols[k] for k, v in self.symbols(even).items()}
-        jitter_s = _number(self.machine.exchange.jitter_s)
         steady = _number(0.0)
-        without = self._prices(symbols).with_jitter(
-            _stacked([steady, jitter_s, jitter_s]),
-            self.machine,
-            _stacked([symbols, symbols, level]),
-            _stacked([differences, Differences(attention=steady), differences]),
-        )
-        causes = ("jitter", "contexts", "expert load")
-        return {name: device_s - total_s for name, total_s in zip(causes, without, strict=True)}
+        exchange = dataclasses.replace(self.machine.exchange, jitter_s=steady)
+        without = {
+            "jitter": (dataclasses.replace(self.machine, exchange=exchange), symbols, differences),
+            "contexts": (self.machine, symbols, Differences(attention=steady)),
+            "expert load": (self.machine, level, differences),
+        }
+        summary = self._prices(symbols).summary
+        return {name: device_s - summary(*sizes)[0] for name, sizes in without.items()}
 
     def timeline(self, requests: Requests) -> Timeline:
         """The priced step, operation by operation."""
@@ -270,10 +269,6 @@ class _Priced:
         def total_s(machine, symbols, differences):
             return price(program, machine, symbols, differences=differences).total_s
 
-        def with_jitter(jitter_s, machine, symbols, differences):
-            steady = dataclasses.replace(machine.exchange, jitter_s=jitter_s)
-            return total_s(dataclasses.replace(machine, exchange=steady), symbols, differences)
-
         self.scatter = on_host(lambda rows: sampling_imbalance(rows, step.ranks))
         self.timeline = on_host(
             lambda machine, symbols, differences: price(
@@ -300,7 +295,6 @@ class _Priced:
             return jnp.stack(slopes, axis=-1)
 
         self.elasticities = on_host(elasticities)
-        self.with_jitter = on_host(jax.vmap(with_jitter, in_axes=(0, None, 0, 0)))
 
 
 @functools.lru_cache(maxsize=64)

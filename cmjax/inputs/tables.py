@@ -49,7 +49,7 @@ def records_of(
     Raises: ValueError: one of `columns` is missing or named twice, a row has another number of
       cells, or there is no row.
     """
-    names = [name.strip() for name in rows[0][1]] if rows else []
+    names = [" ".join(name.split()) for name in rows[0][1]] if rows else []
     if missing := [name for name in columns if names.count(name) != 1]:
         raise ValueError(
             f"{source}: no column {missing[0]}, or several; expected {', '.join(columns)}, found "

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Int16
 
 from cmjax.files import replace_bytes
-from cmjax.inputs import check_archive, parse_json, read_member
+from cmjax.inputs import check_archive, check_count, parse_json, read_member
 from cmjax.models.asr.acoustic import AcousticModel, Statistics
 from cmjax.models.asr.conv import PRECISIONS
 from cmjax.models.asr.decoding import Decoder, Decoding, make_decoder
@@ -143,6 +143,7 @@ def load_recognizer(path: Path) -> Recognizer:
             if header["format"] != FORMAT:
                 raise ValueError(f"it has format {header['format']}, and this is {FORMAT}")
             kinds = {kind: sizes for sizes, kind in _KINDS.items()}
+            _check_sizes(header["sizes"], archive)
             sizes = _options(kinds[header["network"]], header["sizes"])
             front = _options(LogMel, header["front"])
             alphabet = Alphabet(
@@ -205,6 +206,19 @@ def _fill(model: AcousticModel, precision: str, archive: zipfile.ZipFile) -> Non
             raise ValueError(f"{name} holds numbers that are not finite")
         leaf[...] = jnp.asarray(value)
     nnx.update(model, state)
+
+
+def _check_sizes(sizes: Mapping[str, Any], archive: zipfile.ZipFile) -> None:
+    """Raise ValueError for a network larger than the arrays of its file, before it is made."""
+    numbers = [value for value in sizes.values() if isinstance(value, int)]
+    for name, value in sizes.items():
+        if isinstance(value, int):
+            check_count(name, value, least=0, most=2**16)
+    layers = max((sizes[name] for name in ("blocks", "depth") if name in sizes), default=0)
+    there = sum(info.file_size for info in archive.infolist())
+    largest = math.prod(sorted(numbers)[-2:]) * 4  # bytes of a matrix of them
+    if layers > len(archive.namelist()) or largest > 16 * there + 2**26:
+        raise ValueError("its sizes are of a larger network than its arrays")
 
 
 def _options(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -232,7 +232,7 @@ def test_a_service_is_read_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[prefill", "not TOML"),
+        ("[prefill", "not valid TOML"),
         ("modle = 'tiny'", "unknown key 'modle'; it takes model"),
         ("[prefill]\ninstances = 'two'", "instances must be a whole number, got 'two'"),
         ("[prefill]\ninstances = true", "instances must be a whole number"),
@@ -290,9 +290,9 @@ def test_an_slo_that_nobody_keeps_is_refused_with_the_best(slo):
     "options, message",
     [
         ({"rate_scale": 0.0}, "rate-scale must be positive"),
-        ({"cache_blocks": -1}, "cache-blocks must not be negative"),
+        ({"cache_blocks": -1}, "cache-blocks must be at least 0"),
         ({"slo_ttft_ms": -1.0}, "slo-ttft-ms must be positive"),
-        ({"clients": -1}, "must not be negative"),
+        ({"clients": -1}, "clients must be at least 0"),
         ({"routr": "x"}, "unknown option 'routr'"),
     ],
 )

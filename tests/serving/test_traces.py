@@ -85,7 +85,7 @@ def test_every_answer_of_a_chat_is_a_request_that_shares_what_was_said(tmp_path)
     "change, message",
     [
         ({"timestamp": -5}, "line 2: time -0.005 s; times start at 0"),
-        ({"timestamp": float("nan")}, "line 2: time nan s"),
+        ({"timestamp": float("nan")}, "line 2: timestamp must be a finite number, got nan"),
         ({"input_length": 0, "hash_ids": []}, "line 2: prompt of 0 tokens"),
         ({"output_length": 0}, "line 2: output of 0 tokens"),
         ({"output_length": 1.5}, "line 2: output of 1.5 tokens"),

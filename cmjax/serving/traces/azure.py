@@ -4,6 +4,7 @@ import numpy as np
 
 from cmjax.serving.traces.columns import Columns
 
+_FIRST, _LAST = np.datetime64("1700"), np.datetime64("2250")  # what nanoseconds hold
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -26,6 +27,8 @@ class AzureReader:
             raise ValueError(f"{len(cells)} columns; {max(self.at) + 1} are needed")
         stamp, prompt, output = (cells[i] for i in self.at)
         time = np.datetime64(stamp.split("+")[0], "ns")
+        if np.isnat(time) or not _FIRST < time.astype("M8[Y]") < _LAST:
+            raise ValueError(f"TIMESTAMP {stamp!r}; a time between {_FIRST} and {_LAST} is needed")
         if self.zero is None:
             self.zero = time
         columns.add(float((time - self.zero).astype(np.int64)) * 1e-9, int(prompt), int(output))

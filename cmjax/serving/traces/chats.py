@@ -4,6 +4,7 @@ Text is counted as a token per 4 bytes of UTF-8, which is near what tokenizers o
 it.
 """
 
+from cmjax.inputs import shown
 from cmjax.serving.traces.columns import Columns, json_record, prefix_ids
 
 _BYTES_PER_TOKEN = 4
@@ -19,9 +20,15 @@ class ChatReader:
     def add(self, line: bytes, columns: Columns) -> None:
         record = json_record(line)
         said = b""
-        for turn in record.get("conversations") or record.get("messages") or ():
+        turns = record.get("conversations") or record.get("messages") or []
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"a chat must be a list of objects, got {shown(turns)}")
+        for turn in turns:
             speaker = turn.get("from") or turn["role"]
-            text = (turn.get("value") or turn.get("content") or "").encode()
+            content = turn.get("value") or turn.get("content") or ""
+            if not isinstance(content, str):
+                raise ValueError(f"what is said must be text, got {shown(content)}")
+            text = content.encode(errors="surrogatepass")
             if speaker in _ANSWERS and said and text:
                 tokens = -(-len(said) // _BYTES_PER_TOKEN)
                 size = self.block_bytes

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.inputs import parse_json
-from cmjax.serving.traces.trace import Trace, compact
+from cmjax.inputs import check_count, check_number, parse_json, shown
+from cmjax.serving.traces.trace import MOST_S, Trace, compact
+
+_MOST_TOKENS = 10**12
 
 
 class Columns:
@@ -31,6 +33,8 @@ class Columns:
         if arrival_s is not None:
             if not 0 <= arrival_s < float("inf"):
                 raise ValueError(f"time {arrival_s:g} s; times start at 0 or later")
+            if arrival_s > MOST_S:
+                raise ValueError(f"time {arrival_s:g} s; times end before {MOST_S:g} s")
             if self.arrival_s and arrival_s < self.arrival_s[-1]:
                 raise ValueError(
                     f"time {arrival_s:g} s is before the one above it ({self.arrival_s[-1]:g} s); "
@@ -40,8 +44,9 @@ class Columns:
         for name, tokens in (("prompt", prompt), ("output", output)):
             if type(tokens) is not int or tokens < 1:
                 raise ValueError(
-                    f"{name} of {tokens} tokens; a whole number of at least 1 is needed"
+                    f"{name} of {shown(tokens)} tokens; a whole number of at least 1 is needed"
                 )
+            check_count(f"{name} tokens", tokens, most=_MOST_TOKENS)
         self.prompt.append(prompt)
         self.output.append(output)
         self.block.extend(blocks)
@@ -79,6 +84,30 @@ def json_record(line: bytes | str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but a {type(record).__name__}")
     return record
+
+
+def number_of(record: dict[str, Any], name: str) -> int | float:
+    """The number that a record has under a name.
+
+    Raises: KeyError: it has none. ValueError: it is no finite number.
+    """
+    value = record[name]
+    check_number(name, value)
+    return value
+
+
+def ids_of(record: dict[str, Any], name: str) -> list[int]:
+    """The list of whole numbers of 64 bits that a record has under a name.
+
+    Raises: KeyError: it has none. ValueError: it is something else.
+    """
+    ids = record[name]
+    if not isinstance(ids, list):
+        raise ValueError(f"{name} must be a list of whole numbers, got {shown(ids)}")
+    for value in ids:
+        if type(value) is not int or not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must hold whole numbers of 64 bits, got {shown(value)}")
+    return ids
 
 
 def prefix_ids(pieces: Iterable[bytes]) -> list[int]:

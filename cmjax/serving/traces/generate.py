@@ -8,8 +8,17 @@ from cmjax.inputs import MOST_SIZE, check_number, check_seed
 from cmjax.serving.hashing import mix
 from cmjax.serving.traces.trace import Trace, compact, without_blocks
 
-_MOST = {"requests": 10**7, "trees": 10**6, "branches": 2**31, "prompt_cv": 100, "output_cv": 100}
+_MOST = {
+    "requests": 10**7,
+    "prompt": 1e12,
+    "output": 1e12,
+    "trees": 10**6,
+    "branches": 2**31,
+    "prompt_cv": 100,
+    "output_cv": 100,
+}
 _MOST_BLOCKS = 1e8
+_LEAST_RATE = 1e-4  # of 10**7 requests the last one still comes before `MOST_S`
 
 
 def generate(
@@ -53,8 +62,7 @@ def generate(
         ("block_tokens", block_tokens, 1), ("prompt_cv", prompt_cv, 0), ("output_cv", output_cv, 0),
     ):  # fmt: skip
         check_number(f"generate: {name}", value, least=low, most=_MOST.get(name, MOST_SIZE))
-    if not rate > 0:
-        raise ValueError("generate: rate must be positive, got 0")
+    check_number("generate: rate", rate, above=0, least=_LEAST_RATE)
     if not 0 <= reuse <= 1:
         raise ValueError(f"generate: reuse must lie in 0..1, got {reuse:g}")
     check_seed("generate: seed", seed)

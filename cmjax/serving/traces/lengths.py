@@ -3,7 +3,7 @@
 from array import array
 from typing import Any
 
-from cmjax.serving.traces.columns import Columns, json_record, prefix_ids
+from cmjax.serving.traces.columns import Columns, ids_of, json_record, number_of, prefix_ids
 
 _PROMPT = ("input_length", "input_toks", "input_tokens", "prompt_tokens", "prompt_len", "input_len")
 _OUTPUT = (
@@ -34,7 +34,7 @@ class LengthsReader:
         record = json_record(line)
         time = None
         if self.time is not None:
-            given = record[self.time]
+            given = number_of(record, self.time)
             if self.zero is None:
                 self.zero = given if self.time != "timestamp" else 0
             time = float(given - self.zero) * _TIMES[self.time]
@@ -42,7 +42,7 @@ class LengthsReader:
                 raise ValueError(f"{self.time} {given}; times start at 0 or later")
         blocks: list[int] = []
         if self.ids is not None:
-            ids, size = record[self.ids], self.block_tokens
+            ids, size = ids_of(record, self.ids), self.block_tokens
             if len(ids) != record[self.prompt]:
                 raise ValueError(
                     f"{len(ids)} {self.ids} for {self.prompt} "

@@ -1,6 +1,6 @@
 """Mooncake's traces (FAST'25): times in ms, lengths, and ids of prefix blocks of 512 tokens."""
 
-from cmjax.serving.traces.columns import Columns, json_record
+from cmjax.serving.traces.columns import Columns, ids_of, json_record, number_of
 
 
 class MooncakeReader:
@@ -11,10 +11,10 @@ class MooncakeReader:
 
     def add(self, line: bytes, columns: Columns) -> None:
         record = json_record(line)
-        prompt, ids = record["input_length"], record["hash_ids"]
+        prompt, ids = record["input_length"], ids_of(record, "hash_ids")
         if type(prompt) is int and prompt > 0 and len(ids) != -(-prompt // self.block_tokens):
             raise ValueError(
                 f"{len(ids)} hash_ids for input_length {prompt}; at {self.block_tokens} tokens a "
                 f"block it needs {-(-prompt // self.block_tokens)}"
             )
-        columns.add(record["timestamp"] * 1e-3, prompt, record["output_length"], ids)
+        columns.add(number_of(record, "timestamp") * 1e-3, prompt, record["output_length"], ids)

@@ -6,6 +6,7 @@ A file is read line by line and only its columns are kept, so that its size on d
 
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from cmjax.serving.traces.lengths import LengthsReader
 from cmjax.serving.traces.mooncake import MooncakeReader
 from cmjax.serving.traces.trace import Trace
 
+_MOST_LINE_BYTES = 50_000_000
 _REPORT_EVERY = 1 << 14  # lines
 _GENERATORS = ("poisson", "gamma", "constant")
 
@@ -77,12 +79,15 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
             reader = None
             for number, line in enumerate(_lines(file), 1):
                 if reader is None:
-                    reader = _reader_of(path, line, block_tokens)
+                    try:
+                        reader = _reader_of(line, block_tokens)
+                    except ValueError as error:
+                        raise ValueError(f"{path} line 1: {error}") from None
                     if reader.has_header:
                         continue
                 try:
                     reader.add(line, columns)
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, OverflowError) as error:
                     what = f"no {error}" if isinstance(error, KeyError) else error
                     raise ValueError(f"{path} line {number}: {what}") from None
                 if progress is not None and number % _REPORT_EVERY == 0:
@@ -90,7 +95,7 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
                 if requests is not None and len(columns.prompt) >= requests:
                     columns.keep(requests)
                     break
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
     if not columns.prompt:
         raise ValueError(f"{path}: no requests")
@@ -98,7 +103,11 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    return (line for line in file if line.strip())
+    while line := file.readline(_MOST_LINE_BYTES + 1):
+        if len(line) > _MOST_LINE_BYTES:
+            raise OSError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
+        if line.strip():
+            yield line
 
 
 def _is_gzip(raw: IO[bytes]) -> bool:
@@ -107,12 +116,9 @@ def _is_gzip(raw: IO[bytes]) -> bool:
     return found
 
 
-def _reader_of(path: Path, first: bytes, block_tokens: int):
-    if first.lstrip().startswith(b"{"):
-        try:
-            record = json_record(first)
-        except ValueError as error:
-            raise ValueError(f"{path} line 1: {error}") from None
+def _reader_of(first: bytes, block_tokens: int):
+    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+        record = json_record(first)
         if "hash_ids" in record:
             return MooncakeReader(block_tokens)
         if "conversations" in record or "messages" in record:
@@ -121,7 +127,7 @@ def _reader_of(path: Path, first: bytes, block_tokens: int):
     if first.upper().lstrip(b"\xef\xbb\xbf").startswith(b"TIMESTAMP"):
         return AzureReader(first)
     raise ValueError(
-        f"{path} line 1: neither a JSON object nor Azure's header TIMESTAMP,ContextTokens,"
+        f"neither a JSON object nor Azure's header TIMESTAMP,ContextTokens,"
         f"GeneratedTokens: {first[:60].decode(errors='replace').strip()!r}"
     )
 

@@ -5,6 +5,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
+MOST_S = 1e12
+"""The last second of a trace: beyond it, sums lose the milliseconds of a step."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:
@@ -42,6 +45,11 @@ class Trace:
             raise ValueError(
                 f"{self.source}: request {at + 1} arrives at {self.arrival_s[at]:g} s; times start "
                 "at 0 or later"
+            )
+        if self.arrival_s.max() > MOST_S:
+            raise ValueError(
+                f"{self.source}: a request arrives at {self.arrival_s.max():g} s; times end before "
+                f"{MOST_S:g} s"
             )
         early = np.flatnonzero(np.diff(self.arrival_s) < 0)
         if early.size:

@@ -25,7 +25,7 @@ def read_csv(file: Path, key: str | None, experts: int | None) -> Scenarios:
       repeated or unreadable cells.
     """
     rows = _rows(file)
-    header = [cell.strip().lower() for cell in rows[0]]
+    header = [" ".join(cell.split()).lower() for cell in rows[0]]
     if not {"layer", "expert", *_RENAMED}.isdisjoint(header):
         named = [_RENAMED.get(name, name) for name in header]
         return _read_long(file, named, rows[1:], missing=named != header)
