@@ -15,6 +15,8 @@ from .deploy import search as search
 from .hardware import Supernode as Supernode
 from .hardware import load_machine as load_machine
 from .mesh import RankMesh as RankMesh
+from .parallelism import ParallelPlans as ParallelPlans
+from .parallelism import parallel as parallel
 from .primitives import attention_numerics as attention_numerics
 from .primitives import combine as combine
 from .primitives import dispatch as dispatch

@@ -19,6 +19,7 @@ from cmjax.interrupt import left_at_once
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
     "place": ("Place", "where experts live, by the priced time of the MoE layer"),
+    "parallel": ("Parallel", "how to split training: plans by time and memory"),
     "serve": ("Serve", "a request trace: TTFT, TPOT, goodput, queues, cache hits"),
     "plan": ("Plan", "how many NPUs for prefill and decode, for a trace and an SLO"),
     "price": ("Price", "any JAX function, on any machine"),

@@ -28,7 +28,7 @@ FLOORS = {
     "models": 5,
     "deploy": 6,
     "serving": 7,
-    "parallel": 7,
+    "parallelism": 7,
     "codesign": 7,
     "report": 8,
     "commands": 9,

@@ -4,6 +4,7 @@ from .export import Export as Export
 from .generate import Generate as Generate
 from .machines import Machines as Machines
 from .micro import Micro as Micro
+from .parallel import Parallel as Parallel
 from .place import Place as Place
 from .plan import Plan as Plan
 from .predict import Predict as Predict

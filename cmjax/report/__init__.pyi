@@ -4,12 +4,15 @@ from .blocks import roll_up as roll_up
 from .html import Section as Section
 from .html import check_page as check_page
 from .html import write_page as write_page
+from .parallel_tables import parallel_table as parallel_table
+from .parallel_tables import rows_table as rows_table
 from .placement_page import PlacementPage as PlacementPage
 from .plots import ThroughputPoint as ThroughputPoint
 from .plots import plot_load_curve as plot_load_curve
 from .plots import plot_node_bytes as plot_node_bytes
 from .plots import plot_pareto as plot_pareto
 from .plots import plot_placement as plot_placement
+from .plots import plot_plans as plot_plans
 from .plots import plot_rank_curve as plot_rank_curve
 from .plots import plot_search as plot_search
 from .plots import plot_step as plot_step

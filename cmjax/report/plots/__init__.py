@@ -10,6 +10,7 @@ from cmjax.report.plots.placement import (
     plot_rank_curve,
     rank_curve_title,
 )
+from cmjax.report.plots.plans import plans_title, plot_plans
 from cmjax.report.plots.search import plot_search, search_title
 from cmjax.report.plots.serving import (
     latency_title,
@@ -32,11 +33,13 @@ __all__ = [
     "node_bytes_title",
     "pareto_title",
     "placement_title",
+    "plans_title",
     "plot_latency",
     "plot_load_curve",
     "plot_node_bytes",
     "plot_pareto",
     "plot_placement",
+    "plot_plans",
     "plot_queues",
     "plot_rank_curve",
     "plot_search",

@@ -1,0 +1,230 @@
+"""The training step of a dense decoder, traced in pieces: a layer, the two ends, the optimizer.
+
+Every piece is the Flax module that runs, differentiated by JAX and read as a `Program` with the
+micro-batch as a symbol. What it keeps for its backward pass is read off its residuals.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.extend.core import Literal
+
+from cmjax.models.dense import Block, DenseConfig, Embedding, Output, Recompute, TensorSplit
+from cmjax.models.dense.model import own_words
+from cmjax.program import Operand, Program, Size, trace
+
+BATCH = "micro_batch"
+_AXIS = "tensor"
+HALF = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of the model on one tensor-parallel rank.
+
+    Fields:
+      ranks: tensor-parallel ranks.
+      programs: traced when they are asked for. `forward`: its forward pass. `both`: that, its
+        backward pass, and the accumulation of gradients. `inputs`: as `both`, without gradients of
+        parameters (what a zero-bubble schedule sends on first).
+      parameters: on the rank. kept: bytes it keeps of a micro-batch between the passes.
+      passed: bytes of its input, by which it is made again when everything is recomputed.
+    """
+
+    ranks: int
+    programs: Mapping[str, Callable[[], Program]]
+    parameters: int
+    kept: Size
+    passed: Size
+
+
+@functools.lru_cache(maxsize=512)
+def layer(model: DenseConfig, split: TensorSplit, recompute: Recompute) -> Piece:
+    """One transformer layer."""
+    x = _stream(model, split)
+
+    def run(graph, params, x, keys):
+        def call(params, x):
+            return nnx.merge(graph, params)(x, keys=keys, recompute=_inner(recompute))
+
+        return (jax.checkpoint(call) if recompute == "full" else call)(params, x)
+
+    make = functools.partial(Block, model, split, dtype=HALF)
+    return _piece(make, run, (x,), _keys(model, 3), split)
+
+
+@functools.lru_cache(maxsize=512)
+def embedding(model: DenseConfig, split: TensorSplit) -> Piece:
+    """Words and positions."""
+    tokens = _tokens(model)
+
+    def run(graph, params, tokens, keys):
+        return nnx.merge(graph, params)(tokens, None if keys is None else keys[0])
+
+    make = functools.partial(Embedding, model, split, dtype=HALF)
+    return _piece(make, run, (tokens,), _keys(model, 1), split)
+
+
+@functools.lru_cache(maxsize=512)
+def output(model: DenseConfig, split: TensorSplit, recompute: Recompute) -> Piece:
+    """Final norm, query layer if there is one, and the loss."""
+    words = jax.ShapeDtypeStruct((own_words(model, split), model.hidden), HALF)
+    arguments = (_stream(model, split), words, _tokens(model))
+
+    def run(graph, params, x, words, targets, keys):
+        def call(params, x, words):
+            module = nnx.merge(graph, params)
+            return module(x, words, targets, keys=keys, recompute=_inner(recompute))
+
+        whole = recompute == "full" and model.query_layer
+        return (jax.checkpoint(call) if whole else call)(params, x, words)
+
+    make = functools.partial(Output, model, split, dtype=HALF)
+    return _piece(make, run, arguments, _keys(model, 3), split)
+
+
+@functools.lru_cache(maxsize=8)
+def optimizer_update() -> Program:
+    """Adam with decoupled weight decay and clipping, on `parameters` elements: float32 state and
+    master weights in, half-precision parameters out (optax)."""
+    (n,) = jax.export.symbolic_shape("parameters")
+    whole = jax.ShapeDtypeStruct((n,), jnp.float32)
+    transform = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b2=0.95, weight_decay=0.1)
+    )
+
+    def update(master, grads, state):
+        updates, state = transform.update(grads, state, master)
+        master = optax.apply_updates(master, updates)
+        return master, jnp.asarray(master, HALF), state
+
+    state = jax.eval_shape(transform.init, whole)
+    return trace(update, whole, whole, state, at={"parameters": 1e8})
+
+
+@functools.lru_cache(maxsize=8)
+def reduction(kind: str) -> Program:
+    """A collective over two ranks of a node, of `elements` elements of 2 bytes on a rank:
+    `all_reduce`, `all_gather` (that gives twice as many) or `send`."""
+    (n,) = jax.export.symbolic_shape("elements")
+    run = {
+        "all_reduce": lambda x: jax.lax.psum(x, "group"),
+        "all_gather": lambda x: jax.lax.all_gather(x, "group"),
+        "send": lambda x: jax.lax.ppermute(x, "group", [(0, 1)]),
+    }[kind]
+    x, tiers = jax.ShapeDtypeStruct((n,), HALF), {"group": "node"}
+    return trace(run, x, axis_sizes={"group": 2}, tiers=tiers, at={"elements": 1e8})
+
+
+def _inner(recompute: Recompute) -> Recompute:
+    return "none" if recompute == "full" else recompute
+
+
+@functools.cache
+def _batch():
+    """Sequences of a micro-batch; symbols of one scope compare as equal."""
+    return jax.export.symbolic_shape(BATCH)[0]
+
+
+def _stream(model: DenseConfig, split: TensorSplit) -> jax.ShapeDtypeStruct:
+    """Activations between layers."""
+    part = model.sequence // split.ranks if split.sequence else model.sequence
+    return jax.ShapeDtypeStruct((_batch(), part, model.hidden), HALF)
+
+
+def _tokens(model: DenseConfig) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((_batch(), model.sequence), jnp.int32)
+
+
+def _keys(model: DenseConfig, count: int):
+    if model.dropout == 0:
+        return None
+    return tuple(jax.eval_shape(lambda: jax.random.key(0)) for _ in range(count))
+
+
+def _piece(make, run, arguments: tuple, keys, split: TensorSplit) -> Piece:
+    graph, params = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    moving = tuple(i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating))
+    keep = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+
+    def forward(params, arguments, keys):
+        return run(graph, params, *arguments, keys)
+
+    def by(params, floats, arguments, keys):
+        whole = list(arguments)
+        for i, x in zip(moving, floats, strict=True):
+            whole[i] = x
+        return forward(params, whole, keys)
+
+    def start(out):
+        return jnp.ones_like(out) if out.ndim == 0 else out  # as large as the incoming gradient
+
+    def both(params, sums, arguments, keys):
+        floats = tuple(arguments[i] for i in moving)
+        out, back = jax.vjp(lambda p, f: by(p, f, arguments, keys), params, floats)
+        grads, sent = back(start(out))
+        return out, jax.tree.map(lambda a, g: a + jnp.asarray(g, a.dtype), sums, grads), sent
+
+    def inputs(params, arguments, keys):
+        floats = tuple(arguments[i] for i in moving)
+        out, back = jax.vjp(lambda f: by(params, f, arguments, keys), floats)
+        return out, back(start(out))
+
+    def kept(params, arguments, keys):
+        floats = tuple(arguments[i] for i in moving)
+        return jax.tree.leaves(jax.vjp(lambda p, f: by(p, f, arguments, keys), params, floats)[1])
+
+    def read(fn, *xs):
+        many = split.ranks > 1
+        axes = {_AXIS: split.ranks} if many else None
+        return trace(fn, *xs, axis_sizes=axes, tiers={_AXIS: "node"} if many else None, at=_AT)
+
+    return Piece(
+        ranks=split.ranks,
+        programs={
+            "forward": functools.cache(lambda: read(forward, params, arguments, keys)),
+            "both": functools.cache(lambda: read(both, params, keep, arguments, keys)),
+            "inputs": functools.cache(lambda: read(inputs, params, arguments, keys)),
+        },
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        kept=_kept_bytes(kept, split, params, arguments, keys),
+        passed=_nbytes(arguments[0]),
+    )
+
+
+_AT = {BATCH: 1.0}
+
+
+def _kept_bytes(kept: Callable, split: TensorSplit, params, arguments, keys) -> Size:
+    """Bytes of the residuals that are neither parameters nor constants; what several kernels keep
+    counts once."""
+    axes = [(_AXIS, split.ranks)] if split.ranks > 1 else []
+    jaxpr = jax.make_jaxpr(kept, axis_env=axes)(params, arguments, keys).jaxpr
+    held = len(jax.tree.leaves(params))
+    weights = set(jaxpr.invars[:held])
+    made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+
+    def origin(variable):
+        """The array that a view shows."""
+        while (eqn := made.get(variable)) is not None and eqn.primitive.name in _VIEWS:
+            if isinstance(eqn.invars[0], Literal):
+                return None
+            variable = eqn.invars[0]
+        return variable
+
+    symbol = Size.symbol(BATCH)
+    found = {origin(v) for v in jaxpr.outvars if not isinstance(v, Literal)}
+    sizes = [_nbytes(v.aval) for v in found if v is not None and v not in weights]
+    return sum((size for size in sizes if symbol.symbols() <= size.symbols()), Size())
+
+
+_VIEWS = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
+
+
+def _nbytes(x) -> Size:
+    return Operand.of(x).nbytes

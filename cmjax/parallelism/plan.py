@@ -1,0 +1,175 @@
+"""A plan: how training is split over devices in five dimensions (PanGu-alpha, section 4).
+
+devices = data x tensor x pipeline,        micro-batches = global batch / (data x micro_batch)
+"""
+
+import dataclasses
+import difflib
+from typing import Any, Literal, get_args
+
+from cmjax.models.dense import DenseConfig, Recompute
+
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+Optimizer = Literal["none", "zero1", "zero2", "zero3"]
+DIMENSIONS = ("tensor", "pipeline", "data")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A split of one training step.
+
+    Fields:
+      data, tensor, pipeline: degrees; their product is the number of devices.
+      micro_batch: sequences of a micro-batch on one data-parallel replica.
+      schedule: order of micro-batches in the pipeline. interleave: model chunks of a stage.
+      recompute: what the backward pass computes again.
+      optimizer: what is spread over the replicas: nothing, the optimizer's state (zero1), the
+        gradients too (zero2), the parameters too (zero3).
+      sequence_parallel: whether tensor-parallel ranks share the sequence between layers.
+      overlap: whether gradients are reduced while the last micro-batch is still in its backward
+        pass.
+      order: dimensions from neighbours outward: the first fills a server, the last spans the
+        machine.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    micro_batch: int = 1
+    schedule: Schedule = "1f1b"
+    interleave: int = 1
+    recompute: Recompute = "full"
+    optimizer: Optimizer = "none"
+    sequence_parallel: bool = False
+    overlap: bool = False
+    order: tuple[str, ...] = DIMENSIONS
+
+    def __post_init__(self):
+        for name in ("data", "tensor", "pipeline", "micro_batch", "interleave"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"plan: {name} must be a whole number >= 1, got {value!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"plan: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if sorted(self.order) != sorted(DIMENSIONS):
+            raise ValueError(
+                f"plan: order must name {', '.join(DIMENSIONS)} once each, such as "
+                f"{'-'.join(DIMENSIONS)}; got {'-'.join(self.order)!r}"
+            )
+        if (self.schedule == "interleaved") != (self.interleave > 1):
+            raise ValueError(
+                f"plan: schedule={self.schedule} does not go with interleave={self.interleave}; "
+                "interleaved has 2 or more chunks, every other schedule 1"
+            )
+        if self.interleave > 1 and self.pipeline == 1:
+            raise ValueError("plan: interleave needs pipeline of at least 2")
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    def micro_batches(self, global_batch: int) -> int:
+        """Micro-batches of a step on one replica."""
+        return global_batch // (self.data * self.micro_batch)
+
+    def check(self, model: DenseConfig, global_batch: int) -> None:
+        """Raises: ValueError: a degree that does not divide what it splits."""
+        t, chunks = self.tensor, self.pipeline * self.interleave
+        if self.heads_apart(model):
+            raise ValueError(
+                f"plan: tensor={t} must divide the {model.heads} heads, {model.key_heads} heads of "
+                f"keys and the feed-forward width {model.ffn}"
+            )
+        if self.sequence_parallel and model.sequence % t:
+            raise ValueError(f"plan: tensor={t} does not divide the sequence of {model.sequence}")
+        if model.layers % chunks:
+            raise ValueError(
+                f"plan: pipeline={self.pipeline} x interleave={self.interleave} does not divide "
+                f"the {model.layers} layers"
+            )
+        per_step = self.data * self.micro_batch
+        if global_batch % per_step:
+            raise ValueError(
+                f"plan: data={self.data} x micro_batch={self.micro_batch} does not divide the "
+                f"global batch of {global_batch}"
+            )
+        if self.schedule == "interleaved" and self.micro_batches(global_batch) % self.pipeline:
+            raise ValueError(
+                f"plan: interleaved needs micro-batches in multiples of pipeline={self.pipeline}, "
+                f"got {self.micro_batches(global_batch)}"
+            )
+
+    def heads_apart(self, model: DenseConfig) -> bool:
+        """Whether the tensor degree cannot split the model's layers."""
+        return any(n % self.tensor for n in (model.heads, model.key_heads, model.ffn))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; `parse_plan` takes the same names."""
+        return dataclasses.asdict(self) | {"order": "-".join(self.order)}
+
+    def __str__(self) -> str:
+        """Its degrees and what differs from the defaults, as `parse_plan` reads it."""
+        usual = Plan().to_dict()
+        values = {
+            name: value
+            for name, value in self.to_dict().items()
+            if name in _DEGREES or value != usual[name]
+        }
+        return ",".join(
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in values.items()
+        )
+
+
+_DEGREES = ("data", "tensor", "pipeline", "micro_batch", "schedule", "recompute", "optimizer")
+_CHOICES: dict[str, tuple] = {
+    "schedule": get_args(Schedule),
+    "recompute": get_args(Recompute),
+    "optimizer": get_args(Optimizer),
+}
+
+
+def parse_plan(text: str) -> Plan:
+    """A plan from `name=value,name=value`; what is not named has its default, `recompute` being
+    full. An `interleave` above 1 makes the schedule interleaved where none is named.
+
+    >>> parse_plan("data=16,tensor=8,pipeline=16,optimizer=zero1").devices
+    2048
+
+    Raises: ValueError: an unknown name or value, with what would do.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(Plan)}
+    values: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        name = name.replace("-", "_")
+        if not equals:
+            raise ValueError(f"plan: expected name=value, got {part!r}")
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, n=1) or list(kinds)
+            raise ValueError(f"plan: unknown name {name!r}; closest: {', '.join(close)}")
+        if name in values:
+            raise ValueError(f"plan: {name} is given twice")
+        values[name] = _read(name, value, kinds[name])
+    interleaved = values.get("interleave", 1) != 1
+    if interleaved and values.get("schedule", "1f1b") == "1f1b":
+        values["schedule"] = "interleaved"  # as Megatron names 1F1B with virtual stages
+    if values.get("schedule") == "zero-bubble":
+        values["schedule"] = "zero_bubble"
+    return Plan(**values)
+
+
+def _read(name: str, value: str, kind: object) -> object:
+    if kind is int:
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"plan: {name} must be a whole number >= 1, got {value!r}")
+        return int(value)
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if value.lower() not in words:
+            raise ValueError(f"plan: {name} must be true or false, got {value!r}")
+        return words[value.lower()]
+    return tuple(value.split("-")) if name == "order" else value

@@ -1,0 +1,260 @@
+"""How long a step takes under a plan: its pieces' timelines, put together by the schedule.
+
+    step = pipeline(f, b, send) + reduction of gradients that is not hidden + optimizer
+
+Every term is the price of a traced `Program`. Pieces are priced for all micro-batches and places
+of a search at once (`vmap`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from cmjax.cost import price
+from cmjax.cost.host import on_host
+from cmjax.hardware import Supernode
+from cmjax.models.dense import DenseConfig, TensorSplit
+from cmjax.parallelism import pieces
+from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
+from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.schedules import StageTimes, pipeline_s
+from cmjax.program import Program
+
+On = tuple[int, int, int]
+"""Ranks of a group by tier."""
+_GATHERS = {(False, False): 8, (False, True): 10, (True, False): 10, (True, True): 13}
+"""All-gathers' worth of bytes that a layer sends, by sequence parallelism and full recomputation;
+an all-reduce is two."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step and what they are made of.
+
+    Fields:
+      pipeline: all micro-batches through all stages. busy: of it, what the slowest stage works.
+      reduction: gradients (and gathered parameters) over the replicas, as far as it is waited for.
+      optimizer: the update. tied: the sum of the two ends' word gradients.
+    """
+
+    pipeline: float
+    busy: float
+    reduction: float
+    optimizer: float
+    tied: float
+
+    @property
+    def step_s(self) -> float:
+        return self.pipeline + self.reduction + self.optimizer + self.tied
+
+
+class Prices:
+    """Seconds of pieces on a machine; each is priced once.
+
+    Args:
+      model, machine: what is trained, where.
+      micro_batches: all that will be asked for, so that a piece is priced for them together.
+      eager: the recomputed pass computes what nobody reads too, the last product and the last
+        all-reduce of a layer, as PyTorch's checkpoint does; JAX leaves that out.
+    """
+
+    def __init__(
+        self,
+        model: DenseConfig,
+        machine: Supernode,
+        micro_batches: tuple[int, ...],
+        *,
+        eager: bool = False,
+    ):
+        self.model, self.machine, self.eager = model, machine, eager
+        self.batches = tuple(sorted(set(micro_batches)))
+        self._known: dict[tuple, dict[int, float]] = {}
+        self._sent: dict[tuple, float] = {}
+
+    def step(self, plan: Plan, global_batch: int) -> StepTime:
+        """Seconds of a step under a plan that divides (`Plan.check`)."""
+        model, machine = self.model, self.machine
+        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
+        on = layout(plan.order, degrees, machine)
+        split, b, m = split_of(plan), plan.micro_batch, plan.micro_batches(global_batch)
+
+        def seconds(piece: pieces.Piece, part: str) -> float:
+            return self._piece(piece, part, on["tensor"])[b]
+
+        layer = pieces.layer(model, split, plan.recompute)
+        first = pieces.embedding(model, split)
+        last = pieces.output(model, split, plan.recompute)
+        each, count = seconds(layer, "both"), model.layers // plan.pipeline
+        if self.eager and plan.recompute == "full":
+            whole = pieces.layer(model, split, "none")
+            each = seconds(whole, "forward") + seconds(whole, "both")
+        ends = seconds(first, "both"), seconds(last, "both")
+        own_query = each if model.query_layer else 0.0  # in `last`, and a layer all the same
+        stage = count * each
+        if plan.pipeline == 1:
+            slowest = total = stage + ends[0] + ends[1] - own_query
+        else:
+            slowest = max(stage + ends[0], stage + ends[1] - own_query)
+            total = plan.pipeline * stage + ends[0] + ends[1] - own_query
+        weights = 0.0
+        if plan.schedule == "zero_bubble":
+            weights = model.layers * max(0.0, each - seconds(layer, "inputs"))
+        send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
+        times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
+        pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
+
+        held = float(max(
+            stage_parameters(model, plan, first=True), stage_parameters(model, plan, first=False)
+        ))  # fmt: skip
+        backward = slowest - count * seconds(layer, "forward")
+        reduction = self._reduction(plan, held, on["data"], m, slowest, backward)
+        shards = 1 if plan.optimizer == "none" else plan.data
+        update = self._update(held / shards)
+        tied = 0.0
+        if model.tied and plan.pipeline > 1:
+            words = model.vocab / plan.tensor * model.hidden
+            tied = self._collective("all_reduce", words, _pair(on["pipeline"]))
+        return StepTime(
+            pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
+        )
+
+    def at_least_s(self, plan: Plan, global_batch: int) -> float:
+        """A lower bound of a step's seconds, for which only one rank's pieces are traced: they are
+        split evenly at best, and what is sent takes as long as its bytes."""
+        model, t, p, b = self.model, plan.tensor, plan.pipeline, plan.micro_batch
+        m, one, whole = plan.micro_batches(global_batch), TensorSplit(), (1, 1, 1)
+        on = layout(plan.order, {"data": plan.data, "tensor": t, "pipeline": p}, self.machine)
+        layer = pieces.layer(model, one, plan.recompute)
+        least = self._piece(layer, "both", whole)[b] / t
+        stream = PARAMETER_BYTES * b * model.sequence * model.hidden
+        gathers = _GATHERS[plan.sequence_parallel, plan.recompute == "full"]
+        each = least + self._wire_s(gathers * stream, on["tensor"])
+        end = self._piece(pieces.output(model, one, plan.recompute), "both", whole)[b] / t
+        stage = model.layers / p * each
+        slowest = stage + end - (least if model.query_layer else 0.0)
+        idle = (p - 1) / plan.interleave * stage
+        if plan.schedule == "zero_bubble":
+            # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
+            weights = 1.1 * (least - self._piece(layer, "inputs", whole)[b] / t)
+            weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
+            weights += 20 * float(self.machine.chip.matrix_startup_s)
+            idle *= max(0.0, 1 - 2 * weights / each)
+        send = self._furthest_s(stream / t, on["pipeline"])
+        sends = 2 * (m * plan.interleave + p - 1) * send
+        held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
+        whole_s = self._wire_s(2 * held, on["data"])
+        reduction = max(0.0, min(  # whatever the optimizer is spread over
+            times * whole_s - passes * slowest * plan.overlap
+            for times, passes in ((1.0, 1), ((m + 1) / 2, m), (1.5 * m, m))
+        ))  # fmt: skip
+        return float((m * slowest + idle + sends + reduction) * 0.98)
+
+    def _wire_s(self, nbytes: float, on: On) -> float:
+        """At least what an all-gather of that many bytes takes."""
+        part = shares(on, self.machine)
+        return max(nbytes * share / rate for share, rate in zip(part, self._rates, strict=True))
+
+    def _furthest_s(self, nbytes: float, on: On) -> float:
+        return nbytes / self._rates[reach(on)] if max(on) > 1 else 0.0
+
+    @functools.cached_property
+    def _rates(self) -> tuple[float, ...]:
+        """Bytes a second of every tier, at best."""
+        fabric, exchange = self.machine.fabric, self.machine.exchange
+        best = max(float(exchange.bandwidth), float(exchange.bandwidth_from_hbm))
+        tiers = fabric.die, fabric.node, fabric.supernode
+        return tuple(float(tier.bandwidth_bytes_per_s) * best for tier in tiers)
+
+    def _reduction(self, plan: Plan, held, on: On, m: int, micro_s, backward_s) -> float:
+        """Exposed seconds of what replicas tell one another: an all-reduce of the gradients, or,
+        spread, a reduce-scatter of them and an all-gather of parameters, which is as much. Nobody
+        holds all gradients under zero2, so every micro-batch is reduced; under zero3 the parameters
+        are gathered in both of its passes besides."""
+        whole = self._collective("all_reduce", held, on)
+        times = {"zero2": (m + 1) / 2, "zero3": 1.5 * m}.get(plan.optimizer, 1.0)
+        every = m * (backward_s if plan.optimizer == "zero2" else micro_s)
+        hidden = every if plan.optimizer in ("zero2", "zero3") else backward_s
+        return max(0.0, times * whole - (hidden if plan.overlap else 0.0))
+
+    def _update(self, parameters: float) -> float:
+        key = ("update", parameters)
+        if key not in self._sent:
+            sizes = {"parameters": parameters}
+            self._sent[key] = float(_time(pieces.optimizer_update(), self.machine, sizes))
+        return self._sent[key]
+
+    def _piece(self, piece: pieces.Piece, part: str, on: On) -> dict[int, float]:
+        key = (piece, part, on)
+        if key not in self._known:
+            program = piece.programs[part]()
+            if piece.ranks > 1:
+                program = _far(program, piece.ranks, reach(on))
+            sizes = {pieces.BATCH: np.array(self.batches, float)}
+            sizes |= dict(zip(SHARES, shares(on, self.machine), strict=True))
+            found = _times(program, self.machine, _needed(program, sizes))
+            self._known[key] = dict(zip(self.batches, map(float, found), strict=True))
+        return self._known[key]
+
+    def _send(self, plan: Plan, elements: float, on: Mapping[str, On]) -> float:
+        """Seconds from one stage to the next. Ranks of a tensor-parallel group hold the same: each
+        sends its part to its own peer, and they gather it there (arXiv 2104.04473, section 4.1)."""
+        if plan.pipeline == 1 or plan.tensor == 1 or plan.sequence_parallel:
+            return self._collective("send", elements, on["pipeline"])
+        part = elements / plan.tensor
+        sent = self._collective("send", part, on["pipeline"])
+        return sent + self._collective("all_gather", elements / 2, on["tensor"])  # of two traced
+
+    def _collective(self, kind: str, elements: float, on: On) -> float:
+        if on == (1, 1, 1) or elements == 0:
+            return 0.0
+        key = (kind, elements, on)
+        if key not in self._sent:
+            self._sent[key] = self._priced(kind, elements, on)
+        return self._sent[key]
+
+    def _priced(self, kind: str, elements: float, on: On) -> float:
+        part = shares(on, self.machine)
+        if kind == "send":  # to a neighbour, on the furthest links that any of them uses
+            part = tuple(1.0 if tier == reach(on) else 0.0 for tier in range(3))
+            elements = elements / 2  # `on_any_links` takes a peer for one of two ranks
+        program = _far(pieces.reduction(kind), 2, reach(on))
+        sizes = {"elements": elements, **dict(zip(SHARES, part, strict=True))}
+        return float(_time(program, self.machine, sizes))
+
+
+def _pair(on: On) -> On:
+    """Two ranks at the ends of a group."""
+    return tuple(2 if tier == reach(on) else 1 for tier in range(3))  # type: ignore[return-value]
+
+
+def _needed(program: Program, sizes: Mapping) -> dict:
+    return {name: size for name, size in sizes.items() if name in program.symbols}
+
+
+@functools.lru_cache(maxsize=1024)
+def _far(program: Program, ranks: int, furthest: int) -> Program:
+    return on_any_links(program, ranks, furthest)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pricer(program: Program, batched: bool) -> Callable:
+    def one(machine, sizes):
+        return price(program, machine, sizes).total_s
+
+    def many(machine, batch, sizes):
+        return jax.vmap(lambda b: one(machine, {**sizes, pieces.BATCH: b}))(batch)
+
+    return on_host(many if batched else one)
+
+
+def _time(program: Program, machine: Supernode, sizes: Mapping[str, float]):
+    return _pricer(program, False)(machine, _needed(program, sizes))
+
+
+def _times(program: Program, machine: Supernode, sizes: dict):
+    batch = sizes.pop(pieces.BATCH)
+    return _pricer(program, True)(machine, batch, sizes)

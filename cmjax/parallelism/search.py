@@ -1,0 +1,216 @@
+"""The search: every plan that divides and fits, priced; the fastest first.
+
+It is exhaustive over its space. Three things keep it small: a plan that does not fit is not priced;
+of plans that differ only in what cannot make a step faster one is taken (GPipe never beats 1F1B; an
+optimizer is spread as little as fits); and one whose layers and optimizer alone take longer than
+the last of the best so far is left out.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from cmjax.hardware import Supernode
+from cmjax.models.dense import DenseConfig
+from cmjax.parallelism.links import layout
+from cmjax.parallelism.memory import USABLE, Memory, fits, memory_of
+from cmjax.parallelism.plan import DIMENSIONS, Optimizer, Plan, Schedule
+from cmjax.parallelism.pricing import Prices
+from cmjax.parallelism.result import GIB, PricedPlan, priced
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+CHUNKS = (2, 3, 4, 6, 8)
+OPTIMIZERS: tuple[Optimizer, ...] = ("none", "zero1", "zero2", "zero3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: plans, fastest first; how many divide, and how many of those were found
+    to fit and priced (the others are too slow whatever they need, or fit nowhere)."""
+
+    plans: tuple[PricedPlan, ...]
+    considered: int
+    feasible: int
+
+
+def price_plan(model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int) -> PricedPlan:
+    """One plan, priced.
+
+    Raises: ValueError: degrees that do not divide, more devices than the machine has, or a plan
+      that does not fit, with how much is missing and what would help.
+    """
+    plan.check(model, global_batch)
+    check_devices(plan.devices, machine)
+    memory = memory_of(model, plan, global_batch)
+    if not fits(memory, machine):
+        raise ValueError(f"plan: {too_large(memory.peak, machine)}; {_advice(model, plan)}")
+    return price_anyway(model, machine, plan, global_batch)
+
+
+def price_anyway(
+    model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int, *, eager: bool = False
+) -> PricedPlan:
+    """One plan that divides, priced whether it fits or not; `eager` as `Prices` takes it."""
+    time = Prices(model, machine, (plan.micro_batch,), eager=eager).step(plan, global_batch)
+    memory, peak = memory_of(model, plan, global_batch), float(machine.chip.cube_flops_16bit)
+    return priced(model, plan, global_batch, time, memory, peak)
+
+
+def search(
+    model: DenseConfig,
+    machine: Supernode,
+    devices: int,
+    global_batch: int,
+    *,
+    top: int = 5,
+    overlap: bool = True,
+) -> Found:
+    """The fastest plans for a number of devices.
+
+    Args:
+      model, machine: what is trained, where.
+      devices: how many of the machine's are used; all of them by every plan.
+      global_batch: sequences of a step.
+      top: plans to return.
+      overlap: whether gradients may be reduced during the backward pass.
+    Raises: ValueError: no plan divides, or none fits; the message says by how much.
+    """
+    check_devices(devices, machine)
+    prices = Prices(model, machine, MICRO_BATCHES)
+    peak_flops = float(machine.chip.cube_flops_16bit)
+    least, considered, feasible = None, 0, 0
+    found: list[PricedPlan] = []
+    bounded = [
+        (prices.at_least_s(placed, global_batch), placed)
+        for plan in _candidates(model, devices, global_batch, overlap)
+        for placed in _orders(plan, machine)
+    ]
+    bounded.sort(key=lambda pair: pair[0])
+    for bound, placed in bounded:
+        considered += 1
+        if len(found) == top and bound > found[-1].step_s:
+            continue  # the rest is slower, and as many plans that fit are known
+        fitting, leanest = _fitting(model, placed, global_batch, machine)
+        if least is None or leanest[0] < least[0]:
+            least = leanest
+        if fitting is None:
+            continue
+        feasible += 1
+        plan, memory = fitting
+        time = prices.step(plan, global_batch)
+        found.append(priced(model, plan, global_batch, time, memory, peak_flops))
+        found.sort(key=lambda plan: plan.step_s)
+        del found[top:]
+    if least is None:
+        raise ValueError(
+            f"no plan divides {devices} devices, {model.layers} layers, {model.heads} heads and a "
+            f"global batch of {global_batch}; try {_friendly(devices)} devices, or a global batch "
+            "that their data-parallel replicas divide"
+        )
+    if not found:
+        peak, plan = least
+        raise ValueError(
+            f"the model fits nowhere on {devices} devices: {too_large(peak, machine)} with the "
+            f"leanest plan ({plan}); more devices, a smaller global batch or a device with more "
+            "memory would help"
+        )
+    return Found(plans=tuple(found), considered=considered, feasible=feasible)
+
+
+def _fitting(
+    model: DenseConfig, plan: Plan, global_batch: int, machine: Supernode
+) -> tuple[tuple[Plan, Memory] | None, tuple[float, Plan]]:
+    """The plan with its optimizer spread as little as fits, and the leanest one tried."""
+    for optimizer in OPTIMIZERS if plan.data > 1 else OPTIMIZERS[:1]:
+        option = dataclasses.replace(plan, optimizer=optimizer)
+        memory = memory_of(model, option, global_batch)
+        if fits(memory, machine):
+            return (option, memory), (memory.peak, option)
+    return None, (memory.peak, option)
+
+
+def check_devices(devices: int, machine: Supernode) -> None:
+    """Raises: ValueError: fewer than one device, or more than the machine has."""
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    if devices > machine.ranks:
+        raise ValueError(f"{devices} devices are asked for; {machine.name} has {machine.ranks}")
+
+
+def too_large(peak: float, machine: Supernode) -> str:
+    """What is missing, in words."""
+    usable = USABLE * float(machine.chip.hbm_bytes)
+    return (
+        f"a device needs {peak / GIB:.1f} GiB and has {usable / GIB:.1f} to use "
+        f"({(peak - usable) / GIB:.1f} GiB are missing)"
+    )
+
+
+def _candidates(
+    model: DenseConfig, devices: int, global_batch: int, overlap: bool
+) -> Iterator[Plan]:
+    for tensor in _divisors(devices):
+        for pipeline in _divisors(devices // tensor):
+            data = devices // tensor // pipeline
+            if model.layers % pipeline or global_batch % data:
+                continue
+            for micro_batch, recompute, sequence in itertools.product(
+                MICRO_BATCHES, ("none", "selective", "full"), (False, True)
+            ):
+                if sequence and tensor == 1:
+                    continue
+                for schedule, chunks in _schedules(pipeline):
+                    plan = Plan(
+                        data=data, tensor=tensor, pipeline=pipeline, micro_batch=micro_batch,
+                        recompute=recompute, sequence_parallel=sequence, schedule=schedule,
+                        interleave=chunks, overlap=overlap and data > 1,
+                    )  # fmt: skip
+                    if _divides(plan, model, global_batch):
+                        yield plan
+
+
+def _schedules(pipeline: int) -> list[tuple[Schedule, int]]:
+    if pipeline == 1:
+        return [("1f1b", 1)]
+    return [("1f1b", 1), ("zero_bubble", 1), *(("interleaved", chunks) for chunks in CHUNKS)]
+
+
+def _divides(plan: Plan, model: DenseConfig, global_batch: int) -> bool:
+    try:
+        plan.check(model, global_batch)
+    except ValueError:
+        return False
+    return True
+
+
+def _orders(plan: Plan, machine: Supernode) -> list[Plan]:
+    """The plan with every order of the dimensions that lies differently on the machine."""
+    degrees = {name: getattr(plan, name) for name in DIMENSIONS}
+    seen = {}
+    for order in itertools.permutations(DIMENSIONS):
+        placed = layout(order, degrees, machine)
+        seen.setdefault(tuple(placed[name] for name in DIMENSIONS), order)
+    return [dataclasses.replace(plan, order=order) for order in seen.values()]
+
+
+def _advice(model: DenseConfig, plan: Plan) -> str:
+    ideas = []
+    if plan.recompute != "full":
+        ideas.append("recompute=full")
+    if plan.data > 1 and plan.optimizer != "zero3":
+        ideas.append("optimizer=zero1" if plan.optimizer == "none" else "optimizer=zero3")
+    if plan.micro_batch > 1:
+        ideas.append("a smaller micro_batch")
+    if plan.tensor > 1 and not plan.sequence_parallel:
+        ideas.append("sequence_parallel=true")
+    ideas.append("a larger tensor or pipeline degree")
+    return f"{' or '.join(ideas)} would help"
+
+
+def _friendly(devices: int) -> int:
+    """The largest power of two of at most that many."""
+    return 1 << (devices.bit_length() - 1)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
