@@ -14,6 +14,7 @@ import tyro
 
 from cmjax import commands
 from cmjax.console import exit_code, terminal
+from cmjax.interrupt import left_at_once
 
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         _refuse_empty(given[1:])
-        kind = getattr(commands, _COMMANDS[name][0])
+        with left_at_once():
+            kind = getattr(commands, _COMMANDS[name][0])
         command = tyro.cli(
             kind,
             args=given[1:],

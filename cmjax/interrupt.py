@@ -5,6 +5,7 @@
 A checkpoint is written by threads of Orbax; to leave while they work hangs or tears them apart.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -42,6 +43,29 @@ def raised_signals() -> Iterator[list[int]]:
         for number in heeded:
             signal.signal(number, stop)
         yield came
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def left_at_once() -> Iterator[None]:
+    """Inside, where modules are imported and nothing is written, a signal ends the process with its
+    line: a library that an exception meets half imported prints a traceback of its own."""
+    if not _in_main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"terminated\n" if number == signal.SIGTERM else b"interrupted\n")
+        os._exit(128 + number)
+
+    before = {n: signal.getsignal(n) for n in _SIGNALS}
+    heeded = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
+    try:
+        for number in heeded:
+            signal.signal(number, leave)
+        yield
     finally:
         for number in heeded:
             signal.signal(number, before[number])

@@ -33,7 +33,7 @@ def parse_json(text: str | bytes, source: str, *, line: int = 1) -> Any:
     {'a': [1, 2]}
     >>> parse_json('{"a": 1,}', "loads.json")
     Traceback (most recent call last):
-    ValueError: loads.json line 1: not valid JSON (Illegal trailing comma before end of object ...
+    ValueError: loads.json line 1: not valid JSON (...
     """
     try:
         given = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
