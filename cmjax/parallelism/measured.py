@@ -9,7 +9,6 @@ of a layer again, and stages are furthest apart. No constant is fitted to rows, 
 A100 machines were chosen, among published micro-benchmarks, after some rows had been seen.
 """
 
-import csv
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from cmjax.hardware import Supernode
+from cmjax.inputs import check_count, read_csv, shown
 from cmjax.models.dense import DenseConfig
 from cmjax.parallelism.memory import fits, memory_of
 from cmjax.parallelism.plan import Plan
@@ -30,6 +30,8 @@ VOCABULARY = 51_200
 ORDER = ("tensor", "data", "pipeline")
 """Megatron's and DeepSpeed's ranks: stages are furthest apart (`mpu/initialize.py` of the one,
 `PipeModelDataParallelTopology` of the other)."""
+
+_NEEDED = ("hidden", "heads", "layers", "sequence", "tensor", "pipeline", "global_batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +112,19 @@ def compare(path: Path, machine: Supernode) -> Comparison:
 
     Raises: ValueError: a file that cannot be read or has no row that can be priced.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = list(csv.DictReader(file))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: is no CSV table: {error}") from None
+    table = read_csv(path)
+    names = [name.strip() for name in table[0][1]] if table else []
+    if missing := [name for name in _NEEDED if name not in names]:
+        raise ValueError(
+            f"{path}: no row can be priced: no column {missing[0]}; expected {', '.join(_NEEDED)} "
+            "and what was measured"
+        )
     rows, skipped = [], []
-    for line, row in enumerate(table, start=2):
+    for line, cells in table[1:]:
         try:
-            rows += list(_priced(line, row, machine))
+            if len(cells) != len(names):
+                raise ValueError(f"expected {len(names)} cells, found {len(cells)}")
+            rows += list(_priced(line, dict(zip(names, cells, strict=True)), machine))
         except ValueError as error:
             skipped.append(f"line {line}: {error}")
     if not rows:
@@ -217,9 +221,11 @@ def _count(row: Mapping[str, str], name: str, default: int | None = None) -> int
     text = (row.get(name) or "").strip()
     if not text and default is not None:
         return default
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"column {name} must be a whole number >= 1, got {text!r}")
-    return int(text)
+    if not (text.isascii() and text.isdecimal()) or len(text) > 15 or int(text) < 1:
+        raise ValueError(f"column {name} must be a whole number >= 1, got {shown(text)}")
+    value = int(text)
+    check_count(f"column {name}", value)
+    return value
 
 
 def _number(row: Mapping[str, str], name: str) -> float:
@@ -228,5 +234,5 @@ def _number(row: Mapping[str, str], name: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise ValueError(f"column {name} must be a positive number, got {row[name]!r}")
+        raise ValueError(f"column {name} must be a positive number, got {shown(row[name])}")
     return value

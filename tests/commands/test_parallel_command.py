@@ -100,10 +100,17 @@ def test_bad_input_is_one_clear_line(arguments, says, capsys):
     assert says in error and error.count("\n") == 1
 
 
+HEAD = "hidden,heads,layers,sequence,tensor,pipeline,global_batch,iteration_ms"
+
+
 def test_a_file_without_a_row_that_can_be_priced_is_refused(capsys, tmp_path):
     for text, says in (
         ("", "no row can be priced"),
-        ("a,b\n1,2\n", "line 2: column hidden must be a whole number >= 1, got ''"),
+        ("a,b\n1,2\n", "no row can be priced: no column hidden; expected hidden, heads"),
+        (HEAD + "\n1024,16,8\n", "line 2: expected 8 cells, found 3"),
+        (HEAD + "\nx,16,8,512,1,1,8,100\n", "line 2: column hidden must be a whole number >= 1"),
+        (HEAD + "\n1024,16,8,512,1,1,8,-1\n", "column iteration_ms must be a positive number"),
+        (HEAD + "\n" + "9" * 5000 + ",16,8,512,1,1,8,1\n", "line 2: column hidden must be"),
     ):
         path = tmp_path / "rows.csv"
         path.write_text(text)
@@ -111,7 +118,7 @@ def test_a_file_without_a_row_that_can_be_priced_is_refused(capsys, tmp_path):
         assert says in capsys.readouterr().err
     path.write_bytes(b"\xff\xfe\x00")
     assert main(["parallel", "--on", "a100-pod", "--measured", str(path)]) == 2
-    assert "is no CSV table" in capsys.readouterr().err
+    assert "is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
