@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cmjax.cli import main
 
 fuzzed = settings(settings.get_profile("fuzz"), deadline=None)
-REFUSED_WITHIN_S = 5.0  # on a loaded machine; imports and traces are paid before
+REFUSED_WITHIN_S = 10.0  # on a loaded machine; imports and traces are paid before
 PARSER = "For full helptext"  # how the parser of options ends its frame
 BEFORE = "no tokenizer: every byte is a token"
 
