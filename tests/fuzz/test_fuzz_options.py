@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from cmjax.cli import main
 
 fuzzed = settings(settings.get_profile("fuzz"), deadline=None)
-REFUSED_WITHIN_S = 10.0  # on a loaded machine; imports and traces are paid before
+REFUSED_WITHIN_S = 10.0  # of the processor; imports are within
 PARSER = "For full helptext"  # how the parser of options ends its frame
 BEFORE = "no tokenizer: every byte is a token"
 
 
 def _ran(*arguments: str) -> tuple[int, str, float]:
-    """Exit code, standard error and seconds of a command."""
+    """Exit code, standard error and processor seconds of a command."""
     said = io.StringIO()
-    begin = time.monotonic()
+    begin = time.process_time()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = main(arguments)
         except SystemExit as left:  # the parser of options
             code = int(left.code or 0)
-    return code, said.getvalue(), time.monotonic() - begin
+    return code, said.getvalue(), time.process_time() - begin
 
 
 def _check(arguments, *, refused: bool) -> None:
