@@ -74,6 +74,7 @@ def predict(
         check_number("slo-tpot-ms", slo_tpot_ms, above=0)
     if plan is not None and loads is None:
         raise ValueError("plan needs loads: the counts that its experts serve")
+    requests.of(deployment)  # what makes no sense is refused before a model is traced
     counts = None if loads is None else as_loads(loads, Recording())
     placed = None if plan is None else _read_plan(plan, deployment, machine)
     table = None if placed is None else plan_table(placed, deployment, machine)

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from cmjax.cli import main
 
 fuzzed = settings(settings.get_profile("fuzz"), deadline=None)
-REFUSED_WITHIN_S = 5.0  # of CPU; imports and traces are paid before
+REFUSED_WITHIN_S = 10.0  # of the processor; imports are within
 PARSER = "For full helptext"  # how the parser of options ends its frame
 BEFORE = "no tokenizer: every byte is a token"
 
 
 def _ran(*arguments: str) -> tuple[int, str, float]:
-    """Exit code, standard error and CPU seconds of a command."""
+    """Exit code, standard error and processor seconds of a command."""
     said = io.StringIO()
     begin = time.process_time()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
