@@ -81,8 +81,9 @@ def msd_dot(
     Gradient: straight-through, that of the exact `x @ W.T + bias`, for x, w_scale (int8), offset
       and bias; w has none.
     Under `jit`, a row of x with an infinity or NaN gives a row of NaN. A result beyond float32
-    saturates at its largest number, and nothing does on the way to one that fits. Rows (mxfp4:
-    blocks) whose maximum is under 2**-100 count as 0.
+    saturates at its largest number, and nothing does on the way to one that fits; but in mxfp4,
+    sums that overflow on their way are not told from infinities, and those of both signs give NaN.
+    Rows (mxfp4: blocks) whose maximum is under 2**-100 count as 0.
     Raises: ValueError, TypeError: shapes or dtypes that do not fit; rows longer than 132,104 (int32
       would overflow); and where the values are known, an infinity or NaN in x and a scale that is
       not positive and finite.
