@@ -297,8 +297,8 @@ DAMAGES = {
         r"no \.safetensors file in this folder",
     ),
     "other architecture": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
-        "model_type must be one of deepseek_v2, .* got 'llama'",
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+        "model_type must be one of deepseek_v2, .* got 'gpt2'",
     ),
     "other quantization": (
         lambda folder: (folder / "config.json").write_text(
@@ -378,7 +378,8 @@ def test_every_parameter_is_some_tensors_and_no_two_tensors_overlap():
         mtp = config.mtp_layers > 0
         shapes = abstract_params(config, one_rank(config), "float32", mtp=mtp)
         held = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-        placed = [shapes["main"]["moe"], *([shapes["mtp"]["stack"]] if mtp else [])]
+        placed = [] if config.dense else [shapes["main"]["moe"]]
+        placed += [shapes["mtp"]["stack"]] if mtp else []
         tables = sum(
             int(np.prod(stack["layers"]["moe"][name].shape))
             for stack in placed
