@@ -41,6 +41,20 @@ annotations.install(CHECKED, but=UNCHECKED)
 settings.register_profile("cmjax", deadline=None, derandomize=True)
 settings.load_profile("cmjax")
 
+LONGEST = frozenset(Path(__file__).with_name("longest.txt").read_text(encoding="utf-8").split())
+"""Files and functions that are slow beside those marked so in place: each took more than 3.5 s where
+two processes ran the whole suite (`pytest -n 2 -m "not slow" --durations=300`)."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the longest tests slow."""
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        if name in LONGEST or name.split("::")[0] in LONGEST:
+            item.add_marker(pytest.mark.slow)
+
+
 _ENDED = itertools.count()
 MOST_MAPS = 40_000
 """Compiled programs are memory maps; XLA dies of the 65,530th, which Linux does not give."""

@@ -160,3 +160,9 @@ def test_no_two_test_files_share_a_name():
     """pytest imports a test file under its bare name, so a second one of that name is an error."""
     names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert not [name for name, next_ in itertools.pairwise(names) if name == next_]
+
+
+def test_the_longest_tests_are_there():
+    for name in (ROOT / "tests/longest.txt").read_text(encoding="utf-8").split():
+        path, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), name
