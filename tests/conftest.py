@@ -42,8 +42,8 @@ settings.register_profile("cmjax", deadline=None, derandomize=True)
 settings.load_profile("cmjax")
 
 LONGEST = frozenset(Path(__file__).with_name("longest.txt").read_text(encoding="utf-8").split())
-"""Files and functions that are slow beside those marked so in place: each took more than 3.5 s where
-two processes ran the whole suite (`pytest -n 2 -m "not slow" --durations=300`)."""
+"""Files and functions that are slow beside those marked so in place: each took more than 3.5 s
+where two processes ran the whole suite (`pytest -n 2 -m "not slow" --durations=300`)."""
 
 
 @pytest.hookimpl(tryfirst=True)
