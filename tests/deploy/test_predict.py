@@ -150,7 +150,7 @@ def test_sensitivities_name_what_the_step_waits_for(decode):
     dimensional = sum(
         value if k.endswith("_s") and "_per_s" not in k else -value
         for k, value in found.items()
-        if k.split(".")[0] in ("chip", "fabric", "exchange")
+        if k.split(".")[0] in ("chip", "fabric", "exchange", "engines")
         and any(u in k for u in units)
         and k != "chip.l2_bytes"
     )
