@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cmjax import native
 from cmjax.models.moe.config import LinearScaling, YarnConfig
 from cmjax.models.moe.layers.rope import frequencies
 from cmjax.models.moe.model import parameters
@@ -76,7 +77,11 @@ def test_bad_options_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_at_128_times_the_trained_length_xl3m_still_finds_what_the_others_have_lost(tmp_path):
+def test_at_128_times_the_trained_length_xl3m_still_finds_what_the_others_have_lost(
+    tmp_path, monkeypatch
+):
+    # What so short a training finds this far out depends on its rounding: it is XLA's here.
+    monkeypatch.setattr(native, "available", lambda: False)
     unsure = train(Recall(out=tmp_path / "unsure"))
     never_unsure = train(Recall(out=tmp_path / "never", unanswerable=0.0))
     rng = np.random.default_rng(7)
