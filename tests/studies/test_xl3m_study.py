@@ -81,7 +81,8 @@ def test_at_128_times_the_trained_length_xl3m_still_finds_what_the_others_have_l
     tmp_path, monkeypatch
 ):
     # What so short a training finds this far out depends on its rounding: it is XLA's here.
-    monkeypatch.setattr(native, "available", lambda: False)
+    off = dataclasses.replace(native.status(), enabled=False)
+    monkeypatch.setattr("cmjax.primitives.define.status", lambda: off)
     unsure = train(Recall(out=tmp_path / "unsure"))
     never_unsure = train(Recall(out=tmp_path / "never", unanswerable=0.0))
     rng = np.random.default_rng(7)
