@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from rich.table import Table
 
@@ -37,6 +37,7 @@ from cmjax.models.asr.dfsmn import ConvDFSMN, ConvDFSMNConfig
 from cmjax.models.asr.export import network_to_onnx
 from cmjax.models.asr.features import LogMel
 from cmjax.models.asr.wav2letter import Wav2letter, Wav2letterConfig
+from cmjax.options import run_program
 from cmjax.primitives.convolution import calibrate
 
 WINOGRAD = "int8-winograd"
@@ -175,4 +176,4 @@ def _run(call: Callable, *args) -> Run:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program(main, Options, __doc__))

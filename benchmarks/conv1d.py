@@ -13,6 +13,7 @@ XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from rich.console import Console
 from rich.progress import track
@@ -32,6 +32,7 @@ from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
 from cmjax.files import replace_text
+from cmjax.options import run_program
 from cmjax.primitives.convolution import calibrate
 from cmjax.primitives.convolution.packed import prepack
 from cmjax.primitives.convolution.winograd import winograd_conv1d
@@ -204,4 +205,4 @@ def _quantized(shape: Shape, algorithm: str, domain: Literal["int8", "int16"]) -
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    sys.exit(run_program(main, Config, __doc__))

@@ -17,16 +17,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import nnx
 from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax import native
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, from_config
 from cmjax.models.moe.layers.cache import empty_cache
 from cmjax.models.moe.model import parameters
+from cmjax.options import run_program
 
 CONFIG = MoEConfig(
     vocab_size=512,
@@ -117,4 +117,4 @@ def _models() -> dict[str, MoEModel]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(tyro.cli(Options, description=__doc__))))
+    sys.exit(run_program(main, Options, __doc__))

@@ -1,328 +1,274 @@
-"""Generation on CPU: every arithmetic beside transformers on torch, and the bound memory sets.
+"""Generation on CPU: every arithmetic beside transformers and llama.cpp, and memory's bound.
 
-    python -m benchmarks.generate                                  # Qwen3-MoE, batches of 1 and 4
-    python -m benchmarks.generate --model deepseek --batches 1 16 --prompt 1024
-    python -m benchmarks.generate --no-peers                       # without torch
-    python -m benchmarks.generate --json out/generate.json
+    python -m benchmarks.generate                                # batches of 1, 4 and 16
+    python -m benchmarks.generate --model deepseek --batches 1 --prompts 128
+    python -m benchmarks.generate --peers-python PEERS/bin/python   # a Python that has the peers
+    python -m benchmarks.generate --quick                        # two layers: does it run?
+    python -m benchmarks.generate --json out/generate.json --plot out/generate.png
 
-The checkpoint has random weights: transformers writes it into a temporary folder, from which both
-sides read it (`--no-peers` needs none). Candidates take turns in one process (`benchmarks.timing`
-says why). A turn is one prefill and a few decode steps, greedy; the least time of a prefill and of
-a step over all turns is what a candidate can do, whatever else the machine does. The bound is the
-bytes of weights that one token touches (a batch: the experts that its tokens are expected to
-touch), over the rate at which `cmjax_sum_words` reads memory.
+The peers are `pip install "cmjax[peers]"`, here or in a Python of their own; one that is absent is
+left out with a line. All read one checkpoint of random weights. Every system is a process of its
+own, so that its peak memory is its own; they take turns, so that their ratios are of one run. A
+turn is a prefill and a few decode steps, greedy; the least time of a prefill and of a step over all
+turns is what a system can do, whatever else the machine does. The bound is what a step has to read
+(`benchmarks.generate_models.step_bytes`) over the rate at which `cmjax_sum_words` reads memory.
 """
 
-import contextlib
 import dataclasses
-import gc
 import json
-import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax import native
-from cmjax.console import exit_code, terminal
+from benchmarks.generate_models import Family, step_bytes, write_model
+from benchmarks.generate_plot import plot_decode
+from cmjax.console import terminal
+from cmjax.files import check_writable, replace_text
 from cmjax.models import moe
-from cmjax.models.moe.generation.open import GeneratorOptions
+from cmjax.options import run_program
+from cmjax.report.figure_path import checked_path
 
-QWEN = {
-    "vocab_size": 8192,
-    "hidden_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "moe_intermediate_size": 512,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "intermediate_size": 2048,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-}
-DEEPSEEK = {
-    "vocab_size": 8192,
-    "hidden_size": 1024,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": 512,
-    "kv_lora_rank": 256,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-    "intermediate_size": 2048,
-    "moe_intermediate_size": 512,
-    "n_routed_experts": 32,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-Candidate = tuple[Callable[[], tuple[float, list[float]]], float]
-"""A turn, which gives seconds of its prefill and of each step; and bits of a weight."""
+OWN = ("float32", "bfloat16", "int8", "msd_w8a16", "msd_w4a16")
+PEERS = ("transformers float32", "transformers bfloat16", "llama.cpp Q8_0", "llama.cpp Q4_0")
+HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What is timed."""
 
-    model: Literal["qwen", "deepseek"] = "qwen"
+    model: Family = "qwen"
     """Architecture: Qwen3-MoE (grouped-query attention) or DeepSeek-V3 (latent attention)."""
-    batches: tuple[int, ...] = (1, 4)
+    batches: tuple[int, ...] = (1, 4, 16)
     """Requests of a batch."""
-    prompt: int = 128
+    prompts: tuple[int, ...] = (128, 1024)
     """Tokens of every prompt."""
     steps: int = 16
     """Decode steps of a turn."""
-    seconds: float = 30.0
-    """Time for each batch size, all candidates together; three turns of each at least."""
-    arithmetics: tuple[str, ...] = ("float32", "bfloat16", "int8", "msd_w8a16", "msd_w4a16")
+    rounds: int = 4
+    """Turns of each system, and one before them that is not counted."""
+    arithmetics: tuple[str, ...] = OWN
     """What this library computes in."""
-    peers: bool = True
-    """Time transformers on torch too. Without them the weights are random numbers of our own."""
+    peers: tuple[str, ...] = PEERS
+    """Which peers to time; give none with `--peers` alone."""
+    peers_python: Path = Path(sys.executable)
+    """The Python that has the peers."""
+    quick: bool = False
+    """A model of two layers, one batch, 32 tokens and four steps, once."""
     json: Path | None = None
     """Write the numbers here as well."""
+    plot: Path | None = None
+    """Draw decoding here, as PNG or SVG."""
 
     def __post_init__(self):
-        if min(*self.batches, self.prompt, self.steps) < 1 or not self.seconds > 0:
+        sizes = (*self.batches, *self.prompts, self.steps, self.rounds)
+        if not (self.batches and self.prompts) or min(sizes) < 1:
             raise ValueError(
-                "--batches, --prompt, --steps and --seconds must be positive, got "
-                f"{self.batches}, {self.prompt}, {self.steps} and {self.seconds}"
+                "--batches, --prompts, --steps and --rounds must be positive, got "
+                f"{self.batches}, {self.prompts}, {self.steps} and {self.rounds}"
             )
+        for name in self.peers:
+            if name not in PEERS:
+                raise ValueError(f"--peers must be of {', '.join(PEERS)}, got {name!r}")
+        for name in self.arithmetics:
+            moe.Arithmetic.of(name)
+        if not self.peers_python.is_file():
+            raise ValueError(f"--peers-python {self.peers_python}: no such file")
+        if self.json is not None:
+            check_writable(self.json)
+        if self.plot is not None:
+            checked_path(self.plot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one system did with one batch.
+
+    Fields:
+      first_token_s: the prefill. decode_tokens_per_s: of all requests. bound_tokens_per_s: if
+        reading what a step touches were all. peak_bytes: most resident memory during it.
+    """
+
+    system: str
+    batch: int
+    prompt: int
+    first_token_s: float
+    decode_tokens_per_s: float
+    bound_tokens_per_s: float
+    peak_bytes: int | None
+
+
+class System:
+    """A process that takes turns."""
+
+    def __init__(self, name: str, command: Sequence[str]):
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.loaded = self._answer()
+
+    def turn(self, prompts: np.ndarray, steps: int) -> dict[str, Any]:
+        """A prefill and `steps` decode steps."""
+        assert self._process.stdin is not None
+        request = {"prompts": prompts.tolist(), "steps": steps}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        _, errors = self._process.communicate()
+        last = (errors.strip().splitlines() or ["it wrote nothing"])[-1]
+        raise ValueError(f"{self.name} ended: {last}")
 
 
 def main(options: Options) -> None:
     """Time and print."""
-    console = terminal()
-    rate = read_rate()
-    console.print(f"{native.status().reason}; memory is read at {rate / 1e9:.1f} GB/s")
-    rows: list[dict[str, Any]] = []
+    console, layers = terminal(), None
+    if options.quick:
+        options = dataclasses.replace(options, batches=(1,), prompts=(32,), steps=4, rounds=1)
+        layers = 2
+    rate = _read_rate()
+    console.print(f"memory is read at {rate / 1e9:.1f} GB/s")
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        source: Path | moe.MoEConfig = Path(folder)
-        if options.peers:
-            write_checkpoint(options.model, source)
-        else:
-            source = config_of(options.model, source)
-        peers = dict(transformers_turns(Path(folder), console)) if options.peers else {}
-        opened = {}
-        for name in options.arithmetics:
-            start = time.perf_counter()
-            opened[name] = moe.open_generator(
-                source, options=GeneratorOptions(arithmetic=name, drafts=0)
-            )
-            console.print(f"{name} in place: {time.perf_counter() - start:.1f} s")
-        gc.collect()
-        for batch in options.batches:
-            prompts = np.random.default_rng(0).integers(0, 8192, (batch, options.prompt))
-            candidates: dict[str, Callable[[], tuple[float, list[float]]]] = {}
-            for name, make in peers.items():
-                candidates[f"transformers {name}"] = make(prompts, options.steps)
-            for name, generator in opened.items():
-                candidates[name] = own_turn(generator, prompts, options.steps)
-            times = take_turns(candidates, options.seconds)
-            rows += [
-                {
-                    "candidate": name,
-                    "batch": batch,
-                    "prompt": options.prompt,
-                    "prefill_s": prefill,
-                    "decode_tokens_per_s": batch / step,
-                    "bound_tokens_per_s": batch * rate / touched_bytes(options.model, name, batch),
-                }
-                for name, (prefill, step) in times.items()
-            ]
-            console.print(_table(rows, batch))
+        config = write_model(options.model, Path(folder), layers)
+        systems = _open(options, folder, console)
+        random = np.random.default_rng(0)
+        for prompt in options.prompts:
+            for batch in options.batches:
+                prompts = random.integers(0, config.vocab_size, (batch, prompt))
+                found = _take_turns(systems, prompts, options)
+                best = max(rate, _read_rate())  # the machine may have been busy before
+                rows, rate = [_bounded(row, best / rate) for row in rows], best
+                for name, (first, step, peak) in found.items():
+                    least = step_bytes(config, name, batch, prompt + options.steps // 2)
+                    rows.append(
+                        Row(
+                            system=name,
+                            batch=batch,
+                            prompt=prompt,
+                            first_token_s=first,
+                            decode_tokens_per_s=batch / step,
+                            bound_tokens_per_s=batch * rate / least,
+                            peak_bytes=peak,
+                        )
+                    )
+                console.print(_table([r for r in rows if (r.batch, r.prompt) == (batch, prompt)]))
+                _save(options, rate, systems, rows)
+        for system in systems:
+            system.close()
+
+
+def _bounded(row: Row, faster: float) -> Row:
+    """The row with the bound of memory that is `faster` times as fast."""
+    return dataclasses.replace(row, bound_tokens_per_s=faster * row.bound_tokens_per_s)
+
+
+def _save(options: Options, rate: float, systems: list[System], rows: list[Row]) -> None:
+    """Write what there is so far: a long run that is stopped has lost nothing."""
     if options.json is not None:
-        options.json.write_text(json.dumps({"read_bytes_per_s": rate, "rows": rows}, indent=1))
+        report = {
+            "read_bytes_per_s": rate,
+            "model": options.model,
+            "loaded": {system.name: system.loaded for system in systems},
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        replace_text(options.json, json.dumps(report, indent=1) + "\n")
+    if options.plot is not None:
+        plot_decode(rows, options.plot)
 
 
-def take_turns(
-    candidates: dict[str, Callable[[], tuple[float, list[float]]]], seconds: float
-) -> dict[str, tuple[float, float]]:
-    """Least prefill and least step of each candidate, in seconds."""
-    least = {name: (float("inf"), float("inf")) for name in candidates}
-    for turn in candidates.values():
-        turn()
-    done, end = 0, time.perf_counter() + seconds
-    while done < 3 or time.perf_counter() < end:
-        done += 1
-        for name, turn in candidates.items():
-            time.sleep(0.02)  # threads of the one before may still spin
-            prefill, steps = turn()
-            least[name] = min(least[name][0], prefill), min(least[name][1], *steps)
-    return least
+def _open(options: Options, folder: str, console: Console) -> list[System]:
+    """The systems that are there, their weights in place."""
+    most = str(max(options.batches)), str(max(options.prompts))
+    worker = (sys.executable, "-m", "benchmarks.generate_worker")
+    commands = {f"cmjax {a}": (*worker, a, folder, *most) for a in options.arithmetics}
+    peer = (str(options.peers_python), str(HERE / "generate_peers.py"))
+    commands = {name: (*peer, *name.split(), folder) for name in options.peers} | commands
+    systems = []
+    for name, command in commands.items():
+        system = System(name, command)
+        if "absent" in system.loaded:
+            console.print(f"{name} is left out: {system.loaded['absent']}; see --peers-python")
+            system.close()
+            continue
+        peak = _gigabytes(system.loaded["load_peak_bytes"])
+        console.print(f"{name}: in place in {system.loaded['load_s']:.1f} s, peak {peak} GB")
+        systems.append(system)
+    return systems
 
 
-def own_turn(generator: Any, prompts: np.ndarray, steps: int) -> Callable:
-    """A turn of this library: what a caller of `generate` waits for."""
-
-    def turn() -> tuple[float, list[float]]:
-        ticks: list[float] = []
-        found = generator.generate(
-            prompts.tolist(), steps + 1, progress=lambda *_: ticks.append(time.perf_counter())
-        )
-        return found.prefill_s, np.diff(ticks).tolist()
-
-    return turn
-
-
-def transformers_turns(folder: Path, console: Console) -> Iterator[tuple[str, Callable]]:
-    """Turns of transformers in float32 and bfloat16, or a line that says why there are none."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        console.print(f"transformers is not measured: {error}; pip install transformers torch")
-        return
-
-    for name in ("float32", "bfloat16"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name))
-        model.eval()
-
-        def make(prompts: np.ndarray, steps: int, model=model) -> Callable:
-            tokens = torch.from_numpy(prompts)
-
-            @torch.inference_mode()
-            def turn() -> tuple[float, list[float]]:
-                start = time.perf_counter()
-                found = model(tokens, use_cache=True, logits_to_keep=1)
-                token = found.logits[:, -1].argmax(-1, keepdim=True)
-                ticks = [time.perf_counter()]
-                for _ in range(steps):
-                    found = model(token, past_key_values=found.past_key_values, use_cache=True)
-                    token = found.logits[:, -1].argmax(-1, keepdim=True)
-                    token.tolist()
-                    ticks.append(time.perf_counter())
-                return ticks[0] - start, np.diff(ticks).tolist()
-
-            return turn
-
-        yield name, make
+def _take_turns(
+    systems: list[System], prompts: np.ndarray, options: Options
+) -> dict[str, tuple[float, float, int | None]]:
+    """Least prefill and least step of each in seconds, and its peak memory."""
+    for system in systems:
+        system.turn(prompts, options.steps)
+    found: dict[str, tuple[float, float, int | None]] = {}
+    for _ in range(options.rounds):
+        for system in systems:
+            turn = system.turn(prompts, options.steps)
+            new = (turn["prefill_s"], min(turn["steps_s"]), turn["peak_bytes"])
+            old = found.get(system.name, (np.inf, np.inf, None))
+            found[system.name] = (min(old[0], new[0]), min(old[1], new[1]), new[2])
+    return found
 
 
-def config_of(model: str, folder: Path) -> moe.MoEConfig:
-    """The model, without a checkpoint; `folder` is written to."""
-    kind, sizes = ("qwen3_moe", QWEN) if model == "qwen" else ("deepseek_v3", DEEPSEEK)
-    path = folder / "config.json"
-    path.write_text(json.dumps({"model_type": kind, "rope_theta": 10000.0, **sizes}))
-    return moe.load_config(path)
+def _read_rate() -> float:
+    reads = System(
+        "reads", (sys.executable, "-m", "benchmarks.generate_worker", "reads", "", "", "")
+    )
+    reads.close()
+    return reads.loaded["bytes_per_s"]
 
 
-def write_checkpoint(model: str, folder: Path) -> None:
-    """A checkpoint of random weights, as transformers writes it.
-
-    Raises: ValueError: transformers or torch is not installed.
-    """
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"the checkpoint needs transformers and torch ({error}); use --no-peers without them"
-        ) from None
-    torch.manual_seed(0)
-    with _quiet():
-        if model == "qwen":
-            config = transformers.Qwen3MoeConfig(**QWEN)
-            made = transformers.Qwen3MoeForCausalLM(config)
-        else:
-            config = transformers.DeepseekV3Config(**DEEPSEEK)
-            made = transformers.DeepseekV3ForCausalLM(config)
-        made.save_pretrained(folder)
-
-
-def touched_bytes(model: str, candidate: str, batch: int) -> float:
-    """Bytes of weights that a decode step reads, every expert that is expected to be used once."""
-    sizes = QWEN if model == "qwen" else DEEPSEEK
-    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
-    heads, ffn = sizes["num_attention_heads"], sizes["moe_intermediate_size"]
-    experts = sizes.get("num_experts", sizes.get("n_routed_experts", 0))
-    if model == "qwen":
-        dim = sizes["head_dim"]
-        attention = hidden * dim * (2 * heads + 2 * sizes["num_key_value_heads"])
-        dense, shared = 0, 0
-    else:
-        q, kv, rope = sizes["q_lora_rank"], sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]
-        nope, out = sizes["qk_nope_head_dim"], sizes["v_head_dim"]
-        attention = hidden * (q + kv + rope) + q * heads * (nope + rope)
-        attention += kv * heads * (nope + out) + heads * out * hidden
-        dense, shared = sizes["first_k_dense_replace"], sizes["n_shared_experts"]
-    used = experts * (1 - (1 - sizes["num_experts_per_tok"] / experts) ** batch) + shared
-    weights = layers * attention + (layers - dense) * used * 3 * hidden * ffn
-    weights += dense * 3 * hidden * sizes["intermediate_size"] + hidden * sizes["vocab_size"]
-    bits = {"float32": 32, "bfloat16": 16, "msd_w4a16": 4.25}.get(candidate.split()[-1], 8)
-    return weights * bits / 8
-
-
-def read_rate() -> float:
-    """Bytes per second at which this machine reads memory, with all the threads XLA has."""
-    words = jnp.ones((1 << 26,), jnp.int32)
-    if native.status().enabled:
-        out = jax.ShapeDtypeStruct((1,), jnp.int32)
-        total = jax.jit(lambda x: native.call("cmjax_sum_words", out, x))
-    else:
-        total = jax.jit(jnp.sum)
-    total(words).block_until_ready()
-    least = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        total(words).block_until_ready()
-        least = min(least, time.perf_counter() - start)
-    return words.nbytes / least
-
-
-def _table(rows: list[dict[str, Any]], batch: int) -> Table:
-    here = [row for row in rows if row["batch"] == batch]
-    peers = {r["candidate"]: r for r in here if r["candidate"].startswith("transformers")}
-    table = Table(title=f"batch {batch}, prompts of {here[0]['prompt']} tokens")
+def _table(rows: list[Row]) -> Table:
+    peers = [row for row in rows if not row.system.startswith("cmjax")]
+    title = f"batch {rows[0].batch}, prompts of {rows[0].prompt} tokens"
+    keys = [f"{letter}: {peer.system}" for letter, peer in zip("abcd", peers, strict=False)]
+    table = Table(title=title, caption=f"times as fast as {', '.join(keys)}" if keys else None)
+    letters = [f"/{key[0]}" for key in keys]
     table.add_column("")
-    for name in ("decode, tokens/s", "of the bound", *(f"/ {p}" for p in peers), "prefill, s"):
+    columns = ("decode, tokens/s", "bound", "of it", *letters, "first token, s", *letters)
+    for name in (*columns, "peak, GB"):
         table.add_column(name, justify="right")
-    for name in peers:
-        table.add_column(f"/ {name}", justify="right")
-    for row in here:
-        speed = row["decode_tokens_per_s"]
+    for row in rows:
+        speed = row.decode_tokens_per_s
         table.add_row(
-            row["candidate"],
+            row.system,
             f"{speed:,.1f}",
-            f"{speed / row['bound_tokens_per_s']:.0%}",
-            *(f"{speed / peer['decode_tokens_per_s']:.2f}" for peer in peers.values()),
-            f"{row['prefill_s']:.3f}",
-            *(f"{peer['prefill_s'] / row['prefill_s']:.2f}" for peer in peers.values()),
+            f"{row.bound_tokens_per_s:,.0f}",
+            f"{speed / row.bound_tokens_per_s:.0%}",
+            *(f"{speed / peer.decode_tokens_per_s:.2f}" for peer in peers),
+            f"{row.first_token_s:.3f}",
+            *(f"{peer.first_token_s / row.first_token_s:.2f}" for peer in peers),
+            _gigabytes(row.peak_bytes),
         )
     return table
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the writer."""
-    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]
-        else:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = before
+def _gigabytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 1e9:.2f}"
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(tyro.cli(Options, description=__doc__))))
+    sys.exit(run_program(main, Options, __doc__))

@@ -14,6 +14,7 @@ factor of 1.5, a third.
 """
 
 import collections
+import dataclasses
 import math
 import os
 import sys
@@ -30,8 +31,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from rich.table import Table
 
 from benchmarks.timing import least_times
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.mesh import RankMesh
+from cmjax.options import run_program
 from train.data.text import Windows, grammar_text
 from train.moe.config import LanguageModelConfig
 from train.moe.train_step import initial, make_step
@@ -77,8 +79,20 @@ class Product:
         return lambda: dot(x, y).block_until_ready()
 
 
-def main(config: LanguageModelConfig, threads: int, seconds: float) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Training steps beside their matrix products."""
+
+    config: tyro.conf.OmitArgPrefixes[LanguageModelConfig]
+    threads: int = 1
+    """Cores to run on."""
+    seconds: float = 20.0
+    """How long each is repeated."""
+
+
+def main(options: Options) -> None:
     """Time and print."""
+    config, threads, seconds = options.config, options.threads, options.seconds
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     mesh = RankMesh.parse(config.mesh)
     if mesh.ranks != 1:
@@ -143,13 +157,4 @@ def _table(counts: "collections.Counter[Product]", least: dict) -> Table:
 
 
 if __name__ == "__main__":
-
-    def command(
-        config: tyro.conf.OmitArgPrefixes[LanguageModelConfig],
-        threads: int = 1,
-        seconds: float = 20.0,
-    ):
-        """Training steps beside their matrix products."""
-        main(config, threads, seconds)
-
-    sys.exit(exit_code(lambda: tyro.cli(command)))
+    sys.exit(run_program(main, Options, __doc__))

@@ -16,14 +16,16 @@ from collections.abc import Callable
 # Before JAX starts: two threads of one process would share what is being measured.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.options import run_program
 from cmjax.primitives import flash_attention, pasa_attention
 
 
@@ -85,12 +87,15 @@ def gradient_of(f: Callable) -> Callable:
     return jax.grad(lambda q, k, v: jnp.sum(f(q, k, v) ** 2), (0, 1, 2))
 
 
-def main(repeats: int = 15) -> None:
-    """Time every shape.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of this benchmark."""
 
-    Args:
-      repeats: rounds over which the smallest time is taken.
-    """
+    repeats: int = 15
+    """Rounds over which the smallest time is taken."""
+
+
+def main(options: Options) -> None:
     names = list(candidates(False))
     table = Table("ratio to jax.nn in float32, one thread", f"{names[0]} ms", *names[1:])
     for shape in SHAPES + GRADIENT:
@@ -99,7 +104,7 @@ def main(repeats: int = 15) -> None:
             functions = {name: gradient_of(f) for name, f in functions.items()}
         operands = shape.operands()
         runs = {name: run_of(f, operands) for name, f in functions.items()}
-        best = least_times(runs, seconds=0, rounds=repeats, calls=1)  # some take a second
+        best = least_times(runs, seconds=0, rounds=options.repeats, calls=1)  # some take a second
         base = best[names[0]]
         table.add_row(
             shape.name, f"{base * 1e3:.1f}", *(f"{best[name] / base:.2f}" for name in names[1:])
@@ -108,4 +113,4 @@ def main(repeats: int = 15) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(run_program(main, Options, __doc__))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.cost import price
+from cmjax.cost.waiting import Differences
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predictor import Predictor
 from cmjax.hardware import load_machine, replace_leaf
@@ -31,7 +32,8 @@ def main() -> None:
     def step_s(batch, context, load, hbm_bytes_per_s):
         symbols = predictor.step.symbols({"batch": batch, "context": context, "load": load})
         changed = replace_leaf(machine, "chip.hbm_bytes_per_s", hbm_bytes_per_s)
-        return price(predictor.program, changed, symbols).total_s
+        differences = Differences(attention=0.02, load=load)
+        return price(predictor.program, changed, symbols, differences=differences).total_s
 
     one = jax.jit(step_s)
     start = time.perf_counter()

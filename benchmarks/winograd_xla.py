@@ -8,17 +8,18 @@ counts.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.options import run_program
 from cmjax.primitives.convolution.packed import prepack
 from cmjax.primitives.convolution.winograd import winograd_conv1d
 
@@ -90,4 +91,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    sys.exit(run_program(main, Config, __doc__))

@@ -10,11 +10,10 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from cmjax import commands
 from cmjax.console import exit_code, terminal
 from cmjax.interrupt import left_at_once
+from cmjax.options import parsed
 
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
@@ -52,13 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_empty(given[1:])
         with left_at_once():
             kind = getattr(commands, _COMMANDS[name][0])
-        command = tyro.cli(
-            kind,
-            args=given[1:],
-            prog=f"cmjax {name}",
-            description=_description(kind),
-            config=(tyro.conf.DisallowNone,),
-        )
+        command = parsed(kind, given[1:], description=_description(kind), prog=f"cmjax {name}")
         command.run(terminal())
 
     return exit_code(run)

@@ -8,11 +8,13 @@ A checkpoint is written by threads of Orbax; to leave while they work hangs or t
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_Handler = Callable[[int, FrameType | None], None]
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,68 +31,68 @@ def raised_signals() -> Iterator[list[int]]:
       that moment may turn the exception into one of its own.
     """
     came: list[int] = []
-    if not _in_main_thread():  # signals are the main thread's
-        yield came
-        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         came.append(number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = {n: signal.getsignal(n) for n in _SIGNALS}
-    heeded = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
-    try:
-        for number in heeded:
-            signal.signal(number, stop)
+    with _handled_by(stop):
         yield came
-    finally:
-        for number in heeded:
-            signal.signal(number, before[number])
 
 
 @contextmanager
 def left_at_once() -> Iterator[None]:
     """Inside, where modules are imported and nothing is written, a signal ends the process with its
     line: a library that an exception meets half imported prints a traceback of its own."""
-    if not _in_main_thread():
+    with _handled_by(_leave):
         yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"terminated\n" if number == signal.SIGTERM else b"interrupted\n")
-        os._exit(128 + number)
-
-    before = {n: signal.getsignal(n) for n in _SIGNALS}
-    heeded = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
-    try:
-        for number in heeded:
-            signal.signal(number, leave)
-        yield
-    finally:
-        for number in heeded:
-            signal.signal(number, before[number])
 
 
 @contextmanager
 def finished_first() -> Iterator[None]:
     """What is done inside is done to its end; Ctrl-C and SIGTERM take effect behind it."""
-    if not _in_main_thread():
-        yield
-        return
     came: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         came.append(number)
 
-    before = {number: signal.signal(number, remember) for number in _SIGNALS}
     try:
-        yield
+        with _handled_by(remember):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def leave_at_once() -> None:
+    """From here on, a signal ends the process with its line, until another handler takes over."""
+    _handle_by(_leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: one line, and the process ends."""
+    os.write(2, b"terminated\n" if number == signal.SIGTERM else b"interrupted\n")
+    os._exit(128 + number)
+
+
+@contextmanager
+def _handled_by(handler: _Handler) -> Iterator[None]:
+    """Inside, signals that are not ignored go to `handler`; signals are the main thread's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _handle_by(handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _handle_by(handler: _Handler) -> dict[signal.Signals, Any]:
+    """What handled the signals before, of those that now go to `handler`."""
+    before = {n: signal.getsignal(n) for n in _SIGNALS}
+    heeded = {n: earlier for n, earlier in before.items() if earlier is not signal.SIG_IGN}
+    for number in heeded:
+        signal.signal(number, handler)
+    return heeded

@@ -57,11 +57,14 @@ class RankMesh:
       nodes: number of nodes.
       npus: NPUs per node (8 in CloudMatrix384).
       dies: ranks per NPU; 1 if the NPU is one rank, 2 for one rank per die of an Ascend 910C.
+      tensor: ranks of a tensor-parallel group, neighbours in a node; 1 for none. Where a group
+        is more than an NPU and less than a node, the axis `npu` is split into `group` and `npu`.
     """
 
     nodes: int
     npus: int = 8
     dies: int = 1
+    tensor: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -71,15 +74,20 @@ class RankMesh:
                     f"RankMesh: {field.name} must be an integer of at least 1, got {value!r}"
                 )
         check_count("mesh: ranks", self.ranks, most=_MOST_RANKS)
+        if self.tensor not in self.tensor_sizes:
+            raise ValueError(
+                f"RankMesh: tensor must be whole NPUs that divide a node, here one of "
+                f"{', '.join(map(str, self.tensor_sizes))}; got {self.tensor}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "RankMesh":
         """The mesh that a text names: nodes x NPUs, or nodes x NPUs x dies.
 
             >>> RankMesh.parse("48x8")
-            RankMesh(nodes=48, npus=8, dies=1)
+            RankMesh(nodes=48, npus=8, dies=1, tensor=1)
             >>> RankMesh.parse("8")                                     # one node
-            RankMesh(nodes=1, npus=8, dies=1)
+            RankMesh(nodes=1, npus=8, dies=1, tensor=1)
 
         Raises: ValueError: anything else.
         """
@@ -91,12 +99,42 @@ class RankMesh:
     @property
     def axes(self) -> tuple[str, ...]:
         """Names to hand to collectives; the tuple enumerates ranks row-major."""
-        return ("node", "npu") if self.dies == 1 else ("node", "npu", "die")
+        return tuple(self._sizes)
+
+    @property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        """Sizes that a tensor-parallel group may have: one rank, or whole NPUs that divide a node.
+
+        >>> RankMesh(2, 8, 2).tensor_sizes
+        (1, 2, 4, 8, 16)
+        """
+        npus = (n for n in range(1, self.npus + 1) if self.npus % n == 0)
+        return tuple(sorted({1, *(n * self.dies for n in npus)}))
+
+    @property
+    def tensor_axes(self) -> tuple[str, ...]:
+        """Of `axes`, those that enumerate the ranks of a tensor-parallel group.
+
+        >>> RankMesh(2, 8, 2, tensor=4).axes, RankMesh(2, 8, 2, tensor=4).tensor_axes
+        (('node', 'group', 'npu', 'die'), ('npu', 'die'))
+        """
+        if self.tensor == 1:
+            return ()
+        inner = ("npu", "die") if self.tensor > self.dies else ("die",)
+        return tuple(axis for axis in inner if axis in self._sizes)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of `axes`."""
-        return (self.nodes, self.npus, self.dies)[: len(self.axes)]
+        return tuple(self._sizes.values())
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Size of every axis, outermost first."""
+        together = max(1, self.tensor // self.dies)  # NPUs of a tensor-parallel group
+        split = 1 < together < self.npus
+        npus = {"group": self.npus // together, "npu": together} if split else {"npu": self.npus}
+        return {"node": self.nodes} | npus | ({"die": self.dies} if self.dies > 1 else {})
 
     @property
     def ranks(self) -> int:
@@ -153,6 +191,7 @@ def on_every_rank(
     *,
     abstract: bool = False,
     virtual: bool = True,
+    checked: bool = True,
 ) -> Callable:
     """Lift `fn`, a program of one rank, to a function of all ranks' arguments. Jit the result.
 
@@ -167,9 +206,11 @@ def on_every_rank(
       abstract: lift onto `mesh.abstract()`: to trace only, nothing can be run.
       virtual: False puts every rank on an XLA device of its own and checks that what is declared
         replicated is (`check_vma=True`); for as many ranks as there are devices.
+      checked: False leaves out that check, for programs whose derivatives are written out.
     """
     if abstract or not virtual:
-        return _lift_plain(fn, mesh, in_specs, out_specs, abstract=abstract)
+        checked = checked and not abstract
+        return _lift_plain(fn, mesh, in_specs, out_specs, abstract=abstract, checked=checked)
 
     def on_one_node(*args):
         program = fn
@@ -200,7 +241,7 @@ def on_every_rank(
     return lifted
 
 
-def _lift_plain(fn, mesh, in_specs, out_specs, *, abstract):
+def _lift_plain(fn, mesh, in_specs, out_specs, *, abstract, checked):
     specs = _partition_specs(mesh.axes)
 
     def on_one_rank(*args):
@@ -214,7 +255,7 @@ def _lift_plain(fn, mesh, in_specs, out_specs, *, abstract):
             mesh=mesh.abstract() if abstract else mesh.plain(),
             in_specs=jax.tree.map(specs, in_specs),
             out_specs=jax.tree.map(specs, out_specs),
-            check_vma=not abstract,
+            check_vma=checked,
         )(*args)
 
     return lifted

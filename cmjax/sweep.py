@@ -6,16 +6,33 @@ one over a Dask cluster (extra `cluster`). Results come in the order of the item
 where.
 """
 
+import dataclasses
+import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
 
 from cmjax.console import Progress
 
 _ANSWERS_WITHIN_S = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where a sweep runs."""
+
+    workers: int | None = None
+    """Processes of this machine (default: one per core)."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler, to run on its cluster instead."""
+
+    def executor(self) -> AbstractContextManager[Executor]:
+        """As `executor_of` opens it."""
+        return executor_of(self.scheduler, self.workers)
 
 
 def run_all[Item, Result](
@@ -33,20 +50,64 @@ def run_all[Item, Result](
       OSError: a process was ended from outside.
     """
     futures = [executor.submit(function, item) for item in items]
-    try:
+    with _watched(futures):
         for done, _ in enumerate(as_completed(futures), 1):
             if progress is not None:
                 progress(done, len(items), "")
         return [future.result() for future in futures]
+
+
+def as_done[Item, Result](
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    executor: Executor,
+    progress: Progress | None = None,
+    *,
+    seconds: float | None = None,
+) -> Iterator[tuple[int, Result]]:
+    """`function` of every item, each as it is done: for results that are written down on the way.
+
+    Args:
+      function, items, executor, progress: as of `run_all`.
+      seconds: after so long no further item is begun; those that run are still waited for.
+    Yields: the item's index and its result, in no order.
+    Raises: what a call raised. OSError: a process was ended from outside.
+
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> with ThreadPoolExecutor(2) as executor:
+    ...     sorted(as_done(abs, [-3, 2], executor))
+    [(0, 3), (1, 2)]
+    """
+    ends_s = time.monotonic() + (math.inf if seconds is None else seconds)
+    index = {executor.submit(function, item): at for at, item in enumerate(items)}
+    with _watched(index):
+        for done, future in enumerate(as_completed(index), 1):
+            if time.monotonic() > ends_s:
+                _cancel(index)
+            if progress is not None:
+                progress(done, len(items), "")
+            if not future.cancelled():
+                yield index[future], future.result()
+
+
+@contextmanager
+def _watched(futures: Iterable[Future]) -> Iterator[None]:
+    """What is wrong ends what has not begun; a broken pool is said in words."""
+    try:
+        yield
     except BrokenExecutor as error:
         raise OSError(
             "a process that computes was ended (is memory full?); a script that starts processes "
             "must do so under `if __name__ == '__main__':`"
         ) from error
     except BaseException:
-        for future in futures:
-            future.cancel()
+        _cancel(futures)
         raise
+
+
+def _cancel(futures: Iterable[Future]) -> None:
+    for future in futures:
+        future.cancel()
 
 
 @contextmanager

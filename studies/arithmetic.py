@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.deploy import Phase, predict
 from cmjax.files import replace_text
 from cmjax.models.moe import MoEModel, extend_cache
+from cmjax.options import run_program
 from studies.arithmetic_figure import plot
 from train import checkpoint
 from train.moe.config import LanguageModelConfig
@@ -185,4 +185,4 @@ def _config(study: Study) -> LanguageModelConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(tyro.cli(Study, description=__doc__), terminal())))
+    sys.exit(run_program(lambda asked: main(asked, terminal()), Study, __doc__))

@@ -7,13 +7,14 @@ draws it again from a table of the study's rows, without training anything.
 
 import csv
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from matplotlib.transforms import Bbox
 
+from cmjax.options import run_program
 from cmjax.report.plots.figure import BLUE, INK, ORANGE, add_axes, new_figure, save, set_title
 
 
@@ -124,4 +125,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Figure, description=__doc__))
+    sys.exit(run_program(main, Figure, __doc__))

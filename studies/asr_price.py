@@ -15,6 +15,7 @@ N what the layers may make together: their number times the amplification of `--
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array, Float
 from rich.console import Console
@@ -37,6 +37,7 @@ from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv
 from cmjax.models.asr.deployed import backbone
 from cmjax.models.asr.frames import Frames
+from cmjax.options import run_program
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS, supported
 from cmjax.program.step import Step
@@ -290,4 +291,4 @@ def _case(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__), terminal())
+    sys.exit(run_program(lambda options: main(options, terminal()), Options, __doc__))

@@ -7,9 +7,9 @@ and draws the decode step and its two streams. Nothing here is fitted to an end-
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from cmjax import report
@@ -17,6 +17,7 @@ from cmjax.console import terminal, track
 from cmjax.cost.measured import measured_machines, read_measurements
 from cmjax.deploy import predict, predictor_of
 from cmjax.deploy.validation import ValidationRow, validate
+from cmjax.options import run_program
 from cmjax.report import Section
 
 
@@ -109,11 +110,14 @@ def run(out: Path, console: Console) -> list[Section]:
     return sections
 
 
-if __name__ == "__main__":
-    study = tyro.cli(Study, description=__doc__)
+def main(study: Study) -> None:
     report.write_page(
         study.out / "cloudmatrix.html",
         "CloudMatrix384: predicted and published",
         run(study.out, terminal()),
     )
     print(f"wrote {study.out}/cloudmatrix.html")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, Study, __doc__))

@@ -7,10 +7,10 @@ Writes tables (`*.json`), plots and one page, `index.html`, into the output fold
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from cmjax import placement, report
@@ -18,6 +18,7 @@ from cmjax.console import show_progress, terminal
 from cmjax.deploy import predict
 from cmjax.deploy.placed import place as place_experts
 from cmjax.files import replace_text
+from cmjax.options import run_program
 from cmjax.report import Section
 from studies import cloudmatrix
 
@@ -104,4 +105,4 @@ def main(job: MainJob) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(MainJob, description=__doc__))
+    sys.exit(run_program(main, MainJob, __doc__))

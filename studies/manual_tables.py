@@ -3,8 +3,8 @@
     python -m studies.manual_tables [--out docs/tables]
 
 `end_to_end` and `kernels` are what `cmjax validate` prints, `machines` what the catalog holds,
-`counted` what XLA, `jax.experimental.roofline` and cmjax count in the same programs. A test holds
-the files against a fresh run.
+`counted` what XLA, `jax.experimental.roofline` and cmjax count in the same programs, `mindstudio`
+the steps of another simulator beside its own errors. A test holds the files against a fresh run.
 """
 
 import dataclasses
@@ -14,17 +14,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax import lax
 from jax.experimental import roofline
 from rich.console import Console
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.cost.measured import Measurement, measured_machines, read_measurements
 from cmjax.deploy.validation import ValidationRow, validate
 from cmjax.files import replace_text
 from cmjax.hardware import catalog, load_machine
+from cmjax.options import run_program
 from cmjax.program import trace, trip_count
+from studies import mindstudio
 
 Rows = Iterable[Sequence[str]]
 _UNITS = {
@@ -160,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "machines": machines,
     "counted": counted,
+    "mindstudio": lambda: markdown(mindstudio.HEADS, mindstudio.cells()),
 }
 
 
@@ -211,4 +213,4 @@ def main(options: Tables, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(tyro.cli(Tables, description=__doc__), terminal())))
+    sys.exit(run_program(lambda asked: main(asked, terminal()), Tables, __doc__))

@@ -32,7 +32,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich import box
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from cmjax import placement
 from cmjax.console import check_target, emit, terminal, track
 from cmjax.deploy.placed import place
 from cmjax.mesh import RankMesh
+from cmjax.options import run_program
 from studies.mesh_figure import plot_meshes
 from studies.mesh_worker import small_model
 
@@ -209,7 +209,7 @@ def _table(title: str) -> Table:
                  padding=(0, 1, 0, 0))  # fmt: skip
 
 
-def main(study: Study) -> int:
+def main(study: Study) -> None:
     check_target(study.json, study.plot)
     found = run(study)
     console = terminal()
@@ -224,12 +224,9 @@ def main(study: Study) -> int:
     if study.repeat > 1:
         ended = sum("error" not in result for result in found)
         print(f"{ended} of {len(found)} runs ended well", file=sys.stderr)
-    return 1 if wrong else 0
+    if wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Study, description=__doc__)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program(main, Study, __doc__))

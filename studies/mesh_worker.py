@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
 from cmjax.files import replace_text
@@ -32,6 +32,7 @@ from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill, init_params
+from cmjax.options import run_program
 from cmjax.placement import read_plan
 from cmjax.program import trace
 from cmjax.verify.compiled import device_bytes
@@ -279,4 +280,4 @@ def main(options: Worker) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Worker, description=__doc__))
+    sys.exit(run_program(main, Worker, __doc__))

@@ -9,18 +9,19 @@ is the paper's (its abstract), derived (a formula worked out here), or measured 
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import terminal
 from cmjax.hardware import load_machine
+from cmjax.options import run_program
 from cmjax.primitives import (
     dequantize_weight,
     msd_attention,
@@ -355,4 +356,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__))
+    sys.exit(run_program(main, Study, __doc__))

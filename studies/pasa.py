@@ -11,11 +11,10 @@ operands of your own, [batch, length, heads, d] or [length, heads, d], only thos
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-import tyro
 from jaxtyping import Float
 from rich import box
 from rich.console import Console
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from cmjax import report
 from cmjax.console import terminal, track
+from cmjax.options import run_program
 from cmjax.primitives import AttentionNumerics, attention_numerics
 from cmjax.primitives.attention.numerics import FP16_OVERFLOW, VARIANTS
 from cmjax.report import Section
@@ -384,24 +384,17 @@ def verdict(found: AttentionNumerics) -> str:
     return f"No score overflows: the largest is {largest / FP16_OVERFLOW:.1%} of float16's range."
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; 0 if it ran, 2 for bad input."""
-    study = tyro.cli(Study, description=__doc__, args=arguments)
+def main(study: Study) -> None:
     console = terminal()
-    try:
-        operands = read_operands(study)
-        if operands is not None:
-            show(operands, study, console)
-            return 0
-        sections = benchmark(study, console)
-    except (ValueError, TypeError) as error:
-        print(f"studies.pasa: {error}", file=sys.stderr)
-        return 2
+    operands = read_operands(study)
+    if operands is not None:
+        show(operands, study, console)
+        return
+    sections = benchmark(study, console)
     page = study.out / "pasa.html"
     report.write_page(page, "Half-precision attention: overflow and error", sections)
     print(f"wrote {page}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, Study, __doc__))

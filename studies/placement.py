@@ -1,14 +1,16 @@
 """Placement methods on every public recording of expert loads, where they planned and elsewhere.
 
     python -m studies.placement [--full [--seconds 2400]] [--robust] [--out out]
+                                [--workers 4 | --scheduler tcp://head:8786]
 
 Each row plans on the first windows (or workloads) of a recording and is judged there, on its later
-windows, and on another domain, which are never planned on. Rows are kept in `placement.jsonl` in
-the output folder and not computed again, so a run that was cut off, or reached its time limit, goes
-on where it stopped; all of them go to `placement.csv` too. Without `CMJAX_DATA` a synthetic family
-stands in. "Over bound" compares, where planned, with the linear-programming bound of the objective,
-and elsewhere with what no plan made for just these loads could beat, each window served by a plan
-of its own. CPU seconds are those of a first run, compilation included.
+windows, and on another domain, which are never planned on. Cases run on all cores, or on a Dask
+cluster. Rows are kept in `placement.jsonl` in the output folder and not computed again, so a run
+that was cut off, or reached its time limit, goes on where it stopped; all of them go to
+`placement.csv` too. Without `CMJAX_DATA` a synthetic family stands in. "Over bound" compares, where
+planned, with the linear-programming bound of the objective, and elsewhere with what no plan made
+for just these loads could beat, each window served by a plan of its own. CPU seconds are those of a
+process's first run of a shape, compilation included.
 
 `--robust` plans for the worst of 12 workloads and sets the two searching methods beside greedy on
 the mean and on the largest load and beside plain random swaps.
@@ -18,6 +20,7 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax import placement
-from cmjax.console import terminal, track
+from cmjax.console import show_progress, terminal
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import load_machine
+from cmjax.options import run_program
 from cmjax.placement.methods.greedy import greedy_on
 from cmjax.placement.methods.search import relative_loads
+from cmjax.sweep import Where, as_done
 
 TOKENS = 96
 METHODS = (*placement.BASELINES, "search", "gradient")
@@ -54,6 +59,7 @@ class Study:
     """Begin no further case after so long."""
     robust: bool = False
     """The worst of 12 workloads instead."""
+    where: tyro.conf.OmitArgPrefixes[Where] = dataclasses.field(default_factory=Where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +166,25 @@ def ways(case: Case, ranks: int) -> Iterator[Way]:
         yield Way(("search",), shrink=SHRINK)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A recording and a shape to place it on: all that another process needs."""
+
+    case: Case
+    ranks: int
+    redundant: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.case.name, self.ranks, self.redundant
+
+
+def rows_of(cell: Cell) -> list[dict]:
+    """Rows of every way for one case and shape."""
+    case, ranks = cell.case, cell.ranks
+    return [row for way in ways(case, ranks) for row in judge(case, ranks, cell.redundant, way)]
+
+
 def judge(case: Case, ranks: int, redundant: int, way: Way) -> list[dict]:
     """Rows of some methods for one case and shape."""
     price = LayerPrice(
@@ -208,31 +233,32 @@ def run(study: Study, console: Console) -> list[dict]:
     """All rows, computed or read back; prints a table per case."""
     study.out.mkdir(parents=True, exist_ok=True)
     kept = study.out / "placement.jsonl"
-    begin = time.monotonic()
     lines = kept.read_text().splitlines() if kept.exists() else []
     done: dict[tuple, list[dict]] = {}
     for row in map(json.loads, lines):
         done.setdefault((row["case"], row["ranks"], row["redundant"]), []).append(row)
-    every = {case.name: case for case in cases(study.full)}
-    sizes = {name: list(shapes(case.train.experts, study.full)) for name, case in every.items()}
+    every = list(cases(study.full))
+    sizes = [list(shapes(case.train.experts, study.full)) for case in every]
     # Shape by shape through all recordings, so that a time limit leaves none out.
-    todo = [
-        (name, *sizes[name][at]) for at in range(len(next(iter(sizes.values())))) for name in every
+    cells = [
+        Cell(case, *of_case[at])
+        for at in range(len(sizes[0]))
+        for case, of_case in zip(every, sizes, strict=True)
     ]
-    for key in track(todo, "placing"):
-        out_of_time = study.seconds is not None and time.monotonic() - begin > study.seconds
-        if key in done or out_of_time:
-            continue
-        name, ranks, redundant = key
-        case = every[name]
-        done[key] = [row for way in ways(case, ranks) for row in judge(case, ranks, redundant, way)]
-        with kept.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in done[key])
+    todo = [cell.key for cell in cells]
+    left = [cell for cell in cells if cell.key not in done]
+    with study.where.executor() as executor, show_progress("placing") as progress:
+        for at, found in as_done(rows_of, left, executor, progress, seconds=study.seconds):
+            done[left[at].key] = found
+            with kept.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
     rows = [row for key in todo for row in done.get(key, [])]
-    for name in every:
-        console.print(table(name, [row for row in rows if row["case"] == name]))
-    if left := sum(key not in done for key in todo):
-        console.print(f"{left} of {len(todo)} cases are left: the same command goes on with them")
+    for case in every:
+        console.print(table(case.name, [row for row in rows if row["case"] == case.name]))
+    if missing := sum(key not in done for key in todo):
+        console.print(
+            f"{missing} of {len(todo)} cases are left: the same command goes on with them"
+        )
     if rows:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         with (study.out / "placement.csv").open("w", newline="") as file:
@@ -337,9 +363,12 @@ def random_swaps(problem: placement.Problem, *, swaps: int = 3000) -> placement.
     return problem.plan(experts)
 
 
-if __name__ == "__main__":
-    study = tyro.cli(Study, description=__doc__)
+def main(study: Study) -> None:
     if study.robust:
         robust(terminal())
     else:
         run(study, terminal())
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, Study, __doc__))

@@ -8,12 +8,13 @@ are judged on; each point is a plan's time against greedy, planned on the same d
 
 import csv
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from cmjax.options import run_program
 from cmjax.report.plots.figure import (
     BLUE,
     FAINT,
@@ -195,4 +196,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Figure, description=__doc__))
+    sys.exit(run_program(main, Figure, __doc__))

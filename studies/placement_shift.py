@@ -1,6 +1,6 @@
 """Plans for a domain that was not recorded: leave one domain out of every public recording.
 
-    python -m studies.placement_shift [--layers 6] [--out docs]
+    python -m studies.placement_shift [--layers 6] [--out docs] [--scheduler tcp://head:8786]
 
 Every domain of every recording is left out in turn; plans are made on the others and judged on it,
 on 8, 32, 128 and 384 ranks with a slot a rank more than the experts need. Rows go to
@@ -12,6 +12,7 @@ cell*, which nobody can know beforehand. Needs `CMJAX_DATA`.
 import csv
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,14 +20,16 @@ import numpy as np
 import tyro
 
 from cmjax import placement
-from cmjax.console import track
+from cmjax.console import show_progress
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import load_machine
+from cmjax.options import run_program
 from cmjax.placement import Loads, Problem
 from cmjax.placement.methods.greedy import greedy_global
 from cmjax.placement.methods.robust import WAYS, held_out, simplest
 from cmjax.placement.methods.search import SHORT
 from cmjax.report.plots.figure import BLUE, GREY, INK, ORANGE, add_axes, new_figure, save, set_title
+from cmjax.sweep import Where, as_done
 
 RANKS = (8, 32, 128, 384)
 RULES = ("contiguous", "greedy", "greedy 0.4", "greedy 0.7", "greedy 0.9")
@@ -47,6 +50,27 @@ class Study:
     """Folder for the rows and the picture."""
     draw: bool = False
     """Draw the rows that are there and do nothing else."""
+    where: tyro.conf.OmitArgPrefixes[Where] = dataclasses.field(default_factory=Where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A domain to leave out of a recording, and ranks: all that another process needs."""
+
+    recording: str
+    loads: Loads
+    ranks: int
+    left_out: int
+    domain: str
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.recording, self.ranks, self.domain
+
+    def row(self) -> dict[str, float | str]:
+        """Its row of the file."""
+        names = {"recording": self.recording, "ranks": self.ranks, "domain": self.domain}
+        return names | cell(self.loads, self.ranks, self.left_out)
 
 
 def recordings() -> Iterator[tuple[str, dict[str, Loads]]]:
@@ -118,17 +142,22 @@ def run(study: Study) -> list[dict]:
     path = study.out / "placement_shift.csv"
     rows = read_rows(path) if path.exists() else []
     done = {(row["recording"], int(row["ranks"]), row["domain"]) for row in rows}
-    for name, family in recordings():
-        if study.only and name not in study.only:
-            continue
-        loads = joined(family, study.layers)
-        cells = [(ranks, at) for ranks in study.ranks for at in range(len(family))]
-        for ranks, at in track(cells, name):
-            domain = list(family)[at]
-            if (name, ranks, domain) in done:
-                continue
-            found = cell(loads, ranks, at)
-            rows.append({"recording": name, "ranks": ranks, "domain": domain} | found)
+    cells = [
+        Cell(name, loads, ranks, at, domain)
+        for name, family in recordings()
+        if not study.only or name in study.only
+        for loads in [joined(family, study.layers)]
+        for ranks in study.ranks
+        for at, domain in enumerate(family)
+    ]
+    order = {cell.key: at for at, cell in enumerate(cells)}
+    left = [cell for cell in cells if cell.key not in done]
+    with study.where.executor() as executor, show_progress("placing") as progress:
+        for _, row in as_done(Cell.row, left, executor, progress):
+            rows.append(row)
+            rows.sort(key=lambda row: order.get(
+                (row["recording"], int(row["ranks"]), row["domain"]), -1
+            ))  # fmt: skip
             write_rows(path, rows)
     return rows
 
@@ -220,4 +249,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__))
+    sys.exit(run_program(main, Study, __doc__))

@@ -11,10 +11,10 @@ standstill is what users of SGLang measured: 1 s and 20 ms a layer (sgl-project/
 import dataclasses
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 from rich import box
 from rich.table import Table
 
@@ -22,6 +22,7 @@ from cmjax import placement
 from cmjax.console import terminal
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import Supernode, load_machine
+from cmjax.options import run_program
 from cmjax.placement import Loads, MigrationCost, Plan, Problem, Rebalancer
 
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -152,4 +153,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__))
+    sys.exit(run_program(main, Study, __doc__))

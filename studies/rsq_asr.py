@@ -24,17 +24,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.files import replace_text
 from cmjax.mesh import prepare_devices
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.deployed import backbone, backbone_call, whole_call
+from cmjax.options import run_program
 from cmjax.primitives.convolution.packed import prepack
 from studies.rsq_asr_figure import plot_tradeoff
 from train import checkpoint
@@ -374,5 +374,4 @@ def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -
 
 
 if __name__ == "__main__":
-    asked = tyro.cli(Study, description=__doc__)
-    sys.exit(exit_code(lambda: main(asked, terminal())))
+    sys.exit(run_program(lambda asked: main(asked, terminal()), Study, __doc__))

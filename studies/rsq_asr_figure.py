@@ -7,12 +7,13 @@ draws it again from a table of the study's rows, without training anything.
 
 import csv
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from cmjax.options import run_program
 from cmjax.report.plots.figure import (
     FAINT,
     GREEN,
@@ -209,4 +210,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Figure, description=__doc__))
+    sys.exit(run_program(main, Figure, __doc__))

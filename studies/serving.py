@@ -4,11 +4,11 @@
 
 *cache*: blocks that a cache of a size finds in Mooncake's conversations, beside the shares
 published with the trace. *engine*: three runs of vLLM, simulated with the kernel times of their own
-cards, as they are and with the engine's constants fitted to one run, beside the errors that
-LLMServingSim published on the same runs. *queues*: long runs against closed forms. *pools*:
-predictions; separate pools against colocated instances, the plane of the cache, SLOs, the loss of
-an instance. *reuse*: prefill with a part of every prompt in the cache. *overload*: admission
-control, and how the loads of the two pools swing.
+cards, as they are and with the engine's constants fitted to the first requests of the run, to all
+of it and to another run, beside the errors that LLMServingSim published on the same runs.
+*queues*: long runs against closed forms. *pools*: predictions; separate pools against colocated
+instances, the plane of the cache, SLOs, the loss of an instance. *reuse*: prefill with a part of
+every prompt in the cache. *overload*: admission control, and how the loads of the two pools swing.
 
 What must hold in every run (each request ends once, no token before its prefill, memory within
 bounds, time forward) is a property of `tests/serving/test_engine.py`.
@@ -18,17 +18,18 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from rich import box
 from rich.table import Table
 
 from cmjax.console import terminal
 from cmjax.hardware import load_machine
+from cmjax.options import run_program
 from cmjax.serving import (
     ColocatedPool,
     ContextCache,
@@ -89,6 +90,8 @@ RUNS = (
     ("PRO 6000 Llama-3.1-8B", "RTXPRO6000_Llama-3.1-8B", "kernel_profile_tp1", 32, 128, 0),
     ("PRO 6000 x 2 Qwen3-32B", "RTXPRO6000_Qwen3-32B", "kernel_profile_tp2", 64, 128, 0),
 )
+FIRST = 60
+"""Requests of a run that constants are fitted to, of 300; the others are predicted."""
 KEYS = ("ttft_mean_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_mean_ms", "tpot_p90_ms", "tpot_p99_ms")
 
 
@@ -123,16 +126,19 @@ def engine_runs() -> list[EngineRun]:
     return [EngineRun.read(*run) for run in RUNS]
 
 
-def engine_errors(
-    runs: list[EngineRun],
-) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(run, constants, relative error by key): without constants, and with those of every run."""
+def engine_errors(runs: list[EngineRun]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(run, constants, relative error by key): without constants, with those of its first requests,
+    and with those of every run."""
     machine = load_machine("cloudmatrix384")  # nothing of it enters: all times are measured
     fitted = {r.name: calibrate(r.run, r.service, r.times, machine) for r in runs}
     for r in runs:
-        choices: dict[str, EngineConstants | None] = {"kernel times alone": None}
+        first = calibrate(r.run, r.service, r.times, machine, requests=FIRST)
+        choices: dict[str, EngineConstants | None] = {
+            "kernel times alone": None,
+            f"fitted to its first {FIRST} requests": first,
+        }
         choices |= {
-            "fitted to it" if name == r.name else f"fitted to {name}": constants
+            "fitted to all of it" if name == r.name else f"fitted to {name}": constants
             for name, constants in fitted.items()
         }
         for what, constants in choices.items():
@@ -328,7 +334,7 @@ def _served(service_s, arrival, servers: int, clients: int = 0, think_s: float =
         tokens=np.array([0.0, 1e6]), length=one, requests=one, context=one,
         batch_s=np.array([0.0, 1.0]).reshape(2, 1, 1, 1),
     )  # fmt: skip
-    service, times = measured_engine(step, batch=1, tokens=1 << 40, page=1)
+    service, times = measured_engine(step, batch=1, tokens=10**9, page=1)
     assert service.colocated is not None
     pool = dataclasses.replace(service.colocated, instances=servers)
     service = dataclasses.replace(service, colocated=pool)
@@ -351,4 +357,4 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__))
+    sys.exit(run_program(main, Study, __doc__))

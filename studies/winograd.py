@@ -14,12 +14,12 @@ What is measured here: every number that is printed.
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jax import lax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +27,7 @@ from rich.table import Table
 
 from cmjax.console import terminal, track
 from cmjax.files import replace_text
+from cmjax.options import run_program
 from cmjax.primitives.convolution import ConvScales, calibrate, least_error_step
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB, expected_sqnr_db
 from cmjax.primitives.convolution.packed import prepack
@@ -287,4 +288,4 @@ def run(study: Study, console: Console) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Study, description=__doc__), terminal())
+    sys.exit(run_program(lambda study: run(study, terminal()), Study, __doc__))

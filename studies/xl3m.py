@@ -1,6 +1,6 @@
 """XL3M against the other ways to read past the trained length, and what 20M tokens would take.
 
-    python -m studies.xl3m --quick         one model, five lengths
+    python -m studies.xl3m --quick         two models, five lengths
     python -m studies.xl3m                 two models, up to 2048 times the trained length
 
 Small models are trained to recall (`train.passkey`) on texts of at most 64 tokens, or read from
@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tyro
 from rich import box
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from cmjax.console import terminal, track
 from cmjax.files import replace_text
 from cmjax.models.moe.model import MoEModel, parameters
 from cmjax.models.moe.xl3m import segment_starts
+from cmjax.options import run_program
 from studies import xl3m_cost, xl3m_figure
 from studies.xl3m_methods import (
     SEGMENT,
@@ -52,7 +52,7 @@ class Study:
     out: Path = Path("out")
     """Folder for results, picture and trained models."""
     quick: bool = False
-    """One seed and fewer lengths."""
+    """Fewer lengths, up to 8,192 tokens."""
     seeds: int = 2
     """Models trained, each with its overconfident twin."""
     questions: int = 48
@@ -118,12 +118,7 @@ def models(study: Study) -> list[tuple[MoEModel, MoEModel]]:
         out = folder / f"{name}-{seed}"
         return train(Recall(out=out, seed=seed, unanswerable=unanswerable))
 
-    return [(one(s, 0.2, "unsure"), one(s, 0.0, "never-unsure")) for s in range(seeds(study))]
-
-
-def seeds(study: Study) -> int:
-    """Models to train."""
-    return 1 if study.quick else study.seeds
+    return [(one(s, 0.2, "unsure"), one(s, 0.0, "never-unsure")) for s in range(study.seeds)]
 
 
 def measure(
@@ -241,26 +236,19 @@ def _curves(accuracy: Accuracy) -> Mapping[str, list[tuple[int, float, float, fl
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; 0 if it ran, 2 for bad input."""
-    study = tyro.cli(Study, description=__doc__, args=arguments)
+def main(study: Study) -> None:
     console = terminal()
-    try:
-        if study.seeds < 1 or study.questions < 1:
-            raise ValueError("--seeds and --questions must be at least 1")
-        study.out.mkdir(parents=True, exist_ok=True)
-        accuracy, certainty = measure(study, models(study))
-    except (ValueError, OSError) as error:
-        print(f"studies.xl3m: {error}", file=sys.stderr)
-        return 2
+    if study.seeds < 1 or study.questions < 1:
+        raise ValueError("--seeds and --questions must be at least 1")
+    study.out.mkdir(parents=True, exist_ok=True)
+    accuracy, certainty = measure(study, models(study))
     console.print(accuracy_table(accuracy))
     console.print(certainty_table(certainty))
     replace_text(study.out / "xl3m.json", json.dumps(as_json(accuracy), indent=1))
     xl3m_figure.draw(_curves(accuracy), Recall().trained_length, study.out / "xl3m.png")
     xl3m_cost.show(console)
     console.print(f"wrote {study.out}/xl3m.json and {study.out}/xl3m.png")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, Study, __doc__))

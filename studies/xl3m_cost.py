@@ -27,9 +27,10 @@ from cmjax.cost import price
 from cmjax.cost.ranks import mesh_for
 from cmjax.hardware import Supernode, load_machine
 from cmjax.mesh import RANKED, REPLICATED, on_every_rank
-from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.model import abstract_model, assemble
 from cmjax.models.moe.parallelism import one_rank
+from cmjax.models.moe.positions import Rope
 from cmjax.models.moe.xl3m import entropy, next_logits, segment_starts
 from cmjax.program import Program
 from cmjax.program.step import Step

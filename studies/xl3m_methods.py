@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cmjax.mesh import RankMesh
-from cmjax.models.moe.config import GroupedAttention, LinearScaling, MoEConfig, YarnConfig
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble, parameters
 from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.positions import LinearScaling, YarnConfig
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.xl3m import Scorer, XL3MConfig, chosen_context, score_segments
 from train.passkey import Vocabulary

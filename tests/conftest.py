@@ -1,6 +1,7 @@
 """The test session's JAX: CPU, eight emulated devices, float64 available, no silent promotion;
 and annotations that are checked."""
 
+import gc
 import itertools
 import os
 import tempfile
@@ -23,6 +24,12 @@ from hypothesis import settings
 
 from tests import annotations
 
+# What another test, process or run compiled for this processor is not compiled again.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache/compiled"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 CHECKED = (
     "cmjax.primitives",
     "cmjax.placement",
@@ -44,6 +51,14 @@ settings.load_profile("cmjax")
 LONGEST = frozenset(Path(__file__).with_name("longest.txt").read_text(encoding="utf-8").split())
 """Files and functions that are slow beside those marked so in place: each took more than 3.5 s
 where two processes ran the whole suite (`pytest -n 2 -m "not slow" --durations=300`)."""
+
+
+def pytest_collection_finish():
+    """Modules and tests live as long as the process: the collector need not walk them again, nor
+    come after every 700 of the objects that tracing makes by the million."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,6 +16,7 @@ FLOORS = {
     "interrupt": 0,
     "occupancy": 0,
     "console": 1,
+    "options": 2,
     "sweep": 2,
     "hardware": 0,
     "native": 0,

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from cmjax.inputs import parse_json
 from cmjax.interrupt import finished_first
+from train.distributed import is_first, meet
 
 _PARTIAL = ".partial"
 _SUMS = "SHA256SUMS"
@@ -54,13 +55,17 @@ class SavedRun:
     config: dict[str, Any]
     progress: dict[str, Any]
 
-    def arrays(self, like: Any) -> Any:
-        """The arrays in a pytree of the structure, shapes and dtypes of `like`.
+    def arrays(self, like: Any, *, placed: bool = False) -> Any:
+        """The arrays in a pytree of the structure, shapes and dtypes of `like`; `placed`, on the
+        devices, of any number of processes, that `like` is on.
 
         Raises: Damaged: they cannot be read, or are others.
         """
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_first_device()), like
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=x.sharding if placed else _first_device()
+            ),
+            like,
         )
         try:
             with finished_first(), ocp.StandardCheckpointer() as checkpointer:
@@ -68,6 +73,8 @@ class SavedRun:
         except Exception as error:  # Orbax and TensorStore have dozens of their own
             said = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise Damaged(f"{self.path / 'arrays'} cannot be read: {said}") from error
+        if placed:
+            return arrays
         # Not bound to the device they were read to: the run may spread them over several.
         return jax.tree.map(jnp.asarray, jax.device_get(arrays))
 
@@ -107,7 +114,8 @@ def save(
     progress: dict[str, Any],
     keep: int = KEPT,
 ) -> Path:
-    """Write a checkpoint and delete all but the last `keep`; Ctrl-C and SIGTERM wait for it.
+    """Write a checkpoint and delete all but the last `keep`; Ctrl-C and SIGTERM wait for it. Of
+    several processes each writes its part of the arrays, into a folder that all of them see.
 
     Raises:
       SaveFailed: the disk is full or not writable; older checkpoints are left as they are.
@@ -117,22 +125,29 @@ def save(
         target = folder / f"{int(earlier[-1].name) + 1 if earlier else 0:08}"
         partial = target.with_suffix(_PARTIAL)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            meet("checkpoint: numbered")
+            if is_first():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            meet("checkpoint: begun")
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((partial / "arrays").absolute(), arrays)
-            record = json.dumps({"config": config, "progress": progress})
-            (partial / "run.json").write_text(record)
-            _seal(partial)
-            os.replace(partial, target)
-            _to_disk(folder)
+            if is_first():
+                record = json.dumps({"config": config, "progress": progress})
+                (partial / "run.json").write_text(record)
+                _seal(partial)
+                os.replace(partial, target)
+                _to_disk(folder)
+            meet("checkpoint: written")
         except (OSError, ValueError) as error:  # Orbax reports a full disk as either
             shutil.rmtree(partial, ignore_errors=True)
             good = f"the last good one is {earlier[-1]}" if earlier else "there is no earlier one"
             raise SaveFailed(
                 f"checkpoint {target} could not be written ({error}); {good}"
             ) from error
+        if not is_first():
+            return target
         whole = [path for path in earlier if _problem(path, contents=False) is None]
         for old in set(earlier) - set(whole[len(whole) - keep + 1 :] if keep > 1 else ()):
             shutil.rmtree(old)

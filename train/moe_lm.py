@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Int
 from rich.console import Console
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.mesh import RankMesh, prepare_devices
 from cmjax.models.moe.model import MoEModel
+from cmjax.options import run_program
 from train.metrics import read_metrics
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
@@ -62,6 +62,4 @@ def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(
-        exit_code(lambda: main(tyro.cli(LanguageModelConfig, description=__doc__), terminal()))
-    )
+    sys.exit(run_program(lambda config: main(config, terminal()), LanguageModelConfig, __doc__))

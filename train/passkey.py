@@ -18,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
-from cmjax.console import bar, exit_code
+from cmjax.console import bar
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
-from cmjax.models.moe.layers.gqa import GQA
-from cmjax.models.moe.layers.rope import angles, frequencies, rotate
-from cmjax.models.moe.layers.transformer import DenseLayer
+from cmjax.models.moe.layers.transformer import DenseLayer, MoELayer
 from cmjax.models.moe.model import MoEModel, from_config
+from cmjax.options import run_program
 from train import checkpoint
+from train.induction import plant
 from train.metrics import LossNotFinite, MetricsLog
 from train.only_run import only_run
 from train.options import check_numbers
@@ -87,15 +86,15 @@ class Recall:
     vocabulary: Vocabulary = Vocabulary()
     """Tokens of the task."""
     stages: tuple[Stage, ...] = (
-        Stage(steps=400, length=16, questions=4, batch=32),
-        Stage(steps=800, length=40, questions=8, batch=24),
+        Stage(steps=100, length=16, questions=4, batch=32),
+        Stage(steps=300, length=40, questions=8, batch=24),
     )
-    """Short texts first: there recall is found within a few hundred steps."""
+    """Short texts first: their steps are cheap, and recall is found within a hundred."""
     learning_rate: float = 5e-3
     """Its peak; 30 steps of warm-up, then a cosine down to a tenth."""
     seed: int = 0
     """Of parameters and texts."""
-    save_every: int = 200
+    save_every: int = 100
     """Steps between checkpoints."""
 
     def __post_init__(self):
@@ -245,43 +244,15 @@ def _train(recall: Recall) -> MoEModel:
 
 
 def initial_model(recall: Recall) -> MoEModel:
-    """Random, but for one head of the first layer, which looks at the token before (`look_back`).
-
-    Recall takes a head that finds what followed a token, which builds on one that knows what came
-    before each token. Left to itself, training comes upon the pair late; given the first half, the
-    second is learnt within a few hundred steps.
-    """
+    """Random, but for the pair of heads that recall takes (`train.induction`)."""
     config = recall.model_config()
     model = from_config(config, seed=recall.seed)
     embed = model.main.embed[...]
     model.main.embed[...] = embed.at[:, 0].set(2.0) * 0.5  # width 0 is the same for all tokens
-    layers = model.main.dense and model.main.dense.layers
-    assert isinstance(layers, DenseLayer) and isinstance(layers.attention, GQA)  # see the config
-    weight = layers.attention.qkv.weight
-    assert weight is not None  # float32 has one
-    weight[...] = weight[...].at[0].set(look_back(weight[0], config))
+    lower, upper = (stack and stack.layers for stack in (model.main.dense, model.main.moe))
+    assert isinstance(lower, DenseLayer) and isinstance(upper, MoELayer)  # see the config
+    plant(lower.attention, upper.attention, config, seed=recall.seed)
     return model
-
-
-def look_back(
-    qkv: Float[Array, "hidden columns"], config: MoEConfig, sharpness: float = 10.0
-) -> Float[Array, "hidden columns"]:
-    """Projections whose head 0 attends to the token before, for inputs whose width 0 is constant.
-
-        q = R(i) u,  k = R(j) R(1) u:   q . k is largest where j + 1 = i
-
-    `u` is even over the pairs of dimensions that turn by more than 0.05 per token.
-    """
-    assert isinstance(config.attention, GroupedAttention)
-    dim = config.attention.head_dim
-    fast = np.repeat(frequencies(config) > 0.05, 2)
-    query = jnp.asarray(sharpness * fast / np.sqrt(fast.sum()), jnp.float32)
-    cos, sin = angles(jnp.array(1), config)
-    # `rotate` hands out first members of all pairs, then second ones
-    key = rotate(query, cos, sin, interleave=True).reshape(2, -1).T.reshape(-1)
-    first = config.heads * dim
-    qkv = qkv.at[:, :dim].set(0).at[:, first : first + dim].set(0)
-    return qkv.at[0, :dim].set(query).at[0, first : first + dim].set(key)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "stage", "recall"), donate_argnums=0)
@@ -327,11 +298,7 @@ def _pairs(length: int, questions: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-
-    def command():
-        train(tyro.cli(Recall, args=arguments, description=__doc__))
-
-    return exit_code(command)
+    return run_program(train, Recall, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cmjax.console import exit_code, terminal
+from cmjax.console import terminal
 from cmjax.mesh import prepare_devices
+from cmjax.options import run_program
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train, write_recognizer
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 1 if training or saving failed, 2 for bad input,
     130 after Ctrl-C, 143 after SIGTERM."""
 
-    def command():
-        train_and_test(tyro.cli(Config, description=__doc__, args=arguments), terminal())
+    def train(config: Config) -> None:
+        train_and_test(config, terminal())
 
-    return exit_code(command)
+    return run_program(train, Config, __doc__, arguments)
 
 
 def train_and_test(config: Config, console: Console) -> None:

@@ -9,8 +9,8 @@ import cmjax
 from cmjax import report
 from cmjax.console import check_target, emit
 from cmjax.hardware import load_machine
-from cmjax.models.dense import DenseConfig, preset
-from cmjax.parallelism import compare
+from cmjax.models.dense import DenseConfig
+from cmjax.parallelism import MoETraining, compare, named
 
 _SIZES = ("layers", "hidden", "heads", "ffn", "vocab", "sequence")
 
@@ -20,7 +20,7 @@ class Parallel:
     """Split training over devices: search for plans, or price one."""
 
     model: str | None = None
-    """A preset (pangu-2.6b, pangu-13b, pangu-200b, llama-2-7b, ...); or give sizes."""
+    """A preset (pangu-2.6b, pangu-13b, pangu-200b, llama-2-7b, deepseek-v3, ...); or give sizes."""
     on: str = "ascend910-2048"
     """Machine: a name of the catalog, or a .toml file."""
     devices: int | None = None
@@ -75,13 +75,13 @@ class Parallel:
             report.plot_plans(plans, self.plot)
         emit(console, self.json, plans.to_dict(), report.parallel_table(plans))
 
-    def sizes(self) -> DenseConfig:
+    def sizes(self) -> DenseConfig | MoETraining:
         """The model that the options describe."""
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if self.model is not None:
             if others := sorted(set(given) - {"sequence"}):
                 raise ValueError(f"--{others[0]} does not go with --model; give one of the two")
-            return dataclasses.replace(preset(self.model), **given)
+            return dataclasses.replace(named(self.model), **given)
         if missing := [n for n in ("layers", "hidden", "heads") if n not in given]:
             raise ValueError(
                 f"--{missing[0]} is needed, or --model with the name of a preset such as pangu-200b"

@@ -13,7 +13,7 @@ from cmjax.console import check_target, emit, show_progress
 from cmjax.deploy.place_options import Export, Judging, Recording, Search, Target
 from cmjax.deploy.placed import evaluate, place_with
 from cmjax.deploy.placement_result import Placement
-from cmjax.report.plots.figure import checked_path
+from cmjax.report.figure_path import checked_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class _Where(Target, _On):
     """
 
     without_ranks: str = ""
+    rank_cost: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class _Output(Export):
 
 _EVALUATED = {
     "domain", "windows", "first_layer", "ranks", "nodes", "model", "tokens", "on", "evaluate",
-    "json", "plot", "html", "objective", "routing",
+    "json", "plot", "html", "objective", "routing", "rank_cost",
 }  # fmt: skip
 """Options that `--evaluate` heeds."""
 
@@ -194,7 +195,7 @@ class Place:
             (name, workload): evaluate(
                 plan, loads, where.on,
                 model=where.model, tokens=where.tokens, ranks=where.ranks, nodes=where.nodes,
-                objective=self.how.objective, routing=where.routing,
+                objective=self.how.objective, routing=where.routing, rank_cost=where.rank_cost,
                 baselines=len(plans) == 1,
             )
             for name, plan in plans.items()

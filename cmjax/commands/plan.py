@@ -10,10 +10,10 @@ from rich.console import Console
 from cmjax import report
 from cmjax.commands.serve import Offered
 from cmjax.console import check_target, emit, show_progress
-from cmjax.report.plots.figure import checked_path
+from cmjax.report.figure_path import checked_path
 from cmjax.serving import read_service
 from cmjax.serving.planner import plan
-from cmjax.sweep import executor_of
+from cmjax.sweep import Where
 
 
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
@@ -32,8 +32,6 @@ class Plan:
       cache_blocks: Blocks of the context cache; 0 is none.
       prefill_npus: Sizes of prefill instances to consider.
       decode_npus: Sizes of decode instances to consider; all dies of one are its EP group.
-      workers: Processes of this machine (default: one per core).
-      scheduler: Address of a Dask scheduler, to run on its cluster instead.
       json: Write the plan as JSON to this file; `-` is standard output.
       plot: Draw throughput against TPOT to this .png or .svg.
     """
@@ -49,8 +47,7 @@ class Plan:
     prefill_npus: tuple[int, ...] = (16, 32)
     decode_npus: tuple[int, ...] = (32, 64, 96, 160)
     offered: Offered = dataclasses.field(default_factory=Offered)
-    workers: int | None = None
-    scheduler: str | None = None
+    where: Where = dataclasses.field(default_factory=Where)
     json: str | None = None
     plot: Path | None = None
 
@@ -65,7 +62,7 @@ class Plan:
             )
         trace = self.offered.read(self.trace)
         with (
-            executor_of(self.scheduler, self.workers) as executor,
+            self.where.executor() as executor,
             show_progress("planning", quiet=self.json == "-") as progress,
         ):
             found = plan(

@@ -12,7 +12,7 @@ from cmjax.console import check_target, emit, show_progress
 from cmjax.deploy import Deployment, Requests, predictor_of
 from cmjax.deploy.search import VARIED
 from cmjax.placement import read_plan
-from cmjax.report.plots.figure import checked_path
+from cmjax.report.figure_path import checked_path
 from cmjax.sweep import executor_of
 
 
@@ -38,6 +38,8 @@ class Predict:
     """What --search varies besides: `quant=int8,bf16 kv_cache=bf16,int8 ep=32,64,320 ...`."""
     workers: int | None = None
     """Processes of --search (default: one per core)."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler, to run --search on its cluster instead."""
     sensitivity: bool = False
     """Also report by how many percent the step changes per percent of each machine constant."""
     json: str | None = None
@@ -54,7 +56,7 @@ class Predict:
         if self.search:
             self._search(console)
             return
-        for name in ("vary", "slo_ttft_ms", "workers"):
+        for name in ("vary", "slo_ttft_ms", "workers", "scheduler"):
             if getattr(self, name) not in (None, ()):
                 raise ValueError(f"--{name.replace('_', '-')} belongs to --search")
         plan = None if self.plan is None else read_plan(self.plan)
@@ -91,7 +93,7 @@ class Predict:
         if self.load != "perfect":
             raise ValueError("--load needs one deployment's slots; leave it out with --search")
         with (
-            executor_of(None, self.workers) as executor,
+            executor_of(self.scheduler, self.workers) as executor,
             show_progress("searching", quiet=self.json == "-") as progress,
         ):
             found = cmjax.search(

@@ -92,6 +92,7 @@ class _Engine:
       max_tokens: Tokens in a step (max_num_batched_tokens).
       kv_tokens: Tokens that its cache holds; 0 is more than it needs.
       calibrate: A measured run (JSON lines): fit the engine's constants to it first.
+      calibrate_requests: Fit to the first so many of its requests only; the others are predicted.
       calibrate_profile: Step times of that run, where they are others.
       calibrate_max_requests: Requests in a batch of that run, where they are others.
       calibrate_kv_tokens: Tokens that the cache of that run held, where they are others.
@@ -103,6 +104,7 @@ class _Engine:
     max_tokens: int = 2048
     kv_tokens: int = 0
     calibrate: Path | None = None
+    calibrate_requests: int | None = None
     calibrate_profile: Path | None = None
     calibrate_max_requests: int | None = None
     calibrate_kv_tokens: int | None = None
@@ -110,6 +112,9 @@ class _Engine:
     def constants(self, machine) -> EngineConstants | None:
         """Fitted to the run that `calibrate` names."""
         if self.calibrate is None:
+            for name, value in dataclasses.asdict(self).items():
+                if name.startswith("calibrate_") and value is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} belongs to --calibrate")
             return None
         run = read_measured(self.calibrate)
         table = read_profile(self.calibrate_profile or self._profile(), layers=self.layers)
@@ -119,7 +124,7 @@ class _Engine:
             table, batch=self.max_requests if most is None else most,
             tokens=self.max_tokens, kv_tokens=kv,
         )  # fmt: skip
-        return calibrate(run, service, times, machine)
+        return calibrate(run, service, times, machine, self.calibrate_requests)
 
     def built(self, constants: EngineConstants | None) -> tuple[Service, StepTimes]:
         """The engine that replays the trace."""
@@ -166,13 +171,14 @@ class Serve:
         `poisson:rate=4,requests=1000,prompt=4096,output=256` (also gamma:, constant:).
       slo_ttft_ms: Time to first token that a good request keeps.
       slo_tpot_ms: Time per output token that a good request keeps.
-      uncertainty: Of step times, relative: intervals from faster and slower steps.
+      uncertainty: Of step times, relative: intervals from faster and slower steps (default: the
+        prediction's own; 0: none).
     """
 
     trace: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRACE")]
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
-    uncertainty: float = 0.0
+    uncertainty: float | None = None
     offered: Offered = Offered()
     where: Annotated[_Where, tyro.conf.arg(name="what serves")] = _Where()
     engine: Annotated[_Engine, tyro.conf.arg(name="a measured engine")] = _Engine()
@@ -209,10 +215,11 @@ class Serve:
         times = None
         extra: dict[str, Any] = {}
         machine = load_machine(where.on)
-        if self.engine.profile is not None or self.engine.calibrate is not None:
-            if deployment is not None:
-                raise ValueError("--profile describes an engine; it does not go with --deployment")
-            constants = self.engine.constants(machine)
+        measured = self.engine.profile is not None or self.engine.calibrate is not None
+        if measured and deployment is not None:
+            raise ValueError("--profile describes an engine; it does not go with --deployment")
+        constants = self.engine.constants(machine)
+        if measured:
             deployment, times = self.engine.built(constants)
             if constants is not None:
                 extra["constants"] = dataclasses.asdict(constants)

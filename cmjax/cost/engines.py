@@ -4,9 +4,10 @@ A compute kernel's time is
 
     t = startup * launches + max(cube, vector, hbm) + min(cube, vector) / PIPELINE_TILES
 
-with the start-up of its class (with matrix products, or without) and cube = FLOP / (peak * share *
-efficiency), and so on. The last term is the hand-over between cube and vector cores: they work on
-tiles in turn, so the shorter one is exposed for one tile.
+with the start-up of its class (with matrix products, attention, or neither) and
+cube = FLOP / (peak * share * efficiency), and so on. The last term is the hand-over between cube
+and vector cores: they work on tiles in turn, so the shorter one is exposed for one tile. Of a stack
+of experts HBM reads those that have rows.
 A collective's time is given in `fabric.py`, and how long it waits for other ranks in `waiting.py`.
 """
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cmjax.cost.fabric import COLUMN, exchange_s
+from cmjax.cost.fabric import COLUMN, exchange_s, overflow
 from cmjax.cost.waiting import NONE, Differences, waits_s
 from cmjax.hardware import Supernode
 from cmjax.program import Program
@@ -61,6 +62,7 @@ class _Static:
     vector_share: np.ndarray
     attention: np.ndarray
     compute: np.ndarray
+    permutes: np.ndarray
     kind: np.ndarray
     reach: np.ndarray
     stream: np.ndarray  # one-hot [streams, operations]
@@ -106,12 +108,23 @@ def seconds(
     ) / (static.cube_share * matrix_efficiency)
     vector = work("vector_bytes") / (chip.vector_bytes_per_s * static.vector_share)
     hbm_rate = chip.hbm_bytes_per_s * efficiency.hbm
-    hbm = (work("read_bytes") + work("write_bytes")) / hbm_rate
+    unread = _unread_bytes(work("stack_bytes"), work("stack_row_bytes"))
+    hbm = (work("read_bytes") + work("write_bytes") - unread) / hbm_rate
+    runs = 1.0
+    if static.permutes.any():  # an exchange that fits L2 has kernels which need no such
+        rows = jnp.maximum(work("read_bytes"), work("write_bytes"))
+        runs = jnp.where(static.permutes, overflow(rows, machine), 1.0)
+        hbm = hbm * runs
     wire, chain, fixed, disturbing = exchange_s(table, static, machine)
-    startup = work("launches") * (
-        chip.matrix_startup_s * static.matrix
-        + chip.vector_startup_s * (static.compute & ~static.matrix)
-        + chip.collective_startup_s * (static.kind == "collective")
+    startup = (
+        work("launches")
+        * runs
+        * (
+            chip.matrix_startup_s * (static.matrix & ~static.attention)
+            + chip.attention_startup_s * static.attention
+            + chip.vector_startup_s * (static.compute & ~static.matrix & ~static.attention)
+            + chip.collective_startup_s * (static.kind == "collective")
+        )
     )
     factor = _factor(static, machine)
 
@@ -124,8 +137,26 @@ def seconds(
         hbm_left, interference = _contention(static, hbm, total, disturbing, period_s)
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
-    waiting, skew = waits_s(program, total, machine, differences)
+    excess = jnp.zeros_like(total)
+    if not (isinstance(differences.load, float) and differences.load == 1.0):
+        # of the most loaded rank's work rows are more, and the experts' matrices are not
+        more = 1.0 - 1.0 / differences.load
+        rows = hbm - work("stack_bytes") / hbm_rate
+        mean = [cube - more * cube, vector - more * vector, hbm - more * jnp.maximum(rows, 0.0)]
+        longest = largest(jnp.stack([cube, vector, hbm]), temperature)
+        excess = factor * (longest - largest(jnp.stack(mean), temperature))
+    waiting, skew = waits_s(program, total, excess, machine, differences)
     return Seconds(cube, vector, hbm, wire, waiting, total + waiting, skew)
+
+
+def _unread_bytes(stack, row_stack):
+    """Bytes of the experts that no row goes to.
+
+    Rows fall on the experts of a stack like Poisson counts of mean m, so exp(-m) of them have none.
+    """
+    some = stack > 0
+    mean = jnp.where(some, row_stack, 0.0) / jnp.where(some, stack, 1.0)
+    return stack * jnp.exp(-mean)
 
 
 def _factor(static: _Static, machine: Supernode):
@@ -191,6 +222,7 @@ def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
         vector_share=vector / vector_cores,
         attention=kinds == "attention",
         compute=np.isin(kinds, COMPUTE),
+        permutes=kinds == "permute",
         kind=kinds,
         reach=np.array([op.work.reach for op in operations], int),
         stream=np.array([[op.stream.name == s for op in operations] for s in streams], float),

@@ -50,9 +50,7 @@ def exchange_s(table, static, machine: Supernode):
 
     die, node, far = column("die_bytes"), column("node_bytes"), column("supernode_bytes")
     received = die + node + far
-    # Receive windows are double-buffered, so two of them pass through L2 in turn; once they are
-    # twice its size, nothing of them is left there when it is read.
-    spilled = jnp.clip(2.0 * received / machine.chip.l2_bytes - 1.0, 0.0, 1.0)
+    spilled = overflow(received, machine)
     if exchange.bulk_kernels:
         far = jnp.where(fused & (spilled > 0), column("once_per_node_bytes"), far)
     near = die / tiers.die.bandwidth_bytes_per_s
@@ -80,6 +78,15 @@ def exchange_s(table, static, machine: Supernode):
     if exchange.copies_in_flight or not fused.any():
         return wire, jnp.zeros_like(wire), fixed, disturbing
     return wire, _chain_s(column, static, machine, spilled), fixed, disturbing
+
+
+def overflow(received_bytes, machine: Supernode):
+    """The share of what a rank receives that does not fit its L2.
+
+    Receive windows are double-buffered, so two of them pass through L2 in turn; once they are twice
+    its size, nothing of them is left there when it is read.
+    """
+    return jnp.clip(2.0 * received_bytes / machine.chip.l2_bytes - 1.0, 0.0, 1.0)
 
 
 def _chain_s(column, static, machine: Supernode, spilled):

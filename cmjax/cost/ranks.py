@@ -6,10 +6,13 @@ from cmjax.hardware import Supernode
 from cmjax.mesh import RankMesh
 
 
-def mesh_for(ranks: int, machine: Supernode) -> RankMesh:
+def mesh_for(ranks: int, machine: Supernode, tensor: int = 1) -> RankMesh:
     """The smallest block of whole nodes (or part of one) that holds `ranks` dies.
 
-    Raises: ValueError: more ranks than the machine has, or not a whole number of NPUs or nodes.
+    Args:
+      ranks: how many. tensor: of them, neighbours that form a tensor-parallel group.
+    Raises: ValueError: more ranks than the machine has, not a whole number of NPUs or nodes, or
+      tensor-parallel groups that do not divide a node.
     """
     dies, npus_per_node = machine.dies_per_npu, machine.npus_per_node
     if ranks > machine.ranks:
@@ -22,7 +25,7 @@ def mesh_for(ranks: int, machine: Supernode) -> RankMesh:
             f"{ranks} ranks on {machine.name}: use a multiple of {dies} up to {per_node}, "
             f"or a multiple of {per_node}"
         )
-    return RankMesh(nodes, npus // nodes, dies)
+    return RankMesh(nodes, npus // nodes, dies, tensor)
 
 
 def mesh_spread(ranks: int, machine: Supernode) -> RankMesh:

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from cmjax.inputs import check_count
+from cmjax.models.moe.parallelism import MOST_TENSOR
 
 Phase = Literal["decode", "prefill"]
 MOST_DRAFTS = 8
@@ -25,10 +26,14 @@ class Deployment:
     """NPUs of one instance (default: 160 for decode, 16 for prefill)."""
     ep: int = 0
     """Ranks (dies) per expert-parallel group; 0 means all of the instance."""
+    tp: int = 1
+    """Ranks (dies) of a node that share each request: attention heads, dense blocks, shared experts
+    and vocabulary (tensor parallelism)."""
     microbatches: Literal["auto", 1, 2] = "auto"
     """Overlapping microbatches; auto takes the faster."""
-    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16"] = "int8"
-    """Matrices and dispatched tokens (8-bit is FP8 on a chip that has it)."""
+    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16", "w4a8"] = "int8"
+    """Matrices and dispatched tokens (8-bit is FP8 on a chip that has it); w4a8 is int8, with
+    experts in int4."""
     attention: Literal["exact", "pasa_fp16"] = "exact"
     """Softmax attention as it is, or in float16 with the shifted scores of PASA."""
     kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
@@ -59,6 +64,8 @@ class Deployment:
         if self.ep < 0:
             raise ValueError(f"ep must be at least 1 (or 0 for all ranks), got {self.ep}")
         check_count("ep", self.ep, least=0)
+        if not 1 <= self.tp <= MOST_TENSOR:
+            raise ValueError(f"tp must lie in 1..{MOST_TENSOR} (1 for none), got {self.tp}")
 
     @property
     def instance_npus(self) -> int:

@@ -57,6 +57,8 @@ class LayerPrice:
       shared: shared experts that live in slots, and get every token.
       multicast: a token goes to a rank once and comes back summed (independent experts, see the
         module's docstring); else every copy crosses for itself, as FusedDispatch sends them.
+      unequal: ranks cost unequally, and tokens are counted in ordinary ones
+        (`cmjax.placement.rank_cost`), whose sum depends on the plan and is not checked.
     Raises: ValueError for an unknown model, ranks that the machine does not have or that do not
       spread over its nodes, slots that do not divide over them, or tokens below 1.
 
@@ -81,6 +83,7 @@ class LayerPrice:
     nodes: int | None = None
     shared: int = 0
     multicast: bool = False
+    unequal: bool = False
 
     def __post_init__(self):
         if not self.tokens >= 1:
@@ -99,7 +102,9 @@ class LayerPrice:
         """
         tokens_per_rank = jnp.asarray(tokens_per_rank)
         total = jnp.sum(tokens_per_rank, axis=-1)
-        if not isinstance(total, Tracer):
+        if self.unequal:
+            total = jnp.full_like(total, self.assignments)
+        elif not isinstance(total, Tracer):
             self._refuse_other_totals(np.asarray(total))
         slowest = jnp.max(tokens_per_rank, axis=-1)
         curve = self._curve

@@ -16,12 +16,12 @@ from cmjax.cost.ranks import mesh_for, mesh_over, mesh_spread
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.step import DecodeSizes, MoEStep, PrefillSizes
 from cmjax.hardware import Supernode
-from cmjax.mesh import RANKED, on_every_rank
+from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.config import LatentAttention
 from cmjax.models.moe.layers.moe import MoE, run_moe
-from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.parallelism import Parallelism, check_tensor
 from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 from cmjax.models.moe.slots import SlotTable, ep_table, published_table
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill
@@ -51,7 +51,7 @@ def build_step(
       deployment: with 1 or 2 microbatches.
       machine: its counts matter, its constants do not.
       table: slots of the experts (default: those of the published deployments).
-    Raises: ValueError: unknown model, an EP degree that the ranks or experts do not allow.
+    Raises: ValueError: unknown model, an EP or TP degree that ranks, experts or heads do not allow.
     """
     deployment.check()
     if deployment.microbatches == "auto":
@@ -66,7 +66,13 @@ def build_step(
         raise ValueError(f"ep {ep} is larger than the {ranks} ranks of {npus} NPUs")
     if ranks % ep:
         raise ValueError(f"ep {ep} does not divide the {ranks} ranks of {npus} NPUs")
-    mesh = mesh_for(ep, machine)
+    check_tensor(config, deployment.tp)
+    if ep % deployment.tp:
+        raise ValueError(
+            f"tp {deployment.tp} does not divide the {ep} ranks that share the experts; give ep or "
+            f"npus that it divides"
+        )
+    mesh = _mesh(ep, machine, deployment.tp)
     if table is None:
         table = published_table(config, ep, phase=deployment.phase)
     elif table.ranks != ep:
@@ -74,7 +80,7 @@ def build_step(
     schedule = schedule_for(machine, deployment)
     # Splitting heads over nodes pays where the scale-up network spans them.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
-    sequence_parallel = machine.fabric.shared_ports and splits
+    sequence_parallel = machine.fabric.shared_ports and splits and deployment.tp == 1
     drafting = deployment.mtp and config.mtp_layers > 0
     drafts = (deployment.drafts if deployment.decoding else 1) * drafting
     copies = 0 if config.dense else config.experts_per_token + table.has_shared
@@ -86,6 +92,7 @@ def build_step(
         ),
         "kv_cache": _KV_CACHE[deployment.kv_cache],
         "mtp": drafts,
+        "permutes": machine.exchange.bulk_kernels,
     }
     if deployment.phase == "decode":
         ranked = abstract_decode(config, schedule, table, mesh, requests, length, rows, **common)
@@ -111,7 +118,7 @@ def build_step(
             dies_per_npu=machine.dies_per_npu,
             slots=table.slots,
             copies=copies,
-            spread=ep if sequence_parallel else 1,
+            spread=ep if sequence_parallel else deployment.tp,
             drafts=drafts,
         ),
         weight_bytes=_rank_bytes(params, ranked.in_specs[0]),
@@ -126,6 +133,17 @@ def build_step(
         drafts=drafts,
         ranks=ep,
     )
+
+
+def _mesh(ranks: int, machine: Supernode, tp: int) -> RankMesh:
+    """Where the ranks lie; a group that shares requests lies in one node."""
+    whole = mesh_for(ranks, machine)
+    if tp not in whole.tensor_sizes:
+        raise ValueError(
+            f"tp {tp} on {machine.name}: {whole.ranks // whole.nodes} ranks of a node hold groups "
+            f"of {', '.join(map(str, whole.tensor_sizes))}"
+        )
+    return mesh_for(ranks, machine, tp)
 
 
 def build_layer(
@@ -157,7 +175,10 @@ def build_layer(
     table = ep_table(experts, ranks, redundant)
     tokens, rows = jax.export.symbolic_shape("tokens, slot_rows")
     parallelism = Parallelism(
-        table=table, axes=mesh.axes, capacity=rows, schedule=Schedule(), sequence_parallel=False
+        table=table,
+        axes=mesh.axes,
+        capacity=rows,
+        permutes=machine.exchange.bulk_kernels,
     )
     graph, state = nnx.split(
         nnx.eval_shape(

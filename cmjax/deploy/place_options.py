@@ -13,6 +13,7 @@ from cmjax.hardware.units import parse_quantity
 from cmjax.inputs import MOST_SIZE, check_count, check_number, check_seed
 from cmjax.placement import Loads, Plan
 from cmjax.placement.loads import MOST_EXPERTS, MOST_LAYERS
+from cmjax.placement.rank_cost import RankCost
 from cmjax.placement.routing import RoutingName
 
 MOST_SLOTS = 2**20
@@ -81,6 +82,8 @@ class Target:
       routing: How tokens choose among the copies of their expert (default: as the engine does that
         --format is for): even; nearest-copy, the own rank's, else the own node's, else spread
         (SGLang); rank-modulo, by the number of the sending rank (vLLM-Ascend).
+      rank_cost: What a token costs on each rank, over an ordinary one: a file (.csv, .json, .npy)
+        of a number a rank, or of a matrix, source rank by rank.
     """
 
     ranks: int | None = None
@@ -95,6 +98,7 @@ class Target:
     without_ranks: str | Sequence[int] = ""
     memory_gib: float | None = None
     routing: RoutingName | None = None
+    rank_cost: RankCost | None = None
 
     def check(self) -> int:
         """The ranks; ValueError for numbers out of their range."""

@@ -32,6 +32,7 @@ from cmjax.deploy.placement_result import ModelLayers, Placement
 from cmjax.hardware import Supernode, as_machine
 from cmjax.models.moe import load_config
 from cmjax.placement import Judge, Loads, Plan, Problem, Routes, Score
+from cmjax.placement.rank_cost import RankCost
 from cmjax.placement.routing import RoutingName
 
 
@@ -60,6 +61,7 @@ def place(
     without_ranks: str | Sequence[int] = Target.without_ranks,
     memory_gib: float | None = Target.memory_gib,
     routing: RoutingName | None = Target.routing,
+    rank_cost: RankCost | None = Target.rank_cost,
     domain: str | None = Recording.domain,
     windows: int = Recording.windows,
     family: Sequence[LoadsLike] = Recording.family,
@@ -105,7 +107,7 @@ def place(
         Target(
             ranks=ranks, redundant=redundant, nodes=nodes, model=model, tokens=tokens,
             multicast=multicast, groups=groups, shared=shared, without_ranks=without_ranks,
-            memory_gib=memory_gib, routing=routing, uneven=uneven,
+            memory_gib=memory_gib, routing=routing, uneven=uneven, rank_cost=rank_cost,
         ),
         Search(
             method=method, objective=objective, seconds=seconds, seed=seed, shrink=shrink,
@@ -149,7 +151,7 @@ def place_with(
         target.model, machine,
         ranks=ranks, experts=counted.experts, nodes=target.nodes, tokens=target.tokens,
         redundant=target.slots_per_rank(counted.experts) * ranks - counted.experts,
-        shared=target.shared, multicast=target.multicast,
+        shared=target.shared, multicast=target.multicast, unequal=target.rank_cost is not None,
     )  # fmt: skip
     train_routes, test_routes = _seen(routes, recording, judging)
     problem = _problem(price.scale(train), price, target, search)
@@ -207,6 +209,7 @@ def evaluate(
     first_layer: int | None = Recording.first_layer,
     objective: str = Search.objective,
     routing: RoutingName | None = Target.routing,
+    rank_cost: RankCost | None = Target.rank_cost,
     baselines: bool = True,
 ) -> Placement:
     """Judge an existing plan on loads.
@@ -223,6 +226,7 @@ def evaluate(
       domain, windows, first_layer: of loads that are read; see `Recording`.
       objective: of the time of all layers, over the windows, as in `place`.
       routing: how tokens choose among copies (default: as the plan's engine does).
+      rank_cost: what a token costs on each rank, as in `place`.
       baselines: a plan of as many slots in every layer is joined by greedy and contiguous ones of
         its size, made for these loads.
     Returns: the plan as `plan`, its score, and those it is compared with; `plan, split evenly` is
@@ -241,6 +245,8 @@ def evaluate(
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=ranks, nodes=nodes)
     plan = plan if routing is None else plan.routed(routing)
+    cost = _cost(rank_cost, plan.ranks, plan.routing)
+    plan = replace(plan, rank_cost=cost)
     machine = as_machine(machine)
     plan = plan if nodes is not None else on_nodes(plan, machine)
     recording = Recording(domain=domain, windows=windows, first_layer=first_layer)
@@ -248,7 +254,7 @@ def evaluate(
     price = LayerPrice(
         model, machine,
         ranks=plan.ranks, experts=plan.experts, redundant=plan.slots - plan.experts,
-        nodes=plan.nodes if plan.nodes > 1 else nodes, tokens=tokens,
+        nodes=plan.nodes if plan.nodes > 1 else nodes, tokens=tokens, unequal=cost is not None,
     )  # fmt: skip
     served = price.scale(counted)
     plans: dict[str, Plan] = {"plan": part}
@@ -258,7 +264,7 @@ def evaluate(
     if (plan.filled == plan.slots_per_rank).all():
         problem = Problem(
             served, plan.ranks, plan.slots - plan.experts, plan.nodes,
-            objective=risk, routing=part.routing,
+            objective=risk, routing=part.routing, rank_cost=cost,
         )  # fmt: skip
         for method in ("greedy", "contiguous") if baselines else ():
             plans[method] = placement.place(problem, method, price)
@@ -403,6 +409,7 @@ def _problem(loads: Loads, price: LayerPrice, target: Target, search: Search) ->
         target.groups,
         objective=placement.Risk.parse(search.objective),
         without_ranks=target.dead_ranks, routing=routing, uneven=target.uneven,
+        rank_cost=_cost(target.rank_cost, price.ranks, routing),
     )  # fmt: skip
     if target.memory_gib is None:
         return problem
@@ -410,10 +417,15 @@ def _problem(loads: Loads, price: LayerPrice, target: Target, search: Search) ->
     return placement.choose_slots(problem, price, slots)
 
 
+def _cost(given: RankCost | None, ranks: int, routing: str) -> tuple[float, ...] | None:
+    return None if given is None else placement.rank_cost(given, ranks, routing=routing)
+
+
 def _running(plan, target: Target, problem: Problem) -> Plan:
     """The plan that is running, with the layers of the loads."""
     if not isinstance(plan, Plan):
         plan = placement.read_plan(plan, ranks=target.ranks, nodes=target.nodes)
+    plan = replace(plan, rank_cost=problem.rank_cost)
     if problem.routing != "even":
         plan = replace(plan, nodes=problem.nodes, routing=problem.routing)
     return placement.align(plan, problem.loads)[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +24,14 @@ from cmjax.deploy.prediction import Prediction
 from cmjax.deploy.program_cache import kept
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
-from cmjax.hardware import Supernode, Uncertainty, leaf_names, uncertainty
+from cmjax.hardware import Supernode, Uncertainty, leaf_names, relative_slopes, uncertainty
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.slots import SlotTable
 from cmjax.program import Program, Size
 
 MOST_REQUESTS = 4096
 """Where the search for a batch per NPU ends."""
+_DIFFERENCE = 0.01  # of a logarithm: small to a price, large to rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,30 @@ class Predictor:
             for key, value in predicted.headlines().items()
         }
 
+    def step_interval(self, requests: Requests) -> Interval | None:
+        """How sure the step time is: as `intervals` has it, ten times as soon.
+
+        By central differences over machines whose constants differ by 1 %, all priced at once: that
+        takes one trace of the price where its gradient takes several. `None` where `intervals` is
+        empty.
+        """
+        known = known_uncertainty(self.machine)
+        if known is None:
+            return None
+        requests = requests.of(self.deployment)
+        symbols, differences = self.symbols(requests), self.differences(requests)
+        leaves, tree = jax.tree.flatten(self.machine)
+        names = leaf_names(self.machine)
+        logs = np.zeros((len(known.keys), len(leaves)))
+        logs[np.arange(len(known.keys)), [names.index(key) for key in known.keys]] = _DIFFERENCE
+        scales = np.exp(np.concatenate([logs, -logs, logs[:1] * 0]))
+        machines = jax.tree.unflatten(tree, list((scales * np.array(leaves, float)).T))
+        drafts = _number(self.step.drafts)
+        steps_s = self._prices(symbols).of_machines(machines, symbols, differences, drafts)
+        found = np.log(np.asarray(steps_s, float))
+        above, below = np.split(found[:-1], 2)
+        return interval(float(np.exp(found[-1])), (above - below) / (2 * _DIFFERENCE), known)
+
     def steps_s(
         self, batch: Float[np.ndarray, "n"], length: Float[np.ndarray, "n"], acceptance: float = 0.7
     ) -> Float[np.ndarray, "n"]:
@@ -131,20 +157,28 @@ class Predictor:
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
         given = self._given(requests.batch, requests.length(self.deployment.phase))
-        load = requests.load if self.step.copies else 1.0
-        if load is None:
-            even = self.step.symbols(given | {"load": 1.0})
-            rows_per_rank = even["slot_rows"] * self.step.expert_slots
-            load = self._prices({}).scatter(rows_per_rank)
-        symbols = self.step.symbols(given | {"load": load})
+        symbols = self.step.symbols(given | {"load": self._load(requests)})
         return {name: _number(value) for name, value in symbols.items()}
 
     def differences(self, requests: Requests) -> Differences:
-        """How the work of ranks differs under these requests, beyond jitter and expert load."""
+        """How the work of ranks differs under these requests, beyond jitter."""
         assert requests.batch is not None
         each = requests.batch / (self.machine.dies_per_npu * self.step.microbatches)
         spread = requests.length_spread(self.deployment.phase)
-        return jax.tree.map(_number, Differences(attention=spread / each**0.5))
+        load = self._load(requests)
+        if requests.load is not None:  # one number, or one per layer
+            load = jnp.mean(load) if isinstance(load, Tracer) else np.mean(load)
+        return jax.tree.map(_number, Differences(spread / each**0.5, load))
+
+    def _load(self, requests: Requests) -> Any:
+        """Rows on the slowest rank over the mean: as given, or what routing a finite batch does."""
+        if not self.step.copies:
+            return 1.0
+        if requests.load is not None:
+            return requests.load
+        given = self._given(requests.batch, requests.length(self.deployment.phase))
+        even = self.step.symbols(given | {"load": 1.0})
+        return self._prices({}).scatter(even["slot_rows"] * self.step.expert_slots)
 
     def _waiting_s(self, requests, symbols, differences, device_s) -> dict[str, Any]:
         """How much longer a step takes for each reason that ranks wait for the slowest one."""
@@ -152,10 +186,12 @@ class Predictor:
         level = {k: v + 0 * symbols[k] for k, v in self.symbols(even).items()}
         steady = _number(0.0)
         exchange = dataclasses.replace(self.machine.exchange, jitter_s=steady)
+        alike = dataclasses.replace(differences, attention=steady)
+        evenly = dataclasses.replace(differences, load=1.0 + 0 * differences.load)
         without = {
             "jitter": (dataclasses.replace(self.machine, exchange=exchange), symbols, differences),
-            "contexts": (self.machine, symbols, Differences(attention=steady)),
-            "expert load": (self.machine, level, differences),
+            "contexts": (self.machine, symbols, alike),
+            "expert load": (self.machine, level, evenly),
         }
         summary = self._prices(symbols).summary
         return {name: device_s - summary(*sizes)[0] for name, sizes in without.items()}
@@ -180,19 +216,16 @@ class Predictor:
         """Elasticity of the step time in each machine constant: percent change per percent."""
         requests = requests.of(self.deployment)
         symbols, differences = self.symbols(requests), self.differences(requests)
-        total, gradient = self._prices(symbols).slopes(self.machine, symbols, differences)
-        names = leaf_names(self.machine)
-        values = [float(v) for v in jax.tree.leaves(self.machine)]
-        slopes = [float(g) for g in jax.tree.leaves(gradient)]
-        found = {n: v * g / float(total) for n, v, g in zip(names, values, slopes, strict=True)}
-        return dict(sorted(((n, e) for n, e in found.items() if e), key=lambda ne: -abs(ne[1])))
+        slopes = self._prices(symbols).slopes(self.machine, symbols, differences)
+        return relative_slopes(self.machine, *slopes)
 
     def batches_that_fit(self, requests: Requests) -> Float[np.ndarray, "batches"]:
         """Every batch per NPU, up to `MOST_REQUESTS`, with which weights and caches fit HBM.
 
         Raises: ValueError: not even the smallest batch does.
         """
-        step = self.machine.dies_per_npu * self.step.microbatches
+        parts = self.machine.dies_per_npu * self.step.microbatches
+        step = parts // math.gcd(parts, self.deployment.tp)
         batches = np.arange(step, MOST_REQUESTS + 1, step, dtype=float)
         memory = self.memory_bytes(dataclasses.replace(requests, batch=batches))
         fits = batches[sum(memory.values()) <= float(self.machine.chip.hbm_bytes)]
@@ -259,7 +292,11 @@ class Predictor:
 class _Priced:
     """The prices of one program: by NumPy where they are numbers, by XLA where JAX traces them."""
 
-    def __init__(self, program: Program, step: MoEStep):
+    def __init__(self, program: Program, step: MoEStep, key: tuple):
+        def host(fn):
+            """By NumPy; what it does is kept for the next run."""
+            return on_host(fn, keep=lambda shapes, make: kept((key, fn.__name__, shapes), make))
+
         def summary(machine, symbols, differences):
             timeline = price(program, machine, symbols, differences=differences)
             loop = _layer_loop(timeline, step.layers)
@@ -269,15 +306,23 @@ class _Priced:
         def total_s(machine, symbols, differences):
             return price(program, machine, symbols, differences=differences).total_s
 
-        self.scatter = on_host(lambda rows: sampling_imbalance(rows, step.ranks))
+        def scatter(rows):
+            return sampling_imbalance(rows, step.ranks)
+
+        self.scatter = host(scatter)
         self.timeline = on_host(
             lambda machine, symbols, differences: price(
                 program, machine, symbols, differences=differences
             )
         )
-        self.summary = on_host(summary)
+        self.summary = host(summary)
         self.slopes = jax.jit(jax.value_and_grad(total_s))
-        self.totals = on_host(jax.vmap(total_s, in_axes=(None, 0, 0)))
+        self.totals = host(jax.vmap(total_s, in_axes=(None, 0, 0)))
+
+        def step_s(machine, symbols, differences, drafts):
+            return total_s(machine, symbols, differences) + machine.running().host_s(drafts)
+
+        self.of_machines = host(jax.vmap(step_s, in_axes=(0, None, None, None)))
 
         def headlines(logs, machine, symbols, differences, drafts):
             leaves, tree = jax.tree.flatten(machine)
@@ -294,26 +339,36 @@ class _Priced:
             slopes = jax.jacrev(headlines)(logs, machine, symbols, differences, drafts)
             return jnp.stack(slopes, axis=-1)
 
-        self.elasticities = on_host(elasticities)
+        self.elasticities = host(elasticities)
 
 
 @functools.lru_cache(maxsize=64)
 def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
     def trace() -> tuple[MoEStep, Program]:
         step = build_step(deployment, _like(shape), table)
-        # A kept step is no longer run or traced: its function would drag the model along.
-        program = dataclasses.replace(step.trace(), retrace=None)
-        return dataclasses.replace(step, fn=dict, args=()), program
+        return _without_model(step, step.trace())
 
-    step, program = kept((deployment, load_config(deployment.model), shape, table, x64), trace)
-    return step, program, _Priced(program, step)
+    key = deployment, load_config(deployment.model), shape, table, x64
+    step, program = kept(key, trace)
+    return step, program, _Priced(program, step, key)
 
 
 @functools.lru_cache(maxsize=16)
 def _decided(deployment: Deployment, shape, table: SlotTable | None, x64: bool, numbers: tuple):
     """Prices where the sizes choose other kernels than those that the program was traced for."""
-    step = build_step(deployment, _like(shape), table)
-    return _Priced(step.trace().decided_at(dict(numbers)), step)
+    key = deployment, load_config(deployment.model), shape, table, x64, numbers
+
+    def trace() -> tuple[MoEStep, Program]:
+        step = build_step(deployment, _like(shape), table)
+        return _without_model(step, step.trace().decided_at(dict(numbers)))
+
+    step, program = kept(key, trace)
+    return _Priced(program, step, key)
+
+
+def _without_model(step: MoEStep, program: Program) -> tuple[MoEStep, Program]:
+    """What is kept is no longer run or traced: its functions would drag the model along."""
+    return dataclasses.replace(step, fn=dict, args=()), dataclasses.replace(program, retrace=None)
 
 
 def _like(shape) -> Supernode:

@@ -1,7 +1,7 @@
-"""Traced programs, kept between runs in the user's cache folder.
+"""Traced programs and what their prices compute, kept between runs in the user's cache folder.
 
-A deployment's program depends on the deployment, the machine's counts and the code, not on batch
-or context: the next prediction of the same one, at any size, starts without the model. A file is
+They depend on the deployment, the machine's counts and the code, not on batch or context: the next
+prediction of the same one, at any size, starts without the model and traces nothing. A file is
 named by what it depends on, so that nothing is ever out of date. `CMJAX_CACHE` names another
 folder, or is `off`. A file that cannot be read or written is as good as none.
 """
@@ -23,7 +23,7 @@ import platformdirs
 
 from cmjax.files import replace_bytes
 
-_KEPT = 256
+_KEPT = 512
 """Most files in the folder; the least recently used go first."""
 _TRUSTED = {
     ("builtins", "dict"),

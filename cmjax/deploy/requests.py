@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
@@ -18,6 +19,35 @@ else:
 PREFILL_TOKENS = 16384
 """Prompt tokens per NPU and step that a prefill instance batches by default."""
 
+
+def parse_acceptance(words: Sequence[str]) -> float | tuple[float, ...]:
+    """Probabilities that drafts are accepted, as a command line gives them.
+
+    >>> parse_acceptance(["0.7"]), parse_acceptance(["0.9,0.7"]), parse_acceptance(["0.9", "0.7"])
+    (0.7, (0.9, 0.7), (0.9, 0.7))
+
+    Raises: ValueError: no numbers.
+    """
+    parts = ",".join(words).split(",")
+    try:
+        each = tuple([float(part) for part in parts])
+    except ValueError:
+        given = " ".join(words)
+        raise ValueError(
+            f"mtp-acceptance takes one number, or one for each draft, as 0.9,0.7; got {given!r}"
+        ) from None
+    return each[0] if len(each) == 1 else each
+
+
+_ACCEPTANCE = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="FLOAT[,FLOAT...]",
+    instance_from_str=parse_acceptance,
+    is_instance=lambda value: isinstance(value, int | float | tuple),
+    str_from_instance=lambda value: [
+        ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    ],
+)
 _LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**9, "context": 10**9}
 _MOST_SPREAD = 100
 
@@ -38,7 +68,9 @@ class Requests:
     context_spread: Number | None = None
     """Standard deviation of requests' context (or prompt) lengths over their mean; by default what
     being anywhere between the prompt and the last generated token makes."""
-    acceptance: Annotated[Number | tuple[Number, ...], tyro.conf.arg(name="mtp-acceptance")] = 0.7
+    acceptance: Annotated[
+        Number | tuple[Number, ...], tyro.conf.arg(name="mtp-acceptance"), _ACCEPTANCE
+    ] = 0.7
     """Probability that a draft is accepted if those before it were: one for all drafts, or one for
     each (ignored without drafts)."""
     load: Annotated[Any, tyro.conf.Suppress] = None

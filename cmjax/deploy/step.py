@@ -44,7 +44,7 @@ class _Sizes:
     Fields:
       microbatches, dies_per_npu: what a batch of an NPU divides over.
       slots: of all ranks. copies: slots that a token is sent to.
-      spread: ranks that a prompt may spread over. drafts: per request and step.
+      spread: ranks that share requests. drafts: per request and step.
     """
 
     microbatches: int
@@ -67,11 +67,12 @@ class _Sizes:
         if not isinstance(batch, Tracer) and jnp.ndim(batch) == 0:
             total = float(batch) * spread / parts
             if batch <= 0 or not math.isclose(total, round(total), abs_tol=1e-6):
-                step = parts // math.gcd(parts, spread)
-                near = max(step, round(float(batch) / step) * step)
+                near = max(1, round(float(batch) * spread / parts)) * parts / spread
+                groups = f" in groups of {spread} that share them" if spread > 1 else ""
                 raise ValueError(
                     f"batch {float(batch):g} requests per NPU do not divide over "
-                    f"{self.dies_per_npu} dies x {self.microbatches} microbatches; {near} would"
+                    f"{self.dies_per_npu} dies x {self.microbatches} microbatches{groups}; "
+                    f"{near:g} would"
                 )
         return batch / parts
 
@@ -80,14 +81,14 @@ class DecodeSizes(_Sizes):
     """Of a decode step: requests per NPU, cached tokens, rows on the slowest rank over the mean."""
 
     def __call__(self, batch, context, load=1.0) -> dict[str, Any]:
-        requests = self.per_microbatch(batch, spread=1)
+        requests = self.per_microbatch(batch, spread=self.spread)
         return self.symbols(requests, context, requests * (1 + self.drafts), load)
 
 
 class PrefillSizes(_Sizes):
     """Of a prefill step: requests per NPU, prompt tokens, rows on the slowest rank over the mean.
 
-    With sequence parallelism a prompt may spread over ranks: only the group's total counts.
+    With sequence or tensor parallelism ranks share prompts: only the group's total counts.
     """
 
     def __call__(self, batch, prompt, load=1.0) -> dict[str, Any]:

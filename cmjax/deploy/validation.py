@@ -21,7 +21,7 @@ from cmjax.cost.micro import MicroBenchmark, micro
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predict import predict
 from cmjax.deploy.predictor import known_uncertainty
-from cmjax.deploy.requests import Requests
+from cmjax.deploy.requests import Requests, parse_acceptance
 from cmjax.hardware import Supernode, leaf_names, load_machine
 
 _FLAGS = {f"--{no}mtp": ("mtp", not no) for no in ("", "no-")}
@@ -223,7 +223,7 @@ class _Unreadable(ValueError):
 def _predict_options(phase: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The options of `cmjax predict` as keyword arguments of `predict`."""
     types = {**_BESIDE, **_types(Deployment), **_types(Requests)}
-    words = iter(arguments)
+    words = iter(_joined(arguments))
     found: dict[str, Any] = {"phase": phase}
     for word in words:
         if word in _FLAGS:
@@ -234,10 +234,32 @@ def _predict_options(phase: str, arguments: Sequence[str]) -> dict[str, Any]:
         name = _NAMES.get(name, name)
         if not word.startswith("--") or name not in types or name in ("phase", "mtp", "load"):
             raise _Unreadable(f"{word!r} is no option of predict")
+        if name == "acceptance":
+            try:
+                found[name] = parse_acceptance([next(words, "")])
+            except ValueError as error:
+                raise _Unreadable(str(error)) from None
+            continue
         found[name] = _value(word, words, types[name])
     if found.get("loads") == "perfect":
         del found["loads"]
     return found
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Words of which several numbers in a row are one, `0.9 0.7` as `0.9,0.7`."""
+    found: list[str] = []
+    for word in words:
+        both = found and not word.startswith("--") and not found[-1].startswith("--")
+        if both and _numeric(word) and _numeric(found[-1].rpartition(",")[2]):
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _numeric(word: str) -> bool:
+    return word.replace(".", "", 1).isdecimal()
 
 
 def _types(options: type) -> dict[str, Any]:

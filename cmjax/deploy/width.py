@@ -18,6 +18,7 @@ _MEASURE = {
     "efficiency.attention": "decode attention of 64 requests with a draft",
     "efficiency.hbm": "decode attention of 128 requests with 16 heads",
     "chip.matrix_startup_s": "a matrix product of 16 rows",
+    "chip.attention_startup_s": "decode attention of one short request",
     "chip.vector_startup_s": "a norm of 16 rows",
     "chip.collective_startup_s": "an all-gather of 1 KB",
     "factors.exchange": "dispatch and combine at these tokens and ranks",

@@ -6,6 +6,7 @@ from cmjax.hardware.load import (
     describe_key,
     leaf_names,
     load_machine,
+    relative_slopes,
     replace_leaf,
     sources,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "leaf_names",
     "load_machine",
     "prior",
+    "relative_slopes",
     "replace_leaf",
     "sources",
     "uncertainty",

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 
@@ -37,6 +37,7 @@ _SCHEMA: dict[str, Any] = {
         "hbm_bytes_per_s": "bytes/s",
         "hbm_bytes": "bytes",
         "matrix_startup_s": "s",
+        "attention_startup_s": "s",
         "vector_startup_s": "s",
         "collective_startup_s": "s",
         "l2_bytes": "bytes",
@@ -73,7 +74,7 @@ _SCHEMA: dict[str, Any] = {
 _ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s"}
 _MAY_BE_ZERO = {
     *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
-    *("matrix_startup_s", "vector_startup_s", "collective_startup_s"),
+    *("matrix_startup_s", "attention_startup_s", "vector_startup_s", "collective_startup_s"),
 }
 _MOST_BYTES = 1_000_000
 _MOST_RANKS = 2**20
@@ -171,6 +172,21 @@ def leaf_names(machine: Supernode) -> list[str]:
     return [".".join(name(key) for key in path) for path, _ in paths]
 
 
+def relative_slopes(
+    machine: Supernode, value: SupportsFloat, gradient: Supernode
+) -> dict[str, float]:
+    """By how many per cent a value changes per per cent of every constant, strongest first; those
+    that it does not feel are left out.
+
+    Args: the machine, a positive function's value there, and its gradient.
+    """
+    leaves = zip(
+        leaf_names(machine), jax.tree.leaves(machine), jax.tree.leaves(gradient), strict=True
+    )
+    found = {name: float(leaf) * float(g) / float(value) for name, leaf, g in leaves}
+    return dict(sorted(((n, e) for n, e in found.items() if e), key=lambda ne: -abs(ne[1])))
+
+
 def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
     """`replace_leaf(machine, "chip.hbm_bytes_per_s", 2e12)`: a machine with one value changed."""
     head, _, rest = dotted.partition(".")
@@ -187,12 +203,18 @@ def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
 
 
 def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
-    """A machine's TOML as it is written, and where it is from, for messages.
+    """A machine's TOML as it is written, and where it is from, for messages. Attention that names
+    no start-up of its own has that of matrix products.
 
     Raises: ValueError: unknown name, unreadable file, or no TOML.
     """
     text, origin = _read(str(name_or_path))
-    return parse_toml(text, origin), origin
+    tree = parse_toml(text, origin)
+    chip = tree.get("chip")
+    if isinstance(chip, dict) and isinstance(like := chip.get("matrix_startup_s"), dict):
+        same = {"source": "assumed: as matrix_startup_s", "value": like.get("value")}
+        chip.setdefault("attention_startup_s", same)
+    return tree, origin
 
 
 def _known_factors(table: Any, origin: str) -> dict[str, Any]:

@@ -38,9 +38,10 @@ class Chip:
       vector_bytes_per_s: operand bytes that all vector cores together take per second; one
         element-wise instruction on n elements of s bytes takes n*s of them.
       hbm_bytes_per_s, hbm_bytes: memory bandwidth and capacity.
-      matrix_startup_s, vector_startup_s, collective_startup_s: from one kernel's end to the next
-        one's first useful cycle on a stream, by what starts: a kernel with matrix products, one
-        without, a plain collective (dispatch and combine have start-ups of their own).
+      matrix_startup_s, attention_startup_s, vector_startup_s, collective_startup_s: from one
+        kernel's end to the next one's first useful cycle on a stream, by what starts: a kernel with
+        matrix products, attention (where it takes several kernels, all of them), a kernel of
+        neither, a plain collective (dispatch and combine have start-ups of their own).
       l2_bytes: on-chip memory shared by the die's cores.
       cube_cores, vector_cores: AIC and AIV counts (streaming multiprocessors on a GPU).
       separate_vector_cores: True where cube and vector cores are different cores, which streams
@@ -54,6 +55,7 @@ class Chip:
     hbm_bytes_per_s: Scalar
     hbm_bytes: Scalar
     matrix_startup_s: Scalar
+    attention_startup_s: Scalar
     vector_startup_s: Scalar
     collective_startup_s: Scalar
     l2_bytes: Scalar
@@ -108,8 +110,9 @@ class Exchange:
       copies_in_flight: True where a core starts a copy before the last one has arrived (GPUs),
         False where it waits for each.
       bulk_kernels: True where large batches have kernels of their own, which send a token to a
-        node once and forward it there, and hold cores while they do (DeepEP's normal kernels; its
-        low-latency ones hold none). False where one kind serves all sizes.
+        node once and forward it there, hold cores while they do, and leave it to other kernels to
+        put rows in the order of experts (DeepEP's normal kernels; its low-latency ones hold none
+        and place rows themselves). False where one kind serves all sizes.
     """
 
     bandwidth: Scalar

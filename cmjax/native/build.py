@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 LIBRARY = "libcmjax_native.so"
@@ -25,7 +26,9 @@ LIBRARY = "libcmjax_native.so"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": [*AVX2, *AVX512, "-mprefer-vector-width=512"]}
+WIDE = [*AVX2, *AVX512, "-mprefer-vector-width=512"]
+BF16 = "-mavx512bf16"  # of GCC 10 and Clang 9; an older compiler leaves its file out
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": WIDE, "_avx512_bf16": [*WIDE, BF16]}
 
 
 def sources() -> list[str]:
@@ -52,24 +55,37 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         sanitize = os.environ.get("CMJAX_SANITIZE")  # address,undefined
         extra = [f"-fsanitize={sanitize}", "-g", "-fno-sanitize-recover=all"] if sanitize else []
+        paths, defined = ext.sources, ["-DCMJAX_AVX512_BF16"]
+        if not any(BF16 in _isa_flags(Path(path)) for path in paths) or not self._knows(BF16):
+            paths, defined = [p for p in paths if BF16 not in _isa_flags(Path(p))], []
 
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 extra_preargs=["-isystem", _ffi_headers()],  # their warnings are not ours
-                extra_postargs=[*FLAGS, *_isa_flags(Path(source)), *extra],
+                extra_postargs=[*FLAGS, *defined, *_isa_flags(Path(source)), *extra],
                 depends=[str(h) for h in (HERE / "csrc").glob("*.[hi]*")],
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [o for made in pool.map(compile_one, ext.sources) for o in made]
+            objects = [o for made in pool.map(compile_one, paths) for o in made]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
             extra_postargs=["-pthread", *extra],
             target_lang="c++",
         )
+
+    def _knows(self, flag: str) -> bool:
+        """Whether the compiler takes an option."""
+        least = os.path.relpath(HERE / "csrc" / "isa.cc")
+        probe = str(Path(self.build_temp, "probe"))
+        try:
+            self.compiler.compile([least], output_dir=probe, extra_postargs=[FLAGS[0], flag])
+        except CompileError:
+            return False
+        return True
 
 
 def _isa_flags(source: Path) -> list[str]:

@@ -16,12 +16,13 @@ _SWITCH = "CMJAX_NATIVE"
 
 # Every function of the library that computes; the names are those of csrc/*.cc.
 TARGETS = (
-    "cmjax_cached_attention",
+    "cmjax_attention",
     "cmjax_conv1d",
     "cmjax_fsmn_memory",
     "cmjax_grouped_dot",
     "cmjax_grouped_msd_int8",
     "cmjax_grouped_msd_mxfp4",
+    "cmjax_latent_attention",
     "cmjax_mel_energies",
     "cmjax_msd_int8",
     "cmjax_msd_mxfp4",
@@ -39,11 +40,13 @@ class Status:
     enabled: kernels are used for CPU devices.
     isa: instruction set in use: "scalar", "avx2" or "avx512_vnni"; "xla" if not enabled.
     reason: one sentence that says why.
+    bfloat16: bfloat16 is multiplied as it is (AVX512_BF16), not widened first.
     """
 
     enabled: bool
     isa: str
     reason: str
+    bfloat16: bool = False
 
 
 @functools.cache
@@ -52,7 +55,7 @@ def status() -> Status:
 
     The environment variable `CMJAX_NATIVE=off` keeps XLA's lowering everywhere, `CMJAX_NATIVE=on`
     makes a missing or unfit library an error, and `CMJAX_NATIVE_ISA=avx2` (or `scalar`) keeps to a
-    smaller instruction set. All three give the same integers.
+    smaller instruction set (`avx512_vnni` does without AVX512_BF16). All give the same integers.
 
     Raises: RuntimeError with `CMJAX_NATIVE=on` if the kernels cannot be used; ValueError if either
       variable has another value.
@@ -88,7 +91,11 @@ def status() -> Status:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     library.cmjax_isa.restype = ctypes.c_char_p
     isa = library.cmjax_isa().decode()
-    return Status(enabled=True, isa=isa, reason=f"the kernels run, with {isa} instructions")
+    library.cmjax_multiplies_bfloat16.restype = ctypes.c_bool
+    bfloat16 = library.cmjax_multiplies_bfloat16()
+    what = f"{isa} and avx512_bf16" if bfloat16 else isa
+    reason = f"the kernels run, with {what} instructions"
+    return Status(enabled=True, isa=isa, reason=reason, bfloat16=bfloat16)
 
 
 def call(target: str, out: Any, *operands: jax.Array, **attributes: Any) -> Any:

@@ -6,6 +6,9 @@ Megatron's 18 bytes a parameter, or 6 + 12 / D with its distributed optimizer.
 
 import dataclasses
 import functools
+from typing import Any
+
+import jax.numpy as jnp
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig, TensorSplit
@@ -18,8 +21,25 @@ from cmjax.program import Size
 USABLE = 0.95
 """Of a device's memory: the rest is the runtime's (PanGu-alpha's pool was 31 of 32 GB), and what
 an allocator cannot fill."""
-PARAMETER_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2.0, 4.0, 12.0
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Bytes of a parameter, of its gradient and of its optimizer state, and the dtype in which the
+    model computes."""
+
+    parameter: float
+    gradient: float
+    optimizer: float
+    dtype: Any
+
+
+MIXED = Precision(2.0, 4.0, 12.0, pieces.HALF)
+"""Half precision, with float32 gradients, master weights and two moments."""
+SINGLE = Precision(4.0, 4.0, 8.0, jnp.float32)
+"""float32 everywhere, as `train_step` runs by default: parameters are their own master weights."""
+PARAMETER_BYTES = MIXED.parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +49,9 @@ class Memory:
     Fields:
       parameters, gradients, optimizer: of the model's state.
       activations: kept between forward and backward passes.
-      buffers: one layer's activations while it is computed again, a layer's parameters while they
-        are gathered, and what arrives from neighbouring stages.
+      buffers: one layer's activations while it is computed again, the gradients that its backward
+        pass works on, a layer's parameters while they are gathered, and what arrives from
+        neighbouring stages.
     """
 
     parameters: float
@@ -44,11 +65,13 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
 
-def memory_of(model: DenseConfig, plan: Plan, global_batch: int) -> Memory:
+def memory_of(
+    model: DenseConfig, plan: Plan, global_batch: int, precision: Precision = MIXED
+) -> Memory:
     """Of the first or the last stage, whichever needs more."""
-    stages = [_stage(model, plan, global_batch, first=True)]
+    stages = [_stage(model, plan, global_batch, precision, first=True)]
     if plan.pipeline > 1:
-        stages.append(_stage(model, plan, global_batch, first=False))
+        stages.append(_stage(model, plan, global_batch, precision, first=False))
     return max(stages, key=lambda memory: memory.peak)
 
 
@@ -83,10 +106,13 @@ def _at(size: Size, micro_batch: int) -> float:
     return float(size.evaluate({pieces.BATCH: float(micro_batch)}))
 
 
-def _stage(model: DenseConfig, plan: Plan, global_batch: int, *, first: bool) -> Memory:
+def _stage(
+    model: DenseConfig, plan: Plan, global_batch: int, precision: Precision, *, first: bool
+) -> Memory:
     split, micro_batches = split_of(plan), plan.micro_batches(global_batch)
     replicas, count = plan.data, float(stage_parameters(model, plan, first=first))
-    layer = pieces.layer(model, split, plan.recompute)
+    dtype = precision.dtype
+    layer = pieces.layer(model, split, plan.recompute, dtype)
     number = model.layers // plan.pipeline
     last = not first or plan.pipeline == 1
 
@@ -95,9 +121,9 @@ def _stage(model: DenseConfig, plan: Plan, global_batch: int, *, first: bool) ->
 
     kept = number * at(layer.kept)
     if first:
-        kept += at(pieces.embedding(model, split).kept)
+        kept += at(pieces.embedding(model, split, dtype).kept)
     if last:
-        output = pieces.output(model, split, plan.recompute)
+        output = pieces.output(model, split, plan.recompute, dtype)
         kept += at(output.kept) - (at(layer.kept) if model.query_layer else 0.0)
     flying = in_flight(plan.schedule, micro_batches, plan.pipeline, plan.interleave)
     if not first:
@@ -106,20 +132,24 @@ def _stage(model: DenseConfig, plan: Plan, global_batch: int, *, first: bool) ->
             flying = min(
                 float(micro_batches), plan.pipeline - (plan.pipeline - 1) / plan.interleave
             )
-    buffers = 0.0
+    # A layer's backward pass has the gradients of its widest array, before and after an
+    # activation, and makes those of its parameters before they are added up.
+    width = max(model.ffn, model.heads * model.sequence) / plan.tensor
+    size = jnp.dtype(dtype).itemsize
+    buffers = size * (2 * plan.micro_batch * model.sequence * width + layer.parameters)
     if plan.recompute != "none":
-        whole = pieces.layer(model, split, "none")
+        whole = pieces.layer(model, split, "none", dtype)
         buffers += at(whole.kept) - at(layer.kept)
     if plan.optimizer == "zero3":
-        buffers += 2 * PARAMETER_BYTES * layer.parameters
+        buffers += 2 * precision.parameter * layer.parameters
     if plan.pipeline > 1:
         buffers += 2 * at(layer.passed)
     spread = {"none": (1, 1, 1), "zero1": (1, 1, replicas), "zero2": (1, replicas, replicas)}
     by = spread.get(plan.optimizer, (replicas, replicas, replicas))
     return Memory(
-        parameters=PARAMETER_BYTES * count / by[0],
-        gradients=GRADIENT_BYTES * count / by[1],
-        optimizer=OPTIMIZER_BYTES * count / by[2],
+        parameters=precision.parameter * count / by[0],
+        gradients=precision.gradient * count / by[1],
+        optimizer=precision.optimizer * count / by[2],
         activations=flying * kept,
         buffers=buffers,
     )

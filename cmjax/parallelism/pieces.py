@@ -6,7 +6,8 @@ micro-batch as a symbol. What it keeps for its backward pass is read off its res
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,48 +45,60 @@ class Piece:
 
 
 @functools.lru_cache(maxsize=512)
-def layer(model: DenseConfig, split: TensorSplit, recompute: Recompute) -> Piece:
+def layer(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any = HALF) -> Piece:
     """One transformer layer."""
-    x = _stream(model, split)
-
-    def run(graph, params, x, keys):
-        def call(params, x):
-            return nnx.merge(graph, params)(x, keys=keys, recompute=_inner(recompute))
-
-        return (jax.checkpoint(call) if recompute == "full" else call)(params, x)
-
-    make = functools.partial(Block, model, split, dtype=HALF)
+    x = _stream(model, split, dtype)
+    run = functools.partial(run_layer, recompute)
+    make = functools.partial(Block, model, split, dtype=dtype)
     return _piece(make, run, (x,), _keys(model, 3), split)
 
 
 @functools.lru_cache(maxsize=512)
-def embedding(model: DenseConfig, split: TensorSplit) -> Piece:
+def embedding(model: DenseConfig, split: TensorSplit, dtype: Any = HALF) -> Piece:
     """Words and positions."""
     tokens = _tokens(model)
 
-    def run(graph, params, tokens, keys):
-        return nnx.merge(graph, params)(tokens, None if keys is None else keys[0])
-
-    make = functools.partial(Embedding, model, split, dtype=HALF)
-    return _piece(make, run, (tokens,), _keys(model, 1), split)
+    make = functools.partial(Embedding, model, split, dtype=dtype)
+    return _piece(make, run_embedding, (tokens,), _keys(model, 1), split)
 
 
 @functools.lru_cache(maxsize=512)
-def output(model: DenseConfig, split: TensorSplit, recompute: Recompute) -> Piece:
+def output(
+    model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any = HALF
+) -> Piece:
     """Final norm, query layer if there is one, and the loss."""
-    words = jax.ShapeDtypeStruct((own_words(model, split), model.hidden), HALF)
-    arguments = (_stream(model, split), words, _tokens(model))
-
-    def run(graph, params, x, words, targets, keys):
-        def call(params, x, words):
-            module = nnx.merge(graph, params)
-            return module(x, words, targets, keys=keys, recompute=_inner(recompute))
-
-        whole = recompute == "full" and model.query_layer
-        return (jax.checkpoint(call) if whole else call)(params, x, words)
-
-    make = functools.partial(Output, model, split, dtype=HALF)
+    words = jax.ShapeDtypeStruct((own_words(model, split), model.hidden), dtype)
+    arguments = (_stream(model, split, dtype), words, _tokens(model))
+    run = functools.partial(run_output, model, recompute)
+    make = functools.partial(Output, model, split, dtype=dtype)
     return _piece(make, run, arguments, _keys(model, 3), split)
+
+
+def run_layer(recompute: Recompute, graph, params, x, keys=None):
+    """What is priced, and what `train_step` runs: a layer."""
+
+    def call(params, x):
+        return nnx.merge(graph, params)(x, keys=keys, recompute=_inner(recompute))
+
+    return (jax.checkpoint(call) if recompute == "full" else call)(params, x)
+
+
+def run_embedding(graph, params, tokens, keys=None):
+    """Likewise, the embedding."""
+    return nnx.merge(graph, params)(tokens, None if keys is None else keys[0])
+
+
+def run_output(
+    model: DenseConfig, recompute: Recompute, graph, params, x, words, targets, keys=None
+):
+    """Likewise, the output and the loss."""
+
+    def call(params, x, words):
+        module = nnx.merge(graph, params)
+        return module(x, words, targets, keys=keys, recompute=_inner(recompute))
+
+    whole = recompute == "full" and model.query_layer
+    return (jax.checkpoint(call) if whole else call)(params, x, words)
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,19 +139,19 @@ def _inner(recompute: Recompute) -> Recompute:
 
 
 @functools.cache
-def _batch():
+def batch_symbol():
     """Sequences of a micro-batch; symbols of one scope compare as equal."""
     return jax.export.symbolic_shape(BATCH)[0]
 
 
-def _stream(model: DenseConfig, split: TensorSplit) -> jax.ShapeDtypeStruct:
+def _stream(model: DenseConfig, split: TensorSplit, dtype) -> jax.ShapeDtypeStruct:
     """Activations between layers."""
     part = model.sequence // split.ranks if split.sequence else model.sequence
-    return jax.ShapeDtypeStruct((_batch(), part, model.hidden), HALF)
+    return jax.ShapeDtypeStruct((batch_symbol(), part, model.hidden), dtype)
 
 
 def _tokens(model: DenseConfig) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((_batch(), model.sequence), jnp.int32)
+    return jax.ShapeDtypeStruct((batch_symbol(), model.sequence), jnp.int32)
 
 
 def _keys(model: DenseConfig, count: int):
@@ -192,7 +205,9 @@ def _piece(make, run, arguments: tuple, keys, split: TensorSplit) -> Piece:
             "inputs": functools.cache(lambda: read(inputs, params, arguments, keys)),
         },
         parameters=sum(x.size for x in jax.tree.leaves(params)),
-        kept=_kept_bytes(kept, split, params, arguments, keys),
+        kept=kept_bytes(
+            kept, [(_AXIS, split.ranks)] if split.ranks > 1 else [], params, arguments, keys
+        ),
         passed=_nbytes(arguments[0]),
     )
 
@@ -200,11 +215,10 @@ def _piece(make, run, arguments: tuple, keys, split: TensorSplit) -> Piece:
 _AT = {BATCH: 1.0}
 
 
-def _kept_bytes(kept: Callable, split: TensorSplit, params, arguments, keys) -> Size:
-    """Bytes of the residuals that are neither parameters nor constants; what several kernels keep
-    counts once."""
-    axes = [(_AXIS, split.ranks)] if split.ranks > 1 else []
-    jaxpr = jax.make_jaxpr(kept, axis_env=axes)(params, arguments, keys).jaxpr
+def kept_bytes(kept: Callable, axes: Sequence[tuple[str, int]], params, *arguments: Any) -> Size:
+    """Bytes of the residuals `kept(params, *arguments)` that are neither parameters nor constants;
+    what several kernels keep counts once. `axes`: names and sizes of mesh axes."""
+    jaxpr = jax.make_jaxpr(kept, axis_env=list(axes))(params, *arguments).jaxpr
     held = len(jax.tree.leaves(params))
     weights = set(jaxpr.invars[:held])
     made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}

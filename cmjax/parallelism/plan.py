@@ -28,6 +28,8 @@ class Plan:
       sequence_parallel: whether tensor-parallel ranks share the sequence between layers.
       overlap: whether gradients are reduced while the last micro-batch is still in its backward
         pass.
+      expert: of the data-parallel replicas, so many in a row share the experts of a layer; 1 for a
+        dense model.
       order: dimensions from neighbours outward: the first fills a server, the last spans the
         machine.
     """
@@ -42,10 +44,11 @@ class Plan:
     optimizer: Optimizer = "none"
     sequence_parallel: bool = False
     overlap: bool = False
+    expert: int = 1
     order: tuple[str, ...] = DIMENSIONS
 
     def __post_init__(self):
-        for name in ("data", "tensor", "pipeline", "micro_batch", "interleave"):
+        for name in ("data", "tensor", "pipeline", "micro_batch", "interleave", "expert"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"plan: {name} must be a whole number >= 1, got {value!r}")
@@ -78,6 +81,8 @@ class Plan:
     def check(self, model: DenseConfig, global_batch: int) -> None:
         """Raises: ValueError: a degree that does not divide what it splits."""
         t, chunks = self.tensor, self.pipeline * self.interleave
+        if self.expert > 1:
+            raise ValueError(f"plan: expert={self.expert} needs a mixture of experts")
         if self.heads_apart(model):
             raise ValueError(
                 f"plan: tensor={t} must divide the {model.heads} heads, {model.key_heads} heads of "

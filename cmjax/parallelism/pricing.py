@@ -9,19 +9,23 @@ of a search at once (`vmap`).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from cmjax.cost import price
 from cmjax.cost.host import on_host
-from cmjax.hardware import Supernode
+from cmjax.hardware import Supernode, relative_slopes
 from cmjax.models.dense import DenseConfig, TensorSplit
 from cmjax.parallelism import pieces
 from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.schedules import StageTimes, pipeline_s
+from cmjax.parallelism.traffic import copied, exchanged
 from cmjax.program import Program
 
 On = tuple[int, int, int]
@@ -38,7 +42,8 @@ class StepTime:
     Fields:
       pipeline: all micro-batches through all stages. busy: of it, what the slowest stage works.
       reduction: gradients (and gathered parameters) over the replicas, as far as it is waited for.
-      optimizer: the update. tied: the sum of the two ends' word gradients.
+      optimizer: the update. tied: gradients of what several ranks hold copies of, added up: words
+        of the two ends, and norms of ranks that share the sequence.
     """
 
     pipeline: float
@@ -52,7 +57,46 @@ class StepTime:
         return self.pipeline + self.reduction + self.optimizer + self.tied
 
 
-class Prices:
+class LinkPrices:
+    """Seconds of programs, collectives and the optimizer's update on a machine; each is priced
+    once."""
+
+    def __init__(self, machine: Supernode):
+        self.machine = machine
+        self._sent: dict[tuple, float] = {}
+
+    def run(self, program: Program, size: str, value: float) -> float:
+        """Of a program of that one size."""
+        key = (program, value)
+        if key not in self._sent:
+            self._sent[key] = _time(program, self.machine, {size: value})
+        return self._sent[key]
+
+    def update(self, parameters: float) -> float:
+        """Of the optimizer on that many elements of a rank."""
+        return self.run(pieces.optimizer_update(), "parameters", parameters)
+
+    def collective(self, kind: str, elements: float, on: On) -> float:
+        """Of a rank's 2-byte elements, over a group that lies on these tiers; `kind` as
+        `pieces.reduction` has it."""
+        if on == (1, 1, 1) or elements == 0:
+            return 0.0
+        key = (kind, elements, on)
+        if key not in self._sent:
+            self._sent[key] = self._priced(kind, elements, on)
+        return self._sent[key]
+
+    def _priced(self, kind: str, elements: float, on: On) -> float:
+        part = shares(on, self.machine)
+        if kind == "send":  # to a neighbour, on the furthest links that any of them uses
+            part = tuple(1.0 if tier == reach(on) else 0.0 for tier in range(3))
+            elements = elements / 2  # `on_any_links` takes a peer for one of two ranks
+        program = _far(pieces.reduction(kind), 2, reach(on))
+        sizes = {"elements": elements, **dict(zip(SHARES, part, strict=True))}
+        return _time(program, self.machine, sizes)
+
+
+class Prices(LinkPrices):
     """Seconds of pieces on a machine; each is priced once.
 
     Args:
@@ -70,10 +114,10 @@ class Prices:
         *,
         eager: bool = False,
     ):
-        self.model, self.machine, self.eager = model, machine, eager
+        super().__init__(machine)
+        self.model, self.eager = model, eager
         self.batches = tuple(sorted(set(micro_batches)))
         self._known: dict[tuple, dict[int, float]] = {}
-        self._sent: dict[tuple, float] = {}
 
     def step(self, plan: Plan, global_batch: int) -> StepTime:
         """Seconds of a step under a plan that divides (`Plan.check`)."""
@@ -98,11 +142,11 @@ class Prices:
         if plan.pipeline == 1:
             slowest = total = stage + ends[0] + ends[1] - own_query
         else:
-            slowest = max(stage + ends[0], stage + ends[1] - own_query)
+            slowest = _larger(stage + ends[0], stage + ends[1] - own_query)
             total = plan.pipeline * stage + ends[0] + ends[1] - own_query
         weights = 0.0
         if plan.schedule == "zero_bubble":
-            weights = model.layers * max(0.0, each - seconds(layer, "inputs"))
+            weights = model.layers * _larger(0.0, each - seconds(layer, "inputs"))
         send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
         times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
         pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
@@ -111,13 +155,15 @@ class Prices:
             stage_parameters(model, plan, first=True), stage_parameters(model, plan, first=False)
         ))  # fmt: skip
         backward = slowest - count * seconds(layer, "forward")
-        reduction = self._reduction(plan, held, on["data"], m, slowest, backward)
+        times = max(exchanged(model, plan, m, stage) for stage in {0, plan.pipeline - 1}) / held
+        reduction = self._reduction(plan, held, times, on["data"], m, slowest, backward)
         shards = 1 if plan.optimizer == "none" else plan.data
-        update = self._update(held / shards)
+        update = self.update(held / shards)
         tied = 0.0
         if model.tied and plan.pipeline > 1:
-            words = model.vocab / plan.tensor * model.hidden
-            tied = self._collective("all_reduce", words, _pair(on["pipeline"]))
+            words = model.vocab / plan.tensor * model.hidden / shards
+            tied = self.collective("all_reduce", words, _pair(on["pipeline"]))
+        tied += self.collective("all_reduce", copied(model, plan) / plan.pipeline, on["tensor"])
         return StepTime(
             pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
         )
@@ -147,9 +193,10 @@ class Prices:
         sends = 2 * (m * plan.interleave + p - 1) * send
         held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
         whole_s = self._wire_s(2 * held, on["data"])
+        gathered = m * (1.5 - 0.5 * model.query_layer / model.layers)
         reduction = max(0.0, min(  # whatever the optimizer is spread over
             times * whole_s - passes * slowest * plan.overlap
-            for times, passes in ((1.0, 1), ((m + 1) / 2, m), (1.5 * m, m))
+            for times, passes in ((1.0, 1), ((m + 1) / 2, m), (gathered, m))
         ))  # fmt: skip
         return float((m * slowest + idle + sends + reduction) * 0.98)
 
@@ -169,23 +216,13 @@ class Prices:
         tiers = fabric.die, fabric.node, fabric.supernode
         return tuple(float(tier.bandwidth_bytes_per_s) * best for tier in tiers)
 
-    def _reduction(self, plan: Plan, held, on: On, m: int, micro_s, backward_s) -> float:
-        """Exposed seconds of what replicas tell one another: an all-reduce of the gradients, or,
-        spread, a reduce-scatter of them and an all-gather of parameters, which is as much. Nobody
-        holds all gradients under zero2, so every micro-batch is reduced; under zero3 the parameters
-        are gathered in both of its passes besides."""
-        whole = self._collective("all_reduce", held, on)
-        times = {"zero2": (m + 1) / 2, "zero3": 1.5 * m}.get(plan.optimizer, 1.0)
+    def _reduction(self, plan: Plan, held, times, on: On, m: int, micro_s, backward_s) -> float:
+        """Exposed seconds of what replicas tell one another, `times` an all-reduce of what a rank
+        holds (`traffic.exchanged`)."""
+        whole = self.collective("all_reduce", held, on)
         every = m * (backward_s if plan.optimizer == "zero2" else micro_s)
         hidden = every if plan.optimizer in ("zero2", "zero3") else backward_s
-        return max(0.0, times * whole - (hidden if plan.overlap else 0.0))
-
-    def _update(self, parameters: float) -> float:
-        key = ("update", parameters)
-        if key not in self._sent:
-            sizes = {"parameters": parameters}
-            self._sent[key] = float(_time(pieces.optimizer_update(), self.machine, sizes))
-        return self._sent[key]
+        return _larger(0.0, times * whole - (hidden if plan.overlap else 0.0))
 
     def _piece(self, piece: pieces.Piece, part: str, on: On) -> dict[int, float]:
         key = (piece, part, on)
@@ -196,34 +233,54 @@ class Prices:
             sizes = {pieces.BATCH: np.array(self.batches, float)}
             sizes |= dict(zip(SHARES, shares(on, self.machine), strict=True))
             found = _times(program, self.machine, _needed(program, sizes))
-            self._known[key] = dict(zip(self.batches, map(float, found), strict=True))
+            self._known[key] = dict(zip(self.batches, map(_number, found), strict=True))
         return self._known[key]
 
     def _send(self, plan: Plan, elements: float, on: Mapping[str, On]) -> float:
         """Seconds from one stage to the next. Ranks of a tensor-parallel group hold the same: each
         sends its part to its own peer, and they gather it there (arXiv 2104.04473, section 4.1)."""
         if plan.pipeline == 1 or plan.tensor == 1 or plan.sequence_parallel:
-            return self._collective("send", elements, on["pipeline"])
+            return self.collective("send", elements, on["pipeline"])
         part = elements / plan.tensor
-        sent = self._collective("send", part, on["pipeline"])
-        return sent + self._collective("all_gather", elements / 2, on["tensor"])  # of two traced
+        sent = self.collective("send", part, on["pipeline"])
+        return sent + self.collective("all_gather", elements / 2, on["tensor"])  # of two traced
 
-    def _collective(self, kind: str, elements: float, on: On) -> float:
-        if on == (1, 1, 1) or elements == 0:
-            return 0.0
-        key = (kind, elements, on)
-        if key not in self._sent:
-            self._sent[key] = self._priced(kind, elements, on)
-        return self._sent[key]
 
-    def _priced(self, kind: str, elements: float, on: On) -> float:
-        part = shares(on, self.machine)
-        if kind == "send":  # to a neighbour, on the furthest links that any of them uses
-            part = tuple(1.0 if tier == reach(on) else 0.0 for tier in range(3))
-            elements = elements / 2  # `on_any_links` takes a peer for one of two ranks
-        program = _far(pieces.reduction(kind), 2, reach(on))
-        sizes = {"elements": elements, **dict(zip(SHARES, part, strict=True))}
-        return float(_time(program, self.machine, sizes))
+def _number(x) -> Any:
+    """A float, but of what JAX traces."""
+    return x if isinstance(x, Tracer) else float(x)
+
+
+def _larger(a, b) -> Any:
+    """The larger of two numbers, of which JAX may trace one."""
+    return jnp.maximum(a, b) if isinstance(b, Tracer) else max(a, b)
+
+
+def elasticities(
+    model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int
+) -> dict[str, float]:
+    """By how many per cent a step changes per per cent of every constant of the machine, strongest
+    first; those that it does not feel are left out. One gradient gives them all.
+
+    Args: a plan that divides the model and the batch (`Plan.check`).
+
+    >>> from cmjax.hardware import load_machine
+    >>> from cmjax.models.dense import preset
+    >>> found = elasticities(
+    ...     preset("pangu-2.6b"), load_machine("ascend910-2048"), Plan(data=64, tensor=8), 512
+    ... )
+    >>> f"{found['fabric.die.bandwidth_bytes_per_s']:.2f}"  # links in a server
+    '-0.31'
+    """
+
+    @on_host
+    def slopes(machine):
+        return jax.value_and_grad(
+            lambda machine: Prices(model, machine, (plan.micro_batch,))
+            .step(plan, global_batch).step_s
+        )(machine)  # fmt: skip
+
+    return relative_slopes(machine, *slopes(machine))
 
 
 def _pair(on: On) -> On:
@@ -251,8 +308,9 @@ def _pricer(program: Program, batched: bool) -> Callable:
     return on_host(many if batched else one)
 
 
-def _time(program: Program, machine: Supernode, sizes: Mapping[str, float]):
-    return _pricer(program, False)(machine, _needed(program, sizes))
+def _time(program: Program, machine: Supernode, sizes: Mapping[str, float]) -> Any:
+    """Of one run of a program, at those of the sizes that it has; a float, unless JAX traces it."""
+    return _number(_pricer(program, False)(machine, _needed(program, sizes)))
 
 
 def _times(program: Program, machine: Supernode, sizes: dict):

@@ -1,10 +1,9 @@
 """What a search or a priced plan gives: plans with their time, use of the chips, and memory."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from cmjax.console import html_table
-from cmjax.models.dense import DenseConfig
 from cmjax.parallelism.memory import PARTS, Memory
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.pricing import StepTime
@@ -51,8 +50,17 @@ class PricedPlan:
         }
 
 
+class Trained(Protocol):
+    """What a plan trains: tokens of a sequence, and FLOP for one of them, both passes."""
+
+    @property
+    def sequence(self) -> int: ...
+
+    def flops_per_token(self) -> float: ...
+
+
 def priced(
-    model: DenseConfig, plan: Plan, global_batch: int, time: StepTime, memory: Memory, peak: float
+    model: Trained, plan: Plan, global_batch: int, time: StepTime, memory: Memory, peak: float
 ) -> PricedPlan:
     """Put the numbers of a plan together; `peak` is a device's 16-bit FLOP/s."""
     tokens = global_batch * model.sequence

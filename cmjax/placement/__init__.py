@@ -72,6 +72,7 @@ from cmjax.placement.online import (
 from cmjax.placement.plan import Plan
 from cmjax.placement.pricing import LayerTime
 from cmjax.placement.problem import Problem
+from cmjax.placement.rank_cost import rank_cost
 from cmjax.placement.risk import Risk
 from cmjax.placement.routes import Routes
 from cmjax.placement.routing import ROUTINGS, Routing
@@ -132,6 +133,7 @@ __all__ = [
     "place",
     "plan_text",
     "predictive",
+    "rank_cost",
     "reach",
     "read_family",
     "read_loads",

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cmjax.placement.loads import check_sizes, checked_labels
+from cmjax.placement.rank_cost import rank_cost, weigh
 from cmjax.placement.routing import Routing
 
 EMPTY = -1
@@ -40,6 +41,8 @@ class Plan:
       source: where it was read, for messages.
       routing: how tokens choose among the copies of their expert: `even`, `nearest-copy` (SGLang)
         or `rank-modulo` (vLLM-Ascend); see `cmjax.placement.routing`.
+      rank_cost: what a token costs on each rank, over an ordinary one; None is 1 everywhere
+        (`cmjax.placement.rank_cost`).
     Raises: ValueError, one line that starts with `source`, if slots do not divide over the ranks, a
       slot names no expert, an expert of some layer has no slot, labels are not one per layer, the
       shares of an expert do not sum to 1, or for an unknown routing.
@@ -60,6 +63,7 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     source: str = "plan"
     routing: str = "even"
+    rank_cost: tuple[float, ...] | None = None
 
     def __post_init__(self):
         experts = np.asarray(self.expert_of_slot)
@@ -96,6 +100,8 @@ class Plan:
         if self.split is not None:
             object.__setattr__(self, "split", self._checked_split())
         Routing(self.routing)
+        if self.rank_cost is not None:
+            object.__setattr__(self, "rank_cost", rank_cost(self.rank_cost, self.ranks))
 
     def __repr__(self) -> str:
         nodes = f" of {self.nodes} nodes" if self.nodes > 1 else ""
@@ -144,7 +150,8 @@ class Plan:
     def tokens_per_rank(
         self, counts: Float[np.ndarray, "*batch layers experts"]
     ) -> Float[np.ndarray, "*batch layers ranks"]:
-        """Tokens each rank receives when tokens choose copies as the plan says.
+        """Tokens each rank receives when tokens choose copies as the plan says; where ranks cost
+        unequally, in ordinary tokens.
 
         Args:
           counts: tokens per layer and expert, any leading axes (windows).
@@ -159,7 +166,8 @@ class Plan:
         index = np.maximum(self.expert_of_slot, 0)
         index = np.broadcast_to(index, (*counts.shape[:-1], index.shape[1]))
         per_slot = np.take_along_axis(counts, index, axis=-1) * self.split_of_slot
-        return per_slot.reshape(*per_slot.shape[:-1], self.ranks, self.slots_per_rank).sum(-1)
+        tokens = per_slot.reshape(*per_slot.shape[:-1], self.ranks, self.slots_per_rank).sum(-1)
+        return weigh(tokens, self.rank_cost)
 
     def even(self) -> "Plan":
         """The same slots, every expert's tokens split evenly over its copies."""

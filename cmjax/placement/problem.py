@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from cmjax.placement.loads import Loads
 from cmjax.placement.plan import EMPTY, Plan, count_copies
+from cmjax.placement.rank_cost import rank_cost
 from cmjax.placement.risk import MEAN, Risk
 from cmjax.placement.routing import Routing
 
@@ -38,6 +39,7 @@ class Problem:
       routing: how tokens choose among the copies of their expert, which every plan of the problem
         is judged by (`cmjax.placement.routing`).
       uneven: experts + redundant need not divide over the ranks; some hold one expert less.
+      rank_cost: what a token costs on each rank, over an ordinary one; None is 1 everywhere.
     Raises: ValueError if ranks, nodes, slots or groups do not divide (it says what would), the
       usable slots are fewer than the experts, or for an unknown routing.
 
@@ -58,6 +60,7 @@ class Problem:
     slots_by_layer: tuple[int, ...] | None = None
     routing: str = "even"
     uneven: bool = False
+    rank_cost: tuple[float, ...] | None = None
 
     def __post_init__(self):
         for name in ("ranks", "nodes", "groups"):
@@ -85,6 +88,8 @@ class Problem:
         if self.uneven and (self.without_ranks or self.slots_by_layer is not None):
             raise ValueError("Problem: uneven goes with neither without_ranks nor slots_by_layer")
         Routing(self.routing)
+        if self.rank_cost is not None:
+            object.__setattr__(self, "rank_cost", rank_cost(self.rank_cost, self.ranks))
         self._check_usable()
         alive = self.alive // (self.ranks // self.nodes)
         if self.routing == "nearest-copy" and len(set(np.bincount(alive).tolist()) - {0}) > 1:
@@ -133,6 +138,11 @@ class Problem:
         return np.setdiff1d(np.arange(self.ranks), self.without_ranks)
 
     @property
+    def alive_cost(self) -> tuple[float, ...] | None:
+        """What a token costs on each of them."""
+        return None if self.rank_cost is None else tuple(self.rank_cost[r] for r in self.alive)
+
+    @property
     def usable(self) -> Int[np.ndarray, "layers"]:
         """Slots of every rank that each layer may use."""
         if self.slots_by_layer is None:
@@ -162,7 +172,7 @@ class Problem:
             parts.append((rows, replace(
                 self, loads=self.loads_of(rows), ranks=len(alive), nodes=nodes,
                 redundant=int(size) * len(alive) - self.experts,
-                without_ranks=(), slots_by_layer=None,
+                without_ranks=(), slots_by_layer=None, rank_cost=self.alive_cost,
             )))  # fmt: skip
         return parts
 
@@ -202,7 +212,9 @@ class Problem:
                     f"rank"
                 )
             experts = experts[..., : part.slots_per_rank].reshape(len(rows), -1)
-            parts.append(Plan(experts, plan.experts, part.ranks, part.nodes))
+            parts.append(
+                Plan(experts, plan.experts, part.ranks, part.nodes, rank_cost=part.rank_cost)
+            )
         return parts
 
     def loads_of(self, rows: Int[np.ndarray, "rows"]) -> Loads:
@@ -221,7 +233,7 @@ class Problem:
             )
         return Plan(
             np.asarray(expert_of_slot), self.experts, self.ranks, self.nodes,
-            self.loads.layer_labels, split, routing=self.routing,
+            self.loads.layer_labels, split, routing=self.routing, rank_cost=self.rank_cost,
         )  # fmt: skip
 
     def _check_usable(self):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Num
 
 from cmjax.hardware import TIERS
 from cmjax.occupancy import reach_probability
@@ -177,9 +177,7 @@ def round_trip_bytes(hidden: int, *, quantize: bool, itemsize: int = 2) -> float
     return _message_bytes(hidden, quantize, itemsize) + hidden * itemsize
 
 
-def gather_ranks(
-    x: Float[Array, "n *rest"], axes: tuple[str, ...]
-) -> Float[Array, "gathered *rest"]:
+def gather_ranks(x: Num[Array, "n *rest"], axes: tuple[str, ...]) -> Num[Array, "gathered *rest"]:
     """Concatenate every rank's `x` on axis 0, in rank order.
 
     One `lax.all_gather` per mesh axis, innermost first: each rank receives the same bytes as in a

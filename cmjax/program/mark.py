@@ -7,7 +7,7 @@ A mark is a `jax.named_scope` (or a named `jax.jit`), so it survives tracing, `v
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -77,3 +77,29 @@ def fused(name: str) -> Callable[[Callable], Callable]:
         return jax.jit(kernel)
 
     return decorate
+
+
+def permuted(
+    x: jax.Array, axis: str, pairs: Sequence[tuple[int, int]], *, fill: int | None = None
+) -> jax.Array:
+    """`lax.ppermute` between some ranks of an axis.
+
+    Args:
+      x: what every rank would send. axis: its mesh axis.
+      pairs: (source, destination); who is no destination gets what nobody should read.
+      fill: size of an axis of `jax.vmap`, which permutes all ranks or none: the pairs that are
+        missing are added, under a mark by which a count of bytes leaves them out.
+    """
+    if fill is None:
+        return jax.lax.ppermute(x, axis, pairs)
+    sources, destinations = zip(*pairs, strict=True)
+    idle = [rank for rank in range(fill) if rank not in sources]
+    rest = [rank for rank in range(fill) if rank not in destinations]
+    with jax.named_scope(f"receive={'-'.join(map(str, destinations))}"):
+        return jax.lax.ppermute(x, axis, [*pairs, *zip(idle, rest, strict=True)])
+
+
+def parse_receivers(name_stack: str) -> list[int] | None:
+    """The destinations that `permuted` marked, of an equation's name stack; `None` without."""
+    found = re.search(r"receive=([\d-]+)", name_stack)
+    return None if found is None else [int(rank) for rank in found[1].split("-")]

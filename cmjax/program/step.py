@@ -8,6 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -79,6 +80,9 @@ def load_function(target: str) -> Callable:
     Raises: ValueError: no such module or function (with the closest names).
     """
     module_name, colon, name = target.partition(":")
+    if module_name.endswith(".py"):
+        named = ".".join(Path(module_name).with_suffix("").parts)
+        raise ValueError(f"program {target!r}: expected module:function, as in {named}:{name}")
     if not colon or not name or not all(map(str.isidentifier, module_name.split("."))):
         raise ValueError(f"program {target!r}: expected module:function")
     try:

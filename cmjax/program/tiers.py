@@ -4,7 +4,8 @@ A program names its mesh axes as it likes. An axis is laid on the machine, in th
 
 1. `tiers`, which says it: `{"model": "node"}`, or `{"model": {"die": 2, "node": 8}}` for an axis
    that spans two tiers;
-2. its name, if that is `die` (the dies of an NPU), `npu` (of a node) or `node` (of the supernode);
+2. its name, if that is `die` (the dies of an NPU), `npu` or `group` (NPUs of a node, and groups of
+   them) or `node` (of the supernode);
 3. the machine, if one is given: as JAX numbers devices, row-major, so that the last axis of the
    mesh fills dies first, then the NPUs of a node, then nodes.
 
@@ -18,7 +19,7 @@ from difflib import get_close_matches
 
 from cmjax.hardware import TIERS, Supernode
 
-BY_NAME = {"die": "die", "npu": "node", "node": "supernode"}
+BY_NAME = {"die": "die", "npu": "node", "group": "node", "node": "supernode"}
 """Axis names that say their tier, as `cmjax.mesh.RankMesh` names them."""
 
 Tiers = Mapping[str, str | Mapping[str, int]]

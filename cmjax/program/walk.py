@@ -44,7 +44,7 @@ INLINED = {
 
 _INDEXED = {"gather", "dynamic_slice"}
 _TRANSFORMED = re.compile(r"\w+\((.*)\)")  # transpose(jvp(name)): `name`, differentiated
-_VIEWS = FREE - {"iota", "axis_index", "dim_as_value", "platform_index"}
+_VIEWS = FREE - {"iota", "empty", "empty2", "axis_index", "dim_as_value", "platform_index"}
 
 
 def walk(jaxpr, axes: Axes, at: Mapping[str, float] | None) -> tuple[Program, Choices, set[str]]:

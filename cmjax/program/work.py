@@ -23,13 +23,15 @@ TRAFFIC = (
     "supernode_copies",
 )
 COUNTED = ("flops", "transcendentals", "read_bytes", "write_bytes", "launches")
-FIELDS = ENGINES + TRAFFIC + COUNTED
+STACKED = ("stack_bytes", "stack_row_bytes")
+FIELDS = ENGINES + TRAFFIC + COUNTED + STACKED
 """The columns of a priced program's work table, all additive."""
 
-KINDS = ("compute", "attention", "collective", "dispatch", "combine")
+KINDS = ("compute", "attention", "permute", "collective", "dispatch", "combine")
 """How an operation's time follows from its work; set by its cost rule. `compute` is a kernel that
-runs on its engines at once, whatever they do; an attention kernel has an efficiency of its own."""
-COMPUTE = ("compute", "attention")
+runs on its engines at once, whatever they do; an attention kernel has an efficiency of its own; a
+kernel that permutes rows only runs where the exchange before or after it leaves that to it."""
+COMPUTE = ("compute", "attention", "permute")
 """Kinds that stay on their die."""
 
 
@@ -82,6 +84,8 @@ class Work:
       flops, transcendentals: as XLA's cost analysis counts them; for cross-checks and reports.
       read_bytes, write_bytes: HBM traffic; `None` means all arguments once, all results once.
       launches: kernels started.
+      stack_bytes: of what is read, a stack of matrices (experts) each of which is read only if it
+        has rows; stack_row_bytes: the same times the rows of a matrix.
       kind: one of `KINDS`.
       reach: the furthest tier that the operation waits for: -1 none, 0 die, 1 node, 2 supernode.
       ranks: how many ranks must have arrived before it can end; 1: it waits for no other.
@@ -107,6 +111,8 @@ class Work:
     read_bytes: Size | float | None = None
     write_bytes: Size | float | None = None
     launches: Size | float = 1.0
+    stack_bytes: Size | float = 0.0
+    stack_row_bytes: Size | float = 0.0
     kind: str = "compute"
     reach: int = -1
     ranks: int = 1
@@ -114,6 +120,14 @@ class Work:
     def column(self, field: str) -> Size:
         value = getattr(self, field)
         return Size.of(0.0 if value is None else value)
+
+
+def stack_bytes(x: Operand, stack: Operand) -> dict[str, Any]:
+    """The fields of a stack of matrices, `[*stack, n, k]`, that multiply rows `[*stack, rows, k]`;
+    none of a single matrix."""
+    if len(stack.shape) < 3:
+        return {}
+    return {"stack_bytes": stack.nbytes, "stack_row_bytes": stack.nbytes * x.shape[-2]}
 
 
 def matmul_flops(dtype: Any, flops: Size) -> dict[str, Any]:

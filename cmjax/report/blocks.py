@@ -12,6 +12,7 @@ BLOCKS = {
     "combine": "combine",
     "shared": "shared expert",
     "dense_ffn": "dense FFN",
+    "tensor_parallel": "tensor parallelism",
     WAITING: WAITING,
     "lm_head": "LM head",
     "sample": "sampling",
@@ -22,9 +23,16 @@ BLOCKS = {
 """Top-level blocks in the order of the step, and what people call them."""
 
 
+_BETWEEN = "tensor_parallel"
+"""The block that lies inside others: what moves between the ranks that share a request."""
+
+
 def block_of(scope: str) -> str:
     """The block that a scope path such as `attention/output/QuantMatmul` belongs to."""
-    top = next((part for part in scope.split("/") if not part.startswith("microbatch")), "")
+    parts = scope.split("/")
+    if _BETWEEN in parts:
+        return _BETWEEN
+    top = next((part for part in parts if not part.startswith("microbatch")), "")
     return top if top in BLOCKS else "other"
 
 

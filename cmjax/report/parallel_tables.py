@@ -17,7 +17,7 @@ def parallel_table(found: ParallelPlans) -> RenderableType:
     table = simple_table(title, "plan", "step s", "MFU", "tokens/s/device", "GiB", "bubble")
     for each in found.plans:
         table.add_row(
-            str(each.plan),
+            str(each.plan).replace(",", ", "),  # so that a line breaks between two names
             f"{each.step_s:.3f}",
             f"{each.mfu:.1%}",
             f"{each.tokens_per_s_per_device:.1f}",

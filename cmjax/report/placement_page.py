@@ -58,8 +58,8 @@ class PlacementPage:
             setting=(
                 f"Loads: {loads.source}, {loads.layers} layers. Price: the MoE layers of "
                 f"{price.model} on {price.machine.name}, {loads.counts[-1, 0].sum():,.0f} token "
-                f"copies a layer and step. Time is the mean over windows; the pictures show the "
-                f"last window."
+                f"copies a layer and step. Time is the {placed.objective} over "
+                f"windows; the pictures show the last one."
             ),
             loads=loads.counts[-1],
             tokens=shown,
@@ -120,7 +120,7 @@ class PlacementPage:
 
 
 def _score_section(text, scores, *, elsewhere=False):
-    best = min(scores, key=lambda name: scores[name].mean_time_s)
+    best = min(scores, key=lambda name: scores[name].cost_s)
     where = " elsewhere" * elsewhere
     return Section(
         f"{best} is fastest{where}" if len(scores) > 1 else f"{best}{where}",
@@ -129,8 +129,8 @@ def _score_section(text, scores, *, elsewhere=False):
         rows=tuple(
             (
                 name,
-                number(score.mean_time_s * 1e3),
-                percent(score.gap, sign=True),
+                number(score.cost_s * 1e3),
+                percent(score.cost_gap, sign=True),
                 f"{score.mean_par:.3f}",
                 f"{score.worst_par:.3f}",
                 percent(score.balancedness),

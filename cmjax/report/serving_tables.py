@@ -82,6 +82,13 @@ def plan_table(result: Mapping[str, Any]) -> RenderableType:
             f"{number(worth[f'{name}_simulated'])} simulated (one more instance)",
         )
     best.add_row("twice the cache", f"{number(result['twice_the_cache'])} requests/s")
+    enough = result["cache_enough"]
+    if enough is not None:
+        best.add_row(
+            "cache that is enough",
+            f"{enough['blocks']:,} blocks, {number(enough['gb_per_node'])} GB a node: "
+            f"{number(enough['goodput_requests_per_s'])} requests/s",
+        )
     tried = simple_table(
         "Simulated", "prefill + decode", "batch", "requests/s", "within", "TTFT p99", "TPOT p50",
         "tokens/s",

@@ -202,7 +202,7 @@ def search_table(result: Mapping, rows: int = 12) -> RenderableType:
     """
     front = result["pareto"]
     latency = "tpot_ms" if "tpot_ms" in front[0] else "ttft_ms"
-    heads = ("EP", "NPUs", "batch", "microbatches", "quant", "KV cache")
+    heads = ("EP", "TP", "NPUs", "batch", "microbatches", "quant", "KV cache")
     table = simple_table(
         "Best in latency or throughput", *heads, latency[:4].upper(), "tokens/s per NPU", "HBM, GB"
     )
@@ -210,7 +210,8 @@ def search_table(result: Mapping, rows: int = 12) -> RenderableType:
     shown = dict.fromkeys(min(round(i * step), len(front) - 1) for i in range(rows))
     for row in (front[i] for i in shown):
         table.add_row(
-            f"{row['ep']}", f"{row['npus']}", f"{row['batch']:g}", f"{row['microbatches']}",
+            f"{row['ep']}", f"{row['tp']}", f"{row['npus']}", f"{row['batch']:g}",
+            f"{row['microbatches']}",
             row["quant"], row["kv_cache"], quantity(latency, row[latency]),
             number(row["tokens_per_s_per_npu"]), number(row["hbm_gb_per_die"]),
         )  # fmt: skip
@@ -243,6 +244,7 @@ def sensitivity_table(elasticities: Mapping[str, float]) -> RenderableType:
 def _headlines(result: Mapping) -> Table:
     said, asked = result["deployment"], result["requests"]
     title = f"{said['model']} {said['phase']} on {said['npus']} NPUs of {result['machine']}"
+    title += f", TP {said['tp']}" if said.get("tp", 1) > 1 else ""
     table = Table(title=title, box=None, show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")

@@ -1,10 +1,13 @@
 """Engine constants from a measured run: what kernel times alone do not say.
 
     step_s = kernels x kernel_scale + host_s + sequence_s x sequences + token_s x tokens
+             + launch_s, of a step that prefills
 
-Host time and launches are paid per step; per sequence the engine samples and detokenizes; per token
-parallel ranks exchange activations, where the profile has no exchange in it. The four are fitted by
-least squares to the measured first and last tokens of every request, through the simulator.
+Host time is paid per step; per sequence the engine samples and detokenizes. A step that only
+decodes replays one CUDA graph; one that prefills is launched piece by piece. Per token, tensor-
+parallel ranks exchange activations, where the profile has no exchange in it: two all-reduces a
+layer of tokens x hidden values. The five are fitted by least squares to the measured first and last
+tokens of requests, through the simulator. The first request is left out: engines warm up on it.
 """
 
 import dataclasses
@@ -27,9 +30,12 @@ from cmjax.serving.traces import Trace, read_trace
 from cmjax.serving.traces.columns import json_record
 
 _NEEDED = ("queued_ts", "first_token_ts", "last_token_ts")
-_STARTS = ((1e-4, 1e-6, 1e-6), (1e-3, 3e-5, 3e-5), (3e-3, 1e-4, 1e-6))
-# Relative steps of finite differences: the simulated times have small jumps.
-_SLOPES = (0.03, 0.003)
+_STARTS = (
+    (1e-4, 1e-3, 1e-6, 1e-6, 1.0), (1e-3, 8e-3, 1e-6, 1e-5, 1.0), (2e-3, 2e-3, 2e-5, 1e-4, 1.0),
+)  # fmt: skip
+_EVALUATIONS, _UNFOLDED = 250, 3
+_LEAST = (1e-5, 1e-4, 1e-8, 1e-8, 0.5)
+"""Where a constant that was fitted to be nothing is taken up again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,7 @@ class EngineConstants:
     """What a step takes besides its kernels; see the module."""
 
     host_s: float = 0.0
+    launch_s: float = 0.0
     sequence_s: float = 0.0
     token_s: float = 0.0
     kernel_scale: float = 1.0
@@ -47,15 +54,29 @@ class EngineConstants:
         dense_s = table.dense_s if table.dense_s.size else np.zeros(2)
         rows = table.rows if table.rows.size else np.array([0.0, 1.0])
         rows_s = table.rows_s if table.rows_s.size else np.zeros(2)
+        prompts, batch_s = self._launched(table)
         return dataclasses.replace(
             table,
-            batch_s=table.batch_s * self.kernel_scale,
+            tokens=prompts,
+            batch_s=batch_s * self.kernel_scale
+            + self.launch_s * (prompts > 0).reshape(-1, 1, 1, 1),
             dense_tokens=tokens,
             dense_s=dense_s * self.kernel_scale + self.token_s * tokens,
             rows=rows,
             rows_s=rows_s * self.kernel_scale + self.sequence_s * rows,
             constant_s=table.constant_s * self.kernel_scale + self.host_s,
         )
+
+    @staticmethod
+    def _launched(table: Table) -> tuple[np.ndarray, np.ndarray]:
+        """The table's prompt tokens and times with a node at one token, from which on a step is one
+        that prefills."""
+        tokens, batch_s = table.tokens, table.batch_s
+        if len(tokens) == 1 or not tokens[0] < 1 < tokens[1]:
+            return tokens, batch_s
+        part = (1 - tokens[0]) / (tokens[1] - tokens[0])
+        one = batch_s[:1] + part * (batch_s[1:2] - batch_s[:1])
+        return np.insert(tokens, 1, 1.0), np.concatenate([batch_s[:1], one, batch_s[1:]])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,41 +164,52 @@ def measured_engine(
 
 
 def calibrate(
-    run: MeasuredRun, service: Service, times: StepTimes, machine: Supernode
-) -> EngineConstants:
-    """Fit the constants of a colocated engine to a measured run."""
+    run: MeasuredRun, service: Service, times: StepTimes, machine: Supernode,
+    requests: int | None = None,
+) -> EngineConstants:  # fmt: skip
+    """Fit the constants of a colocated engine to a measured run.
 
-    first_s, last_s = run.ttft_s.mean(), run.e2e_s.mean()
+    Args:
+      run: measured. service, times: the engine without constants, from `measured_engine`.
+      machine: that the engine's exchanges would go over; nothing of it enters a colocated engine.
+      requests: fit to the first so many only, so that the others are predicted; `None` is all.
+    Raises: ValueError: fewer than two requests to fit to.
+    """
+    count = run.trace.requests if requests is None else min(requests, run.trace.requests)
+    check_count("calibrate-requests", count, least=2)
+    fitted = slice(1, count)
+    first_s, last_s = run.ttft_s[fitted].mean(), run.e2e_s[fitted].mean()
 
-    def errors(x: np.ndarray) -> np.ndarray:
-        """Of every request; the scale of the kernels is held near 1, as nothing else is known."""
-        found = replayed(run, service, times, machine, _constants(x)).latencies
+    def misfit(logs: np.ndarray) -> float:
+        """Mean square over requests; the scale of the kernels is held near 1, as nothing else is
+        known of it."""
+        constants = _constants(np.exp(logs))
+        found = replayed(run, service, times, machine, constants).latencies
         parts = (
             (found.ttft - run.ttft_s) / first_s,
             (found.e2e - run.e2e_s) / last_s,
             np.nan_to_num(found.tpot / run.tpot_s - 1),
         )
-        return np.append(np.concatenate(parts) / np.sqrt(run.trace.requests), 0.3 * (x[3] - 1))
+        squares = sum(float((part[fitted] ** 2).sum()) for part in parts)
+        return squares / (count - 1) + (0.3 * (constants.kernel_scale - 1)) ** 2
 
-    bounds = (np.zeros(4), np.full(4, np.inf))
-    fits = [
-        scipy.optimize.least_squares(
-            errors, [*start, 1.0], bounds=bounds, x_scale=[1e-3, 1e-5, 1e-5, 0.1], diff_step=step,
-        )
-        for start in _STARTS
-        for step in _SLOPES
-    ]  # fmt: skip
-    best = min(fits, key=lambda fit: fit.cost)
-    polished = scipy.optimize.minimize(
-        lambda logs: float((errors(np.exp(logs)) ** 2).sum()), np.log(np.maximum(best.x, 1e-9)),
-        method="Nelder-Mead", options={"maxfev": 600, "xatol": 1e-3, "fatol": 1e-10},
-    )  # fmt: skip
-    return _constants(np.exp(polished.x) if polished.fun < 2 * best.cost else best.x)
+    def descended(logs: np.ndarray) -> scipy.optimize.OptimizeResult:
+        options = {"maxfev": _EVALUATIONS, "xatol": 1e-3, "fatol": 1e-9}
+        return scipy.optimize.minimize(misfit, logs, method="Nelder-Mead", options=options)
+
+    # Simulated times jump where a batch forms a step earlier, so no slopes are taken; a simplex
+    # that has collapsed on such a jump is unfolded again.
+    best = min((descended(np.log(start)) for start in _STARTS), key=lambda fit: fit.fun)
+    for _ in range(_UNFOLDED):
+        best = descended(np.maximum(best.x, np.log(_LEAST)))
+    return _constants(np.exp(best.x))
 
 
 def _constants(x: np.ndarray) -> EngineConstants:
-    host, sequence, token, scale = x.tolist()
-    return EngineConstants(host_s=host, sequence_s=sequence, token_s=token, kernel_scale=scale)
+    host, launch, sequence, token, scale = x.tolist()
+    return EngineConstants(
+        host_s=host, launch_s=launch, sequence_s=sequence, token_s=token, kernel_scale=scale
+    )
 
 
 def replayed(

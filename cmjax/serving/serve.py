@@ -14,7 +14,7 @@ from cmjax.serving.engine.table import Lookup
 from cmjax.serving.result import ServingResult
 from cmjax.serving.service import Service, paper_service
 from cmjax.serving.service_file import read_service
-from cmjax.serving.step_times import StepTimes, price_service
+from cmjax.serving.step_times import StepTimes, price_service, step_spread
 from cmjax.serving.traces import Trace, read_trace
 
 
@@ -30,7 +30,7 @@ def serve(
     cache_blocks: int | None = None,
     clients: int = 0,
     think_s: float = 0.0,
-    uncertainty: float = 0.0,
+    uncertainty: float | None = None,
     seed: int = 0,
     record: int = 0,
     times: StepTimes | None = None,
@@ -49,7 +49,9 @@ def serve(
       rate_scale: offer so many times as many requests per second.
       cache_blocks: blocks of the context cache; 0 is none, `None` as the deployment says.
       clients, think_s: a closed loop of so many clients, in place of the recorded times.
-      uncertainty: of step times, relative: the run is repeated with faster and with slower steps.
+      uncertainty: of step times, relative: the run is repeated with faster and with slower steps,
+        for an interval of every number; 0 is one run. `None` is what 90 % of the predicted steps
+        lie within, and one run where `times` are given.
       seed: of accepted drafts. Equal seeds give equal results, bit for bit.
       record: how many busy intervals of instances to keep, for a picture of them.
       times: step times, in place of those priced for the machine.
@@ -72,9 +74,10 @@ def serve(
     service.check(machine)
     check_count("clients", clients, least=0)
     check_number("think_s", think_s, least=0, most=MOST_SIZE)
-    if not 0 <= uncertainty < 1:
+    if uncertainty is not None and not 0 <= uncertainty < 1:
         raise ValueError(f"uncertainty must lie in 0..1, got {uncertainty:g}")
     check_seed("seed", seed)
+    priced = times is None
     if times is None:
         times = price_service(service, machine)
     replay = Replay(
@@ -87,13 +90,13 @@ def serve(
     )
     check_slo(trace, service, times, replay)
     found = simulate(trace, service, machine, times, replay, progress)
-    if not uncertainty:
+    ends = _ends(uncertainty, service, machine) if priced or uncertainty else ()
+    if not ends:
         return found
-    bounds = tuple(
-        simulate(trace, service, machine, times.scaled(1 + sign * uncertainty), replay)
-        for sign in (-1, 1)
+    faster, slower = (
+        simulate(trace, service, machine, times.scaled(factors), replay) for factors in ends
     )
-    return dataclasses.replace(found, bounds=bounds)
+    return dataclasses.replace(found, bounds=(faster, slower))
 
 
 def simulate(
@@ -153,6 +156,18 @@ def check_slo(trace: Trace, service: Service, times: StepTimes, replay: Replay) 
                 f"slo-{name}-ms {slo_s * 1e3:g} cannot be met: the shortest request of "
                 f"{trace.source} alone takes {best_s * 1e3:.3g} ms"
             )
+
+
+def _ends(
+    uncertainty: float | None, service: Service, machine: Supernode
+) -> tuple[dict[str, float], ...]:
+    """By how much steps may be faster and slower, by pool; nothing where that is not known."""
+    if uncertainty is None:
+        spread = step_spread(service, machine)
+        return ({name: 1 / s for name, s in spread.items()}, spread) if spread else ()
+    if uncertainty == 0:
+        return ()
+    return tuple(dict.fromkeys(service.pools, 1 + sign * uncertainty) for sign in (-1, 1))
 
 
 def _service(deployment, npus: int, cache_blocks: int | None, fields: dict[str, Any]) -> Service:

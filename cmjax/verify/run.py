@@ -73,8 +73,8 @@ def run_on_mesh(
         a second time with the senders' numbers in place of the elements.
     Returns: the result; with `count_bytes`, a pair of it and its `Traffic`.
     Raises:
-      ValueError: an argument without its axis of ranks; or, counting, a reduction over ranks or an
-        exchange inside `while` or `cond`, of which no byte has a sender.
+      ValueError: an argument without its axis of ranks; or, counting, an exchange inside `while`,
+        which does not say how often it is sent.
       RuntimeError: JAX already runs with fewer devices than the mesh has nodes.
 
     >>> import jax, jax.numpy as jnp

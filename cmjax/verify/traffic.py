@@ -6,7 +6,9 @@
 Counting is by brute force. Beside every exchange of a rank's program the same exchange runs once
 more, of the same shapes over the same axes, with every element replaced by the number of the rank
 that holds it. What arrives says who sent each element, whether XLA moved it between devices or
-`vmap` between virtual ranks of one device.
+`vmap` between virtual ranks of one device. No element of a sum has one sender: a reduction counts
+as the fused operators of the supernode send it, every rank its addends of a share of the result to
+the rank that adds that share up (reduce-scatter), and from there to everybody (all-reduce).
 
 Two quantities are counted. *Moved* bytes are those of the exchanged buffers, which are static: one
 block of `capacity` rows per (source rank, slot), full or not. The price of the same program at the
@@ -17,6 +19,7 @@ which a routing differs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +33,9 @@ from jaxtyping import Array, Int, Int32
 from cmjax.mesh import RankMesh
 from cmjax.primitives.define import reference_of
 from cmjax.primitives.exchange import combine_p, dispatch_p
+from cmjax.primitives.tensor import gather_group_p, scatter_sum_p
 from cmjax.program import Program
+from cmjax.program.mark import parse_receivers
 from cmjax.program.walk import INLINED, scan_counts
 
 TIERS = ("own", "die", "node", "supernode")
@@ -39,6 +44,8 @@ its node, another node."""
 
 _MOVES = {"all_to_all", "all_gather", "all_gather_invariant", "ppermute"}
 _REDUCES = {"psum", "psum2", "psum_invariant", "pmax", "pmin", "reduce_scatter"}
+_OPENED = (gather_group_p, scatter_sum_p)
+"""Counted as the exchanges that they are made of."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,8 +70,8 @@ def count_traffic(fn: Callable, mesh: RankMesh) -> Callable:
       `dispatch.0` or `all_gather.2`; `flags` are the counts of rows that a dispatch sends beside
       them, which a price counts one by one and not by their bytes.
     Raises:
-      ValueError: when called, for a reduction over ranks, or an exchange inside `while` or `cond`:
-        neither says how many bytes come from whom.
+      ValueError: when called, for an exchange inside `while`, which does not say how many bytes
+        come from whom.
     """
 
     def counted(*args):
@@ -126,18 +133,28 @@ class _Counter:
         p, params = equation.primitive, equation.params
         if p is dispatch_p or p is combine_p:
             return self._fused(equation, inputs)
+        if p in _OPENED:
+            reference = reference_of(p)
+            assert reference is not None, "they are defined by one"
+            body = jax.make_jaxpr(functools.partial(reference, **params))(*inputs)
+            return self.run(body.jaxpr, body.consts, inputs)
         if p.name in _MOVES:
             outs = _bind(equation, inputs)
             return outs, {self._name(p.name): Received(self._origins(equation, inputs))}
+        if p.name in _REDUCES:
+            outs = _bind(equation, inputs)
+            return outs, {self._name(p.name): Received(self._addends(equation, inputs))}
+        if p.name == "cond" and any(map(_exchanges, _inner(params))):
+            return self._cond(equation, inputs)
         if p.name in INLINED:
             inner = params[INLINED[p.name]]
             return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
         if p.name == "scan":
             return self._scan(equation, inputs)
-        if p.name in _REDUCES or any(map(_exchanges, _inner(params))):
+        if any(map(_exchanges, _inner(params))):
             raise ValueError(
-                f"count_traffic: cannot tell who sends what in {p.name!r}; write the exchange as "
-                "all_to_all, all_gather or ppermute, in straight lines or lax.scan"
+                f"count_traffic: cannot tell how often {p.name!r} sends; write the exchange in "
+                "straight lines, lax.scan or lax.cond"
             )
         return _bind(equation, inputs), {}
 
@@ -194,6 +211,34 @@ class _Counter:
         )
         return [*carry, *ys], found
 
+    def _cond(self, equation, inputs: list) -> tuple[list, dict[str, Received]]:
+        """The branch that is taken; exchanges of the others, under names of their own, are 0."""
+        index, *operands = inputs
+        runs, shapes = [], {}
+        for branch in equation.params["branches"]:
+            begin = dict(self.numbers)
+
+            def run(*operands, branch=branch, begin=begin):
+                self.numbers = dict(begin)  # a branch may be traced more than once
+                return self.run(branch.jaxpr, branch.consts, operands)
+
+            shapes |= jax.eval_shape(run, *operands)[1]
+            runs.append(run)
+
+        def filled(run):
+            def all_names(*operands):
+                outs, found = run(*operands)
+                absent = {name: shape for name, shape in shapes.items() if name not in found}
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), absent)
+                return outs, {**found, **zeros}
+
+            return all_names
+
+        after = dict(self.numbers)
+        result = lax.switch(index, [filled(run) for run in runs], *operands)
+        self.numbers = after
+        return result
+
     def _origins(self, equation, inputs: list) -> Int32[Array, "ranks"]:
         """Bytes from each rank: the exchange of the ranks' numbers in place of their values."""
         rank = lax.axis_index(self.mesh.axes).astype(jnp.int32)
@@ -201,6 +246,33 @@ class _Counter:
         total = jnp.zeros((self.mesh.ranks,), jnp.int32)
         for x, origin in zip(inputs, _bind(equation, tags), strict=True):
             total = total.at[origin.reshape(-1)].add(x.dtype.itemsize)
+        if equation.primitive.name == "ppermute":  # who receives nothing is given zeros
+            receivers = parse_receivers(str(equation.source_info.name_stack))
+            if receivers is None:
+                receivers = [destination for _, destination in equation.params["perm"]]
+            here = lax.axis_index(equation.params["axis_name"])
+            total = jnp.where(jnp.isin(here, jnp.array(receivers)), total, 0)
+        return total
+
+    def _addends(self, equation, inputs: list) -> Int32[Array, "ranks"]:
+        """Bytes from each rank of a reduction: its addends of this rank's share of the result,
+        and, if all ranks get all of it, the share that it added up."""
+        params = equation.params
+        names = params["axes"] if "axes" in params else params["axis_name"]
+        names = tuple(n for n in (names if isinstance(names, tuple) else (names,)) if n)
+        group = lax.axis_index(self.mesh.axes).astype(jnp.int32)
+        for name in reversed(names):  # one by one: `vmap` gathers along one axis
+            group = lax.all_gather(group, name)
+        group = group.reshape(-1)
+        place, ranks = lax.axis_index(names), group.size
+        total = jnp.zeros((self.mesh.ranks,), jnp.int32)
+        for x in inputs:
+            number = np.arange(ranks)
+            shares = (x.size // ranks + (number < x.size % ranks)) * x.dtype.itemsize
+            shares = jnp.asarray(shares, jnp.int32)
+            total = total.at[group].add(shares[place])
+            if equation.primitive.name != "reduce_scatter":
+                total = total.at[group].add(shares)
         return total
 
     def _name(self, kind: str) -> str:
@@ -229,7 +301,8 @@ def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
 
 def _exchanges(jaxpr: Jaxpr) -> bool:
     """Whether anything in it talks to other ranks."""
-    talks = _MOVES | _REDUCES | {dispatch_p.name, combine_p.name}
+    ours = {p.name for p in (dispatch_p, combine_p, *_OPENED)}
+    talks = _MOVES | _REDUCES | ours
     return any(
         equation.primitive.name in talks or any(map(_exchanges, _inner(equation.params)))
         for equation in jaxpr.eqns

@@ -105,12 +105,12 @@ def smooth(
     arithmetic: Arithmetic,
     strength: float = 0.5,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Move outliers of W8A8 matrices' inputs into the matrices.
+    """Move outliers of W8A8 (and W4A8) matrices' inputs into the matrices.
 
     Args:
       params: of the float one-rank model.
       statistics: of its inputs (`input_statistics`).
-      arithmetic: says which matrices are W8A8; the rest stays as it is.
+      arithmetic: says which matrices meet INT8 inputs; the rest stays as it is.
       strength: `a` above: 0 balances the weights, 1 the activations.
     Returns: parameters of the same function; and the mean squares of the inputs as they are now, by
       path, for the scale search.
@@ -165,7 +165,7 @@ class _Migration:
     def moe(self, where: str, arithmetic: Arithmetic) -> None:
         """Norm -> router, experts, shared expert; within experts up -> down."""
         held = self.at(where)
-        if arithmetic.experts == "w8a8":
+        if arithmetic.dispatches_int8:
             readers = [f"{where}/experts/gate_up"]
             if "shared" in held:
                 readers.append(f"{where}/shared/gate_up")

@@ -1,12 +1,15 @@
 """Sizes and constants of one mixture-of-experts transformer, or of a dense one, and presets.
 
 Source of the presets: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 4.2, and the
-published config.json of DeepSeek-V3, DeepSeek-R1, Qwen3-30B-A3B, Qwen3-8B and Llama-3.1-8B.
+published config.json of DeepSeek-V3, DeepSeek-R1, Kimi-K2, Qwen3-30B-A3B, Qwen3-8B and
+Llama-3.1-8B.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
+
+from cmjax.models.moe.positions import Llama3Scaling, Rope, YarnConfig
 
 Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral", "qwen3", "llama"]
 DENSE: tuple[Family, ...] = ("qwen3", "llama")
@@ -67,79 +70,10 @@ class GroupedAttention:
         """Per-head width that is rotated."""
         return self.head_dim
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Position interpolation (Chen et al. 2023): every frequency is divided by `factor`."""
-
-    factor: float
-    mscale_all_dim: float | None = None
-    """See `YarnConfig`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicScaling:
-    """NTK-aware scaling that starts beyond `max_position`.
-
-    Up to there it changes nothing, which is how far such a model is run here: further on, every
-    cached key would have to be rotated anew at each step.
-    """
-
-    factor: float
-    mscale_all_dim: float | None = None
-    """See `YarnConfig`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Llama 3.1's: slow frequencies are divided by `factor`, fast ones kept, a ramp between."""
-
-    factor: float
-    low_freq_factor: float
-    """Dimensions that turn fewer times than this over the original context are divided."""
-    high_freq_factor: float
-    """Dimensions that turn more often than this are kept."""
-    original_max_position: int
-    """Context length of pre-training."""
-    mscale_all_dim: float | None = None
-    """See `YarnConfig`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class YarnConfig:
-    """YaRN context extension (Peng et al. 2023), in DeepSeek's parametrisation."""
-
-    factor: float
-    """Context length divided by `original_max_position`."""
-    original_max_position: int
-    """Context length of pre-training."""
-    beta_fast: float = 32.0
-    """Dimensions that turn more often than this over the original context are kept."""
-    beta_slow: float = 1.0
-    """Dimensions that turn less often than this are interpolated by `factor`."""
-    mscale: float | None = None
-    """Numerator of the factor on cos and sin."""
-    mscale_all_dim: float | None = None
-    """Denominator of that factor; with latent attention also scales the softmax's temperature."""
-    attention_factor: float | None = None
-    """The factor on cos and sin itself, instead of the two before."""
-    truncate: bool = True
-    """Whether the ends of the ramp are rounded to whole dimensions."""
-
-
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions (Su et al. 2021)."""
-
-    theta: float = 10000.0
-    """Base of the frequencies."""
-    interleave: bool = True
-    """Rotary pairs are neighbouring dimensions (2i, 2i+1), not (i, i + d/2)."""
-    scaling: RopeScaling | None = None
-    """Context extension, if any."""
+    def kv_heads_of(self, tensor: int) -> int:
+        """Key and value heads that each of `tensor` ranks holds; ranks that attend with the same
+        one each have a copy."""
+        return max(1, self.kv_heads // tensor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +121,7 @@ class MoEConfig:
     """Whether dense and shared feed-forward blocks have biases; routed experts never do."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm but those of the latents, which have 1e-6."""
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     """Rotary positions."""
     tie_embeddings: bool = False
     """Whether the output head is the embedding, transposed."""
@@ -312,6 +246,37 @@ def deepseek_r1() -> MoEConfig:
     return deepseek_v3()
 
 
+def kimi_k2() -> MoEConfig:
+    """Kimi-K2: DeepSeek-V3's form with 384 experts and 64 heads; 1T parameters, 32B active.
+
+    The published config has no draft module. One of the form of DeepSeek-V3's stands here for those
+    that deployments of Kimi-K2.5 (which has these sizes) draft with.
+    """
+    return dataclasses.replace(
+        deepseek_v3(),
+        vocab_size=163840,
+        dense_layers=(0,),
+        heads=64,
+        routed_experts=384,
+        expert_groups=1,
+        groups_per_token=1,
+        routed_scale=2.827,
+        rope=Rope(
+            theta=50000.0,
+            scaling=YarnConfig(
+                factor=32.0,
+                original_max_position=4096,
+                beta_fast=1.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+        ),
+        max_position=131072,
+        end_tokens=(163585,),
+    )
+
+
 def qwen3_30b_a3b() -> MoEConfig:
     """Qwen3-30B-A3B: 128 experts of 768, 8 of them per token, none shared."""
     return MoEConfig(
@@ -434,6 +399,7 @@ def tiny() -> MoEConfig:
 PRESETS: dict[str, Callable[[], MoEConfig]] = {
     "deepseek-r1": deepseek_r1,
     "deepseek-v3": deepseek_v3,
+    "kimi-k2": kimi_k2,
     "llama3-8b": llama3_8b,
     "qwen3-30b-a3b": qwen3_30b_a3b,
     "qwen3-8b": qwen3_8b,

@@ -33,7 +33,7 @@ class MoEModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         arithmetic = Arithmetic.of(precision)
-        arithmetic.check(config)
+        arithmetic.check(config, parallelism.tensor)
         if mtp and not config.mtp_layers:
             raise ValueError("MoEModel: mtp needs a config with mtp_layers >= 1, got 0; use mtp=0")
         self.config, self.arithmetic = config, arithmetic

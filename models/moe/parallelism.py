@@ -5,15 +5,28 @@ from typing import Any
 
 import jax
 from jax import lax
+from jaxtyping import Array, Float, Num
 
-from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.slots import SlotTable, one_rank_table
+from cmjax.primitives.tensor import gather_group, scatter_sum
+
+MOST_TENSOR = 16
+"""Ranks of the largest tensor-parallel group."""
+SCOPE = "tensor_parallel"
+"""What is inside moves data between the ranks of a group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """Data, expert and sequence parallelism: all that a module needs to know of them. Static."""
+    """Data, expert, tensor and sequence parallelism: all that a module needs to know. Static.
+
+    Ranks of a tensor-parallel group share their requests: each has a part of the attention's heads,
+    of the inner width of dense blocks and shared experts, and of the vocabulary. Between blocks
+    (norms, router, dispatch, combine, sampling) a rank goes on with its own requests, so a block
+    begins with a gather of the group's tokens and ends with a sum that is scattered again.
+    """
 
     table: SlotTable
     """Slots of the experts (of every layer: tables may differ in content, not in size)."""
@@ -29,8 +42,26 @@ class Parallelism:
     sort_rows: bool = False
     """One rank without a capacity, for inference: copies of tokens are sorted by expert, instead of
     laid out in a block of static size for each."""
+    permutes: bool = False
+    """Exchanges deliver a token once to a rank: kernels of their own put its rows in the order of
+    the experts, and add them up before they return (`cmjax.primitives.permute`)."""
+    tensor: int = 1
+    """Ranks of a tensor-parallel group."""
+    tensor_axes: tuple[str, ...] = ()
+    """Of `axes`, the innermost ones that enumerate such a group."""
 
     def __post_init__(self):
+        if self.tensor > 1 and (not self.tensor_axes or self.ranks % self.tensor):
+            raise ValueError(
+                f"Parallelism: tensor groups of {self.tensor} ranks need the mesh axes that "
+                f"enumerate them, and to divide the {self.ranks} ranks; got "
+                f"tensor_axes={self.tensor_axes}"
+            )
+        if self.tensor > 1 and self.sequence_parallel:
+            raise ValueError(
+                "Parallelism: sequence_parallel splits heads over all ranks and tensor over "
+                "neighbours; choose one of them"
+            )
         if not self.axes and self.table.ranks != 1:
             raise ValueError(
                 f"Parallelism: a table of {self.table.ranks} ranks needs the mesh axes that "
@@ -52,10 +83,36 @@ class Parallelism:
         """This rank's number, inside the mesh."""
         return lax.axis_index(self.axes) if self.axes else 0
 
+    @property
+    def group_rank(self) -> jax.Array | int:
+        """This rank's number in its tensor-parallel group."""
+        return lax.axis_index(self.tensor_axes) if self.tensor > 1 else 0
+
+    def gather(self, x: Num[Array, "own *rest"]) -> Num[Array, "group *rest"]:
+        """The group's rows, of which this rank has `x`."""
+        with jax.named_scope(SCOPE):
+            return gather_group(x, self.tensor_axes)
+
+    def scatter(self, x: Float[Array, "group *rest"]) -> Float[Array, "own *rest"]:
+        """This rank's rows of the sum over the group's ranks."""
+        with jax.named_scope(SCOPE):
+            return scatter_sum(x, self.tensor_axes)
+
+    def own_rows(self, x: Float[Array, "group *batch part"]) -> Float[Array, "own *batch whole"]:
+        """This rank's rows with the columns of the whole group, which has a part of each row."""
+        if self.tensor == 1:
+            return x
+        with jax.named_scope(SCOPE):
+            return lax.all_to_all(x, self.tensor_axes, 0, x.ndim - 1, tiled=True)
+
     def heads(self, config: MoEConfig) -> int:
-        """Attention heads whose up-projections this rank holds."""
+        """Attention heads whose up-projections this rank holds.
+
+        Raises: ValueError: the model's do not divide.
+        """
+        check_tensor(config, self.tensor)
         if not self.sequence_parallel:
-            return config.heads
+            return config.heads // self.tensor
         if not isinstance(config.attention, LatentAttention):
             raise ValueError(
                 "Parallelism: sequence_parallel splits the heads of latent attention only; this "
@@ -67,6 +124,45 @@ class Parallelism:
                 f"{config.heads} heads and {self.ranks} ranks"
             )
         return config.heads // self.ranks
+
+    def vocabulary(self, config: MoEConfig) -> int:
+        """Tokens whose embedding and scores this rank holds, the last rank's filled up."""
+        return -(-config.vocab_size // self.tensor)
+
+
+def check_tensor(config: MoEConfig, tensor: int) -> None:
+    """Refuse a degree of tensor parallelism that a model's widths do not allow.
+
+        >>> from cmjax.models.moe.config import qwen3_8b
+        >>> check_tensor(qwen3_8b(), 12)
+        Traceback (most recent call last):
+        ValueError: tp 12 does not divide the model's 32 heads; 1, 2, 4, 8 or 16 would do
+
+    Raises: ValueError: what it does not divide, and which degrees would do.
+    """
+    if (why := _undivided(config, tensor)) is None:
+        return
+    *fit, last = [t for t in range(1, MOST_TENSOR + 1) if _undivided(config, t) is None]
+    would = f"{', '.join(map(str, fit))} or {last}" if fit else f"{last}"
+    raise ValueError(f"tp {tensor} {why}; {would} would do")
+
+
+def _undivided(config: MoEConfig, tensor: int) -> str | None:
+    """Why so many ranks cannot share a request; `None` if they can."""
+    if not 1 <= tensor <= MOST_TENSOR:
+        return f"is outside 1..{MOST_TENSOR}"
+    widths = {"heads": config.heads}
+    if config.dense_layers:
+        widths["columns of ffn_size"] = config.ffn_size
+    if config.shared_experts:
+        widths["columns of shared experts"] = config.shared_experts * config.expert_ffn_size
+    for name, width in widths.items():
+        if width % tensor:
+            return f"does not divide the model's {width} {name}"
+    sizes = config.attention
+    if isinstance(sizes, GroupedAttention) and sizes.kv_heads % tensor and tensor % sizes.kv_heads:
+        return f"neither divides the model's {sizes.kv_heads} key/value heads nor is a multiple"
+    return None
 
 
 def one_rank(config: MoEConfig, schedule: Schedule | None = None) -> Parallelism:

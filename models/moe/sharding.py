@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.mesh import RANKED, REPLICATED
-from cmjax.models.moe.parallelism import Parallelism
+from cmjax.models.moe.config import MoEConfig
+from cmjax.models.moe.parallelism import Parallelism, check_tensor
 from cmjax.models.moe.slots import SlotTable, stack_tables
+from cmjax.models.moe.tensor_parts import group_parts, is_split
 
 _HEADS = ("q_b", "up_key", "up_value")  # parameters of latent attention that are per head
 
@@ -26,6 +28,7 @@ def param_specs(params: dict[str, Any], parallelism: Parallelism) -> dict[str, A
         ranked = "experts" in keys or (
             parallelism.sequence_parallel and not set(_HEADS).isdisjoint(keys)
         )
+        ranked = ranked or (parallelism.tensor > 1 and is_split(keys))
         return RANKED if ranked else REPLICATED
 
     return jax.tree_util.tree_map_with_path(spec, params)
@@ -35,6 +38,8 @@ def shard_params(
     params: dict[str, Any],
     parallelism: Parallelism,
     tables: Sequence[SlotTable] | None = None,
+    *,
+    config: MoEConfig | None = None,
 ) -> dict[str, Any]:
     """Spread the parameters of a `one_rank` model over the ranks of `parallelism`.
 
@@ -43,11 +48,18 @@ def shard_params(
       parallelism: where to.
       tables: one table per MoE layer (then one for the MTP layer, if there is one); by default
         `parallelism.table` for all.
+      config: the model; needed for tensor parallelism alone, which takes its heads apart.
     Returns: parameters of `parallelism`'s model; those that `param_specs` calls RANKED have a
       leading axis of ranks.
     Raises:
-      ValueError: tables of another size than the parallelism's, or too few.
+      ValueError: tables of another size than the parallelism's, or too few; tensor parallelism
+        that the model's widths do not allow, or without a config.
     """
+    tensor = parallelism.tensor
+    if tensor > 1:
+        if config is None:
+            raise ValueError("shard_params: tensor parallelism needs config, whose heads are split")
+        check_tensor(config, tensor)
     counts = [len(part["moe"]["copies"]) for part in _moe_parts(params)]
     given = iter(layer_tables(parallelism, sum(counts), tables))
 
@@ -68,7 +80,11 @@ def shard_params(
             result[name] = part
         return result
 
-    return spread(params)
+    params = spread(params)
+    if tensor == 1:
+        return params
+    assert config is not None, "was asked for above"
+    return group_parts(params, config, tensor, parallelism.ranks // tensor)
 
 
 def own_heads(params: dict[str, Any], parallelism: Parallelism) -> dict[str, Any]:

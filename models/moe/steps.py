@@ -48,7 +48,8 @@ class DecodeInputs:
 
     tokens: Int32[Array, "requests new"]  # newest accepted token, then drafts
     lengths: Int32[Array, "requests"]  # tokens in the cache, not counting `tokens`
-    caches: tuple[ModelCache, ...]  # one per microbatch
+    # one per microbatch; of all requests of a tensor-parallel group
+    caches: tuple[ModelCache, ...]
     sampling: Sampling
 
 
@@ -195,6 +196,7 @@ def abstract_decode(
     precision: Arithmetic | str = "int8",
     kv_cache: KVCache = "bfloat16",
     mtp: int = 1,
+    permutes: bool = False,
 ) -> RankStep:
     """A decode step of every rank of `mesh`, with arguments that are shapes.
 
@@ -202,22 +204,27 @@ def abstract_decode(
       config: the model.
       schedule: microbatches, streams and order.
       table: slots of the experts; its ranks are the mesh's.
-      mesh: the ranks.
+      mesh: the ranks, and which of them form tensor-parallel groups.
       requests: requests per microbatch per rank; an int or a symbolic dimension.
       context: cache length in tokens; likewise.
       capacity: dispatch rows per (source rank, slot); likewise; `None` is tokens per microbatch.
       precision: of the matrices.
       kv_cache: format of the latent cache.
       mtp: drafts per request and step; 0 for plain decoding.
+      permutes: see `Parallelism`.
     """
-    parallelism = _parallelism(schedule, table, mesh, capacity, sequence_parallel=False)
+    parallelism = _parallelism(schedule, table, mesh, capacity, permutes=permutes)
     total, count = schedule.microbatches * requests, schedule.microbatches
+
+    def cache():
+        size = requests, context, kv_cache
+        return empty_cache(config, *size, mtp=bool(mtp), tensor=mesh.tensor)
 
     def inputs():
         return DecodeInputs(
             tokens=jnp.zeros((total, 1 + mtp), jnp.int32),
             lengths=jnp.zeros((total,), jnp.int32),
-            caches=(empty_cache(config, requests, context, kv_cache, mtp=bool(mtp)),) * count,
+            caches=(cache(),) * count,
             sampling=_no_sampling(total, (1 + mtp,)),
         )
 
@@ -239,6 +246,7 @@ def abstract_prefill(
     kv_cache: KVCache = "bfloat16",
     mtp: int = 1,
     sequence_parallel: bool = True,
+    permutes: bool = False,
 ) -> RankStep:
     """A prefill step of every rank of `mesh`, with arguments that are shapes.
 
@@ -249,7 +257,9 @@ def abstract_prefill(
       sequence_parallel: see `Parallelism`.
       The rest as in `abstract_decode`.
     """
-    parallelism = _parallelism(schedule, table, mesh, capacity, sequence_parallel=sequence_parallel)
+    parallelism = _parallelism(
+        schedule, table, mesh, capacity, permutes=permutes, sequence_parallel=sequence_parallel
+    )
     total = schedule.microbatches * sequences
 
     def inputs():
@@ -270,17 +280,17 @@ def _draft_all(model, hidden, sampled, caches, lengths, accepted, drafts):
     count = len(caches)
     where = _split(accepted, count)
     mtp = tuple(cache.mtp for cache in caches)
-    hidden, mtp = model.mtp(
-        model.main, hidden, _split(sampled, count), mtp, decode_attention(lengths)
-    )
+    parallelism = model.main.parallelism
+    attend = decode_attention(lengths, parallelism)
+    hidden, mtp = model.mtp(model.main, hidden, _split(sampled, count), mtp, attend)
     hidden = tuple(_at(h, a) for h, a in zip(hidden, where, strict=True))
     found = [draft(model.main, jnp.concatenate(hidden))]
     for step in range(1, drafts):
         ends = tuple(n + a + step for n, a in zip(lengths, where, strict=True))
         following = _split(found[-1][:, None], count)
-        hidden, mtp = model.mtp(
-            model.main, tuple(h[:, None] for h in hidden), following, mtp, decode_attention(ends)
-        )
+        attend = decode_attention(ends, parallelism)
+        last = tuple(h[:, None] for h in hidden)
+        hidden, mtp = model.mtp(model.main, last, following, mtp, attend)
         hidden = tuple(h[:, 0] for h in hidden)
         found.append(draft(model.main, jnp.concatenate(hidden)))
     return jnp.stack(found, axis=1), _with_mtp(caches, mtp)
@@ -314,7 +324,7 @@ def _split(x, count):
     return tuple(x[i * size : (i + 1) * size] for i in range(count))
 
 
-def _parallelism(schedule, table, mesh, capacity, *, sequence_parallel):
+def _parallelism(schedule, table, mesh, capacity, *, permutes, sequence_parallel=False):
     if table.ranks != mesh.ranks:
         raise ValueError(
             f"the slot table is for {table.ranks} ranks, the mesh has {mesh.ranks} "
@@ -325,6 +335,9 @@ def _parallelism(schedule, table, mesh, capacity, *, sequence_parallel):
         axes=mesh.axes,
         capacity=capacity,
         schedule=schedule,
+        tensor=mesh.tensor,
+        tensor_axes=mesh.tensor_axes,
+        permutes=permutes,
         sequence_parallel=sequence_parallel,
     )
 

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from cmjax.cli import main
 from cmjax.models import moe
-from cmjax.models.moe.config import Rope, YarnConfig
+from cmjax.models.moe.positions import Rope, YarnConfig
 from cmjax.placement import Plan, write_plan
 
 RANDOM = ["--random", "tiny", "--prompt", "a"]

@@ -85,6 +85,22 @@ def test_the_catalog_holds_what_the_fit_finds_now(name):
     assert found.values == pytest.approx({key: value(machine, key) for key in keys}, rel=1e-2)
 
 
+def test_the_models_own_error_is_that_of_rows_which_the_fit_has_not_seen():
+    machine, before = load_machine("h800-pod"), unknown("efficiency.gemm")
+    command = ("micro", "gemm", "--m", "4096", "--k", "7168", "--n", "4096")
+    us = float(micro("gemm", machine, **parse_options(command[2:])).measure(machine)["us"])
+    off = np.array([0.02, -0.01, 0.015, -0.02])
+    rows = [
+        Measurement(f"row {i}", "calibrate", command, "us", us * np.exp(x), "synthetic")
+        for i, x in enumerate(off)
+    ]
+    # without a row the fit is the mean of the others
+    unseen = [np.delete(off, i).mean() - x for i, x in enumerate(off)]
+    of_rows = np.sqrt(np.pi / 2) * np.mean(np.abs(unseen))
+    found = fit(machine, before, rows).model_error["matrix"]
+    assert 2 * found**2 - 0.1**2 == pytest.approx(of_rows**2, rel=0.05)
+
+
 def test_prediction_rows_change_nothing():
     rows = read_measurements("h800-pod")
     assert any(row.role == "predict" for row in rows)

@@ -1,5 +1,8 @@
 """Prices by NumPy are prices by XLA."""
 
+import pickle
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +59,22 @@ def test_a_function_is_traced_once_a_shape():
     for x in (X, X, X[0], X[0]):
         host(x)
     assert traces == [(3, 4, 5), (4, 5)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_function_does_can_be_kept_and_run_without_it(name):
+    files = {}
+
+    def keep(key, make):
+        files.setdefault(repr(key), pickle.dumps(make() if repr(key) not in files else None))
+        return pickle.loads(files[repr(key)])
+
+    def gone(x):
+        raise AssertionError("traced again")
+
+    expected = on_host(FUNCTIONS[name], keep)(X)
+    found = on_host(gone, keep)(X)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    (content,) = files.values()
+    assert not re.search(rb"(?<!cm)jax", content)  # a reader makes only what is known to it

@@ -7,6 +7,7 @@ import pytest
 
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_layer, build_step, schedule_for
+from cmjax.deploy.predictor import Predictor
 from cmjax.hardware import load_machine
 from cmjax.models.moe.checkpoint.hf_config import config_json
 from cmjax.models.moe.config import LatentAttention, deepseek_r1, tiny
@@ -133,6 +134,15 @@ def test_streams_are_those_of_the_published_systems():
     assert schedule_for(MACHINE, prefill) == overlapped_exchange()
     assert schedule_for(load_machine("h800-pod"), decode) == overlapped_exchange()
     assert schedule_for(MACHINE, dataclasses.replace(decode, microbatches=1)) == Schedule()
+
+
+@pytest.mark.parametrize("machine", [MACHINE, load_machine("h800-pod")], ids=lambda m: m.name)
+def test_rows_are_permuted_where_the_exchange_delivers_a_token_once(machine):
+    deployment = Deployment(phase="prefill", model="tiny", npus=8, microbatches=1)
+    program = Predictor.of(deployment, machine).program
+    kinds = {op.work.kind for level, _ in program.levels for op in level.operations}
+    assert ("permute" in kinds) == machine.exchange.bulk_kernels
+    assert {"dispatch", "combine"} <= kinds
 
 
 @pytest.mark.parametrize(

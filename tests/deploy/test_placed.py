@@ -144,3 +144,23 @@ def test_a_plan_for_other_loads_is_refused():
         evaluate(Plan([[0, 1]] * 3, 2, 2), COUNTS, MACHINE)
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         evaluate(Plan([[0, 1]] * 3, 2, 2), COUNTS, MACHINE, tokens=0)
+
+
+def test_a_rank_that_costs_more_gets_less():
+    cost = [1.0, 1.0, 1.0, 2.0]
+    options = {"ranks": 4, "redundant": 4, "rank_cost": cost}
+    placed = place(COUNTS, MACHINE, **options, seconds=4)
+    tokens = (placed.plan.tokens_per_rank(placed.loads.counts) / cost).mean((0, 1))
+    assert tokens[3] < 0.8 * tokens[:3].min()
+    assert placed.scores["search"].mean_time_s < placed.scores["greedy"].mean_time_s
+    judged = evaluate(placed.plan, COUNTS, MACHINE, rank_cost=cost).scores["plan"]
+    assert judged.mean_time_s == pytest.approx(placed.score.mean_time_s)
+
+
+def test_where_a_rank_costs_more_multicast_sends_as_many_rows():
+    even, dear = (
+        place(COUNTS, MACHINE, **SMALL, multicast=True, rank_cost=cost).score.mean_time_s
+        for cost in ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 2.0])
+    )
+    assert even == pytest.approx(place(COUNTS, MACHINE, **SMALL, multicast=True).score.mean_time_s)
+    assert dear > even

@@ -185,12 +185,15 @@ def test_a_sensitivity_is_the_difference_that_predictions_show(decode, batch):
         ({"ep": -1}, "ep must be at least 1 (or 0 for all ranks), got -1"),
         ({"phase": "both"}, "phase must be decode or prefill, got 'both'"),
         ({"microbatches": 3}, "microbatches must be auto or 1 or 2, got 3"),
-        ({"quant": "int3"}, "quant must be int8 or bf16 or msd_w8a16 or msd_w4a16, got 'int3'"),
+        (
+            {"quant": "int3"},
+            "quant must be int8 or bf16 or msd_w8a16 or msd_w4a16 or w4a8, got 'int3'",
+        ),
         ({"kv_cache": "fp8"}, "kv_cache must be bf16 or int8 or mxfp4, got 'fp8'"),
         (
             {"model": "deepseek-r2"},
             "load_config: 'deepseek-r2' is neither a file nor a preset (deepseek-r1, deepseek-v3, "
-            "llama3-8b, qwen3-30b-a3b, qwen3-8b, "
+            "kimi-k2, llama3-8b, qwen3-30b-a3b, qwen3-8b, "
             "tiny); did you mean 'deepseek-r1'?",
         ),
     ],

@@ -3,9 +3,11 @@
 import os
 import pickle
 
+import jax
 import pytest
 
-from cmjax.deploy import program_cache
+import cmjax
+from cmjax.deploy import predictor, program_cache
 from cmjax.deploy.program_cache import kept
 from cmjax.program import Size
 
@@ -90,3 +92,21 @@ def test_the_least_recently_used_go_first(folder, monkeypatch):
     assert len(list(folder.iterdir())) == 2
     kept(("c",), counted(made))
     assert len(made) == 3
+
+
+def test_a_prediction_is_made_again_without_tracing(folder, monkeypatch):
+    def predict():
+        predictor._traced.cache_clear()
+        machine = cmjax.load_machine("cloudmatrix384")
+        return cmjax.predict(
+            "deepseek-r1", machine, phase="decode", batch=96, context=4096
+        ).to_dict()
+
+    first = predict()
+
+    def refuse(*_, **__):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(jax, "make_jaxpr", refuse)
+    monkeypatch.setattr(predictor, "build_step", refuse)
+    assert predict() == first

@@ -53,6 +53,15 @@ def test_cloudmatrix384_is_the_published_machine():
     assert machine.fabric.rdma.bandwidth_bytes_per_s * 2 * 8 == pytest.approx(400e9)
 
 
+def test_attention_without_a_start_up_has_that_of_matrix_products(tmp_path):
+    """A file written before the two were told apart."""
+    path = tmp_path / "mine.toml"
+    path.write_text(_without("attention_startup_s"), encoding="utf-8")
+    chip = load_machine(path).chip
+    assert chip.attention_startup_s == chip.matrix_startup_s
+    assert sources(path)["chip.attention_startup_s"] == "assumed: as matrix_startup_s"
+
+
 def test_a_users_own_file_is_read_by_its_path(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(_changed('value = "1.6 TB/s"', 'value = "2.5 TB/s"'), encoding="utf-8")
@@ -143,6 +152,10 @@ BAD_FILES = {
     "no ranks": (
         _changed("nodes = { value = 48", "nodes = { value = 0"),
         'key "nodes" must be a whole number >= 1, got 0',
+    ),
+    "more ranks than are priced": (
+        _changed("dies_per_npu = { value = 2", "dies_per_npu = { value = 1000000"),
+        "384000000 ranks (dies); at most",
     ),
     "count as flag": (
         _changed("nodes = { value = 48", "nodes = { value = true"),

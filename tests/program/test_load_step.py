@@ -130,6 +130,10 @@ def test_sizes_that_do_not_fit_are_refused(program, given, message):
         (":layer", "program {t!r}: expected module:function"),
         ("zoo.programs_of_test:", "program {t!r}: expected module:function"),
         (
+            "zoo/programs_of_test.py:layer",
+            "program {t!r}: expected module:function, as in zoo.programs_of_test:layer",
+        ),
+        (
             "zoo.program_of_test:layer",
             "program {t!r}: no module 'zoo.program_of_test'; closest: zoo.programs_of_test",
         ),

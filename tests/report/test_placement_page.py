@@ -55,6 +55,20 @@ def test_plans_judged_elsewhere_have_a_table_of_that(page, tmp_path):
     assert text.count(f"{page.scores['contiguous'].mean_par:.3f}") >= 2
 
 
+def test_plans_are_ranked_by_the_objective_they_were_made_for(page, tmp_path):
+    path = tmp_path / "page.html"
+    fastest = min(page.scores, key=lambda name: page.scores[name].mean_time_s)
+    other = "greedy" if fastest == "contiguous" else "contiguous"
+    objective_s = {fastest: 0.0431, other: 0.0219}
+    scores = {
+        name: dataclasses.replace(score, objective_s=objective_s[name], objective_bound_s=0.02)
+        for name, score in page.scores.items()
+    }
+    dataclasses.replace(page, scores=scores).write(path)
+    text = path.read_text()
+    assert f"<h2>{other} is fastest</h2>" in text and "43.1" in text and "21.9" in text
+
+
 def test_what_is_unknown_is_left_out(page, tmp_path):
     path = tmp_path / "page.html"
     dataclasses.replace(page, nodes=1, reach=None).write(path)

@@ -108,6 +108,28 @@ def test_no_plan_serves_more_than_the_flow_that_bounds_it(planned):
     assert 0.3 * flow < planned.best.goodput_requests_per_s < 1.05 * flow
 
 
+def test_a_cache_is_as_small_as_the_goodput_allows():
+    trace = generate(requests=300, rate=10.0, prompt=4096, output=16, reuse=0.8, trees=8)
+    with executor_of(workers=1) as executor:
+        found = plan(
+            trace, npus=12, slo_ttft_ms=100, service=BASE, prefill_npus=(4,), decode_npus=(4,),
+            executor=executor,
+        )  # fmt: skip
+    sizes = found.cache
+    assert sizes[0].blocks <= trace.blocks and sizes[-1].blocks == 0
+    assert all(a.blocks > b.blocks and a.gb_per_node > b.gb_per_node
+               for a, b in itertools.pairwise(sizes))  # fmt: skip
+    assert sizes[0].hit_tokens > 0.3 and sizes[-1].hit_tokens == 0
+    assert sizes[-1].goodput_requests_per_s < 0.8 * sizes[0].goodput_requests_per_s
+    enough = found.to_dict()["cache_enough"]
+    assert enough["goodput_requests_per_s"] >= 0.99 * sizes[0].goodput_requests_per_s
+    assert 0 < enough["blocks"] <= sizes[0].blocks
+
+
+def test_without_prefixes_there_is_no_cache_to_size(planned):
+    assert planned.cache == [] and planned.to_dict()["cache_enough"] is None
+
+
 @pytest.mark.slow
 def test_the_plan_is_the_same_on_a_cluster_of_two_workers(planned):
     distributed = pytest.importorskip("distributed")
@@ -149,6 +171,7 @@ def test_a_scheduler_that_nobody_answers_at_is_named():
         ({"slo_tpot_ms": 10, "npus": 1000}, "cloudmatrix384 has 384"),
         ({"slo_tpot_ms": 10, "npus": 8}, "do not hold any pair of instances"),
         ({"slo_ttft_ms": 0.001}, "slo-ttft-ms 0.001 cannot be met: .* alone takes"),
+        ({"slo_tpot_ms": 0.001}, "slo-tpot-ms 0.001 cannot be met: .* alone takes"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(options, message):
@@ -157,6 +180,11 @@ def test_a_plan_that_makes_no_sense_is_refused(options, message):
             TRACE, **({"npus": 24} | options), service=BASE, prefill_npus=(4,), decode_npus=(8,),
             executor=executor,
         )  # fmt: skip
+
+
+def test_a_trace_without_a_rate_cannot_be_planned_for():
+    with pytest.raises(ValueError, match=r"all requests arrive at once, .* give a rate"):
+        plan(TRACE.first(1), slo_tpot_ms=10)
 
 
 def test_fewer_than_one_worker_is_refused():

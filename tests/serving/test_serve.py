@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cmjax
+from cmjax.deploy import Predictor, Requests
 from cmjax.serving import (
     ColocatedPool,
     ContextCache,
@@ -23,6 +24,7 @@ from cmjax.serving import (
     serve,
 )
 from cmjax.serving.metrics import gaps_ms
+from cmjax.serving.step_times import step_spread
 from cmjax.serving.verdict import verdict
 
 SMALL = Service(
@@ -120,6 +122,39 @@ def test_more_uncertainty_is_a_wider_interval():
     low, high = result["interval"]["tpot_ms"]["mean"]
     assert low < result["tpot_ms"]["mean"] < high
     assert high / low == pytest.approx(1.2 / 0.8, rel=0.2)
+
+
+def test_a_service_is_as_sure_as_the_predictions_of_its_steps():
+    found = small()
+    interval = found.to_dict()["interval"]
+    decode = cmjax.predict(
+        "tiny", phase="decode", npus=4, batch=4, context=4096, microbatches=1
+    ).interval["step_ms"]
+    low, high = interval["tpot_ms"]["mean"]
+    assert high / low == pytest.approx(decode[1] / decode[0], rel=0.2)
+    assert low < found.to_dict()["tpot_ms"]["mean"] < high
+    assert "interval" not in small(uncertainty=0.0).to_dict()
+    assert "interval" not in small(times=found.times).to_dict()  # who measured them knows
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70])
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_intervals_ask_nothing_of_batches_and_steps(batch, tokens):
+    service = dataclasses.replace(
+        SMALL, prefill=PrefillPool(npus=4, tokens=tokens), decode=DecodePool(npus=4, batch=batch)
+    )
+    factors = step_spread(service, cmjax.load_machine("cloudmatrix384"))
+    assert factors.keys() == {"prefill", "decode"} and min(factors.values()) > 1
+
+
+def test_the_interval_of_a_step_by_differences_is_that_by_its_gradient():
+    machine = cmjax.load_machine("cloudmatrix384")
+    deployment = SMALL.deployment("decode").choices()[0]
+    predictor, requests = Predictor.of(deployment, machine), Requests(batch=4.0, context=1024.0)
+    step, of_ms = predictor.step_interval(requests), predictor.intervals(requests)["step_ms"]
+    assert step is not None
+    assert 1e3 * step.low == pytest.approx(of_ms.low, rel=1e-3)
+    assert 1e3 * step.high == pytest.approx(of_ms.high, rel=1e-3)
 
 
 @pytest.mark.parametrize("rate, expected", [(2.0, "stable"), (5000.0, "overloaded")])

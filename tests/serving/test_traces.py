@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from cmjax.serving import Trace, generate, read_trace
 from cmjax.serving.cache_curve import cache_hits
 from cmjax.serving.hashing import nodes_of_blocks
+from cmjax.serving.traces.trace import compact
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [70, 80]},
@@ -44,6 +46,14 @@ def test_azure_times_count_from_the_first_request(tmp_path):
     trace = read_trace(written(tmp_path, text, "azure.csv"))
     np.testing.assert_allclose(trace.arrival_s, [0, 4.314579], atol=1e-9)
     assert trace.prompt.tolist() == [374, 396] and not trace.has_blocks
+
+
+def test_azure_times_may_say_how_far_east_they_are(tmp_path):
+    stamps = "2024-05-10 00:00:00+00:00", "2024-05-10T02:00:01.5+02:00", "2024-05-09 19:00:03-05:00"
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    text += "".join(f"{stamp},374,44\n" for stamp in (*stamps, "2024-05-10 00:00:04Z"))
+    found = read_trace(written(tmp_path, text, "azure.csv")).arrival_s
+    np.testing.assert_allclose(found, [0, 1.5, 3, 4], atol=1e-9)
 
 
 def test_a_measured_run_is_read_by_the_clock_of_the_engine(tmp_path):
@@ -111,6 +121,10 @@ def test_a_line_that_makes_no_sense_is_named(tmp_path, change, message):
         (lines({"a": 1}), "no prompt tokens"),
         ("TIMESTAMP,Tokens\n", "lacks ContextTokens, GeneratedTokens"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nx,1\n", "line 2: 2 columns"),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46\0,1,1\n",
+            r"line 2: TIMESTAMP '2023-11-16 18:15:46\\x00'; a time",
+        ),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(tmp_path, text, message):
@@ -127,6 +141,7 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path, text, message):
         ("poisson:rate=0", "rate must be positive, got 0"),
         ("poisson:reuse=2", "reuse must lie in 0..1"),
         ("gamma:cv=0", "cv must be positive"),
+        ("gamma:cv=1e-300", "cv must .*, got 1e-300"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(source, message):
@@ -139,6 +154,34 @@ def test_a_truncated_archive_is_refused(tmp_path):
     path.write_bytes(gzip.compress(lines(*MOONCAKE[:1] * 50).encode())[:-20])
     with pytest.raises(ValueError, match="cannot be read"):
         read_trace(path)
+
+
+@pytest.mark.parametrize("spread, per_block", [(1, 20), (2**40, 40)])
+def test_reading_holds_a_few_bytes_per_request_and_block_not_the_file(tmp_path, spread, per_block):
+    """Numbered ids, and ids of 64 bits: 40 bytes a request, and those of a column twice or thrice
+    while blocks are numbered anew."""
+    count, blocks = 5000, 40
+    path = tmp_path / "trace.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for i in range(count):
+            ids = [spread * (30 * i + k) for k in range(blocks)]
+            file.write(lines({"timestamp": 3000 * i, "input_length": 512 * blocks,
+                              "output_length": 1, "hash_ids": ids}))  # fmt: skip
+    read_trace(path, requests=1)  # what is imported with the first use
+    tracemalloc.start()
+    try:
+        trace = read_trace(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert trace.requests == count and trace.blocks == 30 * (count - 1) + blocks
+    assert peak < 100 * count + per_block * count * blocks + 3e5
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-9, 9), max_size=40))
+def test_blocks_are_numbered_in_the_order_of_their_ids(ids):
+    known = sorted(set(ids))
+    assert compact(np.array(ids, np.int64)).tolist() == [known.index(i) for i in ids]
 
 
 def test_only_so_many_requests_are_read(tmp_path):

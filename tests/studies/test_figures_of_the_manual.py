@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from studies import arithmetic_figure, placement_figure, rsq_asr_figure
+from studies import arithmetic_figure, pangu_figure, placement_figure, rsq_asr_figure
 
 DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = {
     "arithmetic": arithmetic_figure,
+    "pangu_constants": pangu_figure,
     "placement": placement_figure,
     "rsq_asr": rsq_asr_figure,
 }

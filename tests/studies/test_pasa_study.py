@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from studies.pasa import DRAWN, MARKERS, RECIPE, ZERO_MEAN_V, Case, main
+from cmjax.options import run_program
+from studies.pasa import DRAWN, MARKERS, RECIPE, ZERO_MEAN_V, Case, Study, main
 
 
 def test_the_cases_are_the_authors_grid_and_the_drawn_ones_are_among_them():
@@ -22,7 +23,7 @@ def test_the_resonance_centre_is_half_of_d_times_the_amplitudes():
 
 @pytest.mark.slow
 def test_the_benchmark_prints_every_case_and_writes_page_and_pictures(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--length", "96", "--heads", "1"]) == 0
+    main(Study(out=tmp_path, length=96, heads=1))
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in ZERO_MEAN_V)
     assert "Derived, not the paper's" in printed and "NaN 100 %" in printed
@@ -46,7 +47,7 @@ def test_own_operands_are_read_and_judged(kind, tmp_path, capsys):
         else:
             pytest.importorskip("safetensors.numpy").save_file(tensors, path)
         arguments = ["--qkv", str(path)]
-    assert main(arguments) == 0
+    assert run_program(main, Study, None, arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "100 % of the scores overflow float16, in 100 % of the rows" in printed
     assert "PASA keeps them in range" in printed
@@ -69,5 +70,5 @@ def test_bad_files_are_refused_with_exit_code_2(arguments, message, tmp_path, ca
     np.savez(tmp_path / "ranks.npz", q=np.ones((4, 8)), k=np.ones((4, 8)), v=np.ones((4, 8)))
     files = {"TEXT": "text.txt", "PART": "part.npz", "RANKS": "ranks.npz"}
     arguments = [str(tmp_path / files[a]) if a in files else a for a in arguments]
-    assert main(arguments) == 2
+    assert run_program(main, Study, None, arguments) == 2
     assert message in capsys.readouterr().err

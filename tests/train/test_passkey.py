@@ -1,17 +1,15 @@
-"""The recall task, the head that looks back, and a run that goes on where it was stopped."""
+"""The recall task, and a run that goes on where it was stopped."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.models.moe.layers.rope import angles, rotate
 from cmjax.models.moe.model import parameters
 from train import checkpoint
 from train.metrics import read_metrics
-from train.passkey import Recall, Stage, Vocabulary, draw_texts, look_back, train
+from train.passkey import Recall, Stage, Vocabulary, draw_texts, train
 
 VOCABULARY = Vocabulary()
 STAGE = Stage(steps=1, length=40, questions=8, batch=200)
@@ -53,23 +51,6 @@ def test_answers_that_are_not_in_the_text_are_any_value_alike():
     counts = np.bincount(values, minlength=VOCABULARY.values)
     expected = len(values) / VOCABULARY.values
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
-
-
-def test_the_head_looks_at_the_token_before_whatever_the_other_widths_hold():
-    config = Recall().model_config()
-    dim, rng = config.attention.rope_dim, np.random.default_rng(0)
-    random = rng.normal(size=(64, 6 * 32)).astype(np.float32)
-    x = rng.normal(size=(64, 64)).astype(np.float32)
-    x[:, 0] = 2.0
-    made = look_back(jnp.asarray(random), config)
-    qkv = x @ made
-    cos, sin = angles(jnp.arange(64), config)
-    q, k = (rotate(qkv[:, at : at + dim], cos, sin, interleave=True) for at in (0, 2 * dim))
-    scores = np.asarray(q @ k.T) * dim**-0.5
-    for query in range(1, 64):
-        weights = np.exp(scores[query, : query + 1] - scores[query, : query + 1].max())
-        assert weights[query - 1] / weights.sum() > 0.95
-    np.testing.assert_array_equal(made[:, 4 * dim :], random[:, 4 * dim :])  # values: as before
 
 
 def test_a_run_goes_on_to_the_same_parameters_where_it_was_stopped(tmp_path, monkeypatch):

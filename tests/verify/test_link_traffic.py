@@ -8,7 +8,9 @@ from jax import lax
 
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.primitives.exchange import combine, dispatch, gather_ranks
+from cmjax.primitives.tensor import gather_group, scatter_sum
 from cmjax.program import trace
+from cmjax.program.mark import permuted
 from cmjax.verify.compiled import device_bytes
 from cmjax.verify.traffic import TIERS, count_traffic, pair_bytes, priced_bytes, tier_bytes
 
@@ -65,6 +67,26 @@ def test_moved_bytes_equal_the_price_at_the_same_capacity_tier_by_tier(mesh):
     total, priced = _sum(moved), priced_bytes(_program(fn, mesh, *args), {}, mesh)
     assert {tier: total[tier] for tier in priced} == pytest.approx(priced, rel=1e-12)
     assert total["supernode"] > 0 or mesh.nodes == 1
+
+
+@pytest.mark.parametrize("mesh", [RankMesh(2, 2, 2), RankMesh(1, 2, 2)], ids=str)
+def test_gathers_and_sums_of_a_group_count_as_they_are_priced(mesh):
+    """Over all axes and over some, in a loop."""
+    inner = mesh.axes[1:]
+
+    def fn(x):
+        def step(x, _):
+            part = scatter_sum(gather_group(x, mesh.axes), mesh.axes)
+            return gather_group(scatter_sum(part, inner), inner), None
+
+        return lax.scan(step, x, None, length=2)[0]
+
+    x = np.ones((mesh.ranks, 8, HIDDEN), np.float32)
+    _, found = _counted(fn, mesh, x)
+    total = _sum([tier_bytes(pair_bytes(r.moved), mesh) for r in found.values()])
+    priced = priced_bytes(_program(fn, mesh, x), {}, mesh)
+    assert {tier: total[tier] for tier in priced} == priced
+    assert total["die"] > 0
 
 
 @pytest.mark.parametrize("mesh", [RankMesh(2, 4), RankMesh(4, 1, 2)], ids=str)
@@ -150,20 +172,34 @@ def test_tiers_are_own_die_node_supernode_for_every_pair():
             assert tier_bytes(pairs, mesh) == dict.fromkeys(TIERS, 0) | {wanted: 7}
 
 
-@pytest.mark.parametrize(
-    ("fn", "message"),
-    [
-        (lambda x: lax.psum(x, ("node", "npu")), "who sends what in 'psum"),
-        (
-            lambda x: lax.cond(
-                x[0] > 0, lambda x: lax.all_gather(x, "npu"), lambda x: jnp.stack([x] * 2), x
-            ),
-            "in 'cond'",
-        ),
-    ],
-)
-def test_an_exchange_without_one_sender_per_byte_is_refused(fn, message):
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("size", [8, 5], ids=["divides", "does not"])
+def test_reductions_move_what_their_price_says(mesh, size):
+    def fn(x):
+        parts = lax.psum_scatter(jnp.tile(x, mesh.npus), "npu", tiled=True)  # one axis under vmap
+        return parts + lax.psum(x, mesh.axes[:2]) + lax.pmax(x, mesh.axes[-1])
+
+    x = jnp.ones((mesh.ranks, size))
+    _, found = _counted(fn, mesh, x)
+    total = _sum([tier_bytes(pair_bytes(r.moved), mesh) for r in found.values()])
+    priced = priced_bytes(_program(fn, mesh, x), {}, mesh)
+    assert {tier: total[tier] for tier in priced} == pytest.approx(priced, rel=1e-12)
+
+
+def test_what_nobody_reads_of_a_permutation_does_not_count():
+    """`vmap` permutes all ranks or none: what fills a permutation up is left out."""
+    mesh = RankMesh(1, 4)
+    _, found = _counted(lambda x: permuted(x, "npu", [(0, 1)], fill=4), mesh, jnp.ones((4, 3)))
+    wanted = np.zeros((4, 4), int)
+    wanted[0, 1] = 12
+    np.testing.assert_array_equal(pair_bytes(found["ppermute.0"].moved), wanted)
+
+
+def test_an_exchange_that_runs_nobody_knows_how_often_is_refused():
+    def fn(x):
+        return lax.while_loop(lambda x: x[0] < 9, lambda x: lax.psum(x, "npu"), x)
+
     mesh = RankMesh(2, 2)
     lifted = on_every_rank(count_traffic(fn, mesh), mesh, RANKED, RANKED)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="how often 'while' sends"):
         jax.jit(lifted)(jnp.ones((4, 3)))

@@ -34,11 +34,28 @@ def test_every_rank_sends_its_number_to_every_other():
     assert "supernode 128" in repr(sent) and "<table>" in sent._repr_html_()
 
 
-def test_a_reduction_has_no_sender_of_a_byte():
-    with pytest.raises(ValueError, match="cannot tell who sends what in 'psum'"):
-        cmjax.run_on_mesh(
-            lambda x: jax.lax.psum(x, MESH.axes), MESH, jnp.arange(8.0), count_bytes=True
-        )
+def test_an_all_reduce_moves_its_array_twice_but_for_ones_own_share():
+    """Every rank sends each other its addends of a share, then the share that it added up."""
+    _, sent = cmjax.run_on_mesh(
+        lambda x: jax.lax.psum(x, MESH.axes), MESH, jnp.ones((8, 16)), count_bytes=True
+    )
+    share = 16 * 4 // 8
+    np.testing.assert_array_equal(sent.pairs["psum.0"], np.full((8, 8), 2 * share))
+
+
+def test_only_the_branch_that_is_taken_sends():
+    def fn(x):
+        odd = jax.lax.axis_index("node") == 1
+
+        def gather(x):
+            return jax.lax.all_gather(x, "die").sum(0)
+
+        return jax.lax.cond(odd, gather, lambda x: x, x)
+
+    _, sent = cmjax.run_on_mesh(fn, MESH, jnp.ones((8, 3)), count_bytes=True)
+    ranks = np.arange(8)
+    pairs = (ranks[:, None] // 2 == ranks // 2) & (ranks >= 4)
+    np.testing.assert_array_equal(sent.pairs["all_gather.0"], 12 * pairs)
 
 
 def test_an_argument_without_its_axis_of_ranks_is_refused():

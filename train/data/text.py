@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Integer
 
 _NOUNS = "engineer sailor teacher painter robot farmer doctor writer pilot singer".split()
 _THINGS = "letter engine garden table river window bridge number ticket signal".split()
@@ -58,28 +58,33 @@ def read_text(files: Sequence[Path]) -> bytes:
 
 
 class Windows:
-    """Windows of `length + 1` bytes: batch n of training for any n, and the held-out ones.
+    """Windows of `length + 1` tokens, bytes among them: batch n of training for any n, and the
+    held-out ones.
 
-    Raises: ValueError: fewer bytes than ten windows.
+    Raises: ValueError: fewer tokens than ten windows.
     """
 
-    def __init__(self, text: bytes, length: int, seed: int = 0):
+    def __init__(self, text: bytes | np.ndarray, length: int, seed: int = 0):
         held = int(len(text) * HELD_OUT)
         if held < length + 1:
+            unit = "bytes" if isinstance(text, bytes) else "tokens"
             raise ValueError(
-                f"the text has {len(text)} bytes; windows of {length + 1} with a tenth held out "
+                f"the text has {len(text)} {unit}; windows of {length + 1} with a tenth held out "
                 f"need {10 * (length + 1) + 10}"
             )
-        data = np.frombuffer(text, np.uint8)
-        self.train: UInt8[np.ndarray, bytes] = data[:-held]
-        self.test: UInt8[np.ndarray, bytes] = data[-held:]
+        data = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text
+        self.train: Integer[np.ndarray, " tokens"] = data[:-held]
+        self.test: Integer[np.ndarray, " tokens"] = data[-held:]
         self.length, self.seed = length, seed
 
-    def batch(self, step: int, count: int) -> Int32[np.ndarray, "count length+1"]:
-        """Windows of step `step`: they depend on it and the seed alone."""
+    def batch(
+        self, step: int, count: int, rows: slice = slice(None)
+    ) -> Int32[np.ndarray, "rows length+1"]:
+        """Windows of step `step`: they depend on it and the seed alone. Of `count`, only some rows
+        may be asked for."""
         rng = np.random.default_rng((self.seed, step))
         starts = rng.integers(0, len(self.train) - self.length, count)
-        return self._at(self.train, starts)
+        return self._at(self.train, starts[rows])
 
     def held_out(self, count: int) -> Int32[np.ndarray, "count length+1"]:
         """Windows spread evenly over the held-out part."""

@@ -6,11 +6,8 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmjax.files import replaced
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
@@ -18,7 +15,7 @@ from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.steps import abstract_params
 from train import checkpoint
 from train.data.text import Windows, grammar_text, read_text
-from train.metrics import LossNotFinite, MetricsLog
+from train.loop import run_steps
 from train.moe.config import FREE, LanguageModelConfig
 from train.moe.train_step import TrainState, initial, make_step, one_rank_params, parallelism_of
 
@@ -70,40 +67,29 @@ def train(run: LanguageModelRun, console: Console) -> None:
       LossNotFinite: the loss or its gradient is; the batch is saved.
     """
     config = run.config
-    log = MetricsLog(config.out / "metrics.jsonl", keep=run.step)
-    step = make_step(config, run.mesh)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=console)
-    bar.disable = not console.is_terminal
-    with bar:
-        task = bar.add_task("", total=config.steps, completed=run.step, loss=math.nan)
-        while run.step < config.steps:
-            tokens = run.windows.batch(run.step, config.batch)
-            began = time.perf_counter()
-            state, result = jax.block_until_ready(step(run.state, tokens))
-            seconds = time.perf_counter() - began
-            loss, norm = float(result.loss), float(result.gradient_norm)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                path = config.out / "bad_batch.npz"
-                with replaced(path) as file:
-                    np.savez(file, tokens=tokens, step=run.step)
-                raise LossNotFinite(
-                    f"the loss or its gradient is not finite at step {run.step}; the batch is in "
-                    f"{path}. A lower learning rate may do"
-                )
-            log.write(
-                step=run.step,
-                loss=loss,
-                bits_per_byte=loss / math.log(2),
-                gradient_norm=norm,
-                busiest_expert_over_mean=float(result.load),
-                tokens_per_s=round(config.batch * config.length / seconds, 1),
-                resident_bytes=resident_bytes(),
-            )
-            run.state, run.step = state, run.step + 1
-            bar.update(task, advance=1, loss=loss)
-            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
-                save(run)
+    make = make_step(config, run.mesh)
+
+    def step(number: int) -> dict[str, float]:
+        tokens = run.windows.batch(number, config.batch)
+        began = time.perf_counter()
+        run.state, result = jax.block_until_ready(make(run.state, tokens))
+        seconds = time.perf_counter() - began
+        loss = float(result.loss)
+        run.step = number + 1
+        return {
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2),
+            "gradient_norm": float(result.gradient_norm),
+            "busiest_expert_over_mean": float(result.load),
+            "tokens_per_s": round(config.batch * config.length / seconds, 1),
+            "resident_bytes": resident_bytes(),
+        }
+
+    run_steps(
+        run.step, config.steps, step, out=config.out, console=console,
+        batch=lambda number: run.windows.batch(number, config.batch),
+        save=lambda made: save(run), save_every=config.checkpoint_every,
+    )  # fmt: skip
 
 
 def save(run: LanguageModelRun) -> Path:

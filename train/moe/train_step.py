@@ -4,11 +4,7 @@ Data and experts are spread over the same ranks. A rank's gradient of its own me
 its experts, what the tokens of *all* ranks say (the exchanges' transposes bring it); for shared
 parameters it is summed over the ranks. Both are divided by the number of ranks, but for the load.
 
-The load-balancing bias follows DeepSeek-V3 (report, section 2.1.2), without an auxiliary loss:
-
-    b_e <- b_e - rate sign(load_e - mean load)
-
-The router defines the derivative by `b` to be the load (`cmjax.models.moe.layers.router`).
+Load is balanced by the routers' biases (`cmjax.models.moe.balancing`).
 """
 
 import dataclasses
@@ -25,12 +21,14 @@ from jax import lax
 from jaxtyping import Array, Float32, Int
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
+from cmjax.models.moe.balancing import balanced, is_load
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import abstract_model
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
+from cmjax.models.moe.trained import trained, with_tables
 from train.moe.config import LanguageModelConfig
 
 Params = dict[str, Any]
@@ -90,7 +88,7 @@ def initial(config: LanguageModelConfig, mesh: RankMesh) -> TrainState:
     parallelism = parallelism_of(config, mesh)
     one = init_params(config.model, "float32", seed=config.seed)
     params = place_params(shard_params(one, parallelism), parallelism, mesh)
-    return TrainState(params, optimizer(config).init(_trained(params)))
+    return TrainState(params, optimizer(config).init(trained(params)))
 
 
 def one_rank_params(params: Params, config: LanguageModelConfig) -> Params:
@@ -118,14 +116,7 @@ def optimizer(config: LanguageModelConfig) -> optax.GradientTransformation:
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
     )
-
-    def balance(load, params):
-        del params
-        return jax.tree.map(
-            lambda x: -config.bias_rate * jnp.sign(x - jnp.mean(x, axis=-1, keepdims=True)), load
-        )
-
-    return optax.partition({"adam": adam, "balance": optax.stateless(balance)}, _labels)
+    return balanced(adam, config.bias_rate)
 
 
 def make_step(config: LanguageModelConfig, mesh: RankMesh) -> Callable:
@@ -135,16 +126,14 @@ def make_step(config: LanguageModelConfig, mesh: RankMesh) -> Callable:
 
     def step(state: TrainState, tokens: Int[Array, "batch length"]):
         loss, grads = gradient(state.params, tokens)
-        trained = _trained(state.params)
-        updates, optimizer_state = transform.update(grads, state.optimizer, trained)
-        params = _whole(optax.apply_updates(trained, updates), state.params)
-        labels = jax.tree.leaves(_labels(grads))
-        leaves = list(zip(labels, jax.tree.leaves(grads), strict=True))
-        norm = optax.tree.norm([g for label, g in leaves if label == "adam"])
-        loads = [jnp.max(g / jnp.mean(g, axis=-1, keepdims=True)) for b, g in leaves if b != "adam"]
-        return TrainState(params, optimizer_state), StepResult(
-            loss, norm, jnp.max(jnp.stack(loads))
-        )
+        floats = trained(state.params)
+        updates, optimizer_state = transform.update(grads, state.optimizer, floats)
+        params = with_tables(optax.apply_updates(floats, updates), state.params)
+        leaves = jax.tree_util.tree_leaves_with_path(grads)
+        norm = optax.tree.norm([g for path, g in leaves if not is_load(path)])
+        loads = [g / jnp.mean(g, axis=-1, keepdims=True) for path, g in leaves if is_load(path)]
+        busiest = jnp.max(jnp.stack([jnp.max(load) for load in loads]))
+        return TrainState(params, optimizer_state), StepResult(loss, norm, busiest)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -155,13 +144,13 @@ def make_gradient(config: LanguageModelConfig, mesh: RankMesh) -> Callable:
     parallelism = parallelism_of(config, mesh)
     graph, shapes = abstract_model(config.model, parallelism, "float32")
     specs = param_specs(shapes, parallelism)
-    trained_specs = _trained(specs, like=shapes)
+    trained_specs = trained(specs, like=shapes)
 
     def of_rank(params, tokens):
-        def loss_of(trained):
-            return _loss(nnx.merge(graph, _whole(trained, params)), tokens)
+        def loss_of(floats):
+            return _loss(nnx.merge(graph, with_tables(floats, params)), tokens)
 
-        loss, grads = jax.value_and_grad(loss_of)(_trained(params))
+        loss, grads = jax.value_and_grad(loss_of)(trained(params))
         if parallelism.axes:
             loss = lax.pmean(loss, parallelism.axes)
             grads = jax.tree.map(
@@ -169,8 +158,8 @@ def make_gradient(config: LanguageModelConfig, mesh: RankMesh) -> Callable:
                 trained_specs,
                 grads,
             )
-        mean = jax.tree.map(
-            lambda label, g: g / parallelism.ranks if label == "adam" else g, _labels(grads), grads
+        mean = jax.tree_util.tree_map_with_path(
+            lambda path, g: g if is_load(path) else g / parallelism.ranks, grads
         )
         return loss, mean
 
@@ -186,25 +175,3 @@ def _loss(model, tokens) -> Float32[Array, ""]:
     """Mean cross-entropy of the next byte, nats."""
     logits = model(tokens[:, :-1])
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
-
-
-def _trained(tree: Any, like: Any = None) -> Any:
-    """Floating-point leaves; `None` for the others (the tables of slots)."""
-    like = tree if like is None else like
-    return jax.tree.map(
-        lambda x, shape: x if jnp.issubdtype(shape.dtype, jnp.floating) else None, tree, like
-    )
-
-
-def _whole(trained: Any, params: Any) -> Any:
-    """`_trained` leaves, and the others of `params`."""
-    return jax.tree.map(
-        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None
-    )
-
-
-def _labels(tree: Any) -> Any:
-    def label(path, _):
-        return "balance" if [str(p.key) for p in path][-2:] == ["router", "bias"] else "adam"
-
-    return jax.tree_util.tree_map_with_path(label, tree)

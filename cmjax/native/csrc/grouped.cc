@@ -3,6 +3,7 @@
 #include "grouped.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -25,6 +26,8 @@ struct Kernels {
   decltype(&grouped::scalar::float_columns) float_columns;
   decltype(&grouped::scalar::to_float) to_float;
   decltype(&grouped::scalar::to_half) to_half;
+  decltype(&grouped::scalar::float_lines) float_lines;
+  int64_t streamed_rows;  // of a group, up to which whole lines are streamed (measured)
 };
 
 Kernels kernels() {
@@ -32,12 +35,17 @@ Kernels kernels() {
   namespace avx512 = grouped::avx512;
   namespace avx2 = grouped::avx2;
   if (isa() == Isa::kAvx512Vnni) {
-    return {&avx512::float_columns, &avx512::to_float, &avx512::to_half};
+    return {&avx512::float_columns, &avx512::to_float, &avx512::to_half,
+            &avx512::float_lines, 16};
   }
-  if (isa() == Isa::kAvx2) return {&avx2::float_columns, &avx2::to_float, &avx2::to_half};
+  if (isa() == Isa::kAvx2) {
+    return {&avx2::float_columns, &avx2::to_float, &avx2::to_half,
+            &avx2::float_lines, 8};
+  }
 #endif
   namespace scalar = grouped::scalar;
-  return {&scalar::float_columns, &scalar::to_float, &scalar::to_half};
+  return {&scalar::float_columns, &scalar::to_float, &scalar::to_half,
+          &scalar::float_lines, 0};
 }
 
 struct Free {
@@ -100,6 +108,59 @@ ffi::Error memory_error() {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "grouped_dot: memory");
 }
 
+// Few rows, by whole lines: a task multiplies some lines of a matrix, and who ends last of those of a
+// matrix adds their sums. How lines are divided does not depend on the threads, so sums do not either.
+//
+// product(group, first line, lines, first column, columns, sums [rows, columns]);
+// finish(group, first column, columns, sums).
+template <typename Sum, typename Product, typename Finish>
+ffi::Error stream(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
+                  const Product& product, const Finish& finish) {
+  constexpr int64_t kWidest = 2048;  // sums of a few rows stay in the second cache
+  constexpr int64_t kTasks = 16, kMostParts = 8;
+  int64_t used = 0;
+  for (int64_t g = 0; g < n.groups; ++g) used += lists.count(g) > 0;
+  const int64_t wide = std::max<int64_t>(1, (n.features + kWidest - 1) / kWidest);
+  const int64_t columns = ((n.features + wide - 1) / wide + 63) / 64 * 64;
+  const int64_t blocks_each = (n.features + columns - 1) / columns;
+  const int64_t parts = std::clamp<int64_t>(
+      kTasks / std::max<int64_t>(used * blocks_each, 1), 1, kMostParts);
+  const int64_t lines = (n.inner + parts - 1) / parts;
+  struct Block {
+    int64_t group, column, at;
+  };
+  std::vector<Block> blocks;
+  int64_t sums = 0;
+  for (int64_t g = 0; g < n.groups; ++g) {
+    if (lists.count(g) == 0) continue;
+    for (int64_t c = 0; c < n.features; c += columns) {
+      blocks.push_back({g, c, sums});
+      sums += parts * lists.count(g) * columns;
+    }
+  }
+  const Scratch memory = aligned_bytes(sums * static_cast<int64_t>(sizeof(Sum)));
+  std::vector<std::atomic<int64_t>> done(blocks.size());
+  if (!memory) return memory_error();
+  const auto count = static_cast<int64_t>(blocks.size()) * parts;
+  parallel_for(pool, count, worker_count(pool, count), [&](int64_t task, int64_t) {
+    const auto [group, column, at] = blocks[task / parts];
+    const int64_t part = task % parts, first = std::min(part * lines, n.inner);
+    const int64_t some = std::min(columns, n.features - column), rows = lists.count(group);
+    Sum* of_block = reinterpret_cast<Sum*>(memory.get()) + at;
+    Sum* own = of_block + part * rows * columns;
+    product(group, first, std::min(lines, n.inner - first), column, some, columns, own);
+    if (done[task / parts].fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return;
+    for (int64_t p = 1; p < parts; ++p) {
+      const Sum* other = of_block + p * rows * columns;
+      for (int64_t r = 0; r < rows; ++r) {  // behind `some` columns nothing was written
+        for (int64_t i = r * columns; i < r * columns + some; ++i) of_block[i] += other[i];
+      }
+    }
+    finish(group, column, some, columns, of_block);
+  });
+  return ffi::Error::Success();
+}
+
 template <typename T>
 ffi::Error floats(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists, const T* x,
                   const T* w, T* y) {
@@ -123,6 +184,33 @@ ffi::Error floats(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
   } else {
     for (int64_t i = 0; i < total; ++i) at[i] = x + lists.rows[i] * n.inner;
   }
+  constexpr Kind kind = kHalf ? Kind::kHalf : Kind::kFloat;
+  const auto write = [&](int64_t group, int64_t column, int64_t some, int64_t stride,
+                         const float* results) {
+    for (int64_t r = 0; r < lists.count(group); ++r) {
+      T* to = y + lists.of(group)[r] * n.features + column;
+      if constexpr (kHalf) {
+        kernel.to_half(results + r * stride, some, to);
+      } else {
+        std::memcpy(to, results + r * stride, some * sizeof(float));
+      }
+    }
+  };
+  const auto weights_at = [&](int64_t group, int64_t line, int64_t column) {
+    return w + (group * n.inner + line) * n.features + column;
+  };
+  if (most_rows(lists) <= kernel.streamed_rows) {
+    const auto product = [&](int64_t group, int64_t line, int64_t lines, int64_t column,
+                             int64_t some, int64_t stride, float* sums) {
+      const int64_t rows = lists.count(group);
+      std::vector<const float*> from(at.begin() + lists.begin[group],
+                                     at.begin() + lists.begin[group] + rows);
+      for (const float*& row : from) row += line;
+      kernel.float_lines(kind, from.data(), rows, weights_at(group, line, column), lines,
+                         n.features, some, sums, stride);
+    };
+    return stream<float>(pool, n, lists, product, write);
+  }
   int64_t columns = 0;
   const std::vector<Task> tasks = tasks_of(lists, n, pool.num_threads(), columns);
   const auto count = static_cast<int64_t>(tasks.size());
@@ -131,46 +219,110 @@ ffi::Error floats(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
   if (!space.memory) return memory_error();
   parallel_for(pool, count, workers, [&](int64_t task, int64_t worker) {
     const auto [group, column] = tasks[task];
-    const int64_t some = std::min(columns, n.features - column), rows = lists.count(group);
+    const int64_t some = std::min(columns, n.features - column);
     auto* results = reinterpret_cast<float*>(space.results(worker));
-    kernel.float_columns(kHalf ? Kind::kHalf : Kind::kFloat, at.data() + lists.begin[group], rows,
-                         w + group * n.inner * n.features + column, n.inner, n.features, some,
+    kernel.float_columns(kind, at.data() + lists.begin[group], lists.count(group),
+                         weights_at(group, 0, column), n.inner, n.features, some,
                          reinterpret_cast<float*>(space.layout(worker)), results, columns);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* to = y + lists.of(group)[r] * n.features + column;
-      if constexpr (kHalf) {
-        kernel.to_half(results + r * columns, some, to);
-      } else {
-        std::memcpy(to, results + r * columns, some * sizeof(float));
-      }
-    }
+    write(group, column, some, columns, results);
   });
   return ffi::Error::Success();
 }
 
 #if defined(__x86_64__)
-ffi::Error integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists, const int8_t* x,
-                    const int8_t* w, int32_t* y) {
+// Copies of the rows of all groups, in their order, followed by zeros up to `padded` elements.
+template <typename T>
+Scratch padded_rows(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists, const T* x,
+                    int64_t padded, std::vector<const T*>& at) {
   const auto total = static_cast<int64_t>(lists.rows.size());
-  const int64_t padded = (n.inner + 3) / 4 * 4;
-  const Scratch copies = aligned_bytes(total * padded);
-  if (!copies) return memory_error();
-  std::vector<const int8_t*> at(total);
-  std::vector<int32_t> sums(total);
+  Scratch copies = aligned_bytes(total * padded * static_cast<int64_t>(sizeof(T)));
+  if (!copies) return copies;
+  at.resize(total);
   const int64_t at_once = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(n.inner, 1));
   const int64_t blocks = (total + at_once - 1) / at_once;
   parallel_for(pool, blocks, worker_count(pool, blocks), [&](int64_t block, int64_t) {
     const int64_t end = std::min(total, (block + 1) * at_once);
     for (int64_t i = block * at_once; i < end; ++i) {
-      auto* to = reinterpret_cast<int8_t*>(copies.get()) + i * padded;
-      std::memcpy(to, x + lists.rows[i] * n.inner, n.inner);
-      std::memset(to + n.inner, 0, padded - n.inner);
-      int32_t sum = 0;
-      for (int64_t k = 0; k < n.inner; ++k) sum += to[k];
-      sums[i] = sum;
+      T* to = reinterpret_cast<T*>(copies.get()) + i * padded;
+      std::memcpy(to, x + lists.rows[i] * n.inner, n.inner * sizeof(T));
+      std::fill(to + n.inner, to + padded, T{0});
       at[i] = to;
     }
   });
+  return copies;
+}
+
+#if defined(CMJAX_AVX512_BF16)
+// Many rows of bfloat16, with AVX512_BF16.
+ffi::Error halves(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists, const uint16_t* x,
+                  const uint16_t* w, uint16_t* y) {
+  std::vector<const uint16_t*> at;
+  const Scratch copies = padded_rows(pool, n, lists, x, (n.inner + 1) / 2 * 2, at);
+  std::vector<Task> tasks;
+  for (int64_t g = 0; g < n.groups; ++g) {
+    if (lists.count(g) == 0) continue;
+    for (int64_t c = 0; c < n.features; c += kNarrow) tasks.push_back({g, c});
+  }
+  const auto count = static_cast<int64_t>(tasks.size());
+  const int64_t workers = worker_count(pool, count);
+  Workspace space(workers, most_rows(lists), kNarrow);
+  if (!copies || !space.memory) return memory_error();
+  parallel_for(pool, count, workers, [&](int64_t task, int64_t worker) {
+    const auto [group, column] = tasks[task];
+    const int64_t some = std::min(kNarrow, n.features - column), rows = lists.count(group);
+    auto* results = reinterpret_cast<float*>(space.results(worker));
+    grouped::avx512_bf16::half_columns(at.data() + lists.begin[group], rows,
+                                       w + group * n.inner * n.features + column, n.inner,
+                                       n.features, some, space.layout(worker), results, kNarrow);
+    for (int64_t r = 0; r < rows; ++r) {
+      grouped::avx512::to_half(results + r * kNarrow, some,
+                               y + lists.of(group)[r] * n.features + column);
+    }
+  });
+  return ffi::Error::Success();
+}
+#endif
+
+// By whole lines; `at` are the rows of all groups, as `lines` takes them.
+template <typename X, typename Lines>
+ffi::Error stream_integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
+                           const std::vector<const X*>& at, const Lines& lines_of,
+                           const int8_t* w, int32_t* y) {
+  const auto product = [&](int64_t group, int64_t line, int64_t lines, int64_t column, int64_t some,
+                           int64_t stride, int32_t* sums) {
+    std::vector<const X*> from(at.begin() + lists.begin[group],
+                               at.begin() + lists.begin[group + 1]);
+    for (const X*& row : from) row += line;
+    lines_of(from.data(), lists.count(group), w + (group * n.inner + line) * n.features + column,
+             lines, n.features, some, sums, stride);
+  };
+  const auto write = [&](int64_t group, int64_t column, int64_t some, int64_t stride,
+                         const int32_t* sums) {
+    for (int64_t r = 0; r < lists.count(group); ++r) {
+      std::memcpy(y + lists.of(group)[r] * n.features + column, sums + r * stride,
+                  some * sizeof(int32_t));
+    }
+  };
+  return stream<int32_t>(pool, n, lists, product, write);
+}
+
+// With VNNI.
+ffi::Error integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists, const int8_t* x,
+                    const int8_t* w, int32_t* y) {
+  constexpr int64_t kStreamedRows = 24;  // as `Kernels::streamed_rows`
+  const auto total = static_cast<int64_t>(lists.rows.size());
+  if (most_rows(lists) <= kStreamedRows) {
+    std::vector<const int8_t*> rows(total);
+    for (int64_t i = 0; i < total; ++i) rows[i] = x + lists.rows[i] * n.inner;
+    return stream_integers(pool, n, lists, rows, &grouped::avx512::int8_lines, w, y);
+  }
+  std::vector<const int8_t*> at;
+  const Scratch copies = padded_rows(pool, n, lists, x, (n.inner + 3) / 4 * 4, at);
+  if (!copies) return memory_error();
+  std::vector<int32_t> sums(total);
+  for (int64_t i = 0; i < total; ++i) {
+    for (int64_t k = 0; k < n.inner; ++k) sums[i] += at[i][k];
+  }
   int64_t columns = 0;
   const std::vector<Task> tasks = tasks_of(lists, n, pool.num_threads(), columns);
   const auto count = static_cast<int64_t>(tasks.size());
@@ -191,6 +343,21 @@ ffi::Error integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& list
     }
   });
   return ffi::Error::Success();
+}
+
+// With AVX2: by whole lines, however many rows there are.
+ffi::Error widened_integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
+                            const int8_t* x, const int8_t* w, int32_t* y) {
+  const auto total = static_cast<int64_t>(lists.rows.size());
+  const Scratch copies = aligned_bytes(total * n.inner * 2);
+  if (!copies) return memory_error();
+  auto* wide = reinterpret_cast<int16_t*>(copies.get());
+  std::vector<const int16_t*> at(total);
+  for (int64_t i = 0; i < total; ++i) {
+    grouped::avx2::int8_widen(x + lists.rows[i] * n.inner, n.inner, wide + i * n.inner);
+    at[i] = wide + i * n.inner;
+  }
+  return stream_integers(pool, n, lists, at, &grouped::avx2::int8_lines, w, y);
 }
 #endif
 
@@ -228,14 +395,22 @@ ffi::Error grouped_dot(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
                   y->typed_data<float>());
   }
   if (type == ffi::BF16 && y->element_type() == ffi::BF16) {
-    return floats(pool, n, lists, static_cast<const uint16_t*>(x.untyped_data()),
-                  static_cast<const uint16_t*>(w.untyped_data()),
-                  static_cast<uint16_t*>(y->untyped_data()));
+    const auto* from = static_cast<const uint16_t*>(x.untyped_data());
+    const auto* weights = static_cast<const uint16_t*>(w.untyped_data());
+    auto* to = static_cast<uint16_t*>(y->untyped_data());
+#if defined(CMJAX_AVX512_BF16)
+    constexpr int64_t kStreamedRows = 12;  // measured
+    if (multiplies_bfloat16() && n.inner > 0 && most_rows(lists) > kStreamedRows) {
+      return halves(pool, n, lists, from, weights, to);
+    }
+#endif
+    return floats(pool, n, lists, from, weights, to);
   }
 #if defined(__x86_64__)
-  if (type == ffi::S8 && y->element_type() == ffi::S32 && isa() == Isa::kAvx512Vnni) {
-    return integers(pool, n, lists, x.typed_data<int8_t>(), w.typed_data<int8_t>(),
-                    y->typed_data<int32_t>());
+  if (type == ffi::S8 && y->element_type() == ffi::S32 && isa() != Isa::kScalar) {
+    const auto product = isa() == Isa::kAvx2 ? &widened_integers : &integers;
+    return product(pool, n, lists, x.typed_data<int8_t>(), w.typed_data<int8_t>(),
+                   y->typed_data<int32_t>());
   }
 #endif
   return ffi::Error::InvalidArgument("grouped_dot: no kernel for these dtypes on this machine");

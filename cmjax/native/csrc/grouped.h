@@ -3,7 +3,8 @@
 //
 //     y[r] = x[r] w[g]      for the rows r of group g, w[g] [inner, features] as it lies in memory
 //
-// Few rows: every column block of a matrix is streamed once, with a row of accumulators for each.
+// Few rows: whole lines of a matrix are streamed once, or (as vectors of 16 bytes do it) blocks of its
+// columns, with a row of accumulators for each.
 // Many rows: blocks of the matrix are first laid out as the inner loop reads them, in float32 (or
 // for int8 by fours of `inner`), and stay in the first cache while all rows pass.
 //
@@ -26,6 +27,9 @@ enum class Kind { kFloat, kHalf };  // of the weights; half is bfloat16
   void float_columns(Kind kind, const float* const* x, int64_t count, const void* w,              \
                      int64_t inner, int64_t stride, int64_t columns, float* scratch, float* y,    \
                      int64_t y_stride);                                                           \
+  /* The same for few rows and the whole width of a matrix, of `lines` of its lines. */           \
+  void float_lines(Kind kind, const float* const* x, int64_t count, const void* w, int64_t lines, \
+                   int64_t stride, int64_t columns, float* y, int64_t y_stride);                  \
   void to_float(const uint16_t* from, int64_t size, float* to);                                   \
   void to_half(const float* from, int64_t size, uint16_t* to);
 
@@ -34,15 +38,28 @@ CMJAX_GROUPED_KERNELS
 }
 namespace avx2 {
 CMJAX_GROUPED_KERNELS
-}
+// `float_lines` with int8 weights; rows of x are widened.
+void int8_widen(const int8_t* from, int64_t size, int16_t* to);
+void int8_lines(const int16_t* const* x, int64_t count, const int8_t* w, int64_t lines,
+                int64_t stride, int64_t columns, int32_t* y, int64_t y_stride);
+}  // namespace avx2
 namespace avx512 {
 CMJAX_GROUPED_KERNELS
-// The same with int8 weights, which only VNNI makes worthwhile. Rows of x are followed by zeros up
+// The same with int8 weights. Rows of x are followed by zeros up
 // to a multiple of four, sums[r] is the sum of row r; scratch has kScratchBytes.
 void int8_columns(const int8_t* const* x, const int32_t* sums, int64_t count, const int8_t* w,
                   int64_t inner, int64_t stride, int64_t columns, uint8_t* scratch, int32_t* y,
                   int64_t y_stride);
+// `float_lines` with int8 weights: rows of y have room for a multiple of 64 columns.
+void int8_lines(const int8_t* const* x, int64_t count, const int8_t* w, int64_t lines,
+                int64_t stride, int64_t columns, int32_t* y, int64_t y_stride);
 }  // namespace avx512
+namespace avx512_bf16 {
+// `float_columns` with bfloat16 rows and weights, of at most kNarrow columns; y has room for kNarrow.
+// Rows of x are followed by a zero where `inner` is odd; scratch has kScratchBytes.
+void half_columns(const uint16_t* const* x, int64_t count, const uint16_t* w, int64_t inner,
+                  int64_t stride, int64_t columns, uint8_t* scratch, float* y, int64_t y_stride);
+}  // namespace avx512_bf16
 
 #undef CMJAX_GROUPED_KERNELS
 

@@ -3,7 +3,8 @@
 // vpdpbusd multiplies unsigned with signed bytes: weights get their sign bit flipped, w + 128, and
 // 128 times the sum of the row is taken off at the end. It sums products by fours of `inner`, so
 // four rows of a matrix are interleaved, 16 columns to a vector, in this order of 128-bit lanes:
-// vector j has in lane l the columns 16 l + 4 j and the three after it.
+// vector j has in lane l the columns 16 l + 4 j and the three after it. Where whole lines are streamed,
+// the four are lines far apart.
 #pragma GCC diagnostic push  // false alarms inside GCC 12's header (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -49,6 +50,18 @@ inline void interleave(const int8_t* w, int64_t stride, int64_t depth, __mmask64
   out[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
+// Sums of 64 columns in the order of columns, from that of `interleave`.
+inline void in_order(const __m512i v[4], __m512i out[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
+  const __m512i b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+  const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+  const __m512i d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+  out[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  out[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  out[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+  out[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
 inline __m512i broadcast4(const int8_t* from) {
   int32_t bytes;
   __builtin_memcpy(&bytes, from, sizeof(bytes));
@@ -91,13 +104,8 @@ inline void int8_tile(const int8_t* const* x, const int32_t* sums, int64_t inner
         last ? static_cast<int32_t>(128u * static_cast<uint32_t>(sums[r])) : 0);
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const __m512i* v = acc[r][g];
-      const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
-      const __m512i b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
-      const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
-      const __m512i d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
-      const __m512i lanes[4] = {_mm512_shuffle_i32x4(a, c, 0x88), _mm512_shuffle_i32x4(a, c, 0xdd),
-                                _mm512_shuffle_i32x4(b, d, 0x88), _mm512_shuffle_i32x4(b, d, 0xdd)};
+      __m512i lanes[4];
+      in_order(acc[r][g], lanes);
 #pragma GCC unroll 4
       for (int l = 0; l < 4; ++l) {
         const int64_t at = g * kGroup + 16 * l;
@@ -163,6 +171,87 @@ inline void int8_packed(const int8_t* const* x, const int32_t* sums, const uint8
 
 constexpr int64_t kDepth = kScratchBytes / kGroup;  // of a block of int8
 
+// Adds lines k, k + apart, ... of 4 `U` streams, or with U = 1 the `depth` <= 4 that there are; sums
+// stay in the order of `interleave`.
+template <int R, int U>
+inline void add_int8_lines(const int8_t* const* x, int64_t k, int64_t apart, int64_t depth,
+                           const int8_t* w, int64_t stride, int64_t columns, int32_t* y,
+                           int64_t y_stride) {
+  __m512i values[R][U];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      int8_t four[4];
+      for (int i = 0; i < 4; ++i) {
+        four[i] = i < depth ? x[r][k + (4 * u + i) * apart] : int8_t{0};
+      }
+      values[r][u] = broadcast4(four);
+    }
+  }
+  for (int64_t c = 0; c < columns; c += kGroup) {
+    const int64_t left = columns - c;
+    const __mmask64 valid = ~__mmask64{0} >> (left < kGroup ? kGroup - left : 0);
+    __m512i sums[R][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_loadu_si512(y + r * y_stride + c + 16 * j);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      __m512i fours[4];
+      interleave(w + (k + 4 * u * apart) * stride + c, apart * stride, depth, valid, fours);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], fours[j], values[r][u]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) _mm512_storeu_si512(y + r * y_stride + c + 16 * j, sums[r][j]);
+    }
+  }
+}
+
+template <int R>
+inline void int8_stream(const int8_t* const* x, const int8_t* w, int64_t lines, int64_t stride,
+                        int64_t columns, int32_t* y, int64_t y_stride) {
+  constexpr int U = 2;
+  const int64_t each = lines / (4 * U);
+  for (int r = 0; r < R; ++r) {
+    for (int64_t c = 0; c < columns; c += kGroup) {
+      for (int j = 0; j < 4; ++j) {
+        _mm512_storeu_si512(y + r * y_stride + c + 16 * j, _mm512_setzero_si512());
+      }
+    }
+  }
+  for (int64_t k = 0; k < each; ++k) {
+    add_int8_lines<R, U>(x, k, each, 4, w, stride, columns, y, y_stride);
+  }
+  for (int64_t k = 4 * U * each; k < lines; k += 4) {
+    add_int8_lines<R, 1>(x, k, 1, lines - k < 4 ? lines - k : 4, w, stride, columns, y, y_stride);
+  }
+  for (int r = 0; r < R; ++r) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < lines; ++k) sum += x[r][k];
+    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(128u * static_cast<uint32_t>(sum)));
+    for (int64_t c = 0; c < columns; c += kGroup) {
+      int32_t* to = y + r * y_stride + c;
+      __m512i sums[4], lanes[4];
+      for (int j = 0; j < 4; ++j) sums[j] = _mm512_loadu_si512(to + 16 * j);
+      in_order(sums, lanes);
+      for (int l = 0; l < 4; ++l) {
+        _mm512_storeu_si512(to + 16 * l, _mm512_sub_epi32(lanes[l], offset));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 #include "grouped_kernels.inc"
@@ -212,6 +301,19 @@ void int8_columns(const int8_t* const* x, const int32_t* sums, int64_t count, co
       }
     }
   }
+}
+
+void int8_lines(const int8_t* const* x, int64_t count, const int8_t* w, int64_t lines,
+                int64_t stride, int64_t columns, int32_t* y, int64_t y_stride) {
+  int64_t r = 0;
+  const auto run = [&](auto rows, int64_t step) {
+    rows(x + r, w, lines, stride, columns, y + r * y_stride, y_stride);
+    r += step;
+  };
+  while (count - r >= 4) run(int8_stream<4>, 4);
+  if (count - r == 3) run(int8_stream<3>, 3);
+  if (count - r == 2) run(int8_stream<2>, 2);
+  if (count - r == 1) run(int8_stream<1>, 1);
 }
 
 }  // namespace cmjax::grouped::avx512

@@ -31,10 +31,24 @@ Isa decide() {
   return limit < best ? limit : best;
 }
 
+bool decide_bfloat16() {
+#if defined(CMJAX_AVX512_BF16)
+  return std::getenv("CMJAX_NATIVE_ISA") == nullptr && isa() == Isa::kAvx512Vnni &&
+         __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Isa isa() {
   static const Isa decided = decide();
+  return decided;
+}
+
+bool multiplies_bfloat16() {
+  static const bool decided = decide_bfloat16();
   return decided;
 }
 

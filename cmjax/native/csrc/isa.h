@@ -10,4 +10,8 @@ enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2 };
 // CMJAX_NATIVE_ISA (scalar, avx2 or avx512_vnni) asks for.
 Isa isa();
 
+// Whether this CPU also multiplies bfloat16 as it is (AVX512_BF16), and CMJAX_NATIVE_ISA asks for
+// nothing less.
+bool multiplies_bfloat16();
+
 }  // namespace cmjax

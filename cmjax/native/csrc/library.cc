@@ -7,6 +7,8 @@
 extern "C" int cmjax_ffi_api_major() { return XLA_FFI_API_MAJOR; }
 extern "C" int cmjax_ffi_api_minor() { return XLA_FFI_API_MINOR; }
 
+extern "C" bool cmjax_multiplies_bfloat16() { return cmjax::multiplies_bfloat16(); }
+
 extern "C" const char* cmjax_isa() {
   switch (cmjax::isa()) {
     case cmjax::Isa::kAvx512Vnni:

@@ -92,65 +92,82 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const int8_t* w, 
   }
 }
 
-// MXFP4: `R` rows with `C` features. A row is, for every 64 values, 32 steps of even and 32 of odd
-// index; then per 64 values 8 floats, the units of its two blocks (four lanes each); then 8 int32,
-// the sums of each lane's steps times -12.
+// MXFP4: `R` rows with one feature. A row is, for every 64 values, 32 steps of even and 32 of odd
+// index; then a float for every block, its unit, filled up with zeros to eight; then for every 64
+// values 8 int32, the sums of each lane's steps times -12.
 //
 // vpmaddubsw adds pairs of unsigned times signed bytes in int16. Weights are half-steps + 12, at
-// most 24, and steps at most 72: four products make 6,912, far from saturation.
-template <int R, int C>
+// most 24, and steps at most 72: four products make 6,912, far from saturation. Scales of eight
+// blocks meet the row's units at once; a pair of them is then spread over the lanes of its blocks.
+constexpr int64_t kGroup = 4;  // chunks of 64 values whose scales are loaded together
+
+inline int64_t groups_of(int64_t blocks) { return (blocks + 2 * kGroup - 1) / (2 * kGroup); }
+
+template <int R>
 inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w,
                        const uint8_t* scales, int64_t inner, float* totals, int64_t stride) {
-  const int64_t blocks = inner / kBlock, chunks = (blocks + 1) / 2;
+  const int64_t blocks = inner / kBlock, chunks = (blocks + 1) / 2, groups = groups_of(blocks);
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const __m256i table = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  __m256 sums[R][C];
+  __m256 sums[R], factors[R];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r) sums[r] = _mm256_setzero_ps();
+  auto step = [&](int64_t chunk, __m256i spread, bool whole) __attribute__((always_inline)) {
+    const auto* from = reinterpret_cast<const __m128i*>(w + chunk * kBlock);
+    const __m256i codes = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                : _mm256_zextsi128_si256(_mm_loadu_si128(from));
+    const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, low));
+    const __m256i odd =
+        _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), low));
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sums[r][c] = _mm256_setzero_ps();
-  }
-  auto step = [&](int64_t chunk, bool whole) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const int64_t block = c * blocks + 2 * chunk;
-      _mm_prefetch(reinterpret_cast<const char*>(w + C * (inner / 2) + 32 * (C * chunk + c)),
-                   _MM_HINT_T1);
-      const auto* from = reinterpret_cast<const __m128i*>(w + block * (kBlock / 2));
-      const __m256i codes = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                                  : _mm256_zextsi128_si256(_mm_loadu_si128(from));
-      const uint32_t e0 = scales[block], e1 = whole ? scales[block + 1] : 0;
-      const __m256 scale = _mm256_castsi256_ps(
-          _mm256_setr_m128i(_mm_set1_epi32(static_cast<int>(e0 << 23)),
-                            _mm_set1_epi32(static_cast<int>(e1 << 23))));
-      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, low));
-      const __m256i odd =
-          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), low));
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* row = parts + r * row_bytes;
-        const auto* steps = reinterpret_cast<const __m256i*>(row + chunk * 64);
-        const auto* units = reinterpret_cast<const float*>(row + chunks * 64 + chunk * 32);
-        const auto* starts = reinterpret_cast<const __m256i*>(row + chunks * 96 + chunk * 32);
-        const __m256i pairs =
-            _mm256_add_epi16(_mm256_maddubs_epi16(even, _mm256_load_si256(steps)),
-                             _mm256_maddubs_epi16(odd, _mm256_load_si256(steps + 1)));
-        const __m256i sum =
-            _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_load_si256(starts));
-        const __m256 value = _mm256_mul_ps(scale, _mm256_load_ps(units));
-        sums[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), value, sums[r][c]);
-      }
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* row = parts + r * row_bytes;
+      const auto* steps = reinterpret_cast<const __m256i*>(row + chunk * 64);
+      const auto* starts =
+          reinterpret_cast<const __m256i*>(row + chunks * 64 + groups * 32 + chunk * 32);
+      const __m256i pairs =
+          _mm256_add_epi16(_mm256_maddubs_epi16(even, _mm256_load_si256(steps)),
+                           _mm256_maddubs_epi16(odd, _mm256_load_si256(steps + 1)));
+      const __m256i sum =
+          _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_load_si256(starts));
+      const __m256 value = _mm256_permutevar8x32_ps(factors[r], spread);
+      sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), value, sums[r]);
     }
   };
-  const int64_t whole = blocks / 2;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) step(chunk, true);
-  if (2 * whole < blocks) step(whole, false);
+  const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), two = _mm256_set1_epi32(2);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t left = blocks - 2 * kGroup * group;
+    const uint8_t* from = scales + 2 * kGroup * group;
+    uint64_t exponents = 0;
+    if (left >= 8) {
+      __builtin_memcpy(&exponents, from, 8);
+    } else {
+      for (int64_t i = 0; i < left; ++i) exponents |= uint64_t{from[i]} << (8 * i);
+    }
+    const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(exponents));
+    const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
+      const auto* units = reinterpret_cast<const float*>(parts + r * row_bytes + chunks * 64);
+      factors[r] = _mm256_mul_ps(scale, _mm256_load_ps(units + 2 * kGroup * group));
+    }
+    __m256i spread = first;
+    if (left >= 2 * kGroup) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) totals[r * stride + c] = sum_lanes(sums[r][c]);
+      for (int64_t i = 0; i < kGroup; ++i, spread = _mm256_add_epi32(spread, two)) {
+        step(kGroup * group + i, spread, true);
+      }
+      continue;
+    }
+    int64_t i = 0;
+    for (; 2 * i + 2 <= left; ++i, spread = _mm256_add_epi32(spread, two)) {
+      step(kGroup * group + i, spread, true);
+    }
+    if (2 * i < left) step(kGroup * group + i, spread, false);
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) totals[r * stride] = sum_lanes(sums[r]);
 }
 
 template <int R, int C>
@@ -166,19 +183,12 @@ inline void int8_features(const uint8_t* parts, const int8_t* w, int64_t feature
   }
 }
 
-template <int R, int C>
+template <int R>
 inline void mxfp4_features(const uint8_t* parts, const uint8_t* w, const uint8_t* scales,
                            int64_t features, int64_t inner, float* totals, int64_t stride) {
-  const int64_t bytes = mxfp4_bytes(inner);
-  int64_t f = 0;
-  auto at = [&](const uint8_t* base, int64_t per_row) { return base + f * per_row; };
-  for (; f + C <= features; f += C) {
-    mxfp4_tile<R, C>(parts, bytes, at(w, inner / 2), at(scales, inner / kBlock), inner, totals + f,
-                     stride);
-  }
-  for (; f < features; ++f) {
-    mxfp4_tile<R, 1>(parts, bytes, at(w, inner / 2), at(scales, inner / kBlock), inner, totals + f,
-                     stride);
+  for (int64_t f = 0; f < features; ++f) {
+    mxfp4_tile<R>(parts, mxfp4_bytes(inner), w + f * (inner / 2), scales + f * (inner / kBlock),
+                  inner, totals + f, stride);
   }
 }
 
@@ -215,23 +225,25 @@ void int8_totals(const uint8_t* parts, const Row*, int64_t count, const int8_t* 
   }
 }
 
-int64_t mxfp4_bytes(int64_t inner) { return (inner / kBlock + 1) / 2 * 128 + 64; }
+int64_t mxfp4_bytes(int64_t inner) {
+  const int64_t blocks = inner / kBlock;
+  return ((blocks + 1) / 2 * 96 + groups_of(blocks) * 32 + 63) / 64 * 64 + 64;
+}
 
 void mxfp4_split(const float* x, int64_t inner, uint8_t* parts) {
-  const int64_t blocks = inner / kBlock, chunks = (blocks + 1) / 2;
+  const int64_t blocks = inner / kBlock, chunks = (blocks + 1) / 2, groups = groups_of(blocks);
   auto* steps = reinterpret_cast<int8_t*>(parts);
   auto* units = reinterpret_cast<float*>(parts + chunks * 64);
-  auto* starts = reinterpret_cast<__m256i*>(parts + chunks * 96);
+  auto* starts = reinterpret_cast<__m256i*>(parts + chunks * 64 + groups * 32);
+  for (int64_t b = blocks; b < 2 * kGroup * groups; ++b) units[b] = 0.0f;
   for (int64_t b = 0; b < 2 * chunks; ++b) {
     int8_t* evens = steps + b / 2 * 64 + b % 2 * 16;
-    float unit = 0.0f;
     if (b < blocks) {
-      unit = split_block(x + b * kBlock, evens, evens + 32);
+      units[b] = split_block(x + b * kBlock, evens, evens + 32);
     } else {
       _mm_store_si128(reinterpret_cast<__m128i*>(evens), _mm_setzero_si128());
       _mm_store_si128(reinterpret_cast<__m128i*>(evens + 32), _mm_setzero_si128());
     }
-    _mm_store_ps(units + 4 * b, _mm_set1_ps(unit));
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const __m256i twelve = _mm256_set1_epi8(12);
@@ -254,9 +266,9 @@ void mxfp4_totals(const uint8_t* parts, int64_t count, const uint8_t* w, const u
            totals + r * stride + f, stride);
       r += step;
     };
-    while (count - r >= 4) run(mxfp4_features<4, 2>, 4);
-    if (count - r >= 2) run(mxfp4_features<2, 2>, 2);
-    if (count - r == 1) run(mxfp4_features<1, 2>, 1);
+    while (count - r >= 4) run(mxfp4_features<4>, 4);
+    if (count - r >= 2) run(mxfp4_features<2>, 2);
+    if (count - r == 1) run(mxfp4_features<1>, 1);
   }
 }
 

@@ -28,6 +28,7 @@ from cmjax.placement.methods.greedy import cover, replicate
 from cmjax.placement.plan import count_copies
 from cmjax.placement.pricing import LayerTime, price_s
 from cmjax.placement.problem import Problem
+from cmjax.placement.rank_cost import even_level
 
 _CUTS = 96  # points at which the price is sampled between the least and the greatest m
 _WEIGHTS = 4  # weights of the windows tried
@@ -38,15 +39,22 @@ def lower_bound_tokens(problem: Problem) -> Float[np.ndarray, "windows layers"]:
 
     The mean over ranks, or the smallest largest load of a single copy that the slots allow: some
     rank has to hold that copy. Holds for any split of an expert's tokens over its copies where the
-    problem's routing is even, as shares of one's own are.
+    problem's routing is even, as shares of one's own are. Where ranks cost unequally, in ordinary
+    tokens: all ranks equally busy, or that copy on the rank of least cost.
     """
     bound = np.zeros(problem.loads.counts.shape[:2])
     for rows, part in problem.dense():
         counts = part.loads.counts
         flat = counts.reshape(-1, part.experts)
         copy = _least_copy(part, flat).reshape(counts.shape[:2])
-        bound[:, rows] = np.maximum(counts.sum(-1) / part.ranks, copy)
+        even = even_level(part.rank_cost, part.ranks)
+        bound[:, rows] = np.maximum(counts.sum(-1) / part.ranks * even, copy * _least_cost(part))
     return bound
+
+
+def _least_cost(problem) -> float:
+    """The cost of the cheapest rank."""
+    return 1.0 if problem.rank_cost is None else min(problem.rank_cost)
 
 
 def _least_copy(part, loads) -> Float[np.ndarray, "rows"]:
@@ -116,7 +124,8 @@ def _programs(problem, layer_time_s):
     """The linear programs, by layer, where copies good for one window are not good for all."""
     programs = {}
     for rows, part in problem.dense():
-        counts, mean = part.loads.counts, part.loads.counts.sum(-1) / part.ranks
+        counts = part.loads.counts * _least_cost(part)
+        mean = counts.sum(-1) / part.ranks
         least = lower_bound_tokens(part)
         # Copies that serve every window at once: no plan need be worse than they allow.
         covering = (counts / mean[..., None]).max(0)
@@ -135,9 +144,9 @@ def _programs(problem, layer_time_s):
 
 def _price_of_peak(problem, layer_time_s, peak):
     """Price of ranks of which one has `peak` tokens and the others share the rest evenly."""
-    total = problem.loads.counts.sum(-1)
+    total = problem.loads.counts.sum(-1) * _least_cost(problem)
     others = len(problem.alive) - 1
-    rest = (total - peak) / max(others, 1)
+    rest = np.maximum(total - peak, 0.0) / max(others, 1)
     tokens = np.concatenate([peak[..., None], np.repeat(rest[..., None], others, axis=-1)], axis=-1)
     return price_s(layer_time_s, tokens)
 

@@ -157,8 +157,9 @@ def evaluate(plan: Plan, loads: Loads, layer_time_s: LayerTime) -> Score:
     dead = tuple(np.flatnonzero(~plan.alive).tolist())
     redundant = plan.slots - plan.experts
     problem = Problem(
-        loads, plan.ranks, redundant, plan.nodes, without_ranks=dead, routing=plan.routing
-    )
+        loads, plan.ranks, redundant, plan.nodes,
+        without_ranks=dead, routing=plan.routing, rank_cost=plan.rank_cost,
+    )  # fmt: skip
     return Score(
         par=alive.max(-1) / alive.mean(-1),
         time_s=price_s(layer_time_s, tokens).sum(-1),

@@ -60,8 +60,9 @@ def choose_slots(problem: Problem, layer_time_s: LayerTime, total: int) -> Probl
 def _predicted_s(problem, layer_time_s, size) -> Float[np.ndarray, "windows layers"]:
     alive = len(problem.alive)
     part = Problem(
-        problem.loads, alive, size * alive - problem.experts, objective=problem.objective
-    )
+        problem.loads, alive, size * alive - problem.experts,
+        objective=problem.objective, rank_cost=problem.alive_cost,
+    )  # fmt: skip
     plan = search(part, layer_time_s, config=SHORT)
     return price_s(layer_time_s, plan.tokens_per_rank(problem.loads.counts))
 

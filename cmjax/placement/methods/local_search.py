@@ -7,11 +7,12 @@ What is lowered is a penalty for every rank above a level that follows the slowe
     T[w] = 1 + θ · (aim[w] - 1),    u[w] = 1 / ((1 - θ) · (aim[w] - 1)),
     aim[w] = top[w] + slack[w] / layers,
 
-with x the tokens of a rank over the window's mean and top[w] the slowest rank's in the best plan of
-the layer so far. The objective is one of the sum of top[w] over layers: slack[w] is how much larger
-it may grow before window w joins the objective's tail (all windows for the mean, the slowest alone
-for the worst), and 0 within. So a window of the tail weighs the same however slow it is, and the
-others count only where they would join it.
+with x the tokens of a rank, in ordinary ones, over what every rank has where all are equally busy
+(the mean, unless ranks cost unequally), and top[w] the slowest rank's in the best plan of the layer
+so far. The objective is one of the sum of top[w] over layers: slack[w] is how much larger it may
+grow before window w joins the objective's tail (all windows for the mean, the slowest alone for the
+worst), and 0 within. So a window of the tail weighs the same however slow it is, and the others
+count only where they would join it.
 
 Unlike the maximum itself, Φ tells a step towards a better plan from a step nowhere, and a swap of
 two experts changes only two of its terms per window. With θ = 0 everything is evened out, towards
@@ -53,7 +54,7 @@ class SearchState:
     Attributes:
       expert_of_slot: the number of experts itself stands for an empty slot.
       copies: copies of every expert; 1 for the empty one, whose load is zero.
-      tokens: tokens per window and rank over the window's mean.
+      tokens: x, by window and rank.
       top: the slowest rank's, by window, in the best plan so far.
     """
 
@@ -68,6 +69,7 @@ def start_state(
     loads: Float[Array, "rows experts1 windows"],
     *,
     route: Routing | None = None,
+    cost: Float[Array, "ranks"] | None = None,
 ) -> SearchState:
     """State of given plans under `loads`, relative to the mean over ranks; see `improve`."""
     rows, ranks, size = experts.shape
@@ -81,6 +83,7 @@ def start_state(
         held = jnp.zeros((rows, loads.shape[1], ranks), bool)
         held = held.at[row, flat, jnp.arange(ranks * size) // size].set(True)
         tokens = jnp.einsum("ner,new->nwr", route(held), loads)
+    tokens = tokens if cost is None else tokens * cost
     return SearchState(experts, copies, tokens, tokens.max(-1))
 
 
@@ -101,6 +104,7 @@ def improve(
     ignore_slower: bool = False,
     route: Routing | None = None,
     keep_empty: bool = False,
+    cost: Float[Array, "ranks"] | None = None,
 ) -> SearchState:
     """Rounds of one overwrite and `swaps` swaps.
 
@@ -118,10 +122,12 @@ def improve(
       ignore_slower: only the fastest of the tail counts, not those slower than it (a quantile).
       route: the rule that gives copies their shares; None is an even split, which is faster.
       keep_empty: empty slots stay so many, one on a rank at most; else they are filled.
+      cost: what a token costs on each rank; None is 1 everywhere.
     """
     one = partial(
-        _round, swaps=swaps, ignore_slower=ignore_slower, route=route, keep_empty=keep_empty
-    )
+        _round,
+        swaps=swaps, ignore_slower=ignore_slower, route=route, keep_empty=keep_empty, cost=cost,
+    )  # fmt: skip
     by_row = jax.vmap(one, (0, 0, 0, None, None, None, None))
 
     def step(state, drawn):
@@ -134,7 +140,7 @@ def improve(
 
 def _round(
     state, slack, loads, theta, patience, slots, chance,
-    *, swaps, ignore_slower, route, keep_empty,
+    *, swaps, ignore_slower, route, keep_empty, cost,
 ):  # fmt: skip
     """One row: experts [ranks, size], tokens [windows, ranks], slack [windows]."""
     excess = jnp.maximum(state.top + jnp.maximum(slack, 0) - 1, _EPS)
@@ -143,7 +149,8 @@ def _round(
         factor = jnp.where(slack < 0, 0.0, factor)
     penalty = _Penalty(1 + theta * excess, factor)
     patience = patience * excess.max()
-    state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty, route, keep_empty)
+    kept = {"keep_empty": keep_empty, "cost": cost}
+    state = _overwrite(state, loads, slots[0], chance[0], patience[0], penalty, route, **kept)
     per_copy = loads / state.copies[:, None]
 
     def step(carry, drawn):
@@ -151,7 +158,6 @@ def _round(
         swap = partial(_swap, per_copy=per_copy)
         if route is not None:
             swap = partial(_swap_routed, loads=loads, route=route)
-        kept = {"keep_empty": keep_empty}
         return swap(experts, tokens, tried, chances, patient, penalty, **kept), None
 
     (experts, tokens), _ = jax.lax.scan(
@@ -189,29 +195,30 @@ def _hot_rank(tokens, chance, penalty):
     return (share / chance).argmax() % tokens.shape[1]
 
 
-def _swap(experts, tokens, slots, chance, patience, penalty, *, per_copy, keep_empty):
+def _swap(experts, tokens, slots, chance, patience, penalty, *, per_copy, keep_empty, cost):
     size, nothing = experts.shape[1], len(per_copy) - 1
     hot = _hot_rank(tokens, chance, penalty)
     other = slots // size
     here, there = experts[hot], experts.reshape(-1)[slots]  # [size], [candidates]
     # Moved off the hot rank, for every pair of a slot there and a candidate: [size, cand, windows].
     shift = per_copy[here][:, None] - per_copy[there]
+    off = shift if cost is None else shift * cost[hot]
+    on = shift if cost is None else shift * cost[other][:, None]
     hot_tokens, other_tokens = tokens[:, hot], tokens.T[other]
     gain = (
         penalty(hot_tokens) + penalty(other_tokens)
-        - penalty(hot_tokens - shift) - penalty(other_tokens + shift)
+        - penalty(hot_tokens - off) - penalty(other_tokens + on)
     )  # fmt: skip
     doubles = _swap_doubles(experts, here, there, other, nothing + keep_empty)
     gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
     best = gain.argmax()
     i, j = best // len(slots), best % len(slots)
     better = gain.reshape(-1)[best] > -patience
-    moved = jnp.where(better, shift[i, j], 0.0)
     e, f = here[i], there[j]
     experts = experts.at[hot, i].set(jnp.where(better, f, e))
     experts = experts.at[other[j], slots[j] % size].set(jnp.where(better, e, f))
-    tokens = tokens.at[:, hot].add(-moved).at[:, other[j]].add(moved)
-    return experts, tokens
+    left, come = (jnp.where(better, moved[i, j], 0.0) for moved in (off, on))
+    return experts, tokens.at[:, hot].add(-left).at[:, other[j]].add(come)
 
 
 def _swap_doubles(experts, here, there, other, kinds):
@@ -221,7 +228,7 @@ def _swap_doubles(experts, here, there, other, kinds):
 
 
 def _swap_routed(
-    experts, tokens, slots, chance, patience, penalty, *, loads, route, keep_empty
+    experts, tokens, slots, chance, patience, penalty, *, loads, route, keep_empty, cost
 ):  # fmt: skip
     """`_swap` where a copy's share depends on which ranks hold the others."""
     slots = slots[: max(1, len(slots) // _ROUTED)]
@@ -237,6 +244,8 @@ def _swap_routed(
     come = (held_there & ~at_other) | at_hot
     change_e = route(gone) - route(held_here)[:, None]  # [size, candidates, ranks]
     change_f = route(come) - route(held_there)
+    if cost is not None:
+        change_e, change_f = change_e * cost, change_f * cost
     new = (
         tokens.T
         + change_e[..., None] * loads[here][:, None, None]
@@ -254,7 +263,7 @@ def _swap_routed(
     return experts, jnp.where(better, new[i, j].T, tokens)
 
 
-def _overwrite(state, loads, slots, chance, patience, penalty, route, keep_empty):
+def _overwrite(state, loads, slots, chance, patience, penalty, route, *, keep_empty, cost):
     experts, copies, tokens = state.expert_of_slot, state.copies, state.tokens
     ranks, size = experts.shape
     nothing = loads.shape[0] - 1
@@ -276,6 +285,8 @@ def _overwrite(state, loads, slots, chance, patience, penalty, route, keep_empty
         gain_e = route(held_here[:, None] + target > 0) - route(held_here > 0)[:, None]
         gain_f = route(held_there - target > 0) - route(held_there > 0)
     gain_f = jnp.where((there == nothing)[:, None], 0.0, gain_f)
+    if cost is not None:
+        gain_e, gain_f = gain_e * cost, gain_f * cost
     new = (
         tokens.T
         + gain_e[..., None] * loads[here][:, None, None]

@@ -19,7 +19,8 @@ s > 0)
     top[w] = log( sum over r of exp(s μ[w, r] + s² v[w, r] / 2) ) / s.
 
 The price at `top`, summed over layers, is weighted as the objective weighs the windows, softly
-sorted (`Risk.slope`).
+sorted (`Risk.slope`). What a token costs more on one rank than on another is left to the search
+that follows.
 """
 
 import jax

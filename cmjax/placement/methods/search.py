@@ -37,6 +37,7 @@ from cmjax.placement.methods.rounding import round_places
 from cmjax.placement.plan import EMPTY, count_copies
 from cmjax.placement.pricing import LayerTime, noted
 from cmjax.placement.problem import Plan, Problem
+from cmjax.placement.rank_cost import even_level
 
 _SMALL = 400_000  # windows times layers times experts, over all starting plans
 
@@ -159,9 +160,11 @@ def consider_rules(best: Incumbent) -> None:
 
 
 def relative_loads(problem: Problem) -> np.ndarray:
-    """Tokens of every expert over the mean tokens of a rank, [windows, layers, experts]."""
+    """Tokens of every expert, [windows, layers, experts], over those of a rank where all ranks are
+    equally busy: the mean, unless ranks cost unequally."""
     counts = problem.loads.counts
-    return counts / counts.sum(-1, keepdims=True) * problem.ranks
+    even = even_level(problem.rank_cost, problem.ranks)
+    return counts / counts.sum(-1, keepdims=True) * (problem.ranks / even)
 
 
 def covering(problem: Problem) -> Int[np.ndarray, "plans layers slots"]:
@@ -218,13 +221,15 @@ def _starts(problem, start, count, rng) -> Int[np.ndarray, "plans layers slots"]
 
 
 def search_inputs(problem: Problem, plans: Int[np.ndarray, "plans layers slots"]):
-    """Loads [rows, experts + 1, windows] and experts [rows, ranks, size] for `local_search`."""
+    """Loads [rows, experts + 1, windows], experts [rows, ranks, size] and what a token costs on
+    each rank, for `local_search`."""
     count, layers, _ = plans.shape
     loads = np.zeros((layers, problem.experts + 1, len(problem.loads.counts)), np.float32)
     loads[:, :-1] = relative_loads(problem).transpose(1, 2, 0)
     held = np.where(plans == EMPTY, problem.experts, plans)
     held = held.reshape(count * layers, problem.ranks, -1)
-    return jnp.asarray(np.tile(loads, (count, 1, 1))), jnp.asarray(held, jnp.int32)
+    cost = None if problem.rank_cost is None else jnp.asarray(problem.rank_cost, jnp.float32)
+    return jnp.asarray(np.tile(loads, (count, 1, 1))), jnp.asarray(held, jnp.int32), cost
 
 
 def _chunks(problem, plans, seed, deadline, config):
@@ -232,9 +237,9 @@ def _chunks(problem, plans, seed, deadline, config):
     rng = np.random.default_rng([seed, 1])
     count, layers, slots = plans.shape
     windows, ranks, experts = len(problem.loads.counts), problem.ranks, problem.experts
-    loads, held = search_inputs(problem, plans)
+    loads, held, cost = search_inputs(problem, plans)
     route = None if problem.routing == "even" else problem.route
-    state = start_state(held, loads, route=route)
+    state = start_state(held, loads, route=route, cost=cost)
     total = config.chunks * config.rounds
     swaps = int(np.ceil(config.swaps_per_slot * slots / total))
     objective = problem.objective
@@ -261,6 +266,7 @@ def _chunks(problem, plans, seed, deadline, config):
                 ignore_slower=objective.kind == "quantile",
                 route=route,
                 keep_empty=problem.uneven,
+                cost=cost,
             ))  # fmt: skip
             now = time.monotonic()
             slowest = max(slowest, now - begin) if np.isfinite(slowest) else 0.0

@@ -190,6 +190,7 @@ class Rebalancer:
             self._groups,
             without_ranks=tuple(np.flatnonzero(~self.plan.alive).tolist()),
             slots_by_layer=tuple(self.plan.filled.max(-1).tolist()),
+            rank_cost=self.plan.rank_cost,
         )  # fmt: skip
         found = place(
             problem, self._method, self._layer_time_s, seed=self._seed, seconds=self._seconds

@@ -174,9 +174,9 @@ def _with_all(part, held) -> Int[np.ndarray, "layers slots"]:
 def _trail(part, plan, seed):
     """Plans [layers, slots] after each small step."""
     rng = np.random.default_rng([seed, 2])
-    loads, held = search_inputs(part, plan[None])
+    loads, held, cost = search_inputs(part, plan[None])
     route = None if part.routing == "even" else part.route
-    state = start_state(held, loads, route=route)
+    state = start_state(held, loads, route=route, cost=cost)
     windows = len(part.loads.counts)
     shape = (1, 2)
     for _ in range(_STEPS):

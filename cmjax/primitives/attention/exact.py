@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from cmjax.primitives.attention import cached
+from cmjax.primitives.attention import causal as kernel
 from cmjax.primitives.attention.hidden import keep, usable_keys
 from cmjax.primitives.define import define
 from cmjax.program import Size, Work, cost_rule, matmul_flops
@@ -127,8 +127,9 @@ def _reference(q, k, v, *lengths, scale, causal, window):
 
 
 def _native(q, k, v, *lengths, scale, causal, window):
-    if cached.kernel_serves(q, k, v, lengths, causal):
-        return cached.cached_attention(q, k, v, lengths[0], scale=scale, window=window)
+    if kernel.kernel_serves(q, k, v, causal):
+        given = lengths[0] if lengths else None
+        return kernel.causal_attention(q, k, v, given, scale=scale, window=window)
     return _reference(q, k, v, *lengths, scale=scale, causal=causal, window=window)
 
 
@@ -146,6 +147,14 @@ def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, sc
     found = _product("...hqk,...kc->...qhc", weights.astype(latent.dtype), latent)
     found = jnp.where(lost[..., None, None], jnp.nan, found)
     return found.astype(q_latent.dtype)
+
+
+def _latent_native(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale, quantized):
+    operands = q_latent, q_rope, latent, rope
+    steps = latent_scale[0] if quantized else None
+    if kernel.latent_kernel_serves(*operands):
+        return kernel.latent_causal_attention(*operands, lengths, steps, scale=scale)
+    return _latent_reference(*operands, lengths, *latent_scale, scale=scale, quantized=quantized)
 
 
 def _product(spec, a, b):
@@ -229,7 +238,9 @@ def _check_latent(q_latent, q_rope, latent, rope, lengths, *latent_scale, scale,
 
 
 attention_p = define("cm_attention", _reference, check=_check, native=_native)
-latent_attention_p = define("cm_latent_attention", _latent_reference, check=_check_latent)
+latent_attention_p = define(
+    "cm_latent_attention", _latent_reference, check=_check_latent, native=_latent_native
+)
 
 
 # Vector instructions per score, in float32: scale, running maximum, subtract, exponential (4),

@@ -135,7 +135,11 @@ def quantizable(
     An input range finer than the operands is no quantizer to speak of: the noise of its step's
     gradient would be all there is, so it has none.
     """
-    fold, input_step = plan.fold, scales.input_step
+    fold = plan.fold
+    input_step, point_step, filter_step = (
+        step.astype(jnp.float32)
+        for step in (scales.input_step, scales.point_step, scales.filter_step)
+    )
     if scales.input_limit > LARGEST_OPERAND[plan.domain]:
         input_step = lax.stop_gradient(input_step)
     w = w.astype(jnp.float32)
@@ -146,8 +150,8 @@ def quantizable(
     return PackedConv(
         u=transform_filter_rounded(fold_filter(w, fold), plan.algorithm),
         input_step=input_step,
-        point_step=scales.point_step,
-        filter_step=scales.filter_step,
+        point_step=point_step,
+        filter_step=filter_step,
         input_limit=scales.input_limit,
         zero_point=scales.zero_point,
         plan=plan,

@@ -72,7 +72,7 @@ def _native(x, values, scale, sizes, *, format):
     out = jax.ShapeDtypeStruct((x.shape[0], values.shape[1]), jnp.float32)
     product = lambda x: native.call(f"cmjax_grouped_msd_{format}", out, x, values, scale, sizes)  # noqa: E731
     rows = x.astype(jnp.float32)
-    y = with_headroom(product, rows) if format == "int8" else product(rows)
+    y = with_headroom(product, rows)
     return y.astype(x.dtype)
 
 

@@ -37,6 +37,7 @@ from cmjax.primitives.msd.decompose import (
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.weight import QuantizedWeight, WeightFormat, dequantize
 from cmjax.program import Work, cost_rule
+from cmjax.program.work import stack_bytes
 
 MOST_INNER = (2**31 - 1) // (127 * 128)
 """Longest row, 132,104, whose int8 products cannot overflow an int32 sum."""
@@ -81,8 +82,8 @@ def msd_dot(
     Gradient: straight-through, that of the exact `x @ W.T + bias`, for x, w_scale (int8), offset
       and bias; w has none.
     Under `jit`, a row of x with an infinity or NaN gives a row of NaN. A result beyond float32
-    saturates at its largest number, and nothing does on the way to one that fits; but in mxfp4,
-    sums that overflow on their way are not told from infinities, and those of both signs give NaN.
+    saturates at its largest number, and nothing does on the way to one that fits (in mxfp4, with
+    weights up to 2**10).
     Rows (mxfp4: blocks) whose maximum is under 2**-100 count as 0.
     Raises: ValueError, TypeError: shapes or dtypes that do not fit; rows longer than 132,104 (int32
       would overflow); and where the values are known, an infinity or NaN in x and a scale that is
@@ -144,7 +145,7 @@ def _reference(x, w, w_scale, *rest, format, passes, group_size, has_offset, out
     offset, bias = _optional(rest, has_offset)
     x = x.astype(jnp.float32)
     if format == "mxfp4":
-        y = _mxfp4_product(x, w, w_scale, passes, rounding)
+        y = with_headroom(lambda x: _mxfp4_product(x, w, w_scale, passes, rounding), x)
     elif w_scale.ndim < w.ndim:
         y = _int8_product(x, w, w_scale, offset, passes, rounding)
     else:
@@ -183,7 +184,7 @@ def _headroom(top):
 def with_headroom(
     product: Callable[[Array], Float32[Array, "*rows n"]], x: Float32[Array, "*rows k"]
 ) -> Float32[Array, "*rows n"]:
-    """`product(x)` of an int8 kernel, saturated at float32's largest number.
+    """`product(x)`, saturated at float32's largest number.
 
     Rows whose sums could overflow before they meet their scale go through it as x / 2**64. NaN is
     not large: its row comes out as NaN whatever it is multiplied with.
@@ -286,10 +287,9 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
         y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
         return y.reshape(*x.shape[:-1], features)
 
-    if format == "mxfp4":
-        return product(x, of_features(bias)).astype(out_dtype)
     # the bias is added behind: the kernel's sums may be those of x / 2**64
-    y = with_headroom(lambda x: product(x, of_features(offset), of_features(None)), x)
+    rest = (of_features(None),) if format == "mxfp4" else (of_features(offset), of_features(None))
+    y = with_headroom(lambda x: product(x, *rest), x)
     if bias is not None:
         y = _rounded(y + _over_rows(bias, y))
     return y.astype(out_dtype)
@@ -397,7 +397,7 @@ def recombine_instructions(passes: int) -> float:
 @cost_rule(msd_dot_p)
 def _cost(x, w, *others, out, mesh, format, passes, **_) -> Work:
     """One kernel. Both parts' rows go through the cube together, so the weights are read once; the
-    parts and the integer sums stay on chip.
+    parts and the integer sums stay on chip. Of a stack it skips matrices without rows.
 
     MXFP4 runs at twice the 8-bit rate (that of chips with 4-bit matrix units, which the 910C does
     not have), so two of its passes cost one of 8 bits.
@@ -409,4 +409,5 @@ def _cost(x, w, *others, out, mesh, format, passes, **_) -> Work:
         flops=products,
         cube_flops_8bit=products * (0.5 if format == "mxfp4" else 1.0),
         vector_bytes=vector * 4.0,
+        **stack_bytes(x, w),
     )

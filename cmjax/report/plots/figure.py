@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from cmjax.files import check_writable, replaced
+from cmjax.files import replaced
+from cmjax.report.figure_path import checked_path
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A"
@@ -37,7 +38,6 @@ BLOCK_COLOURS = {
 }
 
 WIDTH_INCHES = 8.0
-SUFFIXES = (".png", ".svg")
 _DPI = {".png": 200, ".svg": 100}
 
 
@@ -84,19 +84,6 @@ def widest_inches(figure: Figure, labels: Sequence[str], size: float) -> float:
         widths.append(text.get_window_extent().width / figure.dpi)
         text.remove()
     return max(widths, default=0.0)
-
-
-def checked_path(path: str | Path) -> Path:
-    """`path`, if a figure can be written there.
-
-    Raises: ValueError for a suffix other than .png or .svg, or a folder that does not exist.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        found = repr(path.suffix) if path.suffix else "no suffix"
-        raise ValueError(f"{path}: figures are written as {' or '.join(SUFFIXES)}, got {found}")
-    check_writable(path)
-    return path
 
 
 def set_title(figure: Figure, finding: str, how_to_read: str = "") -> None:

@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent
 
@@ -41,7 +42,7 @@ def plot_placement(
     Raises: ValueError without methods, for arrays that are no loads, or a path that cannot be
       written.
     """
-    fig.checked_path(path)
+    checked_path(path)
     if not plan_loads:
         raise ValueError("plot_placement: no placements to draw")
     maps = {name: _relative(loads) for name, loads in plan_loads.items()}
@@ -100,7 +101,7 @@ def plot_load_curve(loads: Float[np.ndarray, "layers experts"], path: str | Path
 
     Raises: ValueError for an array that is no loads, or a path that cannot be written.
     """
-    fig.checked_path(path)
+    checked_path(path)
     sorted_loads = -np.sort(-_relative(loads), axis=-1)
     experts = np.arange(1, sorted_loads.shape[1] + 1)
     figure = fig.new_figure(3.8)
@@ -137,7 +138,7 @@ def plot_rank_curve(
       path: ends in .png or .svg.
     Raises: as `plot_placement`.
     """
-    fig.checked_path(path)
+    checked_path(path)
     if not plan_loads:
         raise ValueError("plot_rank_curve: no placements to draw")
     curves = {name: -np.sort(-_relative(loads), axis=-1) for name, loads in plan_loads.items()}
@@ -186,7 +187,7 @@ def plot_node_bytes(received: Mapping[str, Float[np.ndarray, "nodes"]], path: st
     Raises: ValueError without methods, for bytes that are negative or not finite, for methods of
       different nodes, or a path that cannot be written.
     """
-    fig.checked_path(path)
+    checked_path(path)
     values, unit, scale = _scaled(received)
     figure = fig.new_figure(3.6)
     how = (

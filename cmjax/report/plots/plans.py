@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from cmjax.parallelism import ParallelPlans
 from cmjax.parallelism.memory import PARTS
 from cmjax.parallelism.result import GIB
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")  # Okabe and Ito
@@ -15,7 +16,7 @@ _SPENT = ("busy", "idle", "reduction", "optimizer", "tied")
 
 def plot_plans(found: ParallelPlans, path: str | Path) -> None:
     """Draw a search's plans to `path` (.png or .svg): stacked seconds, and stacked GiB."""
-    path = fig.checked_path(path)
+    path = checked_path(path)
     count = len(found.plans)
     figure = Figure(figsize=(fig.WIDTH_INCHES, 1.9 + 0.42 * count))
     time, memory = figure.subplots(1, 2, sharey=True)

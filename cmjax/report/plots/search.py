@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cmjax.deploy import DeploymentSearch
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number
 
@@ -28,7 +29,7 @@ def plot_search(found: DeploymentSearch, path: str | Path) -> None:
 
     Raises: ValueError: a path that no figure can be written to.
     """
-    fig.checked_path(path)
+    checked_path(path)
     figure = fig.new_figure(4.4)
     axes = fig.add_axes(figure, left=0.85, top=0.95, right=0.35)
     latency_ms = found.latency_s * 1e3

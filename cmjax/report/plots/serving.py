@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent
 from cmjax.serving import ServingResult
@@ -24,7 +25,7 @@ def plot_queues(result: ServingResult, path: str | Path) -> None:
 
     Raises: ValueError: a path that no figure can be written to.
     """
-    fig.checked_path(path)
+    checked_path(path)
     figure = fig.new_figure(4.6)
     minutes = result.gauge_bins_s / 60
     top = fig.add_axes(figure, left=0.75, bottom=2.35, top=0.78, right=1.3)
@@ -65,7 +66,7 @@ def plot_latency(result: ServingResult, path: str | Path) -> None:
 
     Raises: ValueError: a path that no figure can be written to.
     """
-    fig.checked_path(path)
+    checked_path(path)
     figure = fig.new_figure(3.6)
     found = result.latencies
     for left, right, seconds, slo, words in (
@@ -112,7 +113,7 @@ def plot_pareto(plan: CapacityPlan, path: str | Path) -> None:
 
     Raises: ValueError: a path that no figure can be written to.
     """
-    fig.checked_path(path)
+    checked_path(path)
     figure = fig.new_figure(4.0)
     axes = fig.add_axes(figure, left=0.75)
     front = plan.pareto()

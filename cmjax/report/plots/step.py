@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cmjax.cost.timeline import Timeline
 from cmjax.report.blocks import BLOCKS, block_of, roll_up
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number
 
@@ -66,7 +67,7 @@ def plot_step(result: Mapping, path: str | Path, timeline: Timeline | None = Non
     Args: see `step_lanes`; `path` ends in .png or .svg.
     Raises: ValueError for a path that cannot be written.
     """
-    fig.checked_path(path)
+    checked_path(path)
     lanes = step_lanes(result, timeline)
     figure = fig.new_figure(1.55 + 0.76 * len(lanes))
     right = max(sum(parts.values()) for parts in lanes.values())

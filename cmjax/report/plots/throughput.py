@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number
 
@@ -67,7 +68,7 @@ def plot_throughput(
 
     Raises: ValueError without points, or for a path that cannot be written.
     """
-    fig.checked_path(path)
+    checked_path(path)
     if not points:
         raise ValueError("plot_throughput: no points to draw")
     points = sorted(points, key=lambda p: p.batch)

@@ -9,6 +9,7 @@ from cmjax.cost.replay import Event
 from cmjax.cost.timeline import Timeline
 from cmjax.program import Program
 from cmjax.report.blocks import BLOCKS, block_of
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number
 
@@ -135,7 +136,7 @@ def plot_timeline(timeline: Timeline, path: str | Path, layer: int | None = None
 
     Raises: ValueError for a path that cannot be written, or as `layer_period`.
     """
-    fig.checked_path(path)
+    checked_path(path)
     period = layer_period(timeline, layer)
     streams = [s for s in timeline.program.streams if any(b.stream == s for b in period.bars)]
     figure = fig.new_figure(1.55 + 1.3 * len(streams))

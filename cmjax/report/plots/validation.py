@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmjax.deploy.validation import ValidationRow, summary
+from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
 from cmjax.report.units import number, percent, quantity
 
@@ -32,7 +33,7 @@ def plot_steps_compare(rows: Sequence[ValidationRow], path: str | Path) -> None:
 
     Raises: ValueError without rows, or for a path that cannot be written.
     """
-    fig.checked_path(path)
+    checked_path(path)
     if not rows:
         raise ValueError("plot_steps_compare: no rows to draw")
     ordered = sorted(rows, key=lambda row: row.role != "predict")

@@ -17,9 +17,10 @@ from cmjax.hardware import Supernode, as_machine
 from cmjax.inputs import check_count, check_number, check_seed
 from cmjax.serving.assemble import Replay, decode_steps
 from cmjax.serving.cache_curve import cache_hits
+from cmjax.serving.planner.cache_size import CacheSize, cache_sizes, smallest_enough
 from cmjax.serving.planner.fluid import Demand, Fluid, Proposal, at, propose
 from cmjax.serving.planner.judge import Judged, Question, judge
-from cmjax.serving.serve import check_slo
+from cmjax.serving.serve import best_latencies, check_slo
 from cmjax.serving.service import ContextCache, DecodePool, PrefillPool, Service
 from cmjax.serving.step_times import StepTimes, price_service
 from cmjax.serving.traces import Trace
@@ -41,6 +42,8 @@ class CapacityPlan:
       instance_worth: requests per second per NPU that one more instance of a pool adds, simulated
         beyond `npus`.
       cache_worth: requests per second that twice the cache adds, by the fluid model.
+      cache: the best split with ever smaller caches, the whole one first; empty where the trace
+        says nothing of prefixes or there is no cache.
       npus, slo_ttft_ms, slo_tpot_ms, target: what was asked for.
     """
 
@@ -50,6 +53,7 @@ class CapacityPlan:
     bound_by: str
     instance_worth: dict[str, float]
     cache_worth: float
+    cache: list[CacheSize]
     npus: int
     slo_ttft_ms: float | None
     slo_tpot_ms: float | None
@@ -68,6 +72,8 @@ class CapacityPlan:
                 "decode_simulated": self.instance_worth["decode"],
             },
             "twice_the_cache": self.cache_worth,
+            "cache": [dataclasses.asdict(size) for size in self.cache],
+            "cache_enough": dataclasses.asdict(smallest_enough(self.cache)) if self.cache else None,
             "fluid_requests_per_s": self.proposal.rate,
             "fluid_limits": {k: float(v) for k, v in self.proposal.limits._asdict().items()},
             "npus": self.npus,
@@ -135,6 +141,11 @@ def plan(
     check_count("npus", npus)
     if npus > machine.npus:
         raise ValueError(f"npus {npus}: {machine.name} has {machine.npus}")
+    if not trace.duration_s:
+        raise ValueError(
+            f"{trace.source}: all requests arrive at once, so that there is no rate to scale; give "
+            "a rate in requests per second"
+        )
     if executor is None:
         with executor_of() as found:
             return plan(
@@ -179,7 +190,7 @@ class _Search:
         self.judged: dict[Service, Judged] = {}
 
     def run(self, prefill_npus, decode_npus, slo_ttft_ms, slo_tpot_ms) -> CapacityPlan:
-        priced = self._price(prefill_npus, decode_npus)
+        priced = self._keeping(self._price(prefill_npus, decode_npus))
         hits = self._hit_share(next(iter(priced.values())))
         fluids = {pair: self._fluid(pair, times, hits) for pair, times in priced.items()}
         proposals = {pair: propose(fluid, self.npus) for pair, fluid in fluids.items()}
@@ -196,7 +207,10 @@ class _Search:
                 break
             best = found
         if not best.rate_scale:
-            self._explain(priced)
+            raise ValueError(
+                f"no split of {self.npus} NPUs keeps the SLO for {self.target:.0%} of the requests "
+                "at any rate tried; ask for a longer one, or for a smaller share (target)"
+            )
         pair = _pair(best.service)
         proposal = self._flow(best.service, fluids[pair])
         worth = self._worth(best, priced, proposals)
@@ -216,6 +230,7 @@ class _Search:
             bound_by=bound,
             instance_worth=worth,
             cache_worth=cache_worth,
+            cache=self._cache(best, priced, proposals),
             npus=self.npus,
             slo_ttft_ms=slo_ttft_ms,
             slo_tpot_ms=slo_tpot_ms,
@@ -239,6 +254,23 @@ class _Search:
             raise ValueError(reasons[0] if reasons else "no instance holds the longest request")
         return found
 
+    def _keeping(self, priced) -> dict[tuple[int, int], StepTimes]:
+        """The pairs on which a lone request keeps the SLO.
+
+        Raises: ValueError: there is none, with the best that the fastest of them reaches.
+        """
+        errors = {}
+        for pair, times in priced.items():
+            prefill, decode = pair
+            service = self._service(prefill, decode, 1, 1, _LARGEST_BATCH)
+            try:
+                check_slo(self.trace, service, times, self.replay)
+            except ValueError as error:
+                errors[pair] = sum(best_latencies(self.trace, service, times)), error
+        if len(errors) == len(priced):
+            raise min(errors.values(), key=lambda found: found[0])[1]
+        return {pair: times for pair, times in priced.items() if pair not in errors}
+
     def _service(
         self, prefill: int, decode: int, prefills: int, decodes: int, batch: int
     ) -> Service:
@@ -254,12 +286,31 @@ class _Search:
         cache = self.base.cache
         if cache is None or not self.trace.has_blocks:
             return 0.0
-        blocks = cache.blocks
-        if blocks is None:
-            nodes = -(-self.npus // self.machine.npus_per_node)
-            block_bytes = times.kv_token_bytes * self.trace.block_tokens
-            blocks = int(cache.gb_per_node * 1e9 * nodes / block_bytes)
-        return cache_hits(self.trace, int(blocks * factor)).tokens
+        return cache_hits(self.trace, int(self._held(cache, times) * factor)).tokens
+
+    def _held(self, cache: ContextCache, times: StepTimes) -> int:
+        """Blocks of a cache."""
+        if cache.blocks is not None:
+            return cache.blocks
+        return int(cache.gb_per_node / self._block_gb_per_node(times))
+
+    def _block_gb_per_node(self, times: StepTimes) -> float:
+        nodes = -(-self.npus // self.machine.npus_per_node)
+        return times.kv_token_bytes * self.trace.block_tokens / 1e9 / nodes
+
+    def _cache(self, best: Judged, priced, proposals) -> list[CacheSize]:
+        """The best split with less and less of the cache."""
+        cache = self.base.cache
+        if cache is None or not self.trace.has_blocks:
+            return []
+        times = priced[_pair(best.service)]
+        held, block_gb = self._held(cache, times), self._block_gb_per_node(times)
+
+        def judge_all(services: Sequence[Service]) -> list[Judged]:
+            questions = [self._question(service, priced, proposals) for service in services]
+            return run_all(judge, questions, self.executor, self._say("sizing the cache"))
+
+        return cache_sizes(best, min(held, self.trace.blocks), block_gb, judge_all)
 
     def _demand(self, times: StepTimes, hits: float) -> Demand:
         prompt, output = self.trace.prompt.astype(float), self.trace.output
@@ -351,16 +402,6 @@ class _Search:
             name: (f.goodput_requests_per_s - best.goodput_requests_per_s) / pool.npus
             for (name, pool), f in zip(service.pools.items(), found, strict=True)
         }
-
-    def _explain(self, priced) -> None:
-        """Raise for an SLO that nothing kept."""
-        for (prefill, decode), times in priced.items():
-            service = self._service(prefill, decode, 1, 1, _LARGEST_BATCH)
-            check_slo(self.trace, service, times, self.replay)
-        raise ValueError(
-            f"no split of {self.npus} NPUs keeps the SLO for {self.target:.0%} of the requests at "
-            "any rate tried; ask for a longer one, or for a smaller share (target)"
-        )
 
     def _say(self, what: str):
         if self.progress is None:

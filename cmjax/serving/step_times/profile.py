@@ -98,7 +98,11 @@ def _padded(tokens: np.ndarray) -> np.ndarray:
 
 def _attention(path: Path, layers: int, **others) -> Table:
     """From (chunk, cached tokens before it) to (tokens, length): a chunk of T tokens behind k has
-    length 2 k + T. Shorter lengths are several prompts, T / L of them, each a chunk of L."""
+    length 2 k + T. Shorter lengths are several prompts, T / L of them, each a chunk of L.
+
+    The kernels of a chunk and those of the requests that decode beside it follow one another: each
+    is taken as it was measured alone, as a launch for all of a step splits no long context.
+    """
     points = {row[:4]: row[4] * 1e-6 * layers for row in _rows(
         path, ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
     )}  # fmt: skip
@@ -107,36 +111,22 @@ def _attention(path: Path, layers: int, **others) -> Table:
     lengths = lengths[lengths > 0]
     _check_grid(path, chunk, np.append(cached, lengths), requests, context)
     context = context[context > 0]
-    alone = np.array([[points.get((0.0, 0.0, n, c), 0.0) for c in context] for n in requests])
+    decode = np.array([[points.get((0.0, 0.0, n, c), 0.0) for c in context] for n in requests])
 
-    def behind(t: float, k: float) -> np.ndarray:
-        """A chunk with decoding requests, over all of their counts and contexts; where it was not
-        measured, more of them add what they add alone."""
-        found = np.array(
-            [[points.get((t, k, n, c if n else 0.0), np.nan) for c in context] for n in requests]
-        )
-        for i in range(1, len(requests)):
-            added = found[i - 1] + alone[i] - alone[i - 1]
-            found[i] = np.where(np.isnan(found[i]), added, found[i])
-        return found
+    def prefill(t: float, length: float) -> float:
+        if t == 0:
+            return 0.0
+        if length < t:
+            return t / length * points[length, 0.0, 0.0, 0.0]
+        known = np.array([k for k in cached if (t, k, 0.0, 0.0) in points])
+        seconds = np.array([points[t, k, 0.0, 0.0] for k in known])
+        return float(_along(known, seconds, (length - t) / 2))
 
-    grid = {(t, k): behind(t, k) for t in chunk[chunk > 0] for k in cached}
-    values = np.empty((len(chunk), len(lengths), len(requests), len(context)))
-    for i, t in enumerate(chunk):
-        for j, length in enumerate(lengths):
-            if t == 0:
-                values[i, j] = alone
-                continue
-            if length >= t:
-                known = [k for k in cached if not np.isnan(grid[t, k]).any()]
-                stacked = np.stack([grid[t, k] for k in known])
-                values[i, j] = _along(np.array(known), stacked, (length - t) / 2)
-                continue
-            whole, short = grid[t, 0.0], grid[float(length), 0.0][0, 0]
-            values[i, j] = t / length * short + (whole - whole[0, 0])
+    values = np.array([[prefill(t, length) for length in lengths] for t in chunk])
     return Table(
-        tokens=chunk, length=lengths, requests=requests, context=context, batch_s=values, **others
-    )
+        tokens=chunk, length=lengths, requests=requests, context=context,
+        batch_s=values[:, :, None, None] + decode, **others,
+    )  # fmt: skip
 
 
 def _check_grid(path: Path, *axes: np.ndarray) -> None:

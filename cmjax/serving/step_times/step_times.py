@@ -1,6 +1,7 @@
 """Step times of a service, and what its instances hold."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from cmjax.serving.engine.table import Table
 
@@ -31,10 +32,10 @@ class StepTimes:
     worst_error: float = 0.0
     source: str = ""
 
-    def scaled(self, factor: float) -> "StepTimes":
-        """All steps `factor` times as long."""
+    def scaled(self, factors: Mapping[str, float]) -> "StepTimes":
+        """Steps of every pool so many times as long."""
         return dataclasses.replace(
-            self, tables={name: scaled(table, factor) for name, table in self.tables.items()}
+            self, tables={name: scaled(table, factors[name]) for name, table in self.tables.items()}
         )
 
 

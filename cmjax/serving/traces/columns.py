@@ -21,7 +21,7 @@ class Columns:
         self.prompt = array("q")
         self.output = array("q")
         self.block_end = array("q")
-        self.block = array("q")
+        self.block = array("i")  # of 64 bits with the first id that needs them
 
     def add(
         self, arrival_s: float | None, prompt: int, output: int, blocks: Sequence[int] = ()
@@ -49,8 +49,17 @@ class Columns:
             check_count(f"{name} tokens", tokens, most=_MOST_TOKENS)
         self.prompt.append(prompt)
         self.output.append(output)
-        self.block.extend(blocks)
+        self._add_blocks(blocks)
         self.block_end.append(len(self.block))
+
+    def _add_blocks(self, blocks: Sequence[int]) -> None:
+        if self.block.typecode == "i":
+            try:
+                self.block.extend(array("i", blocks))
+                return
+            except OverflowError:
+                self.block = array("q", self.block)
+        self.block.extend(array("q", blocks))
 
     def keep(self, requests: int) -> None:
         """Only the first so many."""
@@ -68,8 +77,7 @@ class Columns:
             prompt=np.array(self.prompt, np.int64),
             output=np.array(self.output, np.int64),
             block_start=np.concatenate([[0], np.array(self.block_end, np.int64)]),
-            block=compact(np.frombuffer(self.block, np.int64)) if self.block
-            else np.zeros(0, np.int32),
+            block=compact(np.array(self.block, copy=False)),
             block_tokens=block_tokens,
             source=source,
         )  # fmt: skip
@@ -104,9 +112,9 @@ def ids_of(record: dict[str, Any], name: str) -> list[int]:
     ids = record[name]
     if not isinstance(ids, list):
         raise ValueError(f"{name} must be a list of whole numbers, got {shown(ids)}")
-    for value in ids:
-        if type(value) is not int or not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name} must hold whole numbers of 64 bits, got {shown(value)}")
+    if ids and (set(map(type, ids)) != {int} or min(ids) < -(2**63) or max(ids) >= 2**63):
+        wrong = next(v for v in ids if type(v) is not int or not -(2**63) <= v < 2**63)
+        raise ValueError(f"{name} must hold whole numbers of 64 bits, got {shown(wrong)}")
     return ids
 
 

@@ -94,7 +94,7 @@ def _gaps(rng, kind: str, cv: float, requests: int) -> np.ndarray:
     if kind == "poisson":
         return rng.exponential(size=requests)
     if kind == "gamma":
-        check_number("generate: cv", cv, above=0, most=100)
+        check_number("generate: cv", cv, above=0, least=1e-6, most=100)
         return rng.gamma(1 / cv**2, cv**2, requests)
     if kind == "constant":
         return np.ones(requests)

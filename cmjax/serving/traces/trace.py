@@ -1,12 +1,14 @@
 """A trace: when requests arrive, how long they are, and which prefixes they share."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 MOST_S = 1e12
 """The last second of a trace: beyond it, sums lose the milliseconds of a step."""
+_NUMBER_BYTES, _PART = 5, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,10 +167,41 @@ class Trace:
         return dataclasses.replace(self, arrival_s=ticks[tick] + inside[order] * width[tick])
 
 
-def compact(block) -> np.ndarray:
-    """Block ids numbered from 0 without gaps."""
-    _, found = np.unique(np.asarray(block, np.int64), return_inverse=True)
-    return found.astype(np.int32).reshape(-1)
+def compact(block) -> Int32[np.ndarray, "blocks"]:
+    """Block ids numbered from 0 without gaps, in the order of the ids.
+
+    Besides what is given and returned, it holds 5 bytes for every number between the least and the
+    largest id, or, where these lie far apart, sorted copies of the ids.
+
+    >>> compact([70, -5, 70, 9]).tolist()
+    [2, 0, 2, 1]
+    """
+    ids = np.asarray(block).reshape(-1)
+    found = np.empty(len(ids), np.int32)
+    if not len(ids):
+        return found
+    least = int(ids.min())
+    width = int(ids.max()) - least + 1
+    if _NUMBER_BYTES * width <= ids.dtype.itemsize * len(ids):
+        seen = np.zeros(width, bool)
+        for part in _parts(len(ids)):
+            seen[ids[part] - least] = True
+        number = np.cumsum(seen, dtype=np.int32)
+        for part in _parts(len(ids)):
+            found[part] = number[ids[part] - least] - 1
+        return found
+    known = np.sort(ids)
+    first = np.append(True, known[1:] != known[:-1])
+    known = known[first]
+    for part in _parts(len(ids)):
+        found[part] = np.searchsorted(known, ids[part])
+    return found
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Pieces of a long array, so that what is computed of it takes little memory."""
+    for at in range(0, count, _PART):
+        yield slice(at, at + _PART)
 
 
 def without_blocks(requests: int) -> dict[str, np.ndarray]:

@@ -140,6 +140,11 @@ def load_params(
             f"load_params: weights are read as {', '.join(get_args(Precision))}, got "
             f"{precision!r}; for another arithmetic read floats and convert them"
         )
+    if parallelism.tensor > 1:
+        raise ValueError(
+            f"load_params: a checkpoint is not read into tensor-parallel groups (of "
+            f"{parallelism.tensor}); load it on one rank and spread it with shard_params"
+        )
     wanted = _wanted(checkpoint, mtp)
     _check(checkpoint, wanted)
     tables = layer_tables(parallelism, config.moe_layers + mtp, tables)

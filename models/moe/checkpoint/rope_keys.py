@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from cmjax.models.moe.checkpoint.config_schema import CommonKeys, Factor, Size
 from cmjax.models.moe.checkpoint.json_file import convert
-from cmjax.models.moe.config import (
+from cmjax.models.moe.positions import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,

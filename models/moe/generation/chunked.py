@@ -65,7 +65,11 @@ def chunk_step(
             is_last = jnp.arange(chunk, dtype=jnp.int32) == last[:, None]
             following = jnp.where(is_last, first[:, None], inputs.following)
             drafting, (drafts_cache,) = model.mtp(
-                main, hidden, (following,), (cache.mtp,), decode_attention((inputs.start,))
+                main,
+                hidden,
+                (following,),
+                (cache.mtp,),
+                decode_attention((inputs.start,), main.parallelism),
             )
             cache = dataclasses.replace(cache, mtp=drafts_cache)
             found.append(draft(main, newest(drafting[0])))

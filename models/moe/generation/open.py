@@ -71,7 +71,7 @@ def open_generator(
         >>> from cmjax.models.moe import open_generator, tiny
         >>> generator = open_generator(tiny())  # random parameters on one rank
         >>> generator.mesh, generator.drafts
-        (RankMesh(nodes=1, npus=1, dies=1), 1)
+        (RankMesh(nodes=1, npus=1, dies=1, tensor=1), 1)
 
     Args:
       source: a checkpoint folder, what `open_checkpoint` gave, or a config: random parameters.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cmjax.models.moe.arithmetic import KV_CACHES, KVCache
@@ -104,9 +105,18 @@ class ModelCache:
 
 
 def empty_cache(
-    config: MoEConfig, requests: Any, max_len: Any, kind: KVCache, *, mtp: bool = False
+    config: MoEConfig,
+    requests: Any,
+    max_len: Any,
+    kind: KVCache,
+    *,
+    mtp: bool = False,
+    tensor: int = 1,
 ) -> ModelCache:
     """A cache of zeros for `requests` requests of up to `max_len` tokens.
+
+    With `tensor` ranks in a tensor-parallel group it holds the requests of all of them: of latent
+    attention whole, of grouped-query attention a part of the heads.
 
     >>> from cmjax.models.moe.config import tiny
     >>> empty_cache(tiny(), 2, 8, "int8").moe.latent.shape      # two MoE layers
@@ -117,9 +127,10 @@ def empty_cache(
     def group(layers: int) -> LayerCache | None:
         if not layers:
             return None
-        lead = (layers, requests, max_len)
+        lead = (layers, requests * tensor, max_len)
         if isinstance(sizes, GroupedAttention):
-            heads = jnp.zeros((*lead, sizes.kv_heads, sizes.head_dim), jnp.float32)
+            kv_heads = sizes.kv_heads_of(tensor)
+            heads = jnp.zeros((*lead, kv_heads, sizes.head_dim), jnp.float32)
             return GroupedCache.of(heads, heads, kind)
         latent = jnp.zeros((*lead, sizes.kv_lora_rank), jnp.float32)
         rope = jnp.zeros((*lead, sizes.qk_rope_dim), jnp.float32)
@@ -169,6 +180,8 @@ def _kind(x: Array) -> KVCache:
 
 def _written[Cache: LayerCache](cache: Cache, new: Cache, positions: Array) -> Cache:
     request = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-    return jax.tree.map(
+    written = jax.tree.map(
         lambda old, entries: old.at[request, positions].set(entries, mode="drop"), cache, new
     )
+    # XLA would write once for attention and once for the result, each into a copy of the cache
+    return lax.optimization_barrier(written)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from cmjax.models.moe.arithmetic import Format
+from cmjax.models.moe.arithmetic import ExpertFormat, Format
 from cmjax.models.moe.layers.linear import Linear, Weight, observe
 from cmjax.models.moe.layers.sorted import SortedRows
+from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.grouped import grouped_dot, grouped_msd_dot, stacked_dot
+from cmjax.primitives.int4 import Int4Weight, grouped_int4_dot, int4_dot
 from cmjax.primitives.msd import QuantizedWeight
 from cmjax.primitives.msd.product import msd_dot
 from cmjax.program.mark import fused
@@ -27,7 +29,7 @@ class Experts(nnx.Module):
     `down [slots, ffn, hidden]`; few-bit ones are stored as in `Linear`.
     """
 
-    def __init__(self, slots: int, hidden: int, ffn: int, *, format: Format, rngs: nnx.Rngs):
+    def __init__(self, slots: int, hidden: int, ffn: int, *, format: ExpertFormat, rngs: nnx.Rngs):
         linear = functools.partial(Linear, format=format, rngs=rngs, stack=(slots,))
         self.gate_up = linear(hidden, 2 * ffn)
         self.down = linear(ffn, hidden)
@@ -38,6 +40,9 @@ class Experts(nnx.Module):
         """Outputs in `dtype`. `rows [slots, rows, hidden]` are int8 steps of `scale`, or floating
         point (then `scale` is ones and not read)."""
         up, down = self.gate_up.matrix, self.down.matrix
+        if isinstance(up.value, Int4Weight) and isinstance(down.value, Int4Weight):
+            steps, step = _swiglu_int8(int4_dot(rows, up.value), scale, 1.0)
+            return _grouped_int4_matmul(dtype)(steps, step, down.value)
         if up.scale is None or down.scale is None:
             return _batched(_swiglu(_batched(rows, up)), down).astype(dtype)
         assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
@@ -47,6 +52,12 @@ class Experts(nnx.Module):
     def of_sorted(self, sent: SortedRows, dtype: jnp.dtype) -> Float[Array, "rows hidden"]:
         """Outputs in `dtype` for rows that are sorted by slot."""
         up, down = self.gate_up.matrix, self.down.matrix
+        if isinstance(up.value, Int4Weight) and isinstance(down.value, Int4Weight):
+            assert sent.scale is not None, "W4A8 rows are steps"
+            total = grouped_int4_dot(sent.rows, up.value, sent.sizes)
+            steps, step = _swiglu_int8(total, sent.scale, 1.0)
+            total = grouped_int4_dot(steps, down.value, sent.sizes)
+            return _rescale(total, step, 1.0).astype(dtype)
         if sent.scale is None or up.scale is None or down.scale is None:
             hidden = _swiglu(_grouped(sent.rows, up, sent.sizes))
             return _grouped(hidden, down, sent.sizes).astype(dtype)
@@ -58,16 +69,26 @@ class Experts(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """The dense feed-forward block, also the shared expert; `ffn` is its inner width."""
+    """The dense feed-forward block, also the shared expert; `ffn` is its inner width, of which a
+    rank of a tensor-parallel group holds its part."""
 
     def __init__(
-        self, hidden: int, ffn: int, *, format: Format, rngs: nnx.Rngs, bias: bool = False
+        self,
+        hidden: int,
+        ffn: int,
+        parallelism: Parallelism,
+        *,
+        format: Format,
+        rngs: nnx.Rngs,
+        bias: bool = False,
     ):
+        self.parallelism, ffn = parallelism, ffn // parallelism.tensor
         self.gate_up = Linear(hidden, 2 * ffn, format=format, rngs=rngs, bias=bias)
         self.down = Linear(ffn, hidden, format=format, rngs=rngs, bias=bias)
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-        return self.down(_swiglu(self.gate_up(x)))
+    def __call__(self, x: Float[Array, "own *batch hidden"]) -> Float[Array, "own *batch hidden"]:
+        x = self.parallelism.gather(x)
+        return self.parallelism.scatter(self.down(_swiglu(self.gate_up(x))))
 
 
 def _batched(x, weight: Weight):
@@ -75,6 +96,7 @@ def _batched(x, weight: Weight):
     observe(weight.name, x)
     if isinstance(weight.value, QuantizedWeight):
         return msd_dot(x, weight.value)
+    assert isinstance(weight.value, jax.Array), "floats"
     return stacked_dot(x, weight.value.astype(x.dtype))
 
 
@@ -82,6 +104,7 @@ def _grouped(x, weight: Weight, sizes):
     """Rows sorted by slot, by the matrices of their slots."""
     if isinstance(weight.value, QuantizedWeight):
         return grouped_msd_dot(x, weight.value, sizes)
+    assert isinstance(weight.value, jax.Array), "floats"
     return grouped_dot(x, weight.value.astype(x.dtype), sizes)
 
 
@@ -98,6 +121,17 @@ def _grouped_matmul(dtype: jnp.dtype):
     def kernel(steps, step, weight, weight_scale):
         total = stacked_dot(steps, weight)
         return _rescale(total, step, weight_scale[:, None, :]).astype(dtype)
+
+    return kernel
+
+
+@functools.cache
+def _grouped_int4_matmul(dtype: jnp.dtype):
+    """The same with matrices of four bits."""
+
+    @fused("GroupedMatmul")
+    def kernel(steps, step, weight):
+        return _rescale(int4_dot(steps, weight), step, 1.0).astype(dtype)
 
     return kernel
 

@@ -3,7 +3,8 @@
     q, k, v = split(norm(x) W_qkv);   y = W_o softmax(rot(q) rot(k)^T / sqrt(d) + mask) v
 
 Qwen3 normalises queries and keys per head before rotating them. With a window, a query sees only
-the newest keys. Every rank attends its own requests (data parallelism); heads are not split.
+the newest keys. Every rank attends its own requests (data parallelism), or with the ranks of its
+tensor-parallel group those of the group, with a part of the heads each.
 """
 
 import functools
@@ -29,34 +30,34 @@ from cmjax.program.mark import fused
 class GQA(nnx.Module):
     """Attention of one layer, its input norm included; the residual is the caller's.
 
-    Columns of `qkv` are all query heads, all key heads, all value heads.
+    Columns of `qkv` are all query heads, all key heads, all value heads (of this rank).
     """
 
     def __init__(
         self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
-        parallelism.heads(config)  # refuses to split them
         assert isinstance(config.attention, GroupedAttention), "the caller chooses by this type"
         self.config, self.sizes = config, config.attention
-        self.arithmetic = arithmetic
+        self.parallelism, self.arithmetic = parallelism, arithmetic
+        heads, kv_heads = parallelism.heads(config), self.sizes.kv_heads_of(parallelism.tensor)
         linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
         hidden, dim, bias = config.hidden_size, self.sizes.head_dim, self.sizes.bias
-        columns = (config.heads + 2 * self.sizes.kv_heads) * dim
+        columns = (heads + 2 * kv_heads) * dim
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.qkv = linear(hidden, columns, bias=bias)
         ones = jnp.ones((dim,), jnp.float32)
         self.q_norm = nnx.Param(ones) if self.sizes.qk_norm else None
         self.k_norm = nnx.Param(ones) if self.sizes.qk_norm else None
-        self.out = linear(config.heads * dim, hidden, bias=bias)
+        self.out = linear(heads * dim, hidden, bias=bias)
 
     def decode(
         self,
         x: Float[Array, "requests new hidden"],
         cache: GroupedCache,
-        lengths: Int[Array, "requests"],
+        lengths: Int[Array, "group"],
     ) -> tuple[Float[Array, "requests new hidden"], GroupedCache]:
-        """Attend the cache. `lengths` counts the cached tokens, not the new ones, which are
-        added."""
+        """Attend the cache. `lengths` counts the cached tokens, not the new ones, which are added;
+        like the cache it is of all requests of the tensor-parallel group."""
         new = x.shape[1]
         positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
         with jax.named_scope("prolog"):
@@ -66,7 +67,7 @@ class GQA(nnx.Module):
             key, value = cache.read(q.dtype)
             found = self._attend(q, key, value, lengths + new)
         with jax.named_scope("output"):
-            return self.out(found.reshape(*found.shape[:2], -1)), cache
+            return self._leave(found), cache
 
     def prefill(
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
@@ -79,12 +80,16 @@ class GQA(nnx.Module):
         with jax.named_scope("core"):
             found = self._attend(q, k, v, None)
         with jax.named_scope("output"):
-            return self.out(found.reshape(*found.shape[:2], -1)), cache
+            return self._leave(found), cache
 
     def _project(self, x, positions):
         q_norm = None if self.q_norm is None else self.q_norm[...]
         k_norm = None if self.k_norm is None else self.k_norm[...]
-        return _heads(self.config)(self.qkv(self.norm(x)), positions, q_norm, k_norm)
+        kernel = _heads(self.config, self.parallelism.tensor)
+        return kernel(self.qkv(self.parallelism.gather(self.norm(x))), positions, q_norm, k_norm)
+
+    def _leave(self, found):
+        return self.parallelism.scatter(self.out(found.reshape(*found.shape[:2], -1)))
 
     def _attend(self, q, k, v, lengths):
         scale, window = softmax_scale(self.config), self.sizes.window
@@ -99,11 +104,12 @@ class GQA(nnx.Module):
 
 
 @functools.cache
-def _heads(config: MoEConfig) -> Callable:
+def _heads(config: MoEConfig, tensor: int) -> Callable:
     """From the projection's columns to rotated queries and keys, and values, per head."""
     sizes = config.attention
     assert isinstance(sizes, GroupedAttention)
-    splits = (config.heads, config.heads + sizes.kv_heads)
+    heads = config.heads // tensor
+    splits = (heads, heads + sizes.kv_heads_of(tensor))
 
     @fused("RotaryHeads")
     def kernel(qkv, positions, q_norm, k_norm):

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int8
 
-from cmjax.models.moe.arithmetic import FLOATS, FORMATS, Format
+from cmjax.models.moe.arithmetic import EXPERT_FORMATS, FLOATS, ExpertFormat
 from cmjax.models.moe.layers.initial import normal
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.grouped import stacked_dot
+from cmjax.primitives.int4 import Int4Weight, quantize_int4
 from cmjax.primitives.msd import QuantizedWeight, WeightFormat, msd_dot, quantize_weight
 from cmjax.program.mark import fused
 
@@ -38,9 +39,10 @@ _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A matrix `[..., in, out]`: floating point with `scale=None`, or int8 steps of `scale`; or a
-    `QuantizedWeight` for multi-scale products. And what is added to the product."""
+    `QuantizedWeight` for multi-scale products, or an `Int4Weight`. And what is added to the
+    product."""
 
-    value: Array | QuantizedWeight
+    value: Array | QuantizedWeight | Int4Weight
     scale: Float32[Array, "... out"] | None
     bias: Float[Array, "... out"] | None = None
     name: str = dataclasses.field(default="", metadata={"static": True})
@@ -50,6 +52,8 @@ class Weight:
         """Width of the product."""
         if isinstance(self.value, QuantizedWeight):
             return self.value.values.shape[-2]
+        if isinstance(self.value, Int4Weight):
+            return self.value.packed.shape[-1]
         return self.value.shape[-1]
 
 
@@ -58,6 +62,7 @@ def matmul(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch 
     observe(weight.name, x)
     if isinstance(weight.value, QuantizedWeight):
         return msd_dot(x, weight.value, bias=weight.bias)
+    assert not isinstance(weight.value, Int4Weight), "experts alone are in four bits"
     if weight.scale is None:
         y = stacked_dot(x, weight.value.astype(x.dtype))
     else:
@@ -107,7 +112,8 @@ class Linear(nnx.Module):
 
     Parameters: floats: `weight [in, out]`; w8a8: int8 `weight [in, out]` and `scale [out]`; MSD:
     `values [out, in]` (MXFP4: `[out, in / 2]`, two codes a byte) and `scale`, as in
-    `QuantizedWeight`. With `bias`: float32 `bias [out]`.
+    `QuantizedWeight`; w4a8: uint8 `weight [in / 2, out]`, two steps a byte, and
+    `scale [groups, out]`. With `bias`: float32 `bias [out]`.
     """
 
     def __init__(
@@ -115,13 +121,14 @@ class Linear(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        format: Format,
+        format: ExpertFormat,
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
         bias: bool = False,
     ):
-        if format not in FORMATS:
-            raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
+        if format not in EXPERT_FORMATS:
+            known = ", ".join(EXPERT_FORMATS)
+            raise ValueError(f"Linear: format must be one of {known}, got {format!r}")
         shape = (*stack, inputs, outputs)
         value = normal(rngs.params(), shape) * inputs**-0.5
         self.format, self.name = format, ""
@@ -136,6 +143,9 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         if self.values is None:
             assert self.weight is not None, "one of the two is there"
+            if self.format == "w4a8":
+                assert scale is not None, "few-bit values have scales"
+                return Weight(Int4Weight(self.weight[...], scale), None, bias, self.name)
             return Weight(self.weight[...], scale, bias, self.name)
         assert scale is not None, "few-bit values have scales"
         form = _MSD[self.format]
@@ -149,7 +159,7 @@ class Linear(nnx.Module):
 
 def encode_weight(
     value: Float[Array, "*stack k n"],
-    format: Format,
+    format: ExpertFormat,
     importance: Float32[Array, "*stack k"] | None = None,
 ) -> dict[str, Array]:
     """The parameters of a `Linear` in `format`.
@@ -157,7 +167,7 @@ def encode_weight(
     Args:
       value: the float matrix.
       importance: mean square of every input, to choose int8 steps by (`clipped_scale`); `None`:
-        the step is `max|w| / 127`.
+        the step is `max|w| / 127`. Those of four bits are `max|w| / 7` always.
     """
     if format in FLOATS:
         return {"weight": value.astype(format)}
@@ -165,6 +175,9 @@ def encode_weight(
     if format == "msd_w4a16":
         packed = quantize_weight(jnp.swapaxes(value, -1, -2), format="mxfp4")
         return {"values": packed.values, "scale": packed.scale}
+    if format == "w4a8":
+        packed, scale = quantize_int4(value)
+        return {"weight": packed, "scale": scale}
     if importance is None:
         steps, scale = quantize_columns(value)
     else:
@@ -241,8 +254,8 @@ def _convert(params: Any, like: Any, path: str, importance: dict[str, Array]) ->
     return {key: _convert(params[key], like[key], f"{path}/{key}", importance) for key in like}
 
 
-def _format(like: dict[str, Any]) -> Format:
+def _format(like: dict[str, Any]) -> ExpertFormat:
     """What a `Linear` with scales holds."""
     if "weight" in like:
-        return "w8a8"
+        return "w4a8" if like["weight"].dtype == jnp.uint8 else "w8a8"
     return "msd_w4a16" if like["values"].dtype == jnp.uint8 else "msd_w8a16"

@@ -7,7 +7,8 @@ over the latent cache itself.
 
 With `Parallelism.sequence_parallel` the expanded form is the paper's SP -> TP -> SP: latents are
 computed for the rank's own sequences, gathered, attended by `heads / ranks` heads, and exchanged
-back.
+back. With `Parallelism.tensor` both forms gather the latents of a group of ranks, attend
+`heads / tensor` heads, and sum what the output projection makes of them.
 """
 
 import functools
@@ -30,6 +31,7 @@ from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.attention.exact import attention, latent_attention, visible_keys
 from cmjax.primitives.attention.pasa import pasa_attention
 from cmjax.primitives.exchange import gather_ranks
+from cmjax.primitives.grouped import stacked_dot
 from cmjax.program.mark import fused
 
 # DeepSeek's own code and transformers build these two norms without the config's epsilon.
@@ -63,44 +65,48 @@ class MLA(nnx.Module):
         up_value = normal(rngs.params(), (heads, rank, sizes.v_dim)) * rank**-0.5
         self.up_key = nnx.Param(up_key.astype(dtype))
         self.up_value = nnx.Param(up_value.astype(dtype))
-        self.out = linear(config.heads * sizes.v_dim, hidden, bias=sizes.bias)
+        self.out = linear(config.heads // parallelism.tensor * sizes.v_dim, hidden, bias=sizes.bias)
 
     def decode(
         self,
         x: Float[Array, "requests new hidden"],
         cache: LatentCache,
-        lengths: Int[Array, "requests"],
+        lengths: Int[Array, "group"],
     ) -> tuple[Float[Array, "requests new hidden"], LatentCache]:
-        """Absorbed form. `lengths` counts the cached tokens, not the new ones, which are added."""
+        """Absorbed form. `lengths` counts the cached tokens, not the new ones, which are added;
+        like the cache it is of all requests of the tensor-parallel group."""
         new = x.shape[1]
         positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
         with jax.named_scope("prolog"):
-            q_latent, q_rope, cache = _absorbed_prolog(self.config)(
-                x, positions, self._down, self.q_b.matrix, self.up_key[...], cache
-            )
+            up = positions, self.q_b.matrix, self.up_key[...], cache
+            if self.parallelism.tensor > 1:
+                low = self._gathered(*_down_prolog(self.config)(x, None, self._down))
+                q_latent, q_rope, cache = _absorbed_up(self.config)(*low, *up)
+            else:
+                q_latent, q_rope, cache = _absorbed_prolog(self.config)(x, self._down, *up)
         with jax.named_scope("core"):
             q_rope = q_rope.astype(cache.rope.dtype)
             attend = _latent_kernel(self.config, self.arithmetic.attention)
             query = q_latent.astype(cache.rope.dtype)
             found = attend(query, q_rope, cache, lengths + new).astype(x.dtype)
         with jax.named_scope("output"):
-            heads = jnp.einsum("bqhc,hcv->bqhv", found, self.up_value[...])
-            return self.out(heads.reshape(*heads.shape[:2], -1)), cache
+            heads = _per_head(found, self.up_value[...])
+            return self._leave(heads), cache
 
     def prefill(
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
     ) -> tuple[Float[Array, "sequences prompt hidden"], LatentCache]:
         """Expanded form, causal from position 0. Returns the cache entries of the prompt."""
-        config, axes = self.config, self.parallelism.axes
-        splits_heads = self.parallelism.sequence_parallel and bool(axes)
+        config, parallelism = self.config, self.parallelism
+        splits_heads = parallelism.sequence_parallel and bool(parallelism.axes)
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
-            if splits_heads:
-                q_low, latent, rope = _down_prolog(config)(x, positions, self._down)
-                cache = LatentCache.of(latent, rope, kind)
-                widths = (q_low.shape[-1], q_low.shape[-1] + latent.shape[-1])
-                gathered = gather_ranks(jnp.concatenate([q_low, latent, rope], axis=-1), axes)
-                q_low, latent, rope = jnp.split(gathered, widths, axis=-1)
+            if splits_heads or parallelism.tensor > 1:
+                low = _down_prolog(config)(x, positions, self._down)
+                q_low, latent, rope = self._gathered(*low)
+                # the ranks of a tensor-parallel group go on to decode all of its requests
+                own = (latent, rope) if parallelism.tensor > 1 else (low[1], low[2])
+                cache = LatentCache.of(*own, kind)
                 q_nope, q_rope = _up_prolog(config)(q_low, positions, self.q_b.matrix)
             else:
                 q_nope, q_rope, latent, rope = _expanded_prolog(config)(
@@ -115,8 +121,21 @@ class MLA(nnx.Module):
             )
         with jax.named_scope("output"):
             if splits_heads:
-                heads = lax.all_to_all(heads, axes, split_axis=0, concat_axis=2, tiled=True)
-            return self.out(heads.reshape(*heads.shape[:2], -1)), cache
+                heads = lax.all_to_all(heads, parallelism.axes, 0, 2, tiled=True)
+            return self._leave(heads), cache
+
+    def _gathered(self, q_low, latent, rope):
+        """Low-rank projections of all ranks' tokens, or of those of a group, in one message."""
+        widths = (q_low.shape[-1], q_low.shape[-1] + latent.shape[-1])
+        own = jnp.concatenate([q_low, latent, rope], axis=-1)
+        if self.parallelism.sequence_parallel:
+            gathered = gather_ranks(own, self.parallelism.axes)
+        else:
+            gathered = self.parallelism.gather(own)
+        return jnp.split(gathered, widths, axis=-1)
+
+    def _leave(self, heads):
+        return self.parallelism.scatter(self.out(heads.reshape(*heads.shape[:2], -1)))
 
     @property
     def _down(self) -> tuple[Array, Weight | None, Array | None, Weight, Array]:
@@ -130,15 +149,19 @@ class MLA(nnx.Module):
 
 
 def _project_down(config, x, positions, down):
-    """Normalised query latent (without one: input), normalised key/value latent, rotated shared
-    key."""
+    """Normalised query latent (without one: input), normalised key/value latent, shared key, which
+    is rotated unless `positions` is None."""
     norm, q_a, q_norm, kv_a, kv_norm = down
     h = rms_norm(x, norm, config.norm_eps)
     q_low = h if q_a is None else rms_norm(matmul(h, q_a), q_norm, _LATENT_NORM_EPS)
     latent, rope = jnp.split(matmul(h, kv_a), [_sizes(config).kv_lora_rank], axis=-1)
-    cos, sin = angles(positions, config)
-    rope = rotate(rope, cos, sin, interleave=config.rope.interleave)
+    rope = rope if positions is None else _rotated_key(config, rope, positions)
     return q_low, rms_norm(latent, kv_norm, _LATENT_NORM_EPS), rope
+
+
+def _rotated_key(config, rope, positions):
+    cos, sin = angles(positions, config)
+    return rotate(rope, cos, sin, interleave=config.rope.interleave)
 
 
 def _query(config, q_low, positions, q_b):
@@ -238,10 +261,33 @@ def _expanded_prolog(config: MoEConfig) -> Callable:
 @functools.cache
 def _absorbed_prolog(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
-    def prolog(x, positions, down, q_b, up_key, cache):
+    def prolog(x, down, positions, q_b, up_key, cache):
         q_low, latent, rope = _project_down(config, x, positions, down)
-        q_nope, q_rope = _query(config, q_low, positions, q_b)
-        q_latent = jnp.einsum("bqhn,hnc->bqhc", q_nope, up_key)
+        q_latent, q_rope = _absorbed_query(config, q_low, positions, q_b, up_key)
         return q_latent, q_rope, cache.write(latent, rope, positions)
 
     return prolog
+
+
+@functools.cache
+def _absorbed_up(config: MoEConfig) -> Callable:
+    """The rest of `_absorbed_prolog`, after the low-rank projections of a group were gathered."""
+
+    @fused("MLAProlog")
+    def prolog(q_low, latent, rope, positions, q_b, up_key, cache):
+        q_latent, q_rope = _absorbed_query(config, q_low, positions, q_b, up_key)
+        rope = _rotated_key(config, rope, positions)
+        return q_latent, q_rope, cache.write(latent, rope, positions)
+
+    return prolog
+
+
+def _absorbed_query(config, q_low, positions, q_b, up_key):
+    q_nope, q_rope = _query(config, q_low, positions, q_b)
+    return _per_head(q_nope, up_key), q_rope
+
+
+def _per_head(x, matrices):
+    """Rows of every head by its matrix, for few rows: [batch, rows, heads, k] by [heads, k, n]."""
+    y = stacked_dot(jnp.moveaxis(x, 2, 0), matrices, skip_zeros=False)
+    return jnp.moveaxis(y, 0, 2)

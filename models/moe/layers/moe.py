@@ -19,6 +19,7 @@ from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.layers.sorted import SortedRows, sort_by_slot, unsort
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
+from cmjax.primitives.permute import permute, unpermute
 
 
 class SlotVariable(nnx.Variable):
@@ -52,7 +53,7 @@ class MoE(nnx.Module):
                 "MoE: shared replicas in slots need shared_experts = 1 (one of a routed expert's "
                 f"size), the model has {config.shared_experts}; use shared_replicas=0"
             )
-        self.parallelism, self.quantize = parallelism, arithmetic.experts == "w8a8"
+        self.parallelism, self.quantize = parallelism, arithmetic.dispatches_int8
         hidden, ffn = config.hidden_size, config.expert_ffn_size
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
         self.router = Router(config, rngs=rngs)
@@ -67,6 +68,7 @@ class MoE(nnx.Module):
             SwiGLU(
                 hidden,
                 ffn * config.shared_experts,
+                parallelism,
                 format=arithmetic.dense,
                 rngs=rngs,
                 bias=config.ffn_bias,
@@ -94,7 +96,10 @@ class MoE(nnx.Module):
         sorted rows."""
         if isinstance(sent, SortedRows):
             return self.experts.of_sorted(sent, dtype)
-        return self.experts(sent.rows, sent.scale, dtype)
+        if not self.parallelism.permutes:
+            return self.experts(sent.rows, sent.scale, dtype)
+        how = {"ranks": self.parallelism.ranks, "copies": sent.position.shape[1]}
+        return unpermute(self.experts(permute(sent.rows, **how), sent.scale, dtype), **how)
 
     def receive(
         self, rows: Array, sent: Dispatched | SortedRows, routed: Routed

@@ -7,14 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from cmjax.models.moe.config import (
-    DynamicScaling,
-    LatentAttention,
-    LinearScaling,
-    Llama3Scaling,
-    MoEConfig,
-    YarnConfig,
-)
+from cmjax.models.moe.config import LatentAttention, MoEConfig
+from cmjax.models.moe.positions import DynamicScaling, LinearScaling, Llama3Scaling, YarnConfig
 
 
 def frequencies(config: MoEConfig) -> np.ndarray:

@@ -63,6 +63,7 @@ class DenseLayer(nnx.Module):
         self.ffn = SwiGLU(
             config.hidden_size,
             config.ffn_size,
+            parallelism,
             format=arithmetic.dense,
             rngs=rngs,
             bias=config.ffn_bias,
@@ -136,6 +137,7 @@ class Transformer(nnx.Module):
 
     Attributes: `dense` and `moe` stacks (None without such layers), `embed [vocab, hidden]`,
     `norm`, `head` (None if it is the embedding). The embedding is in the dtype of the activations.
+    The vocabulary is split over the ranks of a tensor-parallel group.
     """
 
     def __init__(
@@ -143,7 +145,8 @@ class Transformer(nnx.Module):
     ):
         self.config, self.parallelism = config, parallelism
         dtype = arithmetic.dtype
-        shape = (config.vocab_size, config.hidden_size)
+        vocabulary = parallelism.vocabulary(config)
+        shape = (vocabulary, config.hidden_size)
         self.embed = nnx.Param(normal(rngs.params(), shape).astype(dtype))
 
         def dense(rngs: nnx.Rngs) -> DenseLayer:
@@ -160,7 +163,7 @@ class Transformer(nnx.Module):
         self.head = (
             None
             if config.tie_embeddings
-            else Linear(config.hidden_size, config.vocab_size, format=arithmetic.head, rngs=rngs)
+            else Linear(config.hidden_size, vocabulary, format=arithmetic.head, rngs=rngs)
         )
 
     def prefill(
@@ -179,20 +182,33 @@ class Transformer(nnx.Module):
     ) -> tuple[Activations, tuple[ModelCache, ...]]:
         """Final normalised hidden states of new tokens; caches with them written at `lengths`."""
         check_length(self.config, jax.tree.leaves(caches)[0].shape[2])
-        return self._run(tokens, caches, decode_attention(lengths))
+        return self._run(tokens, caches, decode_attention(lengths, self.parallelism))
 
-    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+    def logits(self, hidden: Float[Array, "own *batch hidden"]) -> Float[Array, "own *batch vocab"]:
         """Scores over the vocabulary, float32."""
         with jax.named_scope("lm_head"):
+            hidden = self.parallelism.gather(hidden)
             if self.head is None:
                 # XLA's product reads the embedding as it lies: its transpose is never made
-                return jnp.matmul(hidden, self.embed[...].T).astype(jnp.float32)
-            return self.head(hidden).astype(jnp.float32)
+                scores = jnp.matmul(hidden, self.embed[...].T)
+            else:
+                scores = self.head(hidden)
+            # a rank samples for its own requests
+            scores = self.parallelism.own_rows(scores)[..., : self.config.vocab_size]
+            return scores.astype(jnp.float32)
 
-    def embedding(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+    def embedding(self, tokens: Int[Array, "own *batch"]) -> Float[Array, "own *batch hidden"]:
         """Embedded tokens."""
+        parallelism = self.parallelism
         with jax.named_scope("embed"):
-            return jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+            tokens = parallelism.gather(tokens)
+            if parallelism.tensor == 1:
+                return jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+            held = parallelism.vocabulary(self.config)
+            place = tokens - parallelism.group_rank * held
+            found = jnp.take(self.embed[...], place, axis=0, mode="clip")
+            here = (place >= 0) & (place < held)
+            return parallelism.scatter(jnp.where(here[..., None], found, 0))
 
     def _run(self, tokens, caches, attend):
         xs = tuple(self.embedding(t) for t in tokens)
@@ -216,12 +232,15 @@ def prefill_attention(kv_cache: KVCache) -> Attend:
     return lambda attention, number, x, cache: attention.prefill(x, kv_cache)
 
 
-def decode_attention(lengths: tuple[Int[Array, "requests"], ...]) -> Attend:
-    """Attend the cache, microbatch `number` at its `lengths`."""
+def decode_attention(
+    lengths: tuple[Int[Array, "requests"], ...], parallelism: Parallelism
+) -> Attend:
+    """Attend the cache, microbatch `number` at its `lengths`, those of a rank's own requests."""
+    group = tuple(parallelism.gather(each) for each in lengths)
 
     def attend(attention, number, x, cache):
         assert cache is not None, "decoding needs a cache"
-        return attention.decode(x, cache, lengths[number])
+        return attention.decode(x, cache, group[number])
 
     return attend
 

@@ -13,16 +13,18 @@ from cmjax.models.moe.checkpoint.hf_config import (
     read_config,
 )
 from cmjax.models.moe.config import (
-    DynamicScaling,
     GroupedAttention,
     LatentAttention,
+    deepseek_r1,
+    deepseek_v3,
+    tiny,
+)
+from cmjax.models.moe.positions import (
+    DynamicScaling,
     LinearScaling,
     Llama3Scaling,
     Rope,
     YarnConfig,
-    deepseek_r1,
-    deepseek_v3,
-    tiny,
 )
 
 PUBLISHED = {  # the form of DeepSeek-V3's own config.json

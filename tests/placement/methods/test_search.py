@@ -49,7 +49,7 @@ def by_layer(plan, problem):
 @pytest.mark.parametrize("objective", ["mean", "worst", "cvar:0.6", "quantile:0.5"])
 def test_tokens_and_copies_carried_along_are_those_of_the_plan(objective):
     problem = random_problem(1, windows=5, layers=3, redundant=8)
-    loads, held = search_inputs(problem, np.stack([greedy(problem).expert_of_slot] * 2))
+    loads, held, _ = search_inputs(problem, np.stack([greedy(problem).expert_of_slot] * 2))
     rng = np.random.default_rng(0)
     risk = Risk.parse(objective)
     state = improve(

@@ -1,5 +1,7 @@
 """Products of rows with the matrix of their group, against NumPy in float64 and `msd_dot`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,10 +86,12 @@ def test_few_bit_groups_are_msd_products_bit_by_bit(rng, format, sizes):
 def test_a_stack_is_multiplied_and_rows_of_zeros_give_zeros(rng, dtype, rows):
     x, w, _ = _operands(rng, [rows] * 3, 70, 200, dtype, rows=3 * rows)
     x = x.reshape(3, rows, 70).at[1].set(0).at[2, rows // 2].set(0)
-    got = np.asarray(jax.jit(stacked_dot)(x, w), np.float64)
+    whole = functools.partial(stacked_dot, skip_zeros=False)
+    found = [np.asarray(jax.jit(fn)(x, w), np.float64) for fn in (stacked_dot, whole)]
     wanted = np.einsum("srk,skn->srn", np.asarray(x, np.float64), np.asarray(w, np.float64))
     size = np.einsum("srk,skn->srn", *(np.abs(np.asarray(a, np.float64)) for a in (x, w)))
-    assert (np.abs(got - wanted) <= _bound(dtype, 70) * size).all()
+    for got in found:
+        assert (np.abs(got - wanted) <= _bound(dtype, 70) * size).all()
     one = np.asarray(stacked_dot(x[0], w[0]), np.float64)
     assert (np.abs(one - wanted[0]) <= _bound(dtype, 70) * size[0]).all()
 
@@ -154,7 +158,10 @@ def test_a_stack_costs_what_dot_general_costs(rng):
     x = x.reshape(3, 4, 16)
     plain = trace(lambda x, w: jax.lax.dot_general(x, w, (((2,), (1,)), ((0,), (0,)))), x, w)
     own = trace(stacked_dot, x, w)
-    assert own.totals({}) == plain.totals({})
+    of_experts = {"stack_bytes": 3 * 16 * 8 * 2, "stack_row_bytes": 3 * 16 * 8 * 2 * 4}
+    assert own.totals({}) == plain.totals({}) | of_experts
+    of_heads = trace(lambda x, w: stacked_dot(x, w, skip_zeros=False), x, w)  # all have rows
+    assert of_heads.totals({}) == plain.totals({})
 
 
 @pytest.mark.parametrize(
@@ -173,13 +180,13 @@ def test_groups_that_cannot_be_are_refused(rows, matrices, sizes, message):
 
 
 def test_dtypes_that_do_not_fit_are_refused():
-    x, w = jnp.zeros((2, 4)), jnp.zeros((1, 4, 3))
+    x, w = jnp.zeros((2, 4), jnp.float32), jnp.zeros((1, 4, 3), jnp.float32)
     with pytest.raises(TypeError, match="of one floating-point dtype, or both int8"):
         grouped_dot(x, w.astype(jnp.int8), jnp.array([2]))
     with pytest.raises(TypeError, match="of one floating-point dtype, or both int8"):
         stacked_dot(x.astype(jnp.int32), w[0].astype(jnp.int32))
     with pytest.raises(ValueError, match="start with the stack"):
-        stacked_dot(jnp.zeros((2, 2, 4)), w)
-    grouped = quantize_weight(jnp.ones((1, 3, 4)), group_size=2)
+        stacked_dot(jnp.zeros((2, 2, 4), jnp.float32), w)
+    grouped = quantize_weight(jnp.ones((1, 3, 4), jnp.float32), group_size=2)
     with pytest.raises(ValueError, match="one scale per feature and no offset"):
         grouped_msd_dot(x, grouped, jnp.array([2]))

@@ -1,11 +1,14 @@
 """Products of large activations and small weights: what fits in the end saturates nowhere."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
+from cmjax import native
 from cmjax.primitives.grouped import grouped_msd_dot
 from cmjax.primitives.msd import QuantizedWeight, quantize_weight
 from cmjax.primitives.msd.product import msd_dot
@@ -49,6 +52,28 @@ def test_a_result_of_a_group_that_fits_does_not_saturate_on_its_way(size, weight
 
 
 @pytest.mark.parametrize("format", ["int8", "mxfp4"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_result_beyond_float32_saturates_whatever_the_signs_on_its_way(
+    format, kernels, monkeypatch
+):
+    if not kernels:
+        off = dataclasses.replace(native.status(), enabled=False)
+        monkeypatch.setattr("cmjax.primitives.define.status", lambda: off)
+    steps = jnp.tile(jnp.array([1.0, -1.0], jnp.float32), 32)
+    w = quantize_weight(jnp.stack([abs(steps), -abs(steps), steps])[None], format=format)
+    x = jnp.full((1, 64), 3e38, jnp.float32)
+    largest = np.finfo(np.float32).max
+    one = jax.tree.map(lambda a: a[0], w)
+    products = (
+        lambda x, bias: msd_dot(x, one, bias=bias),
+        lambda x, bias: grouped_msd_dot(x, w, jnp.array([1])) + bias,
+    )
+    for product in products:
+        y = jax.jit(product)(x, jnp.array([0, 0, 1], jnp.float32))
+        np.testing.assert_array_equal(y, [[largest, -largest, 1]])
+
+
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
 def test_large_rows_with_small_weights_in_either_format_and_with_or_without_groups(format):
     x = jnp.full((1, 1024), 1e34, jnp.float32)
     w = quantize_weight(jnp.full((1, 4, 1024), 0.01, jnp.float32), format=format)
@@ -59,7 +84,8 @@ def test_large_rows_with_small_weights_in_either_format_and_with_or_without_grou
 
 
 def test_a_row_that_is_not_finite_gives_nan_beside_large_ones():
-    x = jnp.array([[1e34] * 8, [jnp.nan] + [1.0] * 7, [jnp.inf] + [1.0] * 7, [1.0] * 8])
+    rows = [[1e34] * 8, [jnp.nan] + [1.0] * 7, [jnp.inf] + [1.0] * 7, [1.0] * 8]
+    x = jnp.array(rows, jnp.float32)
     w = quantize_weight(jnp.full((1, 4, 8), 0.01, jnp.float32))
     one = jax.tree.map(lambda a: a[0], w)
     for y in (jax.jit(msd_dot)(x, one), jax.jit(grouped_msd_dot)(x, w, jnp.array([4]))):

@@ -56,7 +56,7 @@ def _losses(out: Path) -> list[tuple[int, str, float, float]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_strings(compiled_once):
+def few_strings():
     """Runs of this file test on few strings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task_module, "TEST_STRINGS", 8)

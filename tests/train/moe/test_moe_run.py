@@ -18,8 +18,6 @@ from train.moe.run import start, train, trained_model
 from train.moe.train_step import initial, make_gradient, make_step, one_rank_params, parallelism_of
 from train.moe_lm import held_out_loss, main
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 QUIET = Console(quiet=True)
 
 
@@ -51,7 +49,7 @@ def _losses(out: Path) -> list[tuple[int, float, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, compiled_once):
+def whole(tmp_path_factory):
     """A run from the beginning to the end, on two ranks."""
     run = start(_config(tmp_path_factory.mktemp("whole"), mesh="1x2"), QUIET)
     train(run, QUIET)

@@ -14,7 +14,8 @@ import pytest
 from cmjax.models.moe.checkpoint.hf_config import config_json
 from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, write_tensors
 from cmjax.models.moe.checkpoint.tensor_names import weight_mappings
-from cmjax.models.moe.config import GroupedAttention, MoEConfig, Rope
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
+from cmjax.models.moe.positions import Rope
 
 LARGE = MoEConfig(
     vocab_size=16384,

@@ -2,11 +2,13 @@
 stacks and the static blocks of dispatch."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from cmjax.models.moe import open_generator, tiny
+from cmjax.models.moe.config import GroupedAttention
 from cmjax.models.moe.generation.batch import Sampler
 from cmjax.models.moe.generation.layered import are_split
 from cmjax.models.moe.generation.open import GeneratorOptions
@@ -44,8 +46,20 @@ def test_a_step_reads_no_copy_of_the_weights():
     assert stack not in text and stack.replace("[", "[1,") not in text
 
 
-def _decode_program(generator):
-    sizes = BatchShape(requests=1, prompt=16, room=16, layered=True)
+@pytest.mark.parametrize("requests", [1, 3])
+def test_a_step_writes_new_tokens_where_the_cache_lies(requests):
+    """Compiled, no instruction copies an array with room for all tokens."""
+    grouped = dataclasses.replace(
+        tiny(), attention=GroupedAttention(kv_heads=2, head_dim=16), family="mixtral"
+    )
+    generator = open_generator(grouped, options=GeneratorOptions(drafts=0))
+    text = _decode_program(generator, requests=requests, room=47).as_text()
+    assert re.search(r"\[[\d,]*,47,\d+,\d+\]", text)
+    assert not re.search(r"= \w+\[[\d,]*,47,\d+,\d+\]\S* copy\(", text)
+
+
+def _decode_program(generator, requests=1, room=16):
+    sizes = BatchShape(requests=requests, prompt=16, room=room, layered=True)
     programs = compile_programs(
         generator.config,
         generator.parallelism,

@@ -1,5 +1,7 @@
 """What does not fit is refused before it is made, with bytes; prompts are cut where that helps."""
 
+import dataclasses
+
 import pytest
 
 from cmjax.mesh import RankMesh
@@ -60,6 +62,14 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path):
 def test_exchange_buffers_grow_with_ranks_slots_and_tokens():
     # per row: 64 values sent, 64 received, 2 x 32 in the SwiGLU and 32 out of it, float32
     assert exchange_bytes(tiny(), PARALLELISM, 5) == 8 * 24 * 5 * (64 + 64 + 96) * 4
+
+
+def test_sorted_rows_are_as_many_as_copies_of_tokens_whatever_the_experts_are():
+    alone = dataclasses.replace(one_rank(tiny()), sort_rows=True)
+    copies = 5 * tiny().experts_per_token
+    assert exchange_bytes(tiny(), alone, 5) == copies * (64 + 64 + 96) * 4
+    blocks = dataclasses.replace(alone, sort_rows=False)
+    assert exchange_bytes(tiny(), blocks, 5) == 5 * tiny().routed_experts * (64 + 64 + 96) * 4
 
 
 @pytest.mark.parametrize(("room", "chunk"), [(16, None), (15.9, 8), (8, 8), (7.9, 4), (1, 1)])

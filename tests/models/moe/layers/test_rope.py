@@ -7,15 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.models.moe.config import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    Rope,
-    YarnConfig,
-    deepseek_v3,
-    tiny,
-)
+from cmjax.models.moe.config import deepseek_v3, tiny
 from cmjax.models.moe.layers.rope import (
     angles,
     check_length,
@@ -23,6 +15,13 @@ from cmjax.models.moe.layers.rope import (
     rotary_amplitude,
     rotate,
     softmax_scale,
+)
+from cmjax.models.moe.positions import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnConfig,
 )
 
 YARN = deepseek_v3()

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache: kernel and XLA alike, against NumPy in float64."""
+"""Causal attention of prompts, over caches and latents: kernel and XLA against NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cmjax import native
-from cmjax.primitives.attention.exact import attention
+from cmjax.primitives.attention.exact import attention, latent_attention
 
 
 def _wanted(q, k, v, lengths, scale, window):
@@ -46,15 +46,52 @@ def test_new_tokens_attend_the_cache(dtype, error, window, queries, dim, value_d
     np.testing.assert_array_equal(mapped[0], fn(q, k, v, lengths))
 
 
+@pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("heads, kv_heads, dim, value_dim", [(4, 1, 64, 64), (2, 2, 24, 40)])
+def test_prompts_attend_themselves(dtype, error, window, heads, kv_heads, dim, value_dim):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 150, heads, dim)), dtype)
+    k = jnp.asarray(rng.normal(size=(2, 150, kv_heads, dim)), dtype)
+    v = jnp.asarray(rng.normal(size=(2, 150, kv_heads, value_dim)), dtype)
+    fn = jax.jit(lambda *a: attention(*a, scale=dim**-0.5, causal=True, window=window))
+    wanted = _wanted(q, k, v, [150, 150], dim**-0.5, window)
+    np.testing.assert_allclose(fn(q, k, v), wanted, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("dtype, kept", [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "int8")])
+def test_absorbed_queries_attend_the_latents(queries, dtype, kept):
+    rng = np.random.default_rng(0)
+    lengths = np.array([queries, 70, 90], np.int32)
+    q_latent, q_rope, latent, rope = (
+        jnp.asarray(rng.normal(size=(3, *shape)), dtype)
+        for shape in ((queries, 5, 40), (queries, 5, 8), (90, 40), (90, 8))
+    )
+    steps = None
+    if kept == "int8":
+        latent = jnp.asarray(rng.integers(-127, 128, latent.shape), jnp.int8)
+        steps = jnp.asarray(rng.uniform(0.01, 0.02, (3, 90)), jnp.float32)
+    fn = jax.jit(lambda q, r, *kept: latent_attention(q, r, *kept, scale=0.2))
+    found = fn(q_latent, q_rope, latent, steps, rope, lengths)
+    values = np.asarray(latent, np.float64) * (1 if steps is None else np.asarray(steps)[..., None])
+    key = np.concatenate([values, np.asarray(rope, np.float64)], -1)[:, :, None]
+    query = np.concatenate([np.asarray(x, np.float64) for x in (q_latent, q_rope)], -1)
+    wanted = _wanted(query, key, values[:, :, None], lengths, 0.2, None)
+    error = 2e-6 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(found, wanted, rtol=error, atol=error)
+
+
 @pytest.mark.skipif(not native.status().enabled, reason=native.status().reason)
-def test_one_new_token_goes_through_the_kernel_and_several_do_not():
-    def lowered(queries):
-        q, k = jnp.zeros((2, queries, 4, 8)), jnp.zeros((2, 9, 2, 8))
-        fn = lambda q: attention(q, k, k, scale=1.0, causal=True, lengths=jnp.array([4, 9]))  # noqa: E731
+def test_causal_attention_goes_through_the_kernel_and_other_does_not():
+    def lowered(causal, lengths):
+        q, k = (jnp.zeros(shape, jnp.float32) for shape in ((2, 3, 4, 8), (2, 9, 2, 8)))
+        fn = lambda q: attention(q, k, k, scale=1.0, causal=causal, lengths=lengths)  # noqa: E731
         return jax.jit(fn).lower(q).as_text()
 
-    assert "cmjax_cached_attention" in lowered(1)
-    assert "cmjax_cached_attention" not in lowered(2)
+    assert "cmjax_attention" in lowered(True, None)
+    assert "cmjax_attention" in lowered(True, jnp.array([4, 9]))
+    assert "cmjax_attention" not in lowered(False, jnp.array([4, 9]))
 
 
 def test_the_gradient_is_that_of_the_formula():
@@ -101,6 +138,22 @@ def test_what_is_hidden_never_matters_and_one_element_that_is_seen_does(bad, whi
         assert np.isnan(seen[0, :, 2:]).all()  # heads that share the key
         np.testing.assert_array_equal(seen[0, :, :2], whole[0, :, :2])
         np.testing.assert_array_equal(seen[1], whole[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_of_a_prompt_only_what_comes_after_an_element_that_is_not_finite_is_lost(bad, which):
+    rng = np.random.default_rng(0)
+    operands = {
+        name: jnp.asarray(rng.normal(size=(1, 100, heads, 8)), jnp.float32)
+        for name, heads in (("q", 4), ("k", 2), ("v", 2))
+    }
+    fn = jax.jit(lambda q, k, v: attention(q, k, v, scale=0.3, causal=True))
+    whole = np.asarray(fn(**operands))
+    found = np.asarray(fn(**operands | {which: operands[which].at[0, 70, 1, 3].set(bad)}))
+    assert np.isnan(found[0, 70:, 2:]).all()
+    np.testing.assert_array_equal(found[0, :, :2], whole[0, :, :2])
+    np.testing.assert_allclose(found[0, :70], whole[0, :70], rtol=2e-6, atol=2e-6)
 
 
 def test_a_score_that_leaves_float32_downwards_weighs_nothing_and_upwards_is_nan():

@@ -1,0 +1,285 @@
+"""A plan of a mixture of experts, executed: one training step on all of its ranks.
+
+    step = expert_step("data=8,expert=4,optimizer=zero1", training, global_batch=16)
+    state = step.initial(seed=0)
+    state, result = step(state, tokens)                    tokens [16, sequence + 1]
+
+    rank (r, e):  replica r of the experts' group, of which rank e has a part of every layer's
+                  experts; e counts first. All ranks have sequences of their own.
+
+The layers are those that are priced (`cmjax.parallelism.expert_program`). What a rank's loss says
+about experts comes to the ranks that have them by the transposes of dispatch and combine.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array
+
+from cmjax.inputs import check_count
+from cmjax.mesh import RANKED, RankMesh
+from cmjax.models.moe.arithmetic import FLOATS, Arithmetic
+from cmjax.models.moe.balancing import balanced, is_load
+from cmjax.models.moe.layers.transformer import Transformer
+from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.sharding import shard_params
+from cmjax.models.moe.slots import ep_table
+from cmjax.models.moe.trained import trained, with_tables
+from cmjax.parallelism.executed import Executed, TrainState
+from cmjax.parallelism.expert_program import EndsProgram, LayerProgram, Tree, of_experts
+from cmjax.parallelism.experts import MoETraining
+from cmjax.parallelism.plan import Plan, parse_plan
+from cmjax.parallelism.shards import gathered, spread
+from cmjax.primitives.tensor import gather_group, scatter_sum
+
+
+def expert_step(
+    plan: Plan | str,
+    training: MoETraining,
+    *,
+    global_batch: int,
+    optimizer: optax.GradientTransformation | None = None,
+    bias_rate: float = 1e-3,
+    clip: float | None = 1.0,
+    dtype: Any = jnp.float32,
+    capacity: int | None = None,
+    virtual: bool | None = None,
+) -> "ExpertStep":
+    """A training step of a mixture of experts under a plan.
+
+    Args:
+      plan: `data`, `expert`, `micro_batch`, `recompute`, and `optimizer` "none" or "zero1".
+      training: the model, without the modules that predict further tokens, and its sequences.
+      global_batch: sequences of a step.
+      optimizer: works element by element (`optax.adamw(1e-4)` by default).
+      bias_rate: step of the balancing biases (DeepSeek-V3's by default), where the model has them.
+      clip: largest norm of the gradient; `None` for any.
+      dtype: float32 or bfloat16: of parameters, activations, and gradients as they are exchanged.
+      capacity: rows of a micro-batch that an expert takes from a rank; by default any number, and
+        the gradient is one device's.
+      virtual: several ranks on an XLA device; by default where there are fewer devices than ranks.
+    Raises: ValueError: degrees that do not divide, or what is priced but not executed.
+
+    >>> import dataclasses
+    >>> import numpy as np
+    >>> from cmjax.models.moe.config import tiny
+    >>> from cmjax.parallelism import MoETraining, expert_step
+    >>> training = MoETraining(model=tiny(), sequence=8)
+    >>> step = expert_step("data=2,expert=2", training, global_batch=2)
+    >>> state, result = step(step.initial(seed=0), np.arange(18).reshape(2, 9))
+    >>> bool(result.loss > 5)
+    True
+    """
+    plan = parse_plan(plan) if isinstance(plan, str) else plan
+    check_count("global_batch", global_batch)
+    training.check(plan, global_batch)
+    if plan.pipeline > 1 or plan.optimizer not in ("none", "zero1"):
+        raise ValueError(
+            "plan: a mixture of experts is executed with pipeline=1 and optimizer=none or zero1, "
+            f"got pipeline={plan.pipeline}, optimizer={plan.optimizer}"
+        )
+    if jnp.dtype(dtype).name not in FLOATS:
+        raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
+    mesh = RankMesh(nodes=1, npus=plan.data // plan.expert, dies=plan.expert)
+    if virtual is None:
+        virtual = len(jax.devices()) < mesh.ranks
+    return ExpertStep(
+        plan=plan, training=training, global_batch=global_batch, mesh=mesh, virtual=virtual,
+        dtype=jnp.dtype(dtype), clip=clip, capacity=capacity,
+        optimizer=balanced(optax.adamw(1e-4) if optimizer is None else optimizer, bias_rate),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ExpertStep(Executed):
+    """A compiled step of a mixture of experts; made by `expert_step`."""
+
+    training: MoETraining
+    capacity: int | None
+
+    @property
+    def sequence(self) -> int:
+        return self.training.sequence
+
+    def replica_of(self, rank: int) -> int:
+        return rank
+
+    def random(self, seed: int) -> Tree:
+        model = self.training.model
+        made = Transformer(
+            model, one_rank(model), arithmetic=self._arithmetic, rngs=nnx.Rngs(params=seed)
+        )
+        return nnx.to_pure_dict(nnx.split(made)[1])
+
+    def state(self, whole: Tree) -> TrainState:
+        ranks, groups = self.mesh.ranks, self.plan.data // self.plan.expert
+
+        def everywhere(path, x):
+            if not of_experts(path):
+                return jnp.broadcast_to(x, (ranks, *x.shape))
+            return jnp.broadcast_to(x, (groups, *x.shape)).reshape(ranks, *x.shape[1:])
+
+        params = jax.tree_util.tree_map_with_path(
+            everywhere, shard_params(whole, self._parallelism)
+        )
+        own = self.lift(self._own, (RANKED,), RANKED)(params)
+        optimizer = self.lift(self.optimizer.init, (RANKED,), RANKED)(own)
+        params = jax.tree_util.tree_map_with_path(self._as_held, params)
+        return TrainState(params, None if self.dtype == jnp.float32 else own, optimizer)
+
+    def whole(self, parts: Tree) -> Tree:
+        """Parameters, or gradients, as one device has them; `None` for tables of slots."""
+        groups, share = self.plan.data // self.plan.expert, self.plan.expert
+
+        def one(path, own, x):
+            x = x.reshape(groups, share, *x.shape[1:])
+            if x.shape[2:] != own.shape:  # every replica has a part
+                x = jnp.swapaxes(x, 0, 1) if of_experts(path) else x.reshape(1, groups * share, -1)
+                x = gathered(1, x.reshape(len(x), -1), own)
+            else:
+                x = x[0]
+            if not of_experts(path):
+                return x[0]
+            x = jnp.swapaxes(x, 0, 1)  # [share, layers, slots, ...] -> [layers, experts, ...]
+            return x.reshape(len(x), -1, *x.shape[3:])
+
+        return jax.tree_util.tree_map_with_path(one, self._shapes, trained(parts))
+
+    def rank_gradients(self, params, tokens):
+        """(share of the loss, gradients, share of their square) on a rank."""
+        plan, floats = self.plan, trained(params)
+        count = plan.micro_batches(self.global_batch)
+
+        def loss(floats, tokens):
+            return self._loss(with_tables(floats, params), tokens)
+
+        def one(sums, tokens):
+            found, grads = jax.value_and_grad(loss)(floats, tokens)
+            return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), sums, grads), found
+
+        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), floats)
+        sums, losses = lax.scan(one, sums, tokens.reshape(count, plan.micro_batch, -1))
+
+        def mean(path, g):
+            return g if is_load(path) else g / (count * plan.data)
+
+        grads = jax.tree_util.tree_map_with_path(
+            self._reduced, jax.tree_util.tree_map_with_path(mean, sums)
+        )
+        return jnp.mean(losses), grads, self._square(grads)
+
+    def rank_update(self, state: TrainState, grads, scale) -> TrainState:
+        master = self._own(state.params) if state.master is None else state.master
+        grads = jax.tree_util.tree_map_with_path(
+            lambda path, g: g if is_load(path) else g * scale, grads
+        )
+        update: Any = self.optimizer.update
+        updates, optimizer = update(grads, state.optimizer, master)
+        master: Any = optax.apply_updates(master, updates)
+
+        def everyone(path, like, x):
+            x = self._as_held(path, x)
+            if not self._spreads(path):
+                return x
+            return gathered(0, gather_group(x, self._replicas(path)), like)
+
+        params = jax.tree_util.tree_map_with_path(everyone, trained(state.params), master)
+        params = with_tables(params, state.params)
+        return TrainState(params, None if state.master is None else master, optimizer)
+
+    def _loss(self, params, tokens) -> Array:
+        x = self._ends.embed(params, tokens[:, :-1])
+        for kind, layers in self.training.model.runs:
+            stack = jax.tree.map(lambda p, s=layers: p[s.start : s.stop], params[kind]["layers"])
+            layer = self._layers[kind]
+            x, _ = lax.scan(lambda x, params, layer=layer: (layer(params, x), None), x, stack)
+        ends = {name: params[name] for name in self._ends.shapes}
+        return self._ends.loss(ends, x, tokens[:, 1:])
+
+    def _reduced(self, path, g: Array) -> Array:
+        """The sum over the ranks that hold the same, of which a rank keeps its part."""
+        axes = self._replicas(path)
+        if is_load(path):
+            return lax.psum(g, axes)
+        g = g.astype(self.dtype)
+        if self._spreads(path):
+            g = scatter_sum(spread(0, g, self._copies(path)), axes)
+        else:
+            g = lax.psum(g, axes)
+        return g.astype(jnp.float32)
+
+    def _own(self, params: Tree) -> Tree:
+        """What the optimizer of a rank works on, in float32."""
+
+        def part(path, x):
+            x = x.astype(jnp.float32)
+            if not self._spreads(path):
+                return x
+            x = spread(0, x, self._copies(path))
+            size = len(x) // self._copies(path)
+            return lax.dynamic_slice_in_dim(x, lax.axis_index(self._replicas(path)) * size, size)
+
+        return jax.tree_util.tree_map_with_path(part, trained(params))
+
+    def _square(self, grads: Tree) -> Array:
+        """The squares of this rank's gradients, each element counted once over all ranks."""
+        total = jnp.zeros(())
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            held = 1 if self._spreads(path) else self._copies(path)
+            total += 0.0 if is_load(path) else jnp.sum(g * g) / held
+        return total
+
+    def _as_held(self, path, x: Array) -> Array:
+        """In the precision of the parameters."""
+        floats = jnp.issubdtype(x.dtype, jnp.floating) and not is_load(path)
+        return x.astype(self.dtype) if floats else x
+
+    def _spreads(self, path) -> bool:
+        return self.plan.optimizer == "zero1" and not is_load(path)
+
+    def _replicas(self, path) -> tuple[str, ...]:
+        """Axes of the ranks that hold the same."""
+        return ("npu",) if of_experts(path) or self.plan.expert == 1 else ("npu", "die")
+
+    def _copies(self, path) -> int:
+        return self.plan.data // (self.plan.expert if of_experts(path) else 1)
+
+    @functools.cached_property
+    def _arithmetic(self) -> Arithmetic:
+        name: Any = self.dtype.name
+        return Arithmetic.of(name)
+
+    @functools.cached_property
+    def _parallelism(self) -> Parallelism:
+        share = self.plan.expert
+        return Parallelism(
+            table=ep_table(self.training.model.routed_experts, share),
+            axes=("die",) if share > 1 else (),
+            capacity=self.capacity,
+        )
+
+    @functools.cached_property
+    def _layers(self) -> dict[str, LayerProgram]:
+        model, plan = self.training.model, self.plan
+        return {
+            kind: LayerProgram(model, self._parallelism, kind, plan.recompute, self._arithmetic)
+            for kind in ("dense", "moe")
+        }
+
+    @functools.cached_property
+    def _ends(self) -> EndsProgram:
+        return EndsProgram(self.training.model, self._arithmetic)
+
+    @functools.cached_property
+    def _shapes(self) -> Tree:
+        """Of a rank's floating-point parameters."""
+        state = jax.eval_shape(lambda: self.state(self.random(0)))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), trained(state.params)
+        )

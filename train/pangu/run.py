@@ -1,0 +1,135 @@
+"""The run: a plan's step over a text, with metrics, checkpoints and resumption."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+from cmjax.hardware import load_machine
+from cmjax.models.dense import DenseModel
+from cmjax.parallelism import Plan, TrainState, TrainStep, parse_plan, search, train_step
+from cmjax.parallelism.shards import mesh_of
+from train import checkpoint
+from train.data.text import Windows, grammar_text, read_text
+from train.data.vocabulary import read_tokens
+from train.distributed import join
+from train.loop import run_steps
+from train.pangu.config import FREE, PanguConfig
+
+
+@dataclasses.dataclass
+class PanguRun:
+    """A run in its folder.
+
+    Attributes:
+      config, windows, step: what to learn, from which text, and how a step is made.
+      state: parameters and optimizer, on all ranks.
+      made: steps made.
+    """
+
+    config: PanguConfig
+    windows: Windows
+    step: TrainStep
+    state: TrainState
+    made: int = 0
+
+
+def plan_of(config: PanguConfig, vocab: int) -> Plan:
+    """The plan that is asked for, or the fastest that fits.
+
+    Raises: ValueError: a plan that cannot be read, or that the model or the batch does not divide.
+    """
+    model = config.model(vocab)
+    if config.plan == "search":
+        machine = load_machine(config.on)
+        return search(model, machine, config.devices, config.batch, top=1).plans[0].plan
+    plan = parse_plan(config.plan)
+    plan.check(model, config.batch)
+    return plan
+
+
+def start(config: PanguConfig, console: Console) -> PanguRun:
+    """Read the text, join the other processes, and read the folder's last checkpoint if it has one.
+
+    Raises: ValueError: a text or vocabulary that cannot be read, a plan that does not fit,
+      processes that do not come together, a checkpoint of another configuration.
+    """
+    text = read_text(config.text) if config.text else grammar_text(seed=config.seed)
+    tokens, vocab = read_tokens(text, config.vocabulary)
+    windows = Windows(tokens, config.length, config.seed)
+    plan = plan_of(config, vocab)
+    ranks = mesh_of(plan).ranks
+    join(ranks, config.coordinator, config.processes, config.process_id)
+    warm = max(1, config.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(
+        config.learning_rate / warm, config.learning_rate, warm, max(config.steps, warm + 1),
+        config.learning_rate / 10,
+    )  # fmt: skip
+    step = train_step(
+        plan, config.model(vocab), global_batch=config.batch,
+        optimizer=optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay),
+    )  # fmt: skip
+    found = checkpoint.latest(config.out / "checkpoints")
+    if found is not None:
+        found.check_config(config.record(), ignore=FREE)
+    run = PanguRun(config, windows, step, step.initial(config.seed))
+    if found is not None:
+        run.state = found.arrays(run.state, placed=True)
+        run.made = found.count("step", config.steps)
+        console.print(f"going on from {found.path}")
+    where = f"{jax.process_count()} processes" if jax.process_count() > 1 else "one process"
+    console.print(f"plan {plan}: {ranks} ranks in {where}", highlight=False)
+    return run
+
+
+def train(run: PanguRun, console: Console) -> None:
+    """Every step that is left.
+
+    Raises: LossNotFinite: the loss or its gradient is; the batch is saved.
+    """
+    config = run.config
+
+    def step(number: int) -> dict[str, float]:
+        tokens = run.step.place_tokens(
+            lambda first, last: run.windows.batch(number, config.batch, slice(first, last))
+        )
+        began = time.perf_counter()
+        run.state, result = jax.block_until_ready(run.step.compiled(run.state, tokens))
+        seconds = time.perf_counter() - began
+        loss = float(result.loss)
+        run.made = number + 1
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "gradient_norm": float(result.gradient_norm),
+            "tokens_per_s": round(config.batch * config.length / seconds, 1),
+        }
+
+    run_steps(
+        run.made, config.steps, step, out=config.out, console=console,
+        batch=lambda number: run.windows.batch(number, config.batch),
+        save=lambda made: save(run), save_every=config.checkpoint_every,
+    )  # fmt: skip
+
+
+def save(run: PanguRun) -> None:
+    """Write a checkpoint, every process its part."""
+    checkpoint.save(
+        run.config.out / "checkpoints", run.state,
+        config=run.config.record(), progress={"step": run.made},
+    )  # fmt: skip
+
+
+def held_out_loss(run: PanguRun) -> float:
+    """Mean cross-entropy of the next token on text that was held out, nats, of the joined
+    parameters on one device."""
+    graph, like = nnx.split(nnx.eval_shape(lambda: DenseModel(run.step.model, rngs=nnx.Rngs(0))))
+    whole = jax.tree.map(np.asarray, run.step.whole(run.state.params))
+    nnx.replace_by_pure_dict(like, whole)
+    tokens = run.windows.held_out(run.config.test_windows)
+    return float(jax.jit(lambda p, x: nnx.merge(graph, p).loss(x))(like, tokens))
