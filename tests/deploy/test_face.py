@@ -195,5 +195,6 @@ def test_kernels_are_chosen_at_the_sizes_that_are_priced():
     symbols = predictor.symbols(requests)
     assert predictor.program.broken_assumptions({k: float(np.mean(v)) for k, v in symbols.items()})
     own = build_step(deployment, M).trace().decided_at(symbols)
-    expected = float(price(own, M, symbols).total_s + M.running().step_s)
+    priced = price(own, M, symbols, differences=predictor.differences(requests))
+    expected = float(priced.total_s + M.running().step_s)
     assert float(predictor.predict(requests).step_s) == pytest.approx(expected, rel=1e-5)
