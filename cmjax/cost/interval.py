@@ -1,4 +1,4 @@
-"""How sure a priced number is: the delta method through the gradient of the price.
+"""How sure a priced number is: the delta method through the elasticities of the price.
 
     sd(log y)^2 = g^T C g,       g_i = d log y / d log theta_i,       interval = y exp(+- 1.645 sd)
 

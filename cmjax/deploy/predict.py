@@ -105,7 +105,7 @@ def with_interval(prediction: Prediction, predictor: Predictor) -> Prediction:
     """A prediction and how sure it is, where its numbers are known."""
     if any(isinstance(x, Tracer) or jnp.ndim(x) for x in jax.tree.leaves(prediction.step_s)):
         return prediction
-    intervals = predictor.intervals(prediction.requests)
+    intervals = predictor.intervals(prediction)
     if not intervals:
         return prediction
     return dataclasses.replace(

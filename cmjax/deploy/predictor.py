@@ -91,54 +91,38 @@ class Predictor:
             memory_bytes=self.memory_bytes(requests),
         )
 
-    def intervals(self, requests: Requests) -> dict[str, Interval]:
-        """How sure the numbers of `Prediction.headlines` are, by the gradient of the price.
+    def intervals(self, predicted: Prediction) -> dict[str, Interval]:
+        """How sure the numbers of `predicted.headlines()` are.
 
-        Empty where the machine is in no catalog and no file, or JAX traces it.
+        Elasticities are central differences over machines whose constants differ by 1 %, all priced
+        at once: that takes one trace of the price where its gradient takes several. Empty where the
+        machine is in no catalog and no file, or JAX traces it.
         """
         known = known_uncertainty(self.machine)
         if known is None:
             return {}
-        requests = requests.of(self.deployment)
-        symbols, differences = self.symbols(requests), self.differences(requests)
-        found = self._prices(symbols).elasticities(
-            self.machine, symbols, differences, _number(self.step.drafts)
+        symbols, differences = (
+            self.symbols(predicted.requests),
+            self.differences(predicted.requests),
         )
-        names = leaf_names(self.machine)
-        at = [names.index(key) for key in known.keys]
-        predicted = self.predict(requests)
-        step, layer, *streams = np.asarray(found)
-        names = sorted(predicted.streams_s)
-        of_stream = {f"{name}_stream_us": e for name, e in zip(names, streams, strict=True)}
-        by_key = {"tokens_per_s_per_npu": -step, "per_layer_us": layer, **of_stream}
-        return {
-            key: interval(float(value), by_key.get(key, step)[at], known)
-            for key, value in predicted.headlines().items()
-        }
-
-    def step_interval(self, requests: Requests) -> Interval | None:
-        """How sure the step time is: as `intervals` has it, ten times as soon.
-
-        By central differences over machines whose constants differ by 1 %, all priced at once: that
-        takes one trace of the price where its gradient takes several. `None` where `intervals` is
-        empty.
-        """
-        known = known_uncertainty(self.machine)
-        if known is None:
-            return None
-        requests = requests.of(self.deployment)
-        symbols, differences = self.symbols(requests), self.differences(requests)
         leaves, tree = jax.tree.flatten(self.machine)
         names = leaf_names(self.machine)
         logs = np.zeros((len(known.keys), len(leaves)))
         logs[np.arange(len(known.keys)), [names.index(key) for key in known.keys]] = _DIFFERENCE
-        scales = np.exp(np.concatenate([logs, -logs, logs[:1] * 0]))
+        scales = np.exp(np.concatenate([logs, -logs]))
         machines = jax.tree.unflatten(tree, list((scales * np.array(leaves, float)).T))
-        drafts = _number(self.step.drafts)
-        steps_s = self._prices(symbols).of_machines(machines, symbols, differences, drafts)
-        found = np.log(np.asarray(steps_s, float))
-        above, below = np.split(found[:-1], 2)
-        return interval(float(np.exp(found[-1])), (above - below) / (2 * _DIFFERENCE), known)
+        seconds = self._prices(symbols).of_machines(
+            machines, symbols, differences, _number(self.step.drafts)
+        )
+        above, below = np.split(np.log(np.asarray(seconds, float)), 2)
+        step, layer, *streams = ((above - below) / (2 * _DIFFERENCE)).T
+        of_stream = zip(sorted(predicted.streams_s), streams, strict=True)
+        by_key = {f"{name}_stream_us": elasticity for name, elasticity in of_stream}
+        by_key |= {"tokens_per_s_per_npu": -step, "per_layer_us": layer}
+        return {
+            key: interval(float(value), by_key.get(key, step), known)
+            for key, value in predicted.headlines().items()
+        }
 
     def steps_s(
         self, batch: Float[np.ndarray, "n"], length: Float[np.ndarray, "n"], acceptance: float = 0.7
@@ -319,30 +303,17 @@ class _Priced:
         self.slopes = jax.jit(jax.value_and_grad(total_s))
         self.totals = host(jax.vmap(total_s, in_axes=(None, 0, 0)))
 
-        def step_s(machine, symbols, differences, drafts):
-            return total_s(machine, symbols, differences) + machine.running().host_s(drafts)
-
-        self.of_machines = host(jax.vmap(step_s, in_axes=(0, None, None, None)))
-
-        def headlines(logs, machine, symbols, differences, drafts):
-            leaves, tree = jax.tree.flatten(machine)
-            scaled = [leaf * jnp.exp(log) for leaf, log in zip(leaves, logs, strict=True)]
-            machine = jax.tree.unflatten(tree, scaled)
+        def seconds(machine, symbols, differences, drafts):
             timeline = price(program, machine, symbols, differences=differences)
             step_s = timeline.total_s + machine.running().host_s(drafts)
             layer = _layer_loop(timeline, step.layers)
-            busy = [layer.streams_s[name] for name in sorted(layer.streams_s)]
-            return jnp.log(jnp.stack([step_s, layer.each_s, *busy]))
+            return jnp.stack(
+                [step_s, layer.each_s, *(layer.streams_s[name] for name in sorted(layer.streams_s))]
+            )
 
-        def elasticities(machine, symbols, differences, drafts):
-            logs = [jnp.zeros(()) for _ in jax.tree.leaves(machine)]
-            slopes = jax.jacrev(headlines)(logs, machine, symbols, differences, drafts)
-            return jnp.stack(slopes, axis=-1)
-
-        self.elasticities = host(elasticities)
+        self.of_machines = host(jax.vmap(seconds, in_axes=(0, None, None, None)))
 
 
-@functools.lru_cache(maxsize=64)
 def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
     def trace() -> tuple[MoEStep, Program]:
         step = build_step(deployment, _like(shape), table)

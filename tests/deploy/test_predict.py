@@ -3,16 +3,19 @@
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cmjax
+from cmjax.cost.interval import interval
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
 from cmjax.deploy.prediction import calibration
-from cmjax.deploy.predictor import Predictor
+from cmjax.deploy.predictor import Predictor, known_uncertainty
 from cmjax.deploy.requests import Requests
-from cmjax.hardware import load_machine
+from cmjax.hardware import leaf_names, load_machine
 
 M = load_machine("cloudmatrix384")
 REQUESTS = Requests(batch=96, prompt=2048, output=512, acceptance=0.7)
@@ -264,3 +267,24 @@ def test_the_interval_of_a_prediction_holds_it_and_names_a_measurement():
         assert low < float(value) < high
     assert found.width_from.startswith("measure ")
     assert found.to_dict()["interval"].keys() == found.headlines().keys()
+
+
+def test_intervals_are_those_of_the_gradient_of_the_price(decode):
+    known = known_uncertainty(M)
+    assert known is not None
+    leaves, tree = jax.tree.flatten(decode.machine)
+    at = [leaf_names(M).index(key) for key in known.keys]
+
+    def logs(scales):
+        machine = jax.tree.unflatten(
+            tree, [leaf * s for leaf, s in zip(leaves, scales, strict=True)]
+        )
+        found = dataclasses.replace(decode, machine=machine).predict(REQUESTS)
+        return jnp.log(jnp.stack([found.step_s, found.per_layer_s]))
+
+    predicted = decode.predict(REQUESTS)
+    found, slopes = decode.intervals(predicted), jax.jacrev(logs)([1.0] * len(leaves))
+    for key, elasticity in zip(("step_ms", "per_layer_us"), np.array(slopes)[at].T, strict=True):
+        expected = interval(float(predicted.headlines()[key]), elasticity, known)
+        assert found[key].low == pytest.approx(expected.low, rel=1e-3)
+        assert found[key].high == pytest.approx(expected.high, rel=1e-3)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import cmjax
-from cmjax.deploy import Predictor, Requests
 from cmjax.serving import (
     ColocatedPool,
     ContextCache,
@@ -145,16 +144,6 @@ def test_intervals_ask_nothing_of_batches_and_steps(batch, tokens):
     )
     factors = step_spread(service, cmjax.load_machine("cloudmatrix384"))
     assert factors.keys() == {"prefill", "decode"} and min(factors.values()) > 1
-
-
-def test_the_interval_of_a_step_by_differences_is_that_by_its_gradient():
-    machine = cmjax.load_machine("cloudmatrix384")
-    deployment = SMALL.deployment("decode").choices()[0]
-    predictor, requests = Predictor.of(deployment, machine), Requests(batch=4.0, context=1024.0)
-    step, of_ms = predictor.step_interval(requests), predictor.intervals(requests)["step_ms"]
-    assert step is not None
-    assert 1e3 * step.low == pytest.approx(of_ms.low, rel=1e-3)
-    assert 1e3 * step.high == pytest.approx(of_ms.high, rel=1e-3)
 
 
 @pytest.mark.parametrize("rate, expected", [(2.0, "stable"), (5000.0, "overloaded")])

@@ -47,5 +47,6 @@ def _requests(phase: Phase, pool: Pool, machine: Supernode) -> Requests:
 @functools.lru_cache(maxsize=64)
 def _factor(deployment: Deployment, shape, leaves, requests: Requests) -> float:
     machine = jax.tree.unflatten(shape, leaves)
-    step = Predictor.of(deployment.choices()[0], machine).step_interval(requests)
+    predictor = Predictor.of(deployment.choices()[0], machine)
+    step = predictor.intervals(predictor.predict(requests)).get("step_ms")
     return math.sqrt(step.high / step.low) if step is not None else 1.0
