@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cmjax.cost.fabric import COLUMN, exchange_s, overflow
+from cmjax.cost.fabric import Work, exchange_s, overflow
 from cmjax.cost.waiting import NONE, Differences, waits_s
 from cmjax.hardware import Supernode
 from cmjax.program import Program
@@ -77,7 +77,7 @@ def largest(terms, temperature: float, axis: int = 0):
 
 def seconds(
     program: Program,
-    table,
+    work: Work,
     machine: Supernode,
     temperature: float,
     period_s=None,
@@ -87,7 +87,7 @@ def seconds(
 
     Args:
       program: the level's operations.
-      table: work of each, [operations, len(FIELDS)].
+      work: of each, by field.
       machine: its constants; gradients flow to its leaves.
       temperature: 0 for exact maxima, else the smoothing scale in seconds.
       period_s: time the level takes when its streams do not disturb one another; with it, the
@@ -97,27 +97,24 @@ def seconds(
     static = _static(program, machine.chip.cube_cores, machine.chip.vector_cores)
     chip, efficiency = machine.chip, machine.efficiency
 
-    def work(name: str):
-        return table[:, COLUMN[name]]
-
     matrix_efficiency = jnp.where(static.attention, efficiency.attention, efficiency.gemm)
     cube = (
-        work("cube_flops_8bit") / chip.cube_flops_8bit
-        + work("cube_flops_16bit") / chip.cube_flops_16bit
-        + work("cube_flops_32bit") / chip.cube_flops_32bit
+        work["cube_flops_8bit"] / chip.cube_flops_8bit
+        + work["cube_flops_16bit"] / chip.cube_flops_16bit
+        + work["cube_flops_32bit"] / chip.cube_flops_32bit
     ) / (static.cube_share * matrix_efficiency)
-    vector = work("vector_bytes") / (chip.vector_bytes_per_s * static.vector_share)
+    vector = work["vector_bytes"] / (chip.vector_bytes_per_s * static.vector_share)
     hbm_rate = chip.hbm_bytes_per_s * efficiency.hbm
-    unread = _unread_bytes(work("stack_bytes"), work("stack_row_bytes"))
-    hbm = (work("read_bytes") + work("write_bytes") - unread) / hbm_rate
+    unread = _unread_bytes(work["stack_bytes"], work["stack_row_bytes"])
+    hbm = (work["read_bytes"] + work["write_bytes"] - unread) / hbm_rate
     runs = 1.0
     if static.permutes.any():  # an exchange that fits L2 has kernels which need no such
-        rows = jnp.maximum(work("read_bytes"), work("write_bytes"))
+        rows = jnp.maximum(work["read_bytes"], work["write_bytes"])
         runs = jnp.where(static.permutes, overflow(rows, machine), 1.0)
         hbm = hbm * runs
-    wire, chain, fixed, disturbing = exchange_s(table, static, machine)
+    wire, chain, fixed, disturbing = exchange_s(work, static, machine)
     startup = (
-        work("launches")
+        work["launches"]
         * runs
         * (
             chip.matrix_startup_s * (static.matrix & ~static.attention)
@@ -128,8 +125,11 @@ def seconds(
     )
     factor = _factor(static, machine)
 
+    def longest(*engines):
+        return largest(jnp.stack(jnp.broadcast_arrays(*engines)), temperature)
+
     def combined(cube, vector, hbm):
-        kernel = largest(jnp.stack([cube, vector, hbm, wire, chain]), temperature)
+        kernel = longest(cube, vector, hbm, wire, chain)
         return factor * (kernel + jnp.minimum(cube, vector) / PIPELINE_TILES + startup + fixed)
 
     total = combined(cube, vector, hbm)
@@ -141,12 +141,12 @@ def seconds(
     if not (isinstance(differences.load, float) and differences.load == 1.0):
         # of the most loaded rank's work rows are more, and the experts' matrices are not
         more = 1.0 - 1.0 / differences.load
-        rows = hbm - work("stack_bytes") / hbm_rate
+        rows = hbm - work["stack_bytes"] / hbm_rate
         mean = [cube - more * cube, vector - more * vector, hbm - more * jnp.maximum(rows, 0.0)]
-        longest = largest(jnp.stack([cube, vector, hbm]), temperature)
-        excess = factor * (longest - largest(jnp.stack(mean), temperature))
+        excess = factor * (longest(cube, vector, hbm) - longest(*mean))
     waiting, skew = waits_s(program, total, excess, machine, differences)
-    return Seconds(cube, vector, hbm, wire, waiting, total + waiting, skew)
+    engines = (jnp.broadcast_to(each, total.shape) for each in (cube, vector, hbm, wire))
+    return Seconds(*engines, waiting, total + waiting, skew)
 
 
 def _unread_bytes(stack, row_stack):

@@ -21,20 +21,23 @@ what is fixed is only the rest: launch, barriers, flags, reordering. Kernels for
 their dispatch goes through its source ranks one by one (`bulk_source_s`).
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from cmjax.hardware import TIERS, Supernode
-from cmjax.program import FIELDS
 
-COLUMN = {name: i for i, name in enumerate(FIELDS)}
+Work = Mapping[str, Float[Array, "*operations"]]
+"""Work of every operation of a level, by field; a number for all where no operation has any."""
 
 
-def exchange_s(table, static, machine: Supernode):
+def exchange_s(work: Work, static, machine: Supernode):
     """Wire time, and the time that overlaps with nothing, of every operation of a level.
 
     Args:
-      table: work, [operations, len(FIELDS)].
+      work: of every operation.
       static: per-operation constants (`engines._Static`).
     Returns: (wire, chain, fixed, disturbing), each [operations] in seconds, zero for compute
       kernels: moving bytes, sending copies one by one, what overlaps with neither, and the part
@@ -45,14 +48,11 @@ def exchange_s(table, static, machine: Supernode):
     cores = jnp.minimum(static.vector_cores / exchange.saturation_cores, 1.0)
     cores = jnp.where(fused, cores, 1.0)  # plain collectives are moved by DMA engines
 
-    def column(name):
-        return table[:, COLUMN[name]]
-
-    die, node, far = column("die_bytes"), column("node_bytes"), column("supernode_bytes")
+    die, node, far = work["die_bytes"], work["node_bytes"], work["supernode_bytes"]
     received = die + node + far
     spilled = overflow(received, machine)
     if exchange.bulk_kernels:
-        far = jnp.where(fused & (spilled > 0), column("once_per_node_bytes"), far)
+        far = jnp.where(fused & (spilled > 0), work["once_per_node_bytes"], far)
     near = die / tiers.die.bandwidth_bytes_per_s
     node = node / tiers.node.bandwidth_bytes_per_s
     far = far / tiers.supernode.bandwidth_bytes_per_s
@@ -69,15 +69,15 @@ def exchange_s(table, static, machine: Supernode):
     latency = jnp.where(static.reach >= 0, latencies[np.maximum(static.reach, 0)], 0.0)
     startup = jnp.where(dispatches, exchange.dispatch_startup_s, 0.0)
     startup = startup + jnp.where(static.kind == "combine", exchange.combine_startup_s, 0.0)
-    flags = column("flags") * (
+    flags = work["flags"] * (
         exchange.flag_s / static.vector_cores + spilled * exchange.bulk_source_s
     )
     hbm_rate = machine.chip.hbm_bytes_per_s * machine.efficiency.hbm
-    local = column("local_bytes") / hbm_rate
+    local = work["local_bytes"] / hbm_rate
     fixed = latency + startup + flags + local
     if exchange.copies_in_flight or not fused.any():
         return wire, jnp.zeros_like(wire), fixed, disturbing
-    return wire, _chain_s(column, static, machine, spilled), fixed, disturbing
+    return wire, _chain_s(work, static, machine, spilled), fixed, disturbing
 
 
 def overflow(received_bytes, machine: Supernode):
@@ -89,15 +89,15 @@ def overflow(received_bytes, machine: Supernode):
     return jnp.clip(2.0 * received_bytes / machine.chip.l2_bytes - 1.0, 0.0, 1.0)
 
 
-def _chain_s(column, static, machine: Supernode, spilled):
+def _chain_s(work, static, machine: Supernode, spilled):
     """Seconds of the copies that one vector core sends, one after another."""
     exchange = machine.exchange
     tiers = machine.fabric
     latencies = sum(
-        column(f"{name}_copies") * tier.latency_s
+        work[f"{name}_copies"] * tier.latency_s
         for name, tier in zip(TIERS, (tiers.die, tiers.node, tiers.supernode), strict=True)
     )
     # One core's share of the links; further away the latency grows, not the time to issue.
-    moved = column("copy_bytes") * exchange.saturation_cores / tiers.node.bandwidth_bytes_per_s
-    own = column("copies") * machine.running().copy_s
+    moved = work["copy_bytes"] * exchange.saturation_cores / tiers.node.bandwidth_bytes_per_s
+    own = work["copies"] * machine.running().copy_s
     return (1 - spilled) * (own + latencies + moved) / static.vector_cores

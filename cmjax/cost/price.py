@@ -16,11 +16,12 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from cmjax.cost.engines import Seconds, seconds
+from cmjax.cost.fabric import Work
 from cmjax.cost.schedule import Ready, Times, finish
 from cmjax.cost.timeline import Timeline
 from cmjax.cost.waiting import NONE, Differences
 from cmjax.hardware import Supernode
-from cmjax.program import Loop, Program
+from cmjax.program import FIELDS, Loop, Program
 from cmjax.program.size import evaluate_monomial
 
 
@@ -104,9 +105,11 @@ def _price_levels(
 
     def visit(level: Program, values) -> list[tuple[Seconds, Array]]:
         means = {name: jnp.mean(value) for name, value in values.items()}
-        table = _table(level, means)
+        work = _work(level, means)
         period = periods.get(level)
-        found = [(seconds(level, table, machine, temperature, period, differences), table)]
+        rows = [jnp.broadcast_to(work[field], len(level.operations)) for field in FIELDS]
+        taken = seconds(level, work, machine, temperature, period, differences)
+        found = [(taken, jnp.stack(rows))]
         for op in level.operations:
             if op.loop is not None:
                 found += inside(op.loop, values)
@@ -124,12 +127,16 @@ def _price_levels(
     return dict(zip(levels, parts, strict=True)), dict(zip(levels, work, strict=True))
 
 
-def _table(program: Program, values):
-    """Work of every operation, [operations, fields]: coefficients times monomials."""
-    if not program.monomials:
-        return jnp.zeros(program.coefficients.shape[1:])
-    powers = [jnp.asarray(evaluate_monomial(m, values), float) for m in program.monomials]
-    return jnp.tensordot(jnp.stack(powers), jnp.asarray(program.coefficients, float), axes=1)
+def _work(program: Program, values) -> Work:
+    """Coefficients times monomials. Most levels use few of the fields."""
+    used = program.coefficients.any((0, 2))
+    work = dict.fromkeys(FIELDS, jnp.zeros(()))
+    if program.monomials:
+        powers = [jnp.asarray(evaluate_monomial(m, values), float) for m in program.monomials]
+        coefficients = jnp.asarray(program.coefficients[:, used], float)
+        rows = jnp.tensordot(jnp.stack(powers), coefficients, axes=1)
+        work |= zip(np.array(FIELDS)[used].tolist(), rows, strict=True)
+    return work
 
 
 def check_sizes(program: Program, sizes: Mapping[str, ArrayLike]) -> None:

@@ -12,11 +12,10 @@ from jaxtyping import Array, Float
 
 from cmjax.cost.describe import html, one_line
 from cmjax.cost.engines import Seconds
-from cmjax.cost.fabric import COLUMN
 from cmjax.cost.replay import Event, replay
 from cmjax.files import replace_text
 from cmjax.hardware import TIERS
-from cmjax.program import Loop, Program
+from cmjax.program import FIELDS, Loop, Program
 
 ENGINES = ("cube", "vector", "hbm", "fabric")
 """What an operation can keep busy, as `Seconds` names it."""
@@ -47,7 +46,7 @@ class Timeline:
       total_s: from the first operation's start to the last one's end.
       parts: seconds per operation and engine, for every one of `program.levels`.
       spans: seconds that a level took, all its runs together, for every one of `program.levels`.
-      work: what every operation asks of the machine, `[operations, len(FIELDS)]`, for every one of
+      work: what every operation asks of the machine, `[len(FIELDS), operations]`, for every one of
         `program.levels`.
       program: what was priced.
     """
@@ -55,7 +54,7 @@ class Timeline:
     total_s: Float[Array, "*batch"]
     parts: tuple[Seconds, ...]
     spans: tuple[Float[Array, "*batch"], ...]
-    work: tuple[Float[Array, "*_batch_and_loops _operations fields"], ...]
+    work: tuple[Float[Array, "*_batch_and_loops fields _operations"], ...]
     program: Program = dataclasses.field(metadata={"static": True})
 
     @property
@@ -251,7 +250,7 @@ class Timeline:
 
 def _columns(table: Array, *fields: str) -> Array:
     """Some work fields of every operation, added up."""
-    return sum((table[..., COLUMN[field]] for field in fields), jnp.zeros(()))
+    return sum((table[..., FIELDS.index(field), :] for field in fields), jnp.zeros(()))
 
 
 def _plain(value) -> float | list:

@@ -129,12 +129,12 @@ class Program:
         monomials = sorted(
             {m for op in self.operations for f in FIELDS for m in op.work.column(f).terms}, key=str
         )
-        table = np.zeros((len(monomials), len(self.operations), len(FIELDS)))
+        table = np.zeros((len(monomials), len(FIELDS), len(self.operations)))
         row = {m: i for i, m in enumerate(monomials)}
         for j, op in enumerate(self.operations):
             for k, field in enumerate(FIELDS):
                 for monomial, coefficient in op.work.column(field).terms.items():
-                    table[row[monomial], j, k] += coefficient
+                    table[row[monomial], k, j] += coefficient
         object.__setattr__(self, "monomials", tuple(monomials))
         object.__setattr__(self, "coefficients", table)
 
@@ -205,7 +205,7 @@ class Program:
         totals = np.zeros(len(FIELDS))
         for level, times in self.levels:
             powers = np.array([float(evaluate_monomial(m, sizes)) for m in level.monomials])
-            totals += times * np.einsum("m,mjk->k", powers, level.coefficients)
+            totals += times * np.einsum("m,mkj->k", powers, level.coefficients)
         return {field: float(amount) for field, amount in zip(FIELDS, totals, strict=True)}
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from cmjax.cost import price
-from cmjax.cost.fabric import COLUMN, exchange_s
+from cmjax.cost.fabric import exchange_s
 from cmjax.hardware import load_machine, replace_leaf
 from cmjax.program import FIELDS, trace
 
@@ -33,11 +33,9 @@ class Static:
 
 def timed(machine, kind="collective", cores=1e9, reach=-1, **work):
     """(wire, chain, fixed, disturbing) of one operation."""
-    table = np.zeros((1, len(FIELDS)))
-    for name, amount in work.items():
-        table[0, COLUMN[name]] = amount
+    table = dict.fromkeys(FIELDS, jnp.zeros(())) | {k: jnp.array([v]) for k, v in work.items()}
     static = Static(np.array([kind]), np.array([float(cores)]), np.array([reach]))
-    return tuple(float(x[0]) for x in exchange_s(jnp.asarray(table), static, machine))
+    return tuple(float(x[0]) for x in exchange_s(table, static, machine))
 
 
 def small(machine):
