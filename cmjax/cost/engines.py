@@ -137,13 +137,11 @@ def seconds(
         hbm_left, interference = _contention(static, hbm, total, disturbing, period_s)
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
-    excess = jnp.zeros_like(total)
-    if not (isinstance(differences.load, float) and differences.load == 1.0):
-        # of the most loaded rank's work rows are more, and the experts' matrices are not
-        more = 1.0 - 1.0 / differences.load
-        rows = hbm - work["stack_bytes"] / hbm_rate
-        mean = [cube - more * cube, vector - more * vector, hbm - more * jnp.maximum(rows, 0.0)]
-        excess = factor * (longest(cube, vector, hbm) - longest(*mean))
+    # of the most loaded rank's work rows are more, and the experts' matrices are not
+    more = 1.0 - 1.0 / differences.load
+    rows = jnp.maximum(hbm - work["stack_bytes"] / hbm_rate, 0.0)
+    mean = cube - more * cube, vector - more * vector, hbm - more * rows
+    excess = factor * (longest(cube, vector, hbm) - longest(*mean))
     waiting, skew = waits_s(program, total, excess, machine, differences)
     engines = (jnp.broadcast_to(each, total.shape) for each in (cube, vector, hbm, wire))
     return Seconds(*engines, waiting, total + waiting, skew)
