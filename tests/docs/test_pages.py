@@ -18,6 +18,7 @@ import pytest
 from markdown_examples import PAGES, ROOT, blocks, commands, examples
 
 from cmjax import cli
+from cmjax.cost.fit import fitted_keys
 
 MANUAL = sorted((ROOT / "docs").rglob("*.md"))
 PARTS = ("cmjax", "studies", "train", "benchmarks")
@@ -205,6 +206,19 @@ def test_the_reference_has_every_name_of_the_face():
     names = re.findall(r"import \w+ as (\w+)$", face, flags=re.MULTILINE)
     assert len(names) > 20
     assert not [name for name in names if not re.search(rf"\.{name}\b|`{name}`", page)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/how_it_works.md", "docs/validation.md"])
+def test_as_many_constants_are_fitted_as_a_page_says(name):
+    said = re.search(
+        r"(\w+) constants of the CloudMatrix384,? and (\w+) of the H800", (ROOT / name).read_text()
+    )
+    assert said is not None
+    words = {"seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
+    machines = ("cloudmatrix384", "h800-pod")
+    assert [words[word.lower()] for word in said.groups()] == [
+        len(fitted_keys(machine)) for machine in machines
+    ]
 
 
 @pytest.mark.slow
