@@ -5,6 +5,7 @@
 A checkpoint is written by threads of Orbax; to leave while they work hangs or tears them apart.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -65,8 +66,19 @@ def finished_first() -> Iterator[None]:
 
 
 def leave_at_once() -> None:
-    """From here on, a signal ends the process with its line, until another handler takes over."""
-    _handle_by(_leave)
+    """From here on, a signal ends the process with its line, until another handler takes over. The
+    line of a worker process is its parent's."""
+    if multiprocessing.parent_process() is None:
+        _handle_by(_leave)
+    else:
+        leave_to_parent()
+
+
+def leave_to_parent() -> None:
+    """A worker process has nothing to say: Ctrl-C comes to all processes of a terminal, and the
+    parent ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

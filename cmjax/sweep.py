@@ -10,13 +10,13 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 
 from cmjax.console import Progress
+from cmjax.interrupt import leave_to_parent
 
 _ANSWERS_WITHIN_S = 5
 
@@ -130,7 +130,7 @@ def executor_of(scheduler: str | None = None, workers: int | None = None) -> Ite
     context = multiprocessing.get_context("spawn")
     count = workers or cores or 1
     before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_leave_signals) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=leave_to_parent) as pool:
         try:
             yield pool
         except BaseException:  # Ctrl-C, say: what runs is not waited for
@@ -138,11 +138,6 @@ def executor_of(scheduler: str | None = None, workers: int | None = None) -> Ite
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
-
-
-def _leave_signals() -> None:
-    """Ctrl-C comes to all processes of a terminal; the one that started the others ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

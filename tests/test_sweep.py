@@ -1,5 +1,7 @@
 """One way to outgrow a machine: sweeps over any executor, whole or as their items are done."""
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +53,35 @@ def test_what_a_call_raises_ends_the_sweep():
     assert len(calls) < 50
     with ThreadPoolExecutor(2) as executor, pytest.raises(ValueError, match="item 0"):
         run_all(fails, range(4), executor)
+
+
+FAILS = """
+import sys, time
+from cmjax.__main__ import main
+from cmjax.console import exit_code
+from cmjax.sweep import executor_of
+
+def run():
+    with executor_of(workers=2) as executor:
+        for _ in range(4):
+            executor.submit(time.sleep, 60)
+        time.sleep(float(sys.argv[1]))
+        raise ValueError("not so")
+
+if __name__ == "__main__":
+    sys.exit(exit_code(run))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.5, 5.0], ids=["while they import", "while they work"])
+def test_a_failure_beside_workers_is_one_line(after_s, tmp_path):
+    """Who started them ends them, and they have nothing to say."""
+    path = tmp_path / "fails.py"
+    path.write_text(FAILS)
+    command = [sys.executable, str(path), str(after_s)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (2, "error: not so\n")
 
 
 def test_a_place_with_no_workers_is_refused():

@@ -112,12 +112,12 @@ class ParallelPlans:
         best = self.best
         return (
             f"ParallelPlans({self.model} on {self.devices} of {self.machine}: {best.step_s:.3g} s, "
-            f"MFU {best.mfu:.1%}, {best.memory.peak / GIB:.1f} GiB with {best.plan})"
+            f"MFU {best.mfu:.1%}, {best.memory.peak / GIB:.3g} GiB with {best.plan})"
         )
 
     def _repr_html_(self) -> str:
         rows = [
-            (str(p.plan), f"{p.step_s:.3f} s", f"{p.mfu:.1%}", f"{p.memory.peak / GIB:.1f} GiB")
+            (str(p.plan), f"{p.step_s:#.4g} s", f"{p.mfu:.1%}", f"{p.memory.peak / GIB:#.3g} GiB")
             for p in self.plans
         ]
         return html_table(f"{self.model} on {self.devices} devices of {self.machine}", rows)

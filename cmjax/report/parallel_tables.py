@@ -18,16 +18,16 @@ def parallel_table(found: ParallelPlans) -> RenderableType:
     for each in found.plans:
         table.add_row(
             str(each.plan).replace(",", ", "),  # so that a line breaks between two names
-            f"{each.step_s:.3f}",
+            f"{each.step_s:#.4g}",
             f"{each.mfu:.1%}",
-            f"{each.tokens_per_s_per_device:.1f}",
-            f"{each.memory.peak / GIB:.1f}",
+            f"{each.tokens_per_s_per_device:,.0f}",
+            f"{each.memory.peak / GIB:#.3g}",
             f"{each.bubble:.1%}",
         )
     best = found.best
     seconds = best.to_dict()["seconds"]
-    parts = ", ".join(f"{part} {getattr(best.memory, part) / GIB:.2f}" for part in PARTS)
-    spent = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items() if name != "busy")
+    parts = ", ".join(f"{part} {getattr(best.memory, part) / GIB:.3g}" for part in PARTS)
+    spent = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items() if name != "busy")
     return Group(
         table, Text(f"seconds of the first: {spent}"), Text(f"GiB of its fullest device: {parts}")
     )
@@ -44,8 +44,8 @@ def rows_table(found: Comparison) -> RenderableType:
             f"line {row.line}: {row.model.layers} x {row.model.hidden}, {plan.devices} devices: "
             f"tensor {plan.tensor}, pipeline {plan.pipeline}, data {plan.data}, "
             f"micro-batch {plan.micro_batch}, {plan.schedule}, {plan.recompute}",
-            f"{row.measured_s:.3f}",
-            f"{row.predicted_s:.3f}",
+            f"{row.measured_s:#.4g}",
+            f"{row.predicted_s:#.4g}",
             f"{row.error:+.1%}",
         )
     tau = found.kendall_tau
