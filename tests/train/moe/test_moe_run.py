@@ -1,6 +1,7 @@
 """The language-model run on a tiny network: meshes, exact resumption, and what stops it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from cmjax.mesh import RankMesh
+from tests.together import run_together
 from train.data.text import Windows, grammar_text
 from train.metrics import LossNotFinite, read_metrics
 from train.moe import run as module
@@ -101,6 +103,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, whole, monk
     train(run, QUIET)
     assert _losses(tmp_path) == _losses(whole.config.out)
     jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_and_one_goes_on_from_them(tmp_path):
+    config = _config(tmp_path / "alone", mesh="2x2", steps=6, checkpoint_every=3)
+    main(config, QUIET)
+    together = dataclasses.replace(config, out=tmp_path / "together")
+    options = {
+        f"--{field.name.replace('_', '-')}={getattr(together, field.name)}"
+        for field in dataclasses.fields(together)
+        if field.name not in ("text", "group")
+    }
+    printed = run_together("train.moe_lm", sorted(options))
+    assert "held-out loss" in printed[0] and printed[1] == ""
+    np.testing.assert_allclose(_losses(together.out), _losses(config.out), rtol=1e-4)
+    shutil.rmtree(max((together.out / "checkpoints").iterdir()))
+    main(together, QUIET)
+    np.testing.assert_allclose(_losses(together.out), _losses(config.out), rtol=1e-4)
 
 
 def test_a_finished_run_is_only_tested(whole, capsys):
