@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cmjax import processes
 from cmjax.mesh import RankMesh
-from tests.together import run_together
+from cmjax.processes import ProcessGroup
+from tests.together import free_address, run_together
 from train.data.text import Windows, grammar_text
 from train.metrics import LossNotFinite, read_metrics
 from train.moe import run as module
@@ -192,3 +194,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(whole):
 def test_bad_input_is_refused(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         start(_config(tmp_path, **changed), QUIET)
+
+
+def test_a_coordinator_that_nobody_answers_at_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.5)
+    group = ProcessGroup(coordinator=free_address(), processes=2, process_id=1)
+    with pytest.raises(ValueError, match="nobody answers there after"):
+        main(_config(tmp_path, mesh="2x1", group=group), QUIET)
