@@ -21,6 +21,7 @@ FLOORS = {
     "hardware": 0,
     "native": 0,
     "mesh": 1,
+    "processes": 2,
     "program": 2,
     "primitives": 3,
     "placement": 3,

@@ -21,11 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cmjax.inputs import parse_json
 from cmjax.interrupt import finished_first
-from train.distributed import is_first, meet
+from cmjax.processes import is_first, meet
 
 _PARTIAL = ".partial"
 _SUMS = "SHA256SUMS"
@@ -132,7 +133,7 @@ def save(
                 partial.mkdir()
             meet("checkpoint: begun")
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((partial / "arrays").absolute(), arrays)
+                checkpointer.save((partial / "arrays").absolute(), jax.tree.map(_shared, arrays))
             if is_first():
                 record = json.dumps({"config": config, "progress": progress})
                 (partial / "run.json").write_text(record)
@@ -254,8 +255,14 @@ def _on_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _shared(x: Any) -> Any:
+    """An array as several processes save it: what each has for itself, the first one writes."""
+    own = isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1
+    return np.asarray(x) if own else x
+
+
 def _first_device():
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _differences(theirs: Any, ours: Any, name: str = ""):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmjax.files import replaced
-from train.distributed import is_first
+from cmjax.processes import is_first
 from train.metrics import LossNotFinite, MetricsLog
 
 

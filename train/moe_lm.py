@@ -5,9 +5,11 @@
     python -m train.moe_lm --help                                  everything that can be told
 
 Writes metrics.jsonl and checkpoints into the output folder. Run again, it goes on where it was
-stopped. Prints the loss on text that was held out.
+stopped. Prints the loss on text that was held out. Several processes train one model with
+--coordinator HOST:PORT --processes N --process-id I, or under srun or mpirun.
 """
 
+import contextlib
 import math
 import sys
 
@@ -19,9 +21,10 @@ from jaxtyping import Int
 from rich.console import Console
 
 from cmjax.console import terminal
-from cmjax.mesh import RankMesh, prepare_devices
+from cmjax.mesh import RankMesh
 from cmjax.models.moe.model import MoEModel
 from cmjax.options import run_program
+from cmjax.processes import is_first, meet, of_first
 from train.metrics import read_metrics
 from train.moe.config import LanguageModelConfig
 from train.moe.run import start, train, trained_model
@@ -33,15 +36,19 @@ def main(config: LanguageModelConfig, console: Console) -> None:
 
     Raises: ValueError: another run writes into the folder.
     """
-    with only_run(config.out):
-        _main(config, console)
+    # The first process holds the folder for all of them.
+    with only_run(config.out) if config.group.first else contextlib.nullcontext():
+        config.group.join(RankMesh.parse(config.mesh).nodes)
+        console = of_first(console)
+        run = start(config, console)
+        train(run, console)
+        loss = held_out_loss(trained_model(run), run.windows.held_out(config.test_windows))
+        if is_first():
+            _report(config, loss, console)
+        meet("done")
 
 
-def _main(config: LanguageModelConfig, console: Console) -> None:
-    prepare_devices(RankMesh.parse(config.mesh).nodes)
-    run = start(config, console)
-    train(run, console)
-    loss = held_out_loss(trained_model(run), run.windows.held_out(config.test_windows))
+def _report(config: LanguageModelConfig, loss: float, console: Console) -> None:
     lines = read_metrics(config.out / "metrics.jsonl")
     rate = np.median([line["tokens_per_s"] for line in lines])
     half = lines[len(lines) // 2 :]

@@ -6,6 +6,8 @@
 
 Prints error rates of the float32 and the integer network, and writes metrics.jsonl, results.json,
 errors.json and checkpoints into the output folder. Run again, it goes on where it was stopped.
+Several processes train one network with --devices N --coordinator HOST:PORT --processes N
+--process-id I, or under srun or mpirun.
 """
 
 import contextlib
@@ -17,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import terminal
-from cmjax.mesh import prepare_devices
 from cmjax.options import run_program
+from cmjax.processes import meet, of_first
 from train.asr.config import Config
 from train.asr.evaluate import Result
 from train.asr.run import measure, start, train, write_recognizer
@@ -40,21 +42,20 @@ def train_and_test(config: Config, console: Console) -> None:
 
     Raises: ValueError: another run writes into the folder.
     """
-    writes = config.out.is_dir() or not config.evaluate_only
+    # The first process holds the folder for all of them.
+    writes = config.group.first and (config.out.is_dir() or not config.evaluate_only)
     with only_run(config.out) if writes else contextlib.nullcontext():
-        _train_and_test(config, console)
-
-
-def _train_and_test(config: Config, console: Console) -> None:
-    prepare_devices(config.devices)
-    if config.compiled is not None:
-        jax.config.update("jax_compilation_cache_dir", str(config.compiled.absolute()))
-    run = start(config, console)
-    if config.evaluate_only:
-        write_recognizer(run)
-    else:
-        train(run, console)
-    console.print(results_table(measure(run)))
+        config.group.join(config.devices)
+        console = of_first(console)
+        if config.compiled is not None:
+            jax.config.update("jax_compilation_cache_dir", str(config.compiled.absolute()))
+        run = start(config, console)
+        if config.evaluate_only:
+            write_recognizer(run)
+        else:
+            train(run, console)
+        console.print(results_table(measure(run)))
+        meet("done")
 
 
 def results_table(results: dict[str, dict[str, Result]]) -> Table:

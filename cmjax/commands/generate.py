@@ -13,7 +13,7 @@ from rich.console import Console
 from cmjax.console import check_target, emit, show_progress
 from cmjax.console import log as to_stderr
 from cmjax.inputs import check_count, parse_json, read_text
-from cmjax.mesh import MOST_EMULATED, RankMesh, prepare_devices
+from cmjax.mesh import MOST_EMULATED, RankMesh
 from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
@@ -28,6 +28,7 @@ from cmjax.models.moe.generation.tokenizer import (
     encode_prompt,
     open_tokenizer,
 )
+from cmjax.processes import ProcessGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Generate:
     Prompts are batched over the ranks of the mesh; experts live where the placement plan, or the
     published deployment, puts them. Tokens come from the checkpoint's tokenizer, or are bytes; how
     they are drawn and what ends a text, from its generation_config.json where no option says it.
-    Completions go to standard output, progress and speed to standard error.
+    Completions go to standard output, progress and speed to standard error. Several processes share
+    the nodes of the mesh; the first one prints.
     """
 
     weights: Path | None = None
@@ -66,6 +68,8 @@ class Generate:
         default_factory=GeneratorOptions
     )
     """What the model computes in, and how it is spread over the ranks."""
+    group: tyro.conf.OmitArgPrefixes[ProcessGroup] = dataclasses.field(default_factory=ProcessGroup)
+    """Which processes generate together."""
     threads: int | None = None
     """Cores to compute on (default: all that this process may use)."""
     new_tokens: int = 64
@@ -92,8 +96,10 @@ class Generate:
 
         Raises: ValueError: bad input.
         """
-        check_target(self.json)
-        log = to_stderr()
+        first = self.group.first
+        if first:
+            check_target(self.json)
+        log = to_stderr() if first else Console(quiet=True)
         self._sampler(GenerationDefaults())  # bad options are found before a file is read
         mesh = RankMesh.parse(self.mesh)
         model, config = open_model(self.weights, self.random)
@@ -108,9 +114,9 @@ class Generate:
         prompts = self._prompts(tokenizer)
         check_prompts(config, prompts, self.new_tokens, self.context)
         limit_threads(self.threads)
-        prepare_mesh(mesh, self.mesh)
+        prepare_mesh(mesh, self.mesh, self.group)
         started = time.perf_counter()
-        with show_progress("loading") as progress:
+        with show_progress("loading", quiet=not first) as progress:
             generator = open_generator(
                 model,
                 mesh,
@@ -121,7 +127,7 @@ class Generate:
                 progress=progress,
             )
         log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
-        with show_progress("compiling") as progress:
+        with show_progress("compiling", quiet=not first) as progress:
             found = generator.generate(
                 prompts,
                 self.new_tokens,
@@ -130,7 +136,8 @@ class Generate:
                 end_tokens=() if self.ignore_end else config.end_tokens,
                 progress=progress,
             )
-        self._show(console, log, found, prompts, tokenizer, mesh, generator.drafts)
+        if first:
+            self._show(console, log, found, prompts, tokenizer, mesh, generator.drafts)
 
     def _texts(self) -> tuple[str, ...]:
         """Prompts given as text."""
@@ -250,14 +257,14 @@ def limit_threads(threads: int | None) -> None:
     os.sched_setaffinity(0, cores[:threads])
 
 
-def prepare_mesh(mesh: RankMesh, given: str) -> None:
-    """XLA devices for the nodes of `--mesh`.
+def prepare_mesh(mesh: RankMesh, given: str, group: ProcessGroup | None = None) -> None:
+    """XLA devices for the nodes of `--mesh`, over all processes of a group.
 
-    Raises: ValueError: this process has started JAX with fewer.
+    Raises: ValueError: this process has started JAX with fewer, or the group does not meet.
     """
     check_count(f"--mesh {given}: ranks", mesh.ranks, most=MOST_EMULATED)
     try:
-        prepare_devices(mesh.nodes)
+        (group or ProcessGroup()).join(mesh.nodes)
     except RuntimeError as error:
         if "backend" in str(error) and "initialize" in str(error):  # JAX_PLATFORMS, not the mesh
             raise

@@ -9,10 +9,12 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from cmjax import processes
 from cmjax.cli import main
 from cmjax.models import moe
 from cmjax.models.moe.positions import Rope, YarnConfig
 from cmjax.placement import Plan, write_plan
+from tests.together import free_address, run_together
 
 RANDOM = ["--random", "tiny", "--prompt", "a"]
 
@@ -110,6 +112,30 @@ def test_greedy_tokens_of_a_checkpoint_on_a_mesh_equal_hugging_face(data, capsys
     assert found["speed"]["decode_steps"] == 15
     assert "every byte is a token" in output.err
     assert "tokens/s" in output.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["float32", "int8"])
+def test_two_processes_generate_the_tokens_of_one_and_the_first_prints_them(
+    tmp_path, capsys, arithmetic
+):
+    moe.save(moe.from_config(moe.tiny()), tmp_path)
+    options = ["--weights", str(tmp_path), "--prompt-tokens", "1,2,3", "--prompt-tokens", "7"]
+    options += ["--mesh", "2x2", "--new-tokens", "6", "--temperature", "0.7", "--json", "-"]
+    options += ["--arithmetic", arithmetic]
+    assert _run(options) == 0
+    alone = json.loads(capsys.readouterr().out)["requests"]
+    first, second = run_together("cmjax", ["generate", *options])
+    assert json.loads(first)["requests"] == alone
+    assert second == ""
+
+
+def test_a_coordinator_that_nobody_answers_at_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.5)
+    where = ["--coordinator", free_address(), "--processes", "2", "--process-id", "1"]
+    assert _run([*RANDOM, "--mesh", "2x2", *where]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --coordinator {where[1]}: nobody answers there")
 
 
 TEMPLATE = (

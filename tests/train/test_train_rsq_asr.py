@@ -2,6 +2,8 @@
 
 import pytest
 
+from cmjax import processes
+from tests.together import free_address
 from train import rsq_asr
 from train.checkpoint import SaveFailed
 from train.metrics import LossNotFinite
@@ -39,6 +41,15 @@ def test_bad_options_are_named_with_exit_code_2(arguments, message, capsys):
     assert rsq_asr.main(arguments) == 2
     (printed,) = capsys.readouterr().err.splitlines()
     assert message in printed
+
+
+def test_a_coordinator_that_nobody_answers_at_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.5)
+    address = free_address()
+    where = ["--coordinator", address, "--processes", "2", "--process-id", "1"]
+    assert rsq_asr.main(["--devices", "2", *where]) == 2
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(f"error: --coordinator {address}: nobody answers there")
 
 
 @pytest.mark.parametrize("error", [LossNotFinite("the loss is not finite"), SaveFailed("full")])

@@ -13,6 +13,7 @@ from cmjax.models.asr.dfsmn import ConvDFSMNConfig
 from cmjax.models.asr.recognizer import Sizes
 from cmjax.models.asr.text import Units
 from cmjax.models.asr.wav2letter import Wav2letterConfig
+from cmjax.processes import ProcessGroup
 from train.data.folders import Layout
 from train.data.perturb import Perturb
 from train.data.strings import Strings
@@ -21,7 +22,10 @@ from train.options import check_numbers
 Ranges = Literal["per-tap", "scaled", "safe", "naive"]
 
 # May change between a kill and the resumption: they do not change a number.
-FREE = ("out", "evaluate_only", "test_dir", "decoding", "checkpoint_every", "devices", "compiled")
+FREE = (
+    "out", "evaluate_only", "test_dir", "decoding", "checkpoint_every", "devices", "compiled",
+    "group",
+)  # fmt: skip
 DATA = ("data", "data_dir", "unseen", "development", "encoding")
 """What says which data to read; a test of a trained network may be told others."""
 
@@ -145,7 +149,9 @@ class Config:
     loss: Loss = dataclasses.field(default_factory=Loss)
     """Quantization-aware loss."""
     devices: int = 1
-    """Emulated devices that share each batch."""
+    """Emulated devices that share each batch, over all processes."""
+    group: tyro.conf.OmitArgPrefixes[ProcessGroup] = dataclasses.field(default_factory=ProcessGroup)
+    """Which processes train together."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = dataclasses.field(default_factory=Decoding)
     """How tests find text."""
     checkpoint_every: int = 200

@@ -4,7 +4,8 @@
     scales     calibrate steps and ranges, then learn the steps alone
     all        weights and steps, with the float32 network as teacher
 
-Batch n, its augmentation and every random number depend on the seed and n alone.
+Batch n, its augmentation and every random number depend on the seed and n alone. Of several
+processes each makes its own rows of a batch; the parameters are the same on all of them.
 """
 
 import dataclasses
@@ -21,12 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmjax.files import replace_text
+from cmjax.mesh import RankMesh
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.decoding import make_decoder
 from cmjax.models.asr.deployed import whole_call
 from cmjax.models.asr.plans import restore_plans, saved_plans
 from cmjax.models.asr.recognizer import FILE, Recognizer, save_recognizer
 from cmjax.models.asr.text import Alphabet
+from cmjax.processes import from_rows, is_first, of_every_process, own_rows
 from train import checkpoint
 from train.asr.config import FREE, Config, Loss
 from train.asr.evaluate import Result, evaluate
@@ -103,7 +106,8 @@ def start(config: Config, console: Console) -> Run:
         run.model.set_statistics(
             *measure_statistics(task.corpus.train, task.framing, task.corpus.rate)
         )
-        remember(task, config.out)
+        if is_first():
+            remember(task, config.out)
         return run
     if config.evaluate_only:
         return _to_test(config, found, console)
@@ -144,7 +148,7 @@ def _saved_alphabet(found: checkpoint.SavedRun) -> Alphabet:
 def train(run: Run, console: Console) -> None:
     """Every stage that is left."""
     config = run.config
-    log = MetricsLog(config.out / "metrics.jsonl", keep=run.position)
+    log = MetricsLog(config.out / "metrics.jsonl", keep=run.position) if is_first() else None
     stream = TrainingStream(
         run.task.corpus,
         run.task.framing,
@@ -152,6 +156,7 @@ def train(run: Run, console: Console) -> None:
         strings=config.strings,
         augment=config.perturb if config.augment else None,
         seed=config.seed,
+        rows=own_rows(config.batch),
     )
     while not run.done:
         if run.steps[run.stage]:
@@ -200,7 +205,9 @@ def measure(run: Run, *, only: str | None = None) -> dict[str, dict[str, Result]
     return results
 
 
-def _train_stage(run: Run, stream: TrainingStream, log: MetricsLog, console: Console) -> None:
+def _train_stage(
+    run: Run, stream: TrainingStream, log: MetricsLog | None, console: Console
+) -> None:
     config, stage = run.config, STAGES[run.stage]
     network, params = take_apart(run.model)
     transform = _optimiser(run)
@@ -213,28 +220,30 @@ def _train_stage(run: Run, stream: TrainingStream, log: MetricsLog, console: Con
         weights=Loss(task=1, local=0, teacher=0, saturation=0) if stage == "float" else config.loss,
         teacher=None if run.teacher is None else (_float(run.model), run.teacher),
     )
-    root = jax.random.key(config.seed)
+    root, mesh = jax.random.key(config.seed), RankMesh(nodes=config.devices, npus=1)
     first, last = run.position, run.position - run.step + run.steps[run.stage]
     with _progress(console) as bar:
         shown = bar.add_task(stage, total=run.steps[run.stage], completed=run.step, loss=math.nan)
-        for number, names, batch in stream.run(first, last):
+        for number, names, own in stream.run(first, last):
             began = time.perf_counter()
             key = jax.random.fold_in(root, number)
+            batch = from_rows(own.lasting(max(of_every_process(own.time))), mesh)
             learner, parts, norm = jax.block_until_ready(step(learner, batch, key))
             values = {f.name: float(getattr(parts, f.name)) for f in dataclasses.fields(parts)}
             loss, norm = float(parts.total(config.loss)), float(norm)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 _stop(run, number, names, values, norm)
             run.learner, run.step = learner, run.step + 1
-            log.write(
-                step=number,
-                stage=stage,
-                epoch=round(stream.epoch(number), 4),
-                loss=loss,
-                **values,
-                gradient_norm=norm,
-                seconds=round(time.perf_counter() - began, 4),
-            )
+            if log is not None:
+                log.write(
+                    step=number,
+                    stage=stage,
+                    epoch=round(stream.epoch(number), 4),
+                    loss=loss,
+                    **values,
+                    gradient_norm=norm,
+                    seconds=round(time.perf_counter() - began, 4),
+                )
             bar.update(shown, advance=1, loss=loss)
             if run.step % config.checkpoint_every == 0 and run.step < run.steps[run.stage]:
                 _save(run)
@@ -268,6 +277,8 @@ def _finish_stage(run: Run, stream: TrainingStream, console: Console) -> None:
 
 def write_recognizer(run: Run) -> None:
     """Write what `cmjax transcribe` reads, into the run's folder."""
+    if not is_first():
+        return
     framing = run.task.framing
     networks = {name: network.model(params) for name, (network, params) in _networks(run).items()}
     recognizer = Recognizer(run.config.sizes, framing.front, framing.alphabet, networks)
@@ -391,5 +402,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _write(path: Path, value: Any) -> None:
+    if not is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(value, indent=1, default=np.ndarray.tolist) + "\n")

@@ -43,6 +43,16 @@ class Batch:
     labels: Int[Array | np.ndarray, "batch most"]
     counts: Int[Array | np.ndarray, "batch"]
 
+    @property
+    def time(self) -> int:
+        """Samples that the rows are padded to."""
+        return self.samples.shape[-1]
+
+    def lasting(self, time: int) -> "Batch":
+        """The same on `time` samples, which are as many or more."""
+        samples = np.pad(np.asarray(self.samples), [(0, 0), (0, time - self.time)])
+        return dataclasses.replace(self, samples=samples)
+
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
@@ -122,27 +132,32 @@ class TrainingStream:
         strings: Strings,
         augment: Perturb | None,
         seed: int,
+        rows: slice = slice(None),
     ):
-        """`augment=None` leaves waveforms as they are."""
+        """`augment=None` leaves waveforms as they are; `rows` of a batch are those that `run`
+        makes."""
         if not corpus.train:
             raise ValueError("TrainingStream: the corpus has no training utterance")
         self._corpus, self._framing, self._batch = corpus, framing, batch
         self._strings, self._augment, self._seed = strings, augment, seed
+        self._rows = rows
         self._ends: list[int] = []
         self._plans: dict[int, list[list[tuple[int, ...]]]] = {}
         labels = [len(framing.alphabet.encode(item.text)) for item in corpus.train]
         single = [n for n, item in zip(labels, corpus.train, strict=True) if _joins(corpus, item)]
         self._most = max(*labels, max(single, default=0) * strings.longest)
 
-    def at(self, step: int) -> tuple[tuple[str, ...], Batch]:
-        """(names, batch) number `step`."""
+    def at(self, step: int, rows: slice = slice(None)) -> tuple[tuple[str, ...], Batch]:
+        """(names of the batch, those of its rows) of number `step`; the rows are padded to what
+        they need themselves."""
         epoch, number = self._locate(step)
-        rows = self._plan(epoch)[number]
-        made = [self._row(epoch, row) for row in rows]
-        waves = [wave for _, _, wave in made]
-        labels = [self._framing.alphabet.encode(text) for _, text, _ in made]
-        batch = pack(waves, labels, self._framing, self._batch, self._corpus.rate, self._most)
-        return tuple(name for name, _, _ in made), batch
+        items = self._plan(epoch)[number]
+        made = [self._row(epoch, item) for item in items[rows]]
+        waves = [wave for _, wave in made]
+        labels = [self._framing.alphabet.encode(text) for text, _ in made]
+        count = len(range(self._batch)[rows])
+        batch = pack(waves, labels, self._framing, count, self._corpus.rate, self._most)
+        return tuple(self._name(item) for item in items), batch
 
     def epoch(self, step: int) -> float:
         """How often the data has been seen before `step`."""
@@ -150,13 +165,14 @@ class TrainingStream:
         return epoch + number / len(self._plan(epoch))
 
     def run(self, first: int, last: int) -> Iterator[tuple[int, tuple[str, ...], Batch]]:
-        """Batches `first` to `last - 1` with their numbers."""
+        """Batches `first` to `last - 1` with their numbers, as `at` gives them."""
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self.at, first) if first < last else None
+            ahead = pool.submit(self.at, first, self._rows) if first < last else None
             for step in range(first, last):
                 assert ahead is not None
                 names, batch = ahead.result()
-                ahead = pool.submit(self.at, step + 1) if step + 1 < last else None
+                more = step + 1 < last
+                ahead = pool.submit(self.at, step + 1, self._rows) if more else None
                 yield step, names, batch
 
     def _locate(self, step: int) -> tuple[int, int]:
@@ -199,21 +215,25 @@ class TrainingStream:
                 left = left[count:]
         return items
 
-    def _row(self, epoch: int, item: tuple[int, ...]) -> tuple[str, str, np.ndarray]:
+    def _name(self, item: tuple[int, ...]) -> str:
+        return "+".join(self._corpus.train[i].name for i in item)
+
+    def _row(self, epoch: int, item: tuple[int, ...]) -> tuple[str, np.ndarray]:
+        """(text, waveform)."""
         random = np.random.default_rng([self._seed, epoch, 1 + item[0]])
         takes = [self._corpus.train[i] for i in item]
         if _joins(self._corpus, takes[0]):
             string = join(takes, self._corpus.rate, self._strings, random)
-            name, text, wave = string.name, string.text, string.wave
+            text, wave = string.text, string.wave
         else:
-            name, text, wave = takes[0].name, takes[0].text, takes[0].waveform()
+            text, wave = takes[0].text, takes[0].waveform()
         if self._augment is not None:
             if random.uniform() < self._augment.remnant_share:
                 own = [other for other in self._corpus.train if other.speaker == takes[0].speaker]
                 other = own[random.integers(len(own))].waveform()
                 wave = behind_remnant(wave, other, self._corpus.rate, random)
             wave = perturb(wave, self._augment, random)
-        return name, text, wave
+        return text, wave
 
 
 def _joins(corpus: Corpus, take: Utterance) -> bool:
@@ -246,7 +266,7 @@ def pack(
     A waveform that augmentation left too short for its labels gets silence behind it.
     """
     sizes = [max(len(w), framing.least_samples(own)) for w, own in zip(waves, labels, strict=True)]
-    longest = max(sizes) / rate
+    longest = max(sizes, default=0) / rate
     seconds = next((size for size in SIZES_S if size >= longest), longest)
     batch = Batch(
         samples=np.zeros((rows, round(seconds * rate)), np.float32),

@@ -4,11 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
+from cmjax.processes import ProcessGroup
 from train.options import check_numbers
 
 # May change between a kill and the resumption: they do not change a number.
-FREE = ("out", "checkpoint_every", "test_windows")
+FREE = ("out", "checkpoint_every", "test_windows", "group")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class LanguageModelConfig:
     """Of the parameters and the order of the data."""
     out: Path = Path("out/moe_lm")
     """Folder of checkpoints and metrics; an unfinished run in it goes on."""
+    group: tyro.conf.OmitArgPrefixes[ProcessGroup] = dataclasses.field(default_factory=ProcessGroup)
+    """Which processes train together."""
 
     def __post_init__(self):
         check_numbers(self)

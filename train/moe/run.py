@@ -9,15 +9,15 @@ import jax
 from rich.console import Console
 
 from cmjax.mesh import RankMesh
-from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import MoEModel, abstract_model, assemble
 from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.steps import abstract_params
+from cmjax.processes import from_rows, own_rows
 from train import checkpoint
 from train.data.text import Windows, grammar_text, read_text
 from train.loop import run_steps
 from train.moe.config import FREE, LanguageModelConfig
-from train.moe.train_step import TrainState, initial, make_step, one_rank_params, parallelism_of
+from train.moe.train_step import TrainState, initial, make_step, one_rank_params
 
 
 @dataclasses.dataclass
@@ -52,9 +52,7 @@ def start(config: LanguageModelConfig, console: Console) -> LanguageModelRun:
         found.check_config(config.record(), ignore=FREE)
     run = LanguageModelRun(config, mesh, windows, initial(config, mesh))
     if found is not None:
-        arrays = found.arrays(run.state)
-        parallelism = parallelism_of(config, mesh)
-        run.state = TrainState(place_params(arrays.params, parallelism, mesh), arrays.optimizer)
+        run.state = found.arrays(run.state, placed=True)
         run.step = found.count("step", config.steps)
         console.print(f"going on from {found.path}")
     return run
@@ -67,10 +65,10 @@ def train(run: LanguageModelRun, console: Console) -> None:
       LossNotFinite: the loss or its gradient is; the batch is saved.
     """
     config = run.config
-    make = make_step(config, run.mesh)
+    make, own = make_step(config, run.mesh), own_rows(config.batch)
 
     def step(number: int) -> dict[str, float]:
-        tokens = run.windows.batch(number, config.batch)
+        tokens = from_rows(run.windows.batch(number, config.batch, own), run.mesh)
         began = time.perf_counter()
         run.state, result = jax.block_until_ready(make(run.state, tokens))
         seconds = time.perf_counter() - began

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32, Int
 
 from cmjax.mesh import RANKED, REPLICATED, RankMesh, on_every_rank
@@ -29,6 +30,7 @@ from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
 from cmjax.models.moe.trained import trained, with_tables
+from cmjax.processes import on_host, on_mesh
 from train.moe.config import LanguageModelConfig
 
 Params = dict[str, Any]
@@ -88,7 +90,12 @@ def initial(config: LanguageModelConfig, mesh: RankMesh) -> TrainState:
     parallelism = parallelism_of(config, mesh)
     one = init_params(config.model, "float32", seed=config.seed)
     params = place_params(shard_params(one, parallelism), parallelism, mesh)
-    return TrainState(params, optimizer(config).init(trained(params)))
+    state = optimizer(config).init(trained(params))
+
+    def placed(x):  # moments are where the parameters are, counts are not
+        return x if isinstance(x.sharding, NamedSharding) else on_mesh(x, mesh, REPLICATED)
+
+    return TrainState(params, jax.tree.map(placed, state))
 
 
 def one_rank_params(params: Params, config: LanguageModelConfig) -> Params:
@@ -96,13 +103,12 @@ def one_rank_params(params: Params, config: LanguageModelConfig) -> Params:
 
     def gather(path, x):
         keys = [str(entry.key) for entry in path]
-        x = np.asarray(x)
         if "experts" in keys:  # [ranks, layers, slots, ...] -> [layers, experts, ...]
             x = np.moveaxis(x, 0, 1)
             x = x.reshape(x.shape[0], -1, *x.shape[3:])
         return jnp.asarray(x)
 
-    return jax.tree_util.tree_map_with_path(gather, params)
+    return jax.tree_util.tree_map_with_path(gather, on_host(params))
 
 
 def optimizer(config: LanguageModelConfig) -> optax.GradientTransformation:

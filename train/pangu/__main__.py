@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cmjax.console import terminal
 from cmjax.options import run_program
-from train.distributed import is_first, meet, number_of
+from cmjax.processes import is_first, meet, of_first
 from train.metrics import read_metrics
 from train.only_run import only_run
 from train.pangu.config import PanguConfig
@@ -32,10 +32,9 @@ def main(config: PanguConfig, console: Console) -> None:
     Raises: ValueError: another run writes into the folder.
     """
     # The first process holds the folder for all of them.
-    with contextlib.nullcontext() if number_of(config.process_id) else only_run(config.out):
+    with only_run(config.out) if config.group.first else contextlib.nullcontext():
         run = start(config, console)
-        if not is_first():
-            console = Console(quiet=True)
+        console = of_first(console)
         train(run, console)
         loss = held_out_loss(run)
         if is_first():

@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from cmjax.inputs import check_count
 from cmjax.models.dense import DenseConfig
+from cmjax.processes import ProcessGroup
 from train.options import check_numbers
 
-FREE = ("out", "checkpoint_every", "test_windows", "coordinator", "processes", "process_id")
+FREE = ("out", "checkpoint_every", "test_windows", "group")
 """May change between a kill and the resumption: they do not change a number."""
 
 
@@ -60,12 +63,8 @@ class PanguConfig:
     """Of the parameters and the order of the data."""
     out: Path = Path("out/pangu")
     """Folder of checkpoints and metrics; an unfinished run in it goes on."""
-    coordinator: str | None = None
-    """HOST:PORT of the first of several processes; SLURM and Open MPI need none."""
-    processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """This process's number, from 0."""
+    group: tyro.conf.OmitArgPrefixes[ProcessGroup] = dataclasses.field(default_factory=ProcessGroup)
+    """Which processes train together."""
 
     def __post_init__(self):
         check_numbers(self)

@@ -17,7 +17,6 @@ from cmjax.parallelism.shards import mesh_of
 from train import checkpoint
 from train.data.text import Windows, grammar_text, read_text
 from train.data.vocabulary import read_tokens
-from train.distributed import join
 from train.loop import run_steps
 from train.pangu.config import FREE, PanguConfig
 
@@ -64,7 +63,7 @@ def start(config: PanguConfig, console: Console) -> PanguRun:
     windows = Windows(tokens, config.length, config.seed)
     plan = plan_of(config, vocab)
     ranks = mesh_of(plan).ranks
-    join(ranks, config.coordinator, config.processes, config.process_id)
+    config.group.join(ranks)
     warm = max(1, config.steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
         config.learning_rate / warm, config.learning_rate, warm, max(config.steps, warm + 1),

@@ -1,7 +1,8 @@
 """The buffers of a model's parameters on their devices, filled tensor by tensor in place.
 
 A buffer is made once, on the device whose ranks hold it, and every write donates it back to XLA:
-loading needs the model's own memory and that of one tensor.
+loading needs the model's own memory and that of one tensor. Of several processes each fills those
+of its own devices, and reads what goes there.
 """
 
 import functools
@@ -58,7 +59,13 @@ class ParameterBuffers:
         self.held: dict[tuple[Path, int], jax.Array] = {}
         devices = jax.devices()[:1] if mesh is None else list(mesh.concrete().devices.flat)
         self.devices = devices
+        here = [n for n, d in enumerate(devices) if d.process_index == jax.process_index()]
+        self.here, self.home = frozenset(here), here[0]  # nodes; where what all share is made
         self.ranks_per_device = parallelism.ranks // len(devices)
+
+    def holds(self, mapping: WeightMapping, tables: Sequence[SlotTable]) -> bool:
+        """Whether a part of a tensor goes to a device of this process."""
+        return any(self._destinations(mapping, path, tables) for path in mapping.paths)
 
     def place(
         self,
@@ -70,11 +77,7 @@ class ParameterBuffers:
     ) -> None:
         """Write one tensor of a checkpoint to wherever it belongs; waits until it is there."""
         for which, path in enumerate(mapping.paths):
-            by_device: dict[int, list[_Destination]] = {}
-            for place in self._places(mapping, path, tables):
-                node = 0 if place.rank is None else place.rank // self.ranks_per_device
-                by_device.setdefault(node, []).append(place)
-            for node, places in by_device.items():
+            for node, places in self._destinations(mapping, path, tables).items():
                 values = jax.device_put((tensor, scale), self.devices[node])
                 for place in places:
                     self._write(place, node, values, mapping, which, block)
@@ -90,7 +93,8 @@ class ParameterBuffers:
             for name, values in zip(
                 ("slots_of_expert", "copies"), stack_tables(own, width), strict=True
             ):
-                self.held[(*path, name), 0] = jax.device_put(values, self.devices[0])
+                home = self.home
+                self.held[(*path, name), home] = jax.device_put(values, self.devices[home])
 
     def finish(self) -> dict[str, Any]:
         """The parameters; with a mesh, as global arrays on it."""
@@ -98,18 +102,30 @@ class ParameterBuffers:
         def whole(path, shape):
             keys = tuple(str(entry.key) for entry in path)
             if self.mesh is None:
-                return self.held.pop((keys, 0))
-            mesh = self.mesh.concrete()
-            if not self._is_ranked(keys):
-                return jax.device_put(
-                    self.held.pop((keys, 0)), NamedSharding(mesh, PartitionSpec())
-                )
-            shards = [self.held.pop((keys, node)) for node in range(len(self.devices))]
-            shape = (self.parallelism.ranks, *shape.shape)
-            split = NamedSharding(mesh, PartitionSpec("node"))
-            return jax.make_array_from_single_device_arrays(shape, split, shards)
+                return self.held.pop((keys, self.home))
+            nodes, mesh = sorted(self.here), self.mesh.concrete()
+            if self._is_ranked(keys):
+                shards = [self.held.pop((keys, node)) for node in nodes]
+                shape, spec = (self.parallelism.ranks, *shape.shape), PartitionSpec("node")
+            else:
+                one = self.held.pop((keys, self.home))
+                shards = [jax.device_put(one, self.devices[node]) for node in nodes]
+                shape, spec = one.shape, PartitionSpec()
+            where = NamedSharding(mesh, spec)
+            return jax.make_array_from_single_device_arrays(shape, where, shards)
 
         return jax.tree_util.tree_map_with_path(whole, self.shapes)
+
+    def _destinations(
+        self, mapping: WeightMapping, path: Path, tables: Sequence[SlotTable]
+    ) -> dict[int, list[_Destination]]:
+        """By node of this process."""
+        by_node: dict[int, list[_Destination]] = {}
+        for place in self._places(mapping, path, tables):
+            node = self.home if place.rank is None else place.rank // self.ranks_per_device
+            if node in self.here:
+                by_node.setdefault(node, []).append(place)
+        return by_node
 
     def _places(
         self, mapping: WeightMapping, path: Path, tables: Sequence[SlotTable]

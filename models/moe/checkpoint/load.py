@@ -154,7 +154,9 @@ def load_params(
     for mapping in wanted:
         stored = checkpoint.tensors[mapping.name]
         scale = checkpoint.scales.of(stored, checkpoint.tensors)
-        if scale is None:
+        if not buffers.holds(mapping, tables):
+            pass  # another process reads it
+        elif scale is None:
             buffers.place(mapping, tables, stored.read(), None, (1, 1))
         else:
             steps = scale.stored.read().reshape(scale.shape)

@@ -25,6 +25,7 @@ from cmjax.models.moe.generation.batch import (
     check_prompt,
 )
 from cmjax.models.moe.generation.placed import PlacedModel, padded_length
+from cmjax.processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +198,10 @@ class ContinuousBatch:
         inputs = self._batch.decode_inputs(self._tokens, self._batch.lengths)
         step = self._decoding.run(self._model.used_params, self._caches, inputs)
         self._caches, self.steps = step.caches, self.steps + 1
-        self._tokens, lengths = np.array(step.tokens), np.array(step.lengths)
-        count = np.asarray(step.emitted).reshape(-1)
-        sampled = np.asarray(step.sampled).reshape(count.size, -1)
+        found = on_host((step.tokens, step.lengths, step.emitted, step.sampled))
+        self._tokens, lengths = np.array(found[0]), np.array(found[1])
+        count = found[2].reshape(-1)
+        sampled = found[3].reshape(count.size, -1)
         self._batch.advance(count)
         emitted = []
         for place, running in list(self._running.items()):

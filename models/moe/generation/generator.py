@@ -6,6 +6,9 @@ So speculative decoding (drafts by multi-token prediction, accepted where they e
 draws in their place) gives the very tokens of plain decoding, sampled ones too, and keeps the
 model's distribution; a draft is accepted with the probability the model gives it, which no rule for
 deterministic drafts can better (Leviathan et al. 2023, section 3.3).
+
+Of several processes each holds the parameters and caches of its own ranks, and all follow every
+request: whatever is on the host is the same on all of them.
 """
 
 import dataclasses
@@ -24,6 +27,7 @@ from cmjax.models.moe.generation.batch import (
 )
 from cmjax.models.moe.generation.continuous import ContinuousBatch
 from cmjax.models.moe.generation.placed import PlacedModel, padded_length
+from cmjax.processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +111,11 @@ class Generator(PlacedModel):
                 progress(tally.count, tally.wanted, "generating")
             inputs = batch.decode_inputs(tokens, lengths)
             step = decoding.run(self.used_params, caches, inputs)
-            tokens, lengths = np.asarray(step.tokens), np.asarray(step.lengths)
             caches = step.caches
-            emitted = _flat(step.emitted)
-            tally.add(_flat(step.sampled), emitted, drafts=self.drafts)
+            found = on_host((step.tokens, step.lengths, step.emitted, step.sampled))
+            tokens, lengths, emitted, sampled = found
+            emitted = _flat(emitted)
+            tally.add(_flat(sampled), emitted, drafts=self.drafts)
             batch.advance(emitted)
             steps += 1
         if progress is not None:
@@ -157,7 +162,6 @@ class Generator(PlacedModel):
         )
 
 
-def _flat(x) -> np.ndarray:
-    """`[ranks, requests, ...]` to `[ranks * requests, ...]`, on the host."""
-    x = np.asarray(x)
+def _flat(x: np.ndarray) -> np.ndarray:
+    """`[ranks, requests, ...]` to `[ranks * requests, ...]`."""
     return x.reshape(-1, *x.shape[2:])

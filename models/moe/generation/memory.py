@@ -1,4 +1,7 @@
-"""What a generation needs of this machine's memory, found before anything is made."""
+"""What a generation needs of this machine's memory, found before anything is made.
+
+Several processes are taken to have a machine each, the smallest of which decides for all.
+"""
 
 import math
 import os
@@ -12,6 +15,7 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.steps import abstract_params
+from cmjax.processes import of_every_process
 
 _SMALLER: tuple[Precision, ...] = ("bfloat16", "int8")  # than float32, in order
 _EXCHANGE_FRACTION = 0.25
@@ -27,14 +31,18 @@ def check_memory(
     """
     if jax.default_backend() != "cpu":
         return
-    needed = parameter_bytes(config, parallelism, mesh, precision, mtp)
+    needed, *fewer = (
+        parameter_bytes(config, parallelism, mesh, name, mtp) // jax.process_count()
+        for name in (precision, *_SMALLER)
+    )
     there = _machine_bytes()
     if needed <= there:
         return
-    smaller = {other: parameter_bytes(config, parallelism, mesh, other, mtp) for other in _SMALLER}
+    smaller = dict(zip(_SMALLER, fewer, strict=True))
     fit = [f"{name} takes {size / 1e9:,.1f} GB" for name, size in smaller.items() if size <= there]
     raise ValueError(
-        f"the parameters take {needed / 1e9:,.1f} GB on {mesh.ranks} ranks in {precision}, "
+        f"the parameters take {needed / 1e9:,.1f} GB on "
+        f"{mesh.ranks // jax.process_count()} ranks in {precision}, "
         f"this machine has {there / 1e9:,.1f} GB, {(needed - there) / 1e9:,.1f} GB too few; "
         + (" and ".join(fit) or "choose a smaller model, mesh or precision")
     )
@@ -79,7 +87,7 @@ def chunk_that_fits(
       ValueError: one token of each is too much; names the bytes needed and there.
     """
     room = _EXCHANGE_FRACTION * _machine_bytes()
-    each = exchange_bytes(config, parallelism, requests)
+    each = exchange_bytes(config, parallelism, requests) // jax.process_count()
     if jax.default_backend() != "cpu" or each * prompt <= room:
         return None
     if each > room:
@@ -100,4 +108,4 @@ def _machine_bytes() -> int:
     for path in map(Path, _CGROUP_LIMITS):
         text = path.read_text().strip() if path.is_file() else "max"
         there += [int(text)] if text.isdecimal() else []
-    return min(there)
+    return min(of_every_process(min(there)))

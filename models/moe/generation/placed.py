@@ -19,6 +19,7 @@ from cmjax.models.moe.generation.programs import (
     compile_prefill,
 )
 from cmjax.models.moe.parallelism import Parallelism
+from cmjax.processes import on_host
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled
 
@@ -99,13 +100,13 @@ class PlacedModel:
         program, chunk = self.prefilling(sizes), sizes.chunk
         if chunk is None:
             out = program.run(self.used_params, batch.prefill_inputs())
-            return np.asarray(out.tokens), out.caches
+            return on_host(out.tokens), out.caches
         cache = program.empty_cache()
         found = np.zeros((*batch.lengths.shape, 1 + (self.drafts > 0)), np.int32)
         for start in range(0, int(batch.lengths.max()), chunk):
             inputs = batch.chunk_inputs(start, chunk, found)
             found, cache = program.run(self.used_params, cache, inputs)
-            found = np.asarray(found)
+            found = on_host(found)
         return found, (cache,)
 
     @property

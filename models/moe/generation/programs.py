@@ -32,6 +32,7 @@ from cmjax.models.moe.layers.transformer import unrolled_layers
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import own_heads, param_specs
 from cmjax.models.moe.steps import abstract_params, decode_fn, prefill_fn
+from cmjax.processes import on_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +97,8 @@ def place_params(
     params: dict[str, Any], parallelism: Parallelism, mesh: RankMesh
 ) -> dict[str, Any]:
     """Parameters that `shard_params` gave, on the mesh's devices."""
-    where = _shardings(mesh)
     specs = param_specs(params, parallelism)
-    # from NumPy: JAX moves an array of one device to many slowly
-    return jax.tree.map(lambda spec, x: jax.device_put(np.asarray(x), where[spec]), specs, params)
+    return jax.tree.map(lambda spec, x: on_mesh(x, mesh, spec), specs, params)
 
 
 def compile_programs(

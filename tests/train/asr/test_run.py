@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from cmjax.models.asr.dfsmn import ConvDFSMNConfig
+from tests.together import run_together
 from train import checkpoint
 from train.asr import run as module
 from train.asr import task as task_module
@@ -152,8 +155,8 @@ def test_only_scales_move_in_their_stage(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path, monkeypatch):
     pack = module.TrainingStream.at
 
-    def poisoned(self, step):
-        names, batch = pack(self, step)
+    def poisoned(self, step, *rows):
+        names, batch = pack(self, step, *rows)
         if step == 3:
             batch.samples[1, :200] = np.nan
         return names, batch
@@ -200,6 +203,37 @@ def test_devices_share_a_batch_to_the_same_loss_and_parameters(tmp_path, devices
     # whose gradient is all rounding may move a little differently, by a share of the rate 1e-2.
     for a, b in zip(*(jax.tree.leaves(o[1]["weights"]) for o in outcomes), strict=True):
         assert np.abs(a - b).max() < 1e-3
+
+
+def test_two_processes_learn_what_one_learns_and_one_goes_on_from_them(tmp_path):
+    """Through all stages; the checkpoint is of the last."""
+    config = _config(tmp_path / "alone", devices=2, compiled=tmp_path / "compiled")
+    train(start(config, QUIET), QUIET)
+    together = dataclasses.replace(config, out=tmp_path / "together")
+    printed = run_together("train.rsq_asr", _options(together))
+    assert "Error rates" in printed[0] and printed[1] == ""
+    np.testing.assert_allclose(_numbers(together.out), _numbers(config.out), rtol=1e-4)
+    shutil.rmtree(max((together.out / "checkpoints").iterdir()))
+    train(start(together, QUIET), QUIET)
+    np.testing.assert_allclose(_numbers(together.out), _numbers(config.out), rtol=1e-4)
+
+
+def _numbers(out: Path) -> list[tuple[float, float]]:
+    return [(loss, norm) for _, _, loss, norm in _losses(out)]
+
+
+def _options(options: Any, above: str = "--") -> list[str]:
+    """A configuration as the command line says it, but for its lists and processes."""
+    said = []
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), above + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value) and field.name not in ("group", "decoding"):
+            said += _options(value, name + ".")
+        elif isinstance(value, tuple) and value:
+            said += [name, *map(str, value)]
+        elif isinstance(value, int | float | str | Path) and not isinstance(value, bool):
+            said.append(f"{name}={value}")
+    return said
 
 
 def test_a_run_on_two_devices_goes_on_from_a_checkpoint(tmp_path):

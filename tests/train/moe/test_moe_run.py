@@ -1,6 +1,7 @@
 """The language-model run on a tiny network: meshes, exact resumption, and what stops it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cmjax import processes
 from cmjax.mesh import RankMesh
+from cmjax.processes import ProcessGroup
+from tests.together import free_address, run_together
 from train.data.text import Windows, grammar_text
 from train.metrics import LossNotFinite, read_metrics
 from train.moe import run as module
@@ -103,6 +107,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, whole, monk
     jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_and_one_goes_on_from_them(tmp_path):
+    config = _config(tmp_path / "alone", mesh="2x2", steps=6, checkpoint_every=3)
+    main(config, QUIET)
+    together = dataclasses.replace(config, out=tmp_path / "together")
+    options = {
+        f"--{field.name.replace('_', '-')}={getattr(together, field.name)}"
+        for field in dataclasses.fields(together)
+        if field.name not in ("text", "group")
+    }
+    printed = run_together("train.moe_lm", sorted(options))
+    assert "held-out loss" in printed[0] and printed[1] == ""
+    np.testing.assert_allclose(_losses(together.out), _losses(config.out), rtol=1e-4)
+    shutil.rmtree(max((together.out / "checkpoints").iterdir()))
+    main(together, QUIET)
+    np.testing.assert_allclose(_losses(together.out), _losses(config.out), rtol=1e-4)
+
+
 def test_a_finished_run_is_only_tested(whole, capsys):
     before = _lines(whole.config.out)
     main(whole.config, Console(width=200))
@@ -172,3 +194,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(whole):
 def test_bad_input_is_refused(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         start(_config(tmp_path, **changed), QUIET)
+
+
+def test_a_coordinator_that_nobody_answers_at_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.5)
+    group = ProcessGroup(coordinator=free_address(), processes=2, process_id=1)
+    with pytest.raises(ValueError, match="nobody answers there after"):
+        main(_config(tmp_path, mesh="2x1", group=group), QUIET)

@@ -1,21 +1,19 @@
 """Training under a plan: one device's losses, exact resumption, and several processes."""
 
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from cmjax.processes import ProcessGroup
+from tests.together import run_together
 from train.metrics import MetricsLog, read_metrics
 from train.pangu.__main__ import main
 from train.pangu.config import PanguConfig
 from train.pangu.run import plan_of
 
 QUIET = Console(quiet=True)
-ROOT = Path(__file__).parents[3]
 SIZES = {
     "layers": 2, "hidden": 32, "heads": 2, "length": 32, "batch": 4, "steps": 6,
     "checkpoint_every": 3, "test_windows": 2,
@@ -28,30 +26,6 @@ def _config(out: Path, **changed) -> PanguConfig:
 
 def _losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
-
-
-def _command(out: Path, *more: str) -> list[str]:
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
-    return [sys.executable, "-m", "train.pangu", *options, "--out", str(out), *more]
-
-
-def _together(out: Path, plan: str) -> None:
-    """Two processes, to their end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    where = ("--plan", plan, "--coordinator", address, "--processes", "2", "--process-id")
-    env = {k: v for k, v in os.environ.items() if k != "CMJAX_DATA"}
-    running = [
-        subprocess.Popen(
-            _command(out, *where, str(i)), cwd=ROOT, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    for process in running:
-        said, _ = process.communicate(timeout=500)
-        assert process.returncode == 0, said
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +64,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(alone, tmp_path, monk
 def test_two_processes_learn_what_one_learns_and_one_goes_on_from_them(alone, tmp_path):
     """The checkpoint of two processes is taken up by one, which has both of its devices."""
     plan = "data=2,optimizer=zero1"
-    _together(tmp_path, plan)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    run_together("train.pangu", [*options, "--plan", plan, "--out", str(tmp_path)])
     assert _losses(tmp_path) == pytest.approx(_losses(alone), rel=1e-4)
-    (last,) = sorted((tmp_path / "checkpoints").iterdir())[-1:]
-    for path in sorted(last.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    last.rmdir()
+    shutil.rmtree(max((tmp_path / "checkpoints").iterdir()))
     (tmp_path / "metrics.jsonl").write_text("")
     main(_config(tmp_path, plan=plan), QUIET)
     assert _losses(tmp_path) == pytest.approx(_losses(alone)[3:], rel=1e-4)
@@ -113,7 +85,7 @@ def test_a_search_gives_a_plan_of_as_many_devices(tmp_path):
         ({"plan": "dta=2"}, "unknown name 'dta'; closest: data"),
         ({"vocabulary": Path("/nowhere/at.model")}, "--vocabulary /nowhere/at.model: there is no"),
         ({"text": (Path("/nowhere/text"),)}, "--text /nowhere/text: cannot be read"),
-        ({"coordinator": "host:1"}, "--processes is missing"),
+        ({"group": ProcessGroup(coordinator="host:1")}, "--processes is missing"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changed, says, tmp_path):

@@ -3,9 +3,23 @@
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
-from train.distributed import is_first, join, meet, number_of, roll_call
+from cmjax import processes
+from cmjax.mesh import RANKED, REPLICATED, RankMesh
+from cmjax.processes import (
+    ProcessGroup,
+    from_rows,
+    is_first,
+    meet,
+    of_every_process,
+    on_host,
+    on_mesh,
+    own_rows,
+    roll_call,
+)
+from tests.together import free_address
 
 
 @pytest.mark.parametrize(
@@ -22,21 +36,18 @@ from train.distributed import is_first, join, meet, number_of, roll_call
 )
 def test_options_that_make_no_run_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
-        join(4, *options)
+        _group(*options).join(4)
 
 
-def test_a_coordinator_that_nobody_answers_at_is_one_line():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def _group(coordinator: str | None, count: int | None, number: int | None) -> ProcessGroup:
+    return ProcessGroup(coordinator=coordinator, processes=count, process_id=number)
+
+
+def test_a_coordinator_that_nobody_answers_at_is_one_line(monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.5)
+    address = free_address()
     with pytest.raises(ValueError, match=f"--coordinator {address}: nobody answers there"):
-        join(4, address, 2, 1, patience_s=0.5)
-
-
-def _address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+        _group(address, 2, 1).join(4)
 
 
 def _calls(address: str, *numbers: int, of: int, patience_s: float = 5.0) -> list[str | None]:
@@ -53,26 +64,26 @@ def _calls(address: str, *numbers: int, of: int, patience_s: float = 5.0) -> lis
 
 
 def test_processes_go_on_once_all_are_there():
-    assert _calls(_address(), 2, 0, 1, of=3) == [None] * 3
+    assert _calls(free_address(), 2, 0, 1, of=3) == [None] * 3
 
 
 def test_processes_that_do_not_come_are_named():
-    first, second = _calls(_address(), 0, 2, of=4, patience_s=1)
+    first, second = _calls(free_address(), 0, 2, of=4, patience_s=1)
     assert first is not None and "of 4 processes number 1, 3 did not come within 1 s" in first
     assert second is not None and "has given up" in second
 
 
 def test_a_number_that_is_taken_is_refused():
-    told = _calls(_address(), 0, 1, 1, of=3, patience_s=1.5)
+    told = _calls(free_address(), 0, 1, 1, of=3, patience_s=1.5)
     refused = [said for said in told[1:] if said is not None and "it is taken" in said]
     assert len(refused) == 1
     assert told[0] is not None and "number 2 did not come" in told[0]
 
 
 def test_another_number_of_processes_is_refused():
-    first, second = _calls(_address(), 0, 2, of=2, patience_s=1)[0], None
+    first, second = _calls(free_address(), 0, 2, of=2, patience_s=1)[0], None
     assert first is not None and "number 1 did not come" in first
-    address = _address()
+    address = free_address()
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(_calls, address, 0, of=2, patience_s=1)
         second = _calls(address, 1, of=4, patience_s=1)[0]
@@ -97,25 +108,40 @@ def test_a_port_in_use_is_refused():
 
 
 def test_one_process_is_the_first_and_waits_for_nobody():
-    join(4)
+    ProcessGroup().join(4)
     assert is_first()
     meet("here")
+    assert of_every_process(2**40) == [2**40]
 
 
 @pytest.mark.parametrize(
-    ("variables", "given", "number"),
+    ("variables", "given", "first"),
     [
-        ({}, None, 0),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, None, 1),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, None, 3),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, 0, 0),
+        ({}, None, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, None, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, None, False),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, 0, True),
     ],
 )
-def test_a_process_knows_its_number_before_it_meets_the_others(
-    variables, given, number, monkeypatch
+def test_a_process_knows_whether_it_is_the_first_before_it_meets_the_others(
+    variables, given, first, monkeypatch
 ):
     for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert number_of(given) == number
+    assert ProcessGroup(process_id=given).first is first
+
+
+@pytest.mark.parametrize("spec", [RANKED, REPLICATED])
+def test_an_array_comes_back_from_the_mesh_as_it_went_there(spec):
+    mesh, values = RankMesh(2, 2), np.arange(12.0).reshape(4, 3)
+    placed = on_mesh(values, mesh, spec)
+    assert placed.sharding.shard_shape(placed.shape) == ((2, 3) if spec is RANKED else (4, 3))
+    np.testing.assert_array_equal(on_host({"a": placed})["a"], values)
+
+
+def test_the_rows_of_the_only_process_are_all_of_them():
+    mesh, values = RankMesh(2, 2), np.arange(12.0).reshape(4, 3)
+    assert values[own_rows(4)].shape == (4, 3)
+    np.testing.assert_array_equal(from_rows(values, mesh), values)
