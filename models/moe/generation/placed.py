@@ -9,7 +9,6 @@ from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch
-from cmjax.models.moe.generation.layered import are_split
 from cmjax.models.moe.generation.programs import (
     BatchShape,
     CacheProgram,
@@ -18,6 +17,7 @@ from cmjax.models.moe.generation.programs import (
     compile_join,
     compile_prefill,
 )
+from cmjax.models.moe.layered import are_split
 from cmjax.models.moe.parallelism import Parallelism
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple, so that fewer lengths are compiled

@@ -21,7 +21,7 @@ from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.chunked import chunk_fn
-from cmjax.models.moe.generation.layered import (
+from cmjax.models.moe.layered import (
     join_cache,
     join_layers,
     split_cache,
@@ -261,7 +261,7 @@ class _Batch:
 
 
 def _of_layers(fn: Callable) -> Callable:
-    """A program of parameters and caches that `cmjax.models.moe.generation.layered` splits."""
+    """A program of parameters and caches that `cmjax.models.moe.layered` splits."""
 
     def run(params, *args):
         *caches, inputs = args
