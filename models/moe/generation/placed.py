@@ -15,6 +15,7 @@ from cmjax.models.moe.generation.programs import (
     check_prefill,
     compile_decode,
     compile_join,
+    compile_move,
     compile_prefill,
 )
 from cmjax.models.moe.layered import are_split
@@ -89,6 +90,10 @@ class PlacedModel:
     def joining(self, sizes: BatchShape) -> Any:
         """The compiled `compile_join` of such a batch."""
         return compile_join(*self._key, sizes)
+
+    def moving(self, old: BatchShape, new: BatchShape) -> Any:
+        """The compiled `compile_move` from such a batch to another."""
+        return compile_move(*self._key, old, new)
 
     def prefilling(self, sizes: BatchShape) -> CacheProgram:
         """The compiled prefill of such a batch."""

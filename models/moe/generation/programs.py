@@ -214,6 +214,29 @@ def compile_join(
     return lowered.compile()
 
 
+@functools.lru_cache(maxsize=64)
+def compile_move(
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    kv_cache: KVCache,
+    old: BatchShape,
+    new: BatchShape,
+) -> Callable[[Any, np.ndarray], Any]:
+    """`move(caches, source)`: of `caches` of a batch of `old`, those of a batch of `new`, which
+    differs in its requests: of rank `r`, place `p` holds what place `source[r, p]` held."""
+    batch = _Batch(config, parallelism, mesh, precision, kv_cache, old)
+    axis = 0 if old.layered else 1  # of requests
+
+    def move(caches, source):
+        return jax.tree.map(lambda x: jnp.take(x, source, axis, mode="clip"), caches)
+
+    lifted = on_every_rank(move, mesh, (RANKED, RANKED), RANKED)
+    source = np.zeros((mesh.ranks, new.requests), np.int32)
+    return jax.jit(lifted).lower((batch.cache,), source).compile()
+
+
 class _Batch:
     """Shapes of what the programs of a batch take, and how one is compiled."""
 
