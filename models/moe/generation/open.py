@@ -22,6 +22,7 @@ from cmjax.models.moe.generation.generator import Generator
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits
 from cmjax.models.moe.generation.placed import padded_length
 from cmjax.models.moe.generation.programs import check_prefill, place_params
+from cmjax.models.moe.huge_pages import use_huge_pages
 from cmjax.models.moe.layered import split_layers
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import shard_params
@@ -123,6 +124,8 @@ def open_generator(
         params = place_params(shard_params(one, parallelism, tables), parallelism, mesh)
         if split:
             params = split_layers(params, parallelism)
+    if split:  # layers that are scanned are copied before they are read
+        use_huge_pages(params)
     return Generator(
         config=config,
         params=params,
