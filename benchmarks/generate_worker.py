@@ -15,6 +15,7 @@ from benchmarks.generate_peers import answer, peak_bytes, private_output, serve
 from cmjax import native
 from cmjax.models import moe
 from cmjax.models.moe.generation.open import GeneratorOptions
+from cmjax.models.moe.huge_pages import use_huge_pages
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def read_rate() -> float:
 
     # pieces that take about as long as a product: a longer read is more often interrupted
     pieces = [jnp.ones((1 << 23,), jnp.int32) for _ in range(8)]  # more than the caches hold
+    use_huge_pages(pieces)  # as weights are
     if native.status().enabled:
         out = jax.ShapeDtypeStruct((1,), jnp.int32)
         total = jax.jit(lambda x: native.call("cmjax_sum_words", out, x))

@@ -126,7 +126,8 @@ class Generate:
                 seed=self.seed,
                 progress=progress,
             )
-        log.print(f"weights in place on {mesh.ranks} ranks: {time.perf_counter() - started:.1f} s")
+        load_s = time.perf_counter() - started
+        log.print(f"weights in place on {mesh.ranks} ranks: {load_s:.1f} s")
         with show_progress("compiling", quiet=not first) as progress:
             found = generator.generate(
                 prompts,
@@ -136,8 +137,9 @@ class Generate:
                 end_tokens=() if self.ignore_end else config.end_tokens,
                 progress=progress,
             )
+        start = {"ranks": mesh.ranks, "load_s": load_s, "drafts_per_step": generator.drafts}
         if first:
-            self._show(console, log, found, prompts, tokenizer, mesh, generator.drafts)
+            self._show(console, log, found, prompts, tokenizer, start)
 
     def _texts(self) -> tuple[str, ...]:
         """Prompts given as text."""
@@ -195,8 +197,7 @@ class Generate:
         found: Generated,
         prompts: list[list[int]],
         tokenizer: Tokenizer | None,
-        mesh: RankMesh,
-        drafts: int,
+        start: dict[str, Any],
     ) -> None:
         texts = self._texts()
         requests: list[dict[str, Any]] = []
@@ -205,15 +206,13 @@ class Generate:
             if tokenizer is not None and number < len(texts):
                 request |= {"prompt": texts[number], "text": tokenizer.decode(completion.tokens)}
             requests.append(request | {"stopped_by": completion.reason})
-        speed = {
-            "ranks": mesh.ranks,
+        speed = start | {
             "compile_s": found.compile_s,
             "prefill_s": found.prefill_s,
             "prefill_tokens_per_s": found.prompt_tokens / found.prefill_s,
             "decode_s": found.decode_s,
             "decode_steps": found.steps,
             "decode_tokens_per_s": found.decoded_tokens / found.decode_s if found.steps else None,
-            "drafts_per_step": drafts,
             "draft_acceptance": found.acceptance,
         }
         emit(console, self.json, {"requests": requests, "speed": speed})

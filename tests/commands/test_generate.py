@@ -109,6 +109,7 @@ def test_greedy_tokens_of_a_checkpoint_on_a_mesh_equal_hugging_face(data, capsys
     assert text["prompt"] == "Hi"
     assert tokens["tokens"] == reference["greedy_tokens"][0][8:].tolist()
     assert found["speed"]["ranks"] == 4
+    assert found["speed"]["load_s"] > 0
     assert found["speed"]["decode_steps"] == 15
     assert "every byte is a token" in output.err
     assert "tokens/s" in output.err

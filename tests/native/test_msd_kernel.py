@@ -217,15 +217,12 @@ F32, S8, U8, NONE = jnp.float32, jnp.int8, jnp.uint8, jnp.zeros(0, jnp.float32)
 def test_wrong_buffers_are_refused(target, result, operands, message):
     dtypes = (F32, S8, F32) if target == "int8" else (F32, U8, U8)
     arrays = [jnp.zeros(s, d) for s, d in zip(operands, dtypes, strict=True)]
-    extra = (NONE, NONE) if target == "int8" else (NONE,)
+    extra = (NONE,) if target == "int8" else ()
     with pytest.raises(Exception, match=message):
         _call(f"cmjax_msd_{target}", result, *arrays, *extra)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_offset_or_bias_of_another_length_is_refused(which):
-    extra = [NONE, NONE]
-    extra[which] = jnp.zeros(2, F32)
+def test_an_offset_of_another_length_is_refused():
     operands = jnp.zeros((1, 2, 8), F32), jnp.zeros((1, 3, 8), S8), jnp.zeros((1, 3, 1), F32)
-    with pytest.raises(Exception, match="offset and bias must be empty or have"):
-        _call("cmjax_msd_int8", (1, 2, 3), *operands, *extra)
+    with pytest.raises(Exception, match="offset must be empty or have"):
+        _call("cmjax_msd_int8", (1, 2, 3), *operands, jnp.zeros(2, F32))

@@ -104,9 +104,9 @@ struct Seen {
 
 Seen seen_by(const Problem& p, int64_t sequence, int64_t query) {
   const int64_t length = p.lengths == nullptr ? p.tokens : p.lengths[sequence];
-  const int64_t to = std::clamp<int64_t>(length - p.queries + query + 1, 0, p.tokens);
-  const int64_t newest = length - p.queries + query + 1;
-  const int64_t from = p.window < 0 ? 0 : std::clamp<int64_t>(newest - p.window, 0, to);
+  const int64_t end = length - p.queries + query + 1;
+  const int64_t to = std::clamp<int64_t>(end, 0, p.tokens);
+  const int64_t from = p.window < 0 ? 0 : std::clamp<int64_t>(end - p.window, 0, to);
   return {from, to};
 }
 

@@ -43,6 +43,7 @@ def pack(half_steps: Int8[Array, "*lead k"]) -> UInt8[Array, "*lead k//2"]:
     size = jnp.abs(half_steps.astype(jnp.int32))
     index = jnp.where(size <= 4, size, jnp.where(size == 6, 5, jnp.where(size == 8, 6, 7)))
     code = jnp.where(half_steps < 0, index + 8, index).astype(jnp.uint8)
+    code = lax.optimization_barrier(code)  # XLA would compute both halves value by value
     return code[..., 0::2] | (code[..., 1::2] << 4)
 
 

@@ -287,9 +287,8 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
         y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
         return y.reshape(*x.shape[:-1], features)
 
-    # the bias is added behind: the kernel's sums may be those of x / 2**64
-    rest = (of_features(None),) if format == "mxfp4" else (of_features(offset), of_features(None))
-    y = with_headroom(lambda x: product(x, *rest), x)
+    rest = () if format == "mxfp4" else (of_features(offset),)
+    y = with_headroom(lambda x: product(x, *rest), x)  # sums may be those of x / 2**64
     if bias is not None:
         y = _rounded(y + _over_rows(bias, y))
     return y.astype(out_dtype)

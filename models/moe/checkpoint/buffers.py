@@ -1,8 +1,9 @@
 """The buffers of a model's parameters on their devices, filled tensor by tensor in place.
 
 A buffer is made once, on the device whose ranks hold it, and every write donates it back to XLA:
-loading needs the model's own memory and that of one tensor. Of several processes each fills those
-of its own devices, and reads what goes there.
+loading needs the model's own memory and that of one tensor. A matrix is rounded to the arithmetic's
+format as it is written, from the file's values: nothing is ever held in two formats. Of several
+processes each fills those of its own devices, and reads what goes there.
 """
 
 import functools
@@ -16,15 +17,19 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.mesh import RANKED, RankMesh
-from cmjax.models.moe.arithmetic import Precision
+from cmjax.models.moe.arithmetic import Arithmetic, ExpertFormat
 from cmjax.models.moe.checkpoint import block_fp8
 from cmjax.models.moe.checkpoint.tensor_names import SHARED, Form, Path, WeightMapping
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.layers.linear import quantize_columns
+from cmjax.models.moe.layered import is_stacked, split_shapes
+from cmjax.models.moe.layers.linear import encode_weight, format_of
 from cmjax.models.moe.model import abstract_model
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.slots import SlotTable, stack_tables
+
+_Key = tuple[str | int, ...]
+"""Of a parameter, and behind it the layer where layers have arrays of their own."""
 
 
 class _Destination(NamedTuple):
@@ -43,20 +48,24 @@ class ParameterBuffers:
         self,
         config: MoEConfig,
         parallelism: Parallelism,
-        precision: Precision,
+        precision: Arithmetic | str,
         mtp: bool,
         mesh: RankMesh | None,
+        *,
+        split: bool = False,
     ):
+        """Args: split: make an array for every layer, as `split_layers` does."""
         if parallelism.ranks != (mesh.ranks if mesh else 1):
             raise ValueError(
                 f"load_params: a parallelism over {parallelism.ranks} ranks needs a mesh of "
                 f"as many, got {mesh}"
             )
         self.config, self.parallelism, self.mesh = config, parallelism, mesh
-        _, self.shapes = abstract_model(config, parallelism, precision, mtp=mtp)
-        self.specs = param_specs(self.shapes, parallelism)
-        self.mtp = mtp
-        self.held: dict[tuple[Path, int], jax.Array] = {}
+        _, self.stacked = abstract_model(config, parallelism, precision, mtp=mtp)
+        self.specs = param_specs(self.stacked, parallelism)
+        self.shapes = split_shapes(self.stacked) if split else self.stacked
+        self.mtp, self.split = mtp, split
+        self.held: dict[tuple[_Key, int], jax.Array] = {}
         devices = jax.devices()[:1] if mesh is None else list(mesh.concrete().devices.flat)
         self.devices = devices
         here = [n for n, d in enumerate(devices) if d.process_index == jax.process_index()]
@@ -93,14 +102,17 @@ class ParameterBuffers:
             for name, values in zip(
                 ("slots_of_expert", "copies"), stack_tables(own, width), strict=True
             ):
-                home = self.home
-                self.held[(*path, name), home] = jax.device_put(values, self.devices[home])
+                parts = {(*path, name): values}
+                if self.split and is_stacked(path):
+                    parts = {(*path, name, layer): part for layer, part in enumerate(values)}
+                for key, part in parts.items():
+                    self.held[key, self.home] = jax.device_put(part, self.devices[self.home])
 
     def finish(self) -> dict[str, Any]:
         """The parameters; with a mesh, as global arrays on it."""
 
         def whole(path, shape):
-            keys = tuple(str(entry.key) for entry in path)
+            keys: _Key = tuple(_key_of(entry) for entry in path)
             if self.mesh is None:
                 return self.held.pop((keys, self.home))
             nodes, mesh = sorted(self.here), self.mesh.concrete()
@@ -151,11 +163,12 @@ class ParameterBuffers:
     def _write(
         self, place: _Destination, node: int, values, mapping: WeightMapping, which: int, block
     ) -> None:
-        names = [place.path]
-        if place.path[-1] == "weight" and "scale" in _at(self.shapes, place.path[:-1]):
-            names.append((*place.path[:-1], "scale"))
-        targets = tuple(self._buffer(name, node) for name in names)
         index, axis = place.index, None
+        names, format = self._held_as(place.path)
+        if self.split and is_stacked(place.path):
+            layer, *index = index
+            names = {name: (*path, layer) for name, path in names.items()}
+        targets = {name: self._buffer(path, node) for name, path in names.items()}
         if place.rank is not None:
             index = (place.rank % self.ranks_per_device, *index)
         if place.heads_of is not None:
@@ -168,14 +181,25 @@ class ParameterBuffers:
             form=mapping.form,
             which=which,
             column=mapping.column,
+            format=format,
             block=block,
             split=None if axis is None else (axis, self.parallelism.ranks),
         )
         # Awaited, or tensors would be read faster than written and pile up.
-        for name, buffer in zip(names, jax.block_until_ready(written), strict=True):
-            self.held[name, node] = buffer
+        for name, buffer in jax.block_until_ready(written).items():
+            self.held[names[name], node] = buffer
 
-    def _buffer(self, path: Path, node: int) -> jax.Array:
+    def _held_as(self, path: _Key) -> tuple[dict[str | int, _Key], ExpertFormat | None]:
+        """The parameters that hold what a file has as `path`, by name, and their format; `None`
+        for floating point."""
+        *module, name = path
+        siblings = _at(self.stacked, module)
+        if name != "weight" or "scale" not in siblings:
+            return {name: path}, None
+        names = ("values" if "values" in siblings else "weight", "scale")
+        return {name: (*module, name) for name in names}, format_of(siblings)
+
+    def _buffer(self, path: _Key, node: int) -> jax.Array:
         if (path, node) not in self.held:
             leaf = _at(self.shapes, path)
             lead = (self.ranks_per_device,) if self._is_ranked(path) else ()
@@ -183,11 +207,20 @@ class ParameterBuffers:
             self.held[path, node] = zeros
         return self.held.pop((path, node))  # donated: nobody else may hold it
 
-    def _is_ranked(self, path: Path) -> bool:
-        return self.mesh is not None and _at(self.specs, path) is RANKED
+    def _is_ranked(self, path: _Key) -> bool:
+        if self.mesh is None:
+            return False
+        path = path[:-1] if isinstance(path[-1], int) else path
+        names, _ = self._held_as(path)
+        return all(_at(self.specs, held) is RANKED for held in names.values())
 
 
-def _at(tree: Any, path: Path) -> Any:
+def _key_of(entry: Any) -> str | int:
+    """A dictionary's key, or the place in a tuple."""
+    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else str(entry.key)
+
+
+def _at(tree: Any, path: Sequence[str | int]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
@@ -195,11 +228,11 @@ def _at(tree: Any, path: Path) -> Any:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("form", "which", "column", "block", "split"),
+    static_argnames=("form", "which", "column", "format", "block", "split"),
     donate_argnums=0,
 )
 def _write(
-    targets: tuple[jax.Array, ...],
+    targets: dict[str | int, jax.Array],
     tensor: jax.Array,
     scale: jax.Array | None,
     start: jax.Array,
@@ -207,10 +240,12 @@ def _write(
     form: Form,
     which: int,
     column: int,
+    format: ExpertFormat | None,
     block: block_fp8.Block,
     split: tuple[int, int] | None,
-) -> tuple[jax.Array, ...]:
-    """Part `which` of a file's tensor, written into `targets` (a parameter, and its INT8 scale).
+) -> dict[str | int, jax.Array]:
+    """Part `which` of a file's tensor, written into `targets`: a parameter, or those that hold it
+    in `format`.
 
     `start` is which share of the heads to take (with `split`: axis, number of parts), then the
     place in the target's leading axes.
@@ -222,11 +257,20 @@ def _write(
         axis, parts = split
         size = value.shape[axis] // parts
         value = lax.dynamic_slice_in_dim(value, start[0] * size, size, axis % value.ndim)
-    values = (value,) if len(targets) == 1 else quantize_columns(value.astype(jnp.float32))
-    results = []
-    for target, part in zip(targets, values, strict=True):
+    parts = dict.fromkeys(targets, value) if format is None else encode_weight(value, format)
+    values: dict[Any, jax.Array] = {**parts}
+    results = {}
+    for name, target in targets.items():
         lead = start.shape[0] - 1
-        part = part.astype(target.dtype).reshape((1,) * lead + part.shape)
-        corner = [start[1 + axis] for axis in range(lead)] + [0] * (target.ndim - lead - 1)
-        results.append(lax.dynamic_update_slice(target, part, (*corner, column)))
-    return tuple(results)
+        part = values[name].astype(target.dtype)
+        corner = [0] * part.ndim
+        corner[_column_axis(name, part)] = column
+        part = part.reshape((1,) * lead + part.shape)
+        results[name] = lax.dynamic_update_slice(target, part, (*start[1:], *corner))
+    return results
+
+
+def _column_axis(name: str | int, part: jax.Array) -> int:
+    """Which axis of a parameter of a `Linear` is that of its outputs."""
+    features_first = name == "values" or (name == "scale" and part.dtype == jnp.uint8)
+    return -2 if features_first else -1

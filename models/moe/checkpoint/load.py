@@ -10,12 +10,12 @@ once, each tensor is written into it in place, and at most one tensor at a time 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from cmjax.console import Progress
 from cmjax.inputs import listed as shortened
 from cmjax.mesh import RankMesh
-from cmjax.models.moe.arithmetic import Precision
+from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.checkpoint.buffers import ParameterBuffers
 from cmjax.models.moe.checkpoint.folder import list_folder
 from cmjax.models.moe.checkpoint.fused_experts import unfused
@@ -64,7 +64,7 @@ class Checkpoint:
 def load(
     path: str | Path,
     *,
-    precision: Precision = "float32",
+    precision: Arithmetic | str = "float32",
     mtp: bool | None = None,
     progress: Progress | None = None,
 ) -> MoEModel:
@@ -82,7 +82,8 @@ def load(
 
     Args:
       path: folder with config.json and model.safetensors, or shards and their index.
-      precision: what the model computes in; weights are converted as they are read.
+      precision: what the model computes in, an arithmetic or its name; weights are rounded to its
+        formats as they are read.
       mtp: whether to load the draft module; `None`: if the checkpoint has one.
       progress: called with the bytes read so far, in all, and what is being done.
     Raises:
@@ -119,10 +120,11 @@ def load_params(
     checkpoint: Checkpoint,
     parallelism: Parallelism,
     *,
-    precision: Precision = "float32",
+    precision: Arithmetic | str = "float32",
     mtp: bool = False,
     mesh: RankMesh | None = None,
     tables: Sequence[SlotTable] | None = None,
+    split: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Parameters of `parallelism`'s model, as `shard_params` would give them.
@@ -132,14 +134,12 @@ def load_params(
         without a mesh.
       tables: one per MoE layer (then one for the MTP layer, if it is loaded); by default
         `parallelism.table` for all.
+      precision: as of `load`.
+      split: give every layer arrays of its own, as `cmjax.models.moe.layered.split_layers` does.
     Raises: ValueError: see `load`; or tables that do not fit `parallelism.table`.
     """
     config = checkpoint.config
-    if precision not in get_args(Precision):
-        raise ValueError(
-            f"load_params: weights are read as {', '.join(get_args(Precision))}, got "
-            f"{precision!r}; for another arithmetic read floats and convert them"
-        )
+    Arithmetic.of(precision).check(config)
     if parallelism.tensor > 1:
         raise ValueError(
             f"load_params: a checkpoint is not read into tensor-parallel groups (of "
@@ -148,7 +148,7 @@ def load_params(
     wanted = _wanted(checkpoint, mtp)
     _check(checkpoint, wanted)
     tables = layer_tables(parallelism, config.moe_layers + mtp, tables)
-    buffers = ParameterBuffers(config, parallelism, precision, mtp, mesh)
+    buffers = ParameterBuffers(config, parallelism, precision, mtp, mesh, split=split)
     total = sum(checkpoint.tensors[mapping.name].nbytes for mapping in wanted)
     done = 0
     for mapping in wanted:

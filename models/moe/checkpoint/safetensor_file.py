@@ -1,9 +1,10 @@
 """Safetensors files, one tensor at a time.
 
 A file is 8 bytes of header length, a JSON header (name -> dtype, shape, offsets), and the tensors'
-bytes. Reading goes into a buffer of one tensor: neither the whole file nor a
-map of it ever counts as this process's memory. The format's own library reads NumPy arrays through
-a map and knows no FP8 in NumPy; the tests compare with it.
+bytes. Reading goes into a buffer of one tensor: neither the whole file nor a map of it
+ever counts as this process's memory. A map would save nothing: matrices are transposed or rounded
+on their way to the model, and lie unaligned, so that JAX would copy them first. The format's own
+library reads NumPy arrays through a map and knows no FP8 in NumPy; the tests compare with it.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_ALIGNMENT = 64  # JAX takes an aligned array of the host as it is, and copies any other
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
@@ -54,12 +56,13 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The tensor, in memory of its own.
+        """The tensor, in memory of its own, which `jax.device_put` shares on CPU devices.
 
         Raises:
           ValueError: the file ends early; names it.
         """
-        buffer = np.empty(self.nbytes, np.uint8)
+        buffer = np.empty(self.nbytes + _ALIGNMENT, np.uint8)
+        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][: self.nbytes]
         view, done = memoryview(buffer), 0
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)

@@ -2,8 +2,11 @@
 
 A batch has places. Between two decode steps a request that has all its tokens leaves its place, and
 one that waits is prefilled and takes it, so that no request waits for the longest of a batch
-(Yu et al. 2022, "Orca", section 3.1: iteration-level scheduling). Decoding is compiled once, for
-all places; those that nobody has run along and are not read.
+(Yu et al. 2022, "Orca", section 3.1: iteration-level scheduling).
+
+A step's work follows who runs: the cache holds all places, half of them, a quarter and so on, the
+fewest that will do. Where fewer requests run, they move together into a smaller cache. The decode
+step of each size is compiled when the size first occurs.
 
 A request's tokens are those that it gets alone: it attends its own part of the cache, and its k-th
 token is drawn with the k-th of its own uniform numbers.
@@ -25,6 +28,7 @@ from cmjax.models.moe.generation.batch import (
     check_prompt,
 )
 from cmjax.models.moe.generation.placed import PlacedModel, padded_length
+from cmjax.models.moe.generation.programs import BatchShape
 from cmjax.processes import on_host
 
 
@@ -45,6 +49,14 @@ class Finished(NamedTuple):
 
     request: int
     completion: Completion
+
+
+class _Place(NamedTuple):
+    """Where a request runs."""
+
+    rank: int
+    place: int
+    """On the rank."""
 
 
 @dataclasses.dataclass
@@ -89,18 +101,20 @@ class ContinuousBatch:
             )
         self.steps = 0
         """Decode steps so far."""
+        self.computed = 0
+        """Places that these steps computed, those that nobody had included."""
         sampler = sampler or Sampler()
-        ranks = model.mesh.ranks
-        shape = (ranks, -(-places // ranks))
+        self._ranks = ranks = model.mesh.ranks
+        self._sizes = _halves(-(-places // ranks))  # places of a rank that a cache may hold
         self._model, self._end_tokens = model, frozenset(end_tokens)
         self._numbers = itertools.count()
         self._waiting: collections.deque[_Running] = collections.deque()
-        self._running: dict[int, _Running] = {}  # by place, rank after rank
+        self._running: dict[_Place, _Running] = {}
         self._room = padded_length(model.config, self.context)
         self._greedy = sampler.temperature == 0
-        self._sizes = model.sizes(requests=shape[1], prompt=1, room=self._room, greedy=self._greedy)
-        self._decoding = model.decoding(self._sizes)
-        self._caches: Any = (self._decoding.empty_cache(),)
+        shape = (ranks, self._sizes[0])
+        self._shape = self._shape_of(self._sizes[0])
+        self._caches: Any = (model.decoding(self._shape).empty_cache(),)
         self._batch = RequestBatch(
             prompts=np.zeros((*shape, 1), np.int32),
             lengths=np.zeros(shape, np.int32),  # tokens in the cache
@@ -126,7 +140,7 @@ class ContinuousBatch:
     @property
     def places(self) -> int:
         """Requests that can run at once."""
-        return self._batch.requests
+        return self._ranks * self._sizes[-1]
 
     @property
     def running(self) -> int:
@@ -153,16 +167,22 @@ class ContinuousBatch:
         while self._waiting and len(self._running) < self.places:
             emitted += self._join()
         if self._running:
+            counts = collections.Counter(place.rank for place in self._running)
+            self._hold(max(counts.values()))
             emitted += self._decode()
         return emitted
 
     def _join(self) -> list[Emitted]:
         """Prefill one waiting request a rank, as far as there are free places."""
         ranks, each = self._batch.lengths.shape
+        wanted = min(self.places, len(self._running) + len(self._waiting))
+        if wanted > ranks * each:
+            self._hold(-(-wanted // ranks))
+            each = self._shape.requests
         places = np.full(ranks, -1, np.int32)
         joining: dict[int, _Running] = {}  # by rank
         for rank in range(ranks):
-            free = (p for p in range(each) if rank * each + p not in self._running)
+            free = (p for p in range(each) if _Place(rank, p) not in self._running)
             place = next(free, None)
             if place is None or not self._waiting:
                 continue
@@ -180,24 +200,27 @@ class ContinuousBatch:
         batch = RequestBatch(prompts, lengths, uniform, self._batch.sampler, drafts, done)
         sizes = self._model.sizes(requests=1, prompt=width, room=self._room, greedy=self._greedy)
         first, caches = self._model.prefill(batch, sizes)
-        self._caches = self._model.joining(self._sizes)(self._caches, caches, places)
+        self._caches = self._model.joining(self._shape)(self._caches, caches, places)
         emitted = []
         for rank, running in joining.items():
-            at, place = (rank, places[rank]), rank * each + int(places[rank])
+            at = _Place(rank, int(places[rank]))
             found = first[rank, 0]
             self._tokens[at] = [*found, *[found[-1]] * drafts][: 1 + drafts]
             self._batch.lengths[at] = len(running.prompt)
-            self._batch.uniform[place], self._batch.done[place] = uniform[rank], 1
+            row = rank * each + at.place
+            self._batch.uniform[row], self._batch.done[row] = uniform[rank], 1
             emitted.append(running.take(found[:1].tolist()))
             if emitted[-1].completion is None:
-                self._running[place] = running
+                self._running[at] = running
         return emitted
 
     def _decode(self) -> list[Emitted]:
-        """A decode step of all places."""
+        """A decode step of the places that the cache holds."""
         inputs = self._batch.decode_inputs(self._tokens, self._batch.lengths)
-        step = self._decoding.run(self._model.used_params, self._caches, inputs)
+        program = self._model.decoding(self._shape)
+        step = program.run(self._model.used_params, self._caches, inputs)
         self._caches, self.steps = step.caches, self.steps + 1
+        self.computed += self._batch.requests
         found = on_host((step.tokens, step.lengths, step.emitted, step.sampled))
         self._tokens, lengths = np.array(found[0]), np.array(found[1])
         count = found[2].reshape(-1)
@@ -205,13 +228,55 @@ class ContinuousBatch:
         self._batch.advance(count)
         emitted = []
         for place, running in list(self._running.items()):
-            emitted.append(running.take(sampled[place, : count[place]].tolist()))
+            row = place.rank * self._shape.requests + place.place
+            emitted.append(running.take(sampled[row, : count[row]].tolist()))
             if emitted[-1].completion is not None:
                 del self._running[place]
-        free = [p for p in range(count.size) if p not in self._running]
-        lengths.reshape(-1)[free] = 0
+        for place in np.ndindex(lengths.shape):
+            if place not in self._running:
+                lengths[place] = 0
         self._batch.lengths = lengths
         return emitted
+
+    def _hold(self, needed: int) -> None:
+        """Let the cache hold the fewest places a rank that are at least `needed`; those who run
+        move to the first."""
+        each = next(size for size in self._sizes if size >= needed)
+        if each == self._shape.requests:
+            return
+        old, self._shape = self._shape, self._shape_of(each)
+        moved: dict[_Place, _Running] = {}
+        source = np.zeros((self._ranks, each), np.int32)  # the rest are places that nobody has
+        for rank in range(self._ranks):
+            here = sorted(place for place in self._running if place.rank == rank)
+            source[rank, : len(here)] = [place.place for place in here]
+            moved |= {_Place(rank, p): self._running[place] for p, place in enumerate(here)}
+        self._caches = self._model.moving(old, self._shape)(self._caches, source)
+        self._tokens = np.take_along_axis(self._tokens, source[..., None], axis=1)
+        lengths = np.take_along_axis(self._batch.lengths, source, axis=1)
+        for place in np.ndindex(lengths.shape):
+            if place not in moved:
+                lengths[place] = 0
+        rows = (source + old.requests * np.arange(self._ranks)[:, None]).reshape(-1)
+        self._batch = dataclasses.replace(
+            self._batch,
+            prompts=np.zeros((*lengths.shape, 1), np.int32),
+            lengths=lengths,
+            uniform=self._batch.uniform[rows],
+            done=self._batch.done[rows],
+        )
+        self._running = moved
+
+    def _shape_of(self, each: int) -> BatchShape:
+        return self._model.sizes(requests=each, prompt=1, room=self._room, greedy=self._greedy)
+
+
+def _halves(most: int) -> list[int]:
+    """`most`, half of it and so on (rounded up) down to one, ascending."""
+    sizes = [most]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes[::-1]
 
 
 def _width(longest: int, room: int) -> int:

@@ -10,20 +10,24 @@ from pathlib import Path
 import jax
 
 from cmjax.mesh import RANKED, RankMesh
-from cmjax.models.moe.arithmetic import Precision
+from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import param_specs
 from cmjax.models.moe.steps import abstract_params
 from cmjax.processes import of_every_process
 
-_SMALLER: tuple[Precision, ...] = ("bfloat16", "int8")  # than float32, in order
+_SMALLER = ("bfloat16", "int8")  # than float32, in order
 _EXCHANGE_FRACTION = 0.25
 """Of the memory, what exchange buffers may take; the rest is parameters, caches and the system."""
 
 
 def check_memory(
-    config: MoEConfig, parallelism: Parallelism, mesh: RankMesh, precision: Precision, mtp: bool
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    mtp: bool,
 ) -> None:
     """Refuse parameters that cannot fit this machine before making any.
 
@@ -49,7 +53,11 @@ def check_memory(
 
 
 def parameter_bytes(
-    config: MoEConfig, parallelism: Parallelism, mesh: RankMesh, precision: Precision, mtp: bool
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    mtp: bool,
 ) -> int:
     """Bytes of the parameters on all ranks of a mesh."""
     shapes = abstract_params(config, parallelism, precision, mtp=mtp)

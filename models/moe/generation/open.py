@@ -10,20 +10,20 @@ widths that a format does not divide, more bytes than this machine has.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal
 
 from cmjax.console import Progress
 from cmjax.inputs import check_count
 from cmjax.mesh import RankMesh
-from cmjax.models.moe.arithmetic import Arithmetic, KVCache, Precision
+from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_checkpoint
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.generator import Generator
-from cmjax.models.moe.generation.layered import split_layers
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits
 from cmjax.models.moe.generation.placed import padded_length
 from cmjax.models.moe.generation.programs import check_prefill, place_params
-from cmjax.models.moe.model import convert_params
+from cmjax.models.moe.huge_pages import use_huge_pages
+from cmjax.models.moe.layered import split_layers
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
@@ -81,7 +81,7 @@ def open_generator(
       requests, prompt_tokens: how many prompts there will be and how long the longest is, which
         decides whether prefill runs in chunks; by default as long as the model is meant for.
       seed: of random parameters.
-      split: keep the arrays of layers apart (`cmjax.models.moe.generation.layered`): faster steps,
+      split: keep the arrays of layers apart (`cmjax.models.moe.layered`): faster steps,
         longer compilation; by default where all ranks are on one device.
       progress: called with the bytes read so far, in all, and what is being done.
     Raises:
@@ -99,11 +99,7 @@ def open_generator(
     if options.kv_cache is not None:
         arithmetic = dataclasses.replace(arithmetic, kv_cache=options.kv_cache)
     arithmetic.check(config)
-    # weights are read as floats and converted where they are, unless they can be read as wanted
-    held: Precision = "float32" if arithmetic.quantized else "bfloat16"
-    if direct := options.arithmetic in get_args(Precision):
-        held = cast(Precision, options.arithmetic)
-    check_memory(config, parallelism, mesh, held, mtp)
+    check_memory(config, parallelism, mesh, arithmetic, mtp)
     longest = config.context_limit if prompt_tokens is None else prompt_tokens
     chunk = options.prefill_chunk
     if chunk is None:
@@ -111,23 +107,25 @@ def open_generator(
         chunk = chunk_that_fits(config, parallelism, each, padded_length(config, longest))
     sequence_parallel = _sequence_parallel(config, mesh, options.prefill, chunk)
     check_prefill(config, parallelism, chunk, sequence_parallel)
+    split = mesh.nodes == 1 if split is None else split
     if isinstance(model, Checkpoint):
         params = load_params(
             model,
             parallelism,
-            precision=held,
+            precision=arithmetic,
             mtp=mtp,
             mesh=mesh,
             tables=tables,
+            split=split,
             progress=progress,
         )
     else:
-        one = init_params(config, held, mtp=mtp, seed=seed)
+        one = init_params(config, arithmetic, mtp=mtp, seed=seed)
         params = place_params(shard_params(one, parallelism, tables), parallelism, mesh)
-    if not direct:
-        params = convert_params(params, config, parallelism, held, arithmetic, mtp=mtp)
-    if mesh.nodes == 1 if split is None else split:
-        params = split_layers(params, parallelism)
+        if split:
+            params = split_layers(params, parallelism)
+    if split:  # layers that are scanned are copied before they are read
+        use_huge_pages(params)
     return Generator(
         config=config,
         params=params,

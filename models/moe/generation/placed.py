@@ -9,15 +9,16 @@ from cmjax.mesh import RankMesh
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch
-from cmjax.models.moe.generation.layered import are_split
 from cmjax.models.moe.generation.programs import (
     BatchShape,
     CacheProgram,
     check_prefill,
     compile_decode,
     compile_join,
+    compile_move,
     compile_prefill,
 )
+from cmjax.models.moe.layered import are_split
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.processes import on_host
 
@@ -90,6 +91,10 @@ class PlacedModel:
     def joining(self, sizes: BatchShape) -> Any:
         """The compiled `compile_join` of such a batch."""
         return compile_join(*self._key, sizes)
+
+    def moving(self, old: BatchShape, new: BatchShape) -> Any:
+        """The compiled `compile_move` from such a batch to another."""
+        return compile_move(*self._key, old, new)
 
     def prefilling(self, sizes: BatchShape) -> CacheProgram:
         """The compiled prefill of such a batch."""

@@ -21,7 +21,7 @@ from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.chunked import chunk_fn
-from cmjax.models.moe.generation.layered import (
+from cmjax.models.moe.layered import (
     join_cache,
     join_layers,
     split_cache,
@@ -213,6 +213,29 @@ def compile_join(
     return lowered.compile()
 
 
+@functools.lru_cache(maxsize=64)
+def compile_move(
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    precision: Arithmetic | str,
+    kv_cache: KVCache,
+    old: BatchShape,
+    new: BatchShape,
+) -> Callable[[Any, np.ndarray], Any]:
+    """`move(caches, source)`: of `caches` of a batch of `old`, those of a batch of `new`, which
+    differs in its requests: of rank `r`, place `p` holds what place `source[r, p]` held."""
+    batch = _Batch(config, parallelism, mesh, precision, kv_cache, old)
+    axis = 0 if old.layered else 1  # of requests
+
+    def move(caches, source):
+        return jax.tree.map(lambda x: jnp.take(x, source, axis, mode="clip"), caches)
+
+    lifted = on_every_rank(move, mesh, (RANKED, RANKED), RANKED)
+    source = np.zeros((mesh.ranks, new.requests), np.int32)
+    return jax.jit(lifted).lower((batch.cache,), source).compile()
+
+
 class _Batch:
     """Shapes of what the programs of a batch take, and how one is compiled."""
 
@@ -260,7 +283,7 @@ class _Batch:
 
 
 def _of_layers(fn: Callable) -> Callable:
-    """A program of parameters and caches that `cmjax.models.moe.generation.layered` splits."""
+    """A program of parameters and caches that `cmjax.models.moe.layered` splits."""
 
     def run(params, *args):
         *caches, inputs = args

@@ -244,7 +244,7 @@ def _convert(params: Any, like: Any, path: str, importance: dict[str, Array]) ->
         return params.astype(like.dtype)
     if "scale" in like and "weight" in params and "scale" not in params:
         value = params["weight"]
-        matrix = encode_weight(value, _format(like), importance.get(path))
+        matrix = encode_weight(value, format_of(like), importance.get(path))
         params = {key: x for key, x in params.items() if key != "weight"} | matrix
     if set(params) != set(like):
         raise ValueError(
@@ -254,8 +254,8 @@ def _convert(params: Any, like: Any, path: str, importance: dict[str, Array]) ->
     return {key: _convert(params[key], like[key], f"{path}/{key}", importance) for key in like}
 
 
-def _format(like: dict[str, Any]) -> ExpertFormat:
-    """What a `Linear` with scales holds."""
+def format_of(like: dict[str, Any]) -> ExpertFormat:
+    """The format of a `Linear` with scales, of its parameters or their shapes."""
     if "weight" in like:
         return "w4a8" if like["weight"].dtype == jnp.uint8 else "w8a8"
     return "msd_w4a16" if like["values"].dtype == jnp.uint8 else "msd_w8a16"

@@ -1,6 +1,7 @@
 """Checkpoints: what is loaded, what is written back, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from cmjax.models.moe.checkpoint.safetensor_file import TensorSpec, list_tensors
 from cmjax.models.moe.checkpoint.save import save
 from cmjax.models.moe.checkpoint.tensor_names import weight_mappings
 from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig, dense_config
+from cmjax.models.moe.layered import split_layers
 from cmjax.models.moe.layers.linear import quantize_params
 from cmjax.models.moe.model import abstract_model, assemble, parameters
 from cmjax.models.moe.parallelism import Parallelism, one_rank
@@ -205,13 +207,33 @@ def test_half_precision_files_hold_rounded_values(tmp_path, dtype):
     np.testing.assert_array_equal(got["bias"], want["bias"])  # stays float32
 
 
+WHOLE_BLOCKS = dataclasses.replace(  # of the formats that share a scale among 32 values
+    SMALL,
+    hidden_size=32,
+    heads=8,
+    attention=dataclasses.replace(SMALL.attention, q_lora_rank=32, v_dim=4, bias=False),
+    ffn_size=64,
+    expert_ffn_size=32,
+)
+
+
 @pytest.mark.slow
-def test_int8_weights_are_those_of_the_quantized_float_model(tmp_path):
-    model = _random(SMALL)
+@pytest.mark.parametrize("arithmetic", ["int8", "msd_w8a16", "msd_w4a16", "w4a8"])
+def test_weights_are_rounded_as_they_are_read_like_those_of_the_float_model(tmp_path, arithmetic):
+    model = _random(WHOLE_BLOCKS)
     save(model, tmp_path)
-    like = abstract_params(SMALL, one_rank(SMALL), "int8", mtp=True)
+    like = abstract_params(WHOLE_BLOCKS, one_rank(WHOLE_BLOCKS), arithmetic, mtp=True)
     want = quantize_params(parameters(model), like)
-    _same(parameters(load(tmp_path, precision="int8")), want)
+    _same(parameters(load(tmp_path, precision=arithmetic)), want)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "msd_w4a16"])
+def test_layers_are_read_into_arrays_of_their_own(tmp_path, arithmetic):
+    save(_random(WHOLE_BLOCKS), tmp_path)
+    checkpoint, parallelism = open_checkpoint(tmp_path), one_rank(WHOLE_BLOCKS)
+    options = {"precision": arithmetic, "mtp": True, "mesh": RankMesh(1, 1)}
+    read = functools.partial(load_params, checkpoint, parallelism, **options)
+    _same(read(split=True), split_layers(read(), parallelism))
 
 
 MESH = RankMesh(2, 2)
@@ -224,7 +246,12 @@ PARALLELISMS = {
 
 @pytest.mark.parametrize(
     ("parallelism", "precision"),
-    [("redundant", "float32"), ("shared in slots", "int8"), ("heads split", "float32")],
+    [
+        ("redundant", "float32"),
+        ("redundant", "msd_w8a16"),
+        ("shared in slots", "int8"),
+        ("heads split", "float32"),
+    ],
 )
 def test_tensors_go_where_sharding_the_whole_model_puts_them(tmp_path, parallelism, precision):
     parallelism = PARALLELISMS[parallelism]
@@ -241,7 +268,8 @@ def test_tensors_go_where_sharding_the_whole_model_puts_them(tmp_path, paralleli
         ]
     want = shard_params(whole, parallelism, tables)
     got = load_params(checkpoint, parallelism, mesh=MESH, tables=tables, **options)
-    experts = got["main"]["moe"]["layers"]["moe"]["experts"]["down"]["weight"]
+    down = got["main"]["moe"]["layers"]["moe"]["experts"]["down"]
+    experts = down.get("weight", down.get("values"))
     assert [s.data.shape[0] for s in experts.addressable_shards] == [2, 2]
     _same(got, want)
 

@@ -103,6 +103,23 @@ def test_no_request_waits_for_the_longest_of_a_batch(plain):
     assert batch.steps == 11  # batches of two, each as long as its longest: 11 + 1 + 1
 
 
+def test_a_step_computes_the_places_that_are_taken(plain, alone):
+    """Eight places. One request runs for eleven steps; two others leave after one and two."""
+    batch = plain.continuous(places=8, context=CONTEXT)
+    for number, new_tokens in ((0, 12), (5, 2), (6, 3)):
+        batch.put(REQUESTS[number][0], new_tokens)
+    found = {request: completion.tokens for request, completion in batch}
+    assert batch.steps == 11
+    assert batch.computed == 4 + 2 + 9 * 1  # three in four places, two in two, one in one
+    assert found == {0: alone[0], 1: alone[5][:2], 2: alone[6][:3]}
+    assert batch.places == 8  # those that come later find room
+    for prompt, new_tokens in REQUESTS:
+        batch.put(prompt, new_tokens)
+    assert {request - 3: completion.tokens for request, completion in batch} == dict(
+        enumerate(alone)
+    )
+
+
 def test_requests_may_come_while_others_run_and_after_all_have_left(plain, alone):
     batch, found = plain.continuous(places=2, context=CONTEXT), {}
     batch.put(*REQUESTS[0])

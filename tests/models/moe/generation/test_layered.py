@@ -10,9 +10,9 @@ import pytest
 from cmjax.models.moe import open_generator, tiny
 from cmjax.models.moe.config import GroupedAttention
 from cmjax.models.moe.generation.batch import Sampler
-from cmjax.models.moe.generation.layered import are_split
 from cmjax.models.moe.generation.open import GeneratorOptions
 from cmjax.models.moe.generation.programs import BatchShape, compile_programs
+from cmjax.models.moe.layered import are_split
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
 

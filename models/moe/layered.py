@@ -7,6 +7,7 @@ name only, its scan is unrolled, and XLA finds that a slice of the stack is the 
 of. Compilation grows with depth instead.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,6 +57,11 @@ def split_shapes(params: dict[str, Any]) -> dict[str, Any]:
                 lambda x: (jax.ShapeDtypeStruct(x.shape[1:], x.dtype),) * x.shape[0], main[name]
             )
     return params | {"main": main}
+
+
+def is_stacked(path: Sequence[str | int]) -> bool:
+    """Whether a parameter has an axis of layers that `split_layers` takes apart."""
+    return path[0] == "main" and path[1] in _STACKS
 
 
 def join_layers(params: dict[str, Any]) -> dict[str, Any]:
