@@ -31,6 +31,7 @@ from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.trained import trained, with_tables
+from cmjax.parallelism.backward import Backward, without_unread
 from cmjax.parallelism.executed import Executed, TrainState
 from cmjax.parallelism.expert_program import EndsProgram, LayerProgram, Tree, of_experts
 from cmjax.parallelism.experts import MoETraining
@@ -153,18 +154,13 @@ class ExpertStep(Executed):
 
     def rank_gradients(self, params, tokens):
         """(share of the loss, gradients, share of their square) on a rank."""
-        plan, floats = self.plan, trained(params)
+        plan = self.plan
         count = plan.micro_batches(self.global_batch)
-
-        def loss(floats, tokens):
-            return self._loss(with_tables(floats, params), tokens)
-
-        def one(sums, tokens):
-            found, grads = jax.value_and_grad(loss)(floats, tokens)
-            return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), sums, grads), found
-
-        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), floats)
-        sums, losses = lax.scan(one, sums, tokens.reshape(count, plan.micro_batch, -1))
+        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained(params))
+        sums, losses = lax.scan(
+            lambda sums, tokens: self._accumulated(params, sums, tokens),
+            sums, tokens.reshape(count, plan.micro_batch, -1),
+        )  # fmt: skip
 
         def mean(path, g):
             return g if is_load(path) else g / (count * plan.data)
@@ -193,14 +189,40 @@ class ExpertStep(Executed):
         params = with_tables(params, state.params)
         return TrainState(params, None if state.master is None else master, optimizer)
 
-    def _loss(self, params, tokens) -> Array:
-        x = self._ends.embed(params, tokens[:, :-1])
+    def _accumulated(self, params, sums, tokens) -> tuple[Tree, Array]:
+        """(sums with the gradients of a micro-batch, its loss). A layer's gradients are added up as
+        soon as its backward pass has made them."""
+        ends, runs, saved = {name: params[name] for name in self._ends.shapes}, [], []
+        x, embedded = jax.vjp(lambda ends: self._ends.embed(ends, tokens[:, :-1]), ends)
         for kind, layers in self.training.model.runs:
             stack = jax.tree.map(lambda p, s=layers: p[s.start : s.stop], params[kind]["layers"])
-            layer = self._layers[kind]
-            x, _ = lax.scan(lambda x, params, layer=layer: (layer(params, x), None), x, stack)
-        ends = {name: params[name] for name in self._ends.shapes}
-        return self._ends.loss(ends, x, tokens[:, 1:])
+            passes = self._backward[kind]
+            forward = functools.partial(without_unread, passes.forward)
+            x, kept = lax.scan(lambda x, params, f=forward: f(params, x), x, stack)
+            runs.append((kind, jnp.arange(layers.start, layers.stop), stack))
+            saved.append(kept)
+        loss, back = jax.vjp(lambda ends, x: self._ends.loss(ends, x, tokens[:, 1:]), ends, x)
+        at_end, g = back(jnp.ones_like(loss))
+        sums = dict(sums)
+        for (kind, numbers, stack), kept in zip(reversed(runs), reversed(saved), strict=True):
+
+            def backward(carry, layer, kind=kind):
+                g, sums = carry
+                number, params, kept = layer
+                d, g = self._backward[kind].both(params, kept, g)
+                add = functools.partial(_added, number)
+                return (g, jax.tree.map(add, sums, trained(d))), None
+
+            carry = g, sums[kind]["layers"]
+            (g, total), _ = lax.scan(backward, carry, (numbers, stack, kept), reverse=True)
+            sums[kind] = {"layers": total}
+        (at_start,) = embedded(g)
+        for name in ends:
+            sums[name] = jax.tree.map(
+                lambda a, *ds: sum((d.astype(jnp.float32) for d in ds), start=a),
+                sums[name], at_end[name], at_start[name],
+            )  # fmt: skip
+        return sums, loss
 
     def _reduced(self, path, g: Array) -> Array:
         """The sum over the ranks that hold the same, of which a rank keeps its part."""
@@ -269,7 +291,22 @@ class ExpertStep(Executed):
         model, plan = self.training.model, self.plan
         return {
             kind: LayerProgram(model, self._parallelism, kind, plan.recompute, self._arithmetic)
-            for kind in ("dense", "moe")
+            for kind in self.training.layers
+        }
+
+    @functools.cached_property
+    def _backward(self) -> dict[str, Backward]:
+        """The passes of a layer of every kind that there is."""
+        model = self.training.model
+        shape = self.plan.micro_batch, self.sequence, model.hidden_size
+        x = jax.ShapeDtypeStruct(shape, self.dtype)
+
+        def held(path, like):
+            return jax.eval_shape(functools.partial(self._as_held, path), like)
+
+        return {
+            kind: Backward(layer, jax.tree_util.tree_map_with_path(held, layer.shapes), x)
+            for kind, layer in self._layers.items()
         }
 
     @functools.cached_property
@@ -283,3 +320,9 @@ class ExpertStep(Executed):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), trained(state.params)
         )
+
+
+def _added(number, total: Array, d: Array) -> Array:
+    """`total` with `d` added to its entry `number`."""
+    entry = lax.dynamic_index_in_dim(total, number, keepdims=False) + d.astype(jnp.float32)
+    return lax.dynamic_update_index_in_dim(total, entry, number, 0)

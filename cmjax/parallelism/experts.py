@@ -13,11 +13,12 @@ in the order of experts (`cmjax.primitives.permute`) and the prediction of sever
 out.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.trained import trained, with_tables
 from cmjax.parallelism.expert_program import EndsProgram, LayerProgram, of_experts
 from cmjax.parallelism.links import layout
-from cmjax.parallelism.memory import MIXED, Memory, fits
+from cmjax.parallelism.memory import MIXED, Memory, Precision, fits
 from cmjax.parallelism.pieces import BATCH, batch_symbol, kept_bytes
 from cmjax.parallelism.plan import Plan, Recompute
 from cmjax.parallelism.pricing import LinkPrices, On, StepTime
@@ -44,7 +45,7 @@ from cmjax.parallelism.traffic import all_reduce
 from cmjax.program import Program, Size, Work, trace
 
 _AXIS = "expert"
-_BF16 = Arithmetic.of("bfloat16")
+_HALF = jnp.dtype(MIXED.dtype).name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def price_experts(
     """
     training.check(plan, global_batch)
     check_devices(plan.devices, machine)
-    memory = _memory(training, plan, machine, global_batch)
+    memory = expert_memory(training, plan, machine, global_batch)
     if not fits(memory, machine):
         raise ValueError(
             f"plan: {too_large(memory.peak, machine)}; recompute=full, a larger pipeline or expert "
@@ -156,7 +157,7 @@ def search_experts(
         except ValueError:
             continue
         considered += 1
-        memory = _memory(training, plan, machine, global_batch)
+        memory = expert_memory(training, plan, machine, global_batch)
         if least is None or memory.peak < least:
             least = memory.peak
         if fits(memory, machine):
@@ -264,29 +265,86 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     )
 
 
-def _memory(training: MoETraining, plan: Plan, machine: Supernode, global_batch: int) -> Memory:
-    """Of the first stage, which has the most micro-batches in flight."""
-    on, m = _layout(plan, machine)["expert"], plan.micro_batches(global_batch)
-    layer = _layer(training, "moe", plan.recompute, plan.expert, on)
-    whole = _layer(training, "moe", "none", plan.expert, on)
-    shared, experts = _held(training, plan, on)
+def expert_memory(
+    training: MoETraining,
+    plan: Plan,
+    machine: Supernode,
+    global_batch: int,
+    precision: Precision = MIXED,
+) -> Memory:
+    """Of the first or the last stage, whichever needs more.
+
+    Raises: ValueError: degrees that do not divide.
+    """
+    training.check(plan, global_batch)
+    stages = [_stage(training, plan, machine, global_batch, precision, first=True)]
+    if plan.pipeline > 1:
+        stages.append(_stage(training, plan, machine, global_batch, precision, first=False))
+    return max(stages, key=lambda memory: memory.peak)
+
+
+def _stage(
+    training: MoETraining,
+    plan: Plan,
+    machine: Supernode,
+    global_batch: int,
+    precision: Precision,
+    *,
+    first: bool,
+) -> Memory:
+    model, m, on = training.model, plan.micro_batches(global_batch), _layout(plan, machine)
+    each, last = _stages(training, plan)
+    numbers = range(each) if first else range(model.layers - last, model.layers)
+    counts = collections.Counter[LayerKind](map(model.kind, numbers))
+    dtype = jnp.dtype(precision.dtype)
+
+    def layer(kind: LayerKind, recompute: Recompute) -> ExpertPiece:
+        return _layer(training, kind, recompute, plan.expert, on["expert"], dtype.name)
 
     def at(size: Size) -> float:
         return float(size.evaluate({BATCH: float(plan.micro_batch)}))
 
+    layers = {kind: layer(kind, plan.recompute) for kind in counts}
+    ends = _ends(training, dtype.name)
+    shared = sum(n * layers[kind].shared for kind, n in counts.items())
+    shared += ends.shared if plan.pipeline == 1 else ends.shared / 2
+    experts = sum(n * layers[kind].experts for kind, n in counts.items())
+    flying = in_flight(plan.schedule, m, plan.pipeline)
+    if not first:
+        flying = float(m) if plan.schedule == "gpipe" else 1.0
+    kept = sum(n * at(layers[kind].kept) for kind, n in counts.items())
+    if not first or plan.pipeline == 1:
+        kept += at(ends.kept)
+    # A layer's backward pass has the gradients of its widest array, before and after an
+    # activation, and makes those of its parameters before they are added up.
+    tokens = plan.micro_batch * training.sequence
+    buffers = dtype.itemsize * 2.0 * tokens * _width(training, counts)
+    buffers += dtype.itemsize * max(
+        (each.shared + each.experts for each in layers.values()), default=0
+    )
+    if plan.recompute != "none":
+        whole = {kind: at(layer(kind, "none").kept) for kind in counts}
+        buffers += max((whole[kind] - at(layers[kind].kept) for kind in counts), default=0.0)
+    if plan.pipeline > 1:
+        buffers += 2.0 * dtype.itemsize * tokens * model.hidden_size
     count = shared + experts
     spread = shared / plan.data + experts / (plan.data // plan.expert)
-    stage, _ = _stages(training, plan)
-    flying = in_flight(plan.schedule, m, plan.pipeline)
-    buffers = at(whole.kept) - at(layer.kept)
-    buffers += MIXED.parameter * (layer.shared + layer.experts)
     return Memory(
-        parameters=MIXED.parameter * count,
-        gradients=MIXED.gradient * count,
-        optimizer=MIXED.optimizer * (count if plan.optimizer == "none" else spread),
-        activations=flying * stage * at(layer.kept),
+        parameters=precision.parameter * count,
+        gradients=precision.gradient * count,
+        optimizer=precision.optimizer * (count if plan.optimizer == "none" else spread),
+        activations=flying * kept,
         buffers=buffers,
     )
+
+
+def _width(training: MoETraining, kinds: Iterable[LayerKind]) -> int:
+    """Elements per token of a layer's widest array: attention's scores, the rows of all experts
+    that a token visits, or a dense block."""
+    model = training.model
+    rows = model.experts_per_token * max(model.hidden_size, 2 * model.expert_ffn_size)
+    blocks = {"moe": rows, "dense": 2 * model.ffn_size}
+    return max([model.heads * training.sequence, *(blocks[kind] for kind in kinds)])
 
 
 def _stages(training: MoETraining, plan: Plan) -> tuple[int, int]:
@@ -362,9 +420,15 @@ def _flops_per_token(training: MoETraining) -> float:
 
 @functools.lru_cache(maxsize=512)
 def _layer(
-    training: MoETraining, kind: LayerKind, recompute: Recompute, share: int, on: On
+    training: MoETraining,
+    kind: LayerKind,
+    recompute: Recompute,
+    share: int,
+    on: On,
+    dtype: str = _HALF,
 ) -> ExpertPiece:
     """A layer on one of `share` ranks that have a part of the experts each, `on` these tiers."""
+    arithmetic = _arithmetic(dtype)
     model, batch = training.model, batch_symbol()
     parallelism = Parallelism(
         table=ep_table(model.routed_experts, share),
@@ -372,22 +436,28 @@ def _layer(
         # As many rows as tokens send on average: nobody is busier than others.
         capacity=batch * training.sequence * model.experts_per_token // model.routed_experts,
     )
-    run = LayerProgram(model, parallelism, kind, recompute, _BF16)
-    x = jax.ShapeDtypeStruct((batch, training.sequence, model.hidden_size), _BF16.dtype)
+    run = LayerProgram(model, parallelism, kind, recompute, arithmetic)
+    x = jax.ShapeDtypeStruct((batch, training.sequence, model.hidden_size), arithmetic.dtype)
     return _piece(run, run.shapes, x, share, on)
 
 
 @functools.lru_cache(maxsize=64)
-def _ends(training: MoETraining) -> ExpertPiece:
+def _ends(training: MoETraining, dtype: str = _HALF) -> ExpertPiece:
     """Embedding, final norm, head and loss, as one piece on one rank."""
-    batch, ends = batch_symbol(), EndsProgram(training.model, _BF16)
+    batch, arithmetic = batch_symbol(), _arithmetic(dtype)
+    ends = EndsProgram(training.model, arithmetic)
     tokens = jax.ShapeDtypeStruct((batch, training.sequence), jnp.int32)
 
     def run(params, x, tokens):
         return ends.loss(params, x + ends.embed(params, tokens), tokens)
 
-    x = jax.ShapeDtypeStruct((*tokens.shape, training.model.hidden_size), _BF16.dtype)
+    x = jax.ShapeDtypeStruct((*tokens.shape, training.model.hidden_size), arithmetic.dtype)
     return _piece(run, ends.shapes, x, 1, (1, 1, 1), tokens)
+
+
+def _arithmetic(dtype: str) -> Arithmetic:
+    name: Any = dtype
+    return Arithmetic.of(name)
 
 
 def _piece(run: Callable, params: Any, x, share: int, on: On, *fixed) -> ExpertPiece:

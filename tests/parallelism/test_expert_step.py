@@ -17,7 +17,9 @@ from cmjax.models.moe.config import GroupedAttention, tiny
 from cmjax.models.moe.layers.transformer import Transformer
 from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.trained import trained, with_tables
-from cmjax.parallelism import MoETraining, expert_step, expert_traffic
+from cmjax.parallelism import MoETraining, expert_step, expert_traffic, parse_plan
+from cmjax.parallelism.experts import expert_memory
+from cmjax.parallelism.memory import SINGLE
 
 LATENT = MoETraining(model=dataclasses.replace(tiny(), layers=3), sequence=8)
 """Latent attention, a dense layer, a shared expert, balanced by biases."""
@@ -152,6 +154,39 @@ def test_counted_bytes_are_the_priced_ones(plan, training):
     counted = dataclasses.replace(moved, pairs=counts).tier_bytes
     assert {tier: counted[tier] for tier in priced} == priced
     assert sum(priced.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "training"),
+    [
+        ("micro_batch=4,recompute=none", GROUPED),
+        ("micro_batch=4,recompute=selective", GROUPED),
+        ("data=2,micro_batch=4,recompute=none", LATENT),
+        ("data=2,micro_batch=4", LATENT),
+        ("data=2,expert=2,micro_batch=4,recompute=selective", GROUPED),
+        ("data=4,expert=2,micro_batch=2,optimizer=zero1,recompute=none", LATENT),
+    ],
+)
+def test_memory_is_what_xla_assigns(plan, training):
+    """Within 15 %; ranks are loaded evenly, on 4 layers with 128 tokens in a sequence."""
+    model = dataclasses.replace(training.model, layers=4)
+    training = MoETraining(model=model, sequence=128)
+    rows = parse_plan(plan).micro_batch * 128 * model.experts_per_token // model.routed_experts
+    step = expert_step(plan, training, global_batch=16, virtual=False, capacity=rows)
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=step.sharding),
+        jax.eval_shape(lambda: step.initial(0)),
+    )
+    shape = step.plan.devices, 16 // step.plan.data, 129
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.sharding)
+    held = step.compiled.lower(state, tokens).compile().memory_analysis()
+    assigned = held.argument_size_in_bytes + held.temp_size_in_bytes
+    assigned += held.output_size_in_bytes - held.alias_size_in_bytes
+    machine = load_machine("cloudmatrix384")
+    priced = expert_memory(training, step.plan, machine, 16, SINGLE).peak
+    print(f"{plan}: XLA {assigned / 1e6:.2f} MB, priced {priced / 1e6:.2f} MB")
+    assert priced == pytest.approx(assigned, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def attention(
     Returns: dtype of `q`. A query that sees nothing gets zeros; one that sees a key or value that
       is not finite, NaN; what it does not see has no part in its result.
     Raises: ValueError or TypeError naming the argument whose shape or dtype does not fit.
-    Gradient: that of the formula.
+    Gradient: that of the formula, made of the weights as they were rounded to the dtype of `v`.
     Source: Vaswani et al. 2017, equation 1: softmax(scale q k^T) v.
     Example: equal scores, so each query averages the values that it may see.
 
@@ -119,8 +119,8 @@ def _reference(q, k, v, *lengths, scale, causal, window):
         lost = jnp.any(visible[..., None, :, :] & broken, axis=-1)  # [..., kv_heads, q_len]
         visible = visible[..., None, None, :, :]
     scores = scale * _product("...qhgd,...khd->...hgqk", grouped, k)
-    weights = _softmax(scores, visible)
-    out = _product("...hgqk,...khd->...qhgd", weights.astype(v.dtype), v)
+    weights = _softmax(scores, visible, v.dtype)
+    out = _product("...hgqk,...khd->...qhgd", weights, v)
     if lost is not None:
         out = jnp.where(jnp.swapaxes(lost, -1, -2)[..., None, None], jnp.nan, out)
     return out.reshape(*lead, q_len, heads, v.shape[-1]).astype(q.dtype)
@@ -143,8 +143,8 @@ def _latent_reference(q_latent, q_rope, latent, rope, lengths, *latent_scale, sc
     lost = jnp.any(visible & usable.broken[..., None, :], axis=-1)
     scores = _product("...qhc,...kc->...hqk", q_latent, latent)
     scores += _product("...qhr,...kr->...hqk", q_rope, rope)
-    weights = _softmax(scale * scores, visible[..., None, :, :])
-    found = _product("...hqk,...kc->...qhc", weights.astype(latent.dtype), latent)
+    weights = _softmax(scale * scores, visible[..., None, :, :], latent.dtype)
+    found = _product("...hqk,...kc->...qhc", weights, latent)
     found = jnp.where(lost[..., None, None], jnp.nan, found)
     return found.astype(q_latent.dtype)
 
@@ -163,9 +163,14 @@ def _product(spec, a, b):
     wide = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
     if jnp.result_type(a, b).itemsize >= 4:
         return wide(a, b)
-    return lax.platform_dependent(
-        a, b, cpu=lambda a, b: wide(a.astype(jnp.float32), b.astype(jnp.float32)), default=wide
-    )
+
+    def either(a, b):
+        return lax.platform_dependent(
+            a, b, cpu=lambda a, b: wide(a.astype(jnp.float32), b.astype(jnp.float32)), default=wide
+        )
+
+    # a backward pass keeps the operands, not what each platform makes of them
+    return jax.checkpoint(either, prevent_cse=False)(a, b)
 
 
 def visible_keys(q_len, kv_len, lengths, causal, window=None):
@@ -187,14 +192,32 @@ def _behind(key, position, window):
     return behind if window is None else behind & (key > position - window)
 
 
-def _softmax(scores, visible):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _softmax(scores, visible, dtype):
+    """Weights of the keys in `dtype`, zero where they are hidden."""
     if visible is None:
-        return jax.nn.softmax(scores, axis=-1)
+        return jax.nn.softmax(scores, axis=-1).astype(dtype)
     scores = jnp.where(visible, scores, _MASKED)
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    top = jnp.max(scores, axis=-1, keepdims=True)
     mass = jnp.where(visible, jnp.exp(scores - top), 0)
     total = jnp.sum(mass, axis=-1, keepdims=True)
-    return mass / jnp.where(total == 0, 1, total)
+    return (mass / jnp.where(total == 0, 1, total)).astype(dtype)
+
+
+@_softmax.defjvp
+def _softmax_slope(dtype, primals, tangents):
+    """dw = w (ds - sum(w ds)). It is made of the weights alone: a backward pass keeps them, which
+    the product with the values needs anyway, and nothing else of the scores' size."""
+    scores, visible = primals
+    weights = _softmax(scores, visible, dtype)
+
+    def slope(weights, tangent):
+        w = weights.astype(scores.dtype)
+        return (w * (tangent - jnp.sum(w * tangent, axis=-1, keepdims=True))).astype(dtype)
+
+    # widened weights are computed again, not kept beside the narrow ones
+    again = slope if scores.dtype == dtype else jax.checkpoint(slope, prevent_cse=False)
+    return weights, again(weights, tangents[0])
 
 
 def _check(q, k, v, *lengths, scale, causal, window):

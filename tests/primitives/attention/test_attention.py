@@ -1,5 +1,7 @@
 """Attention primitives against float64 NumPy, row by row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,3 +191,16 @@ def _latents(**changes):
 def test_bad_inputs_are_refused_with_what_would_do(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_backward_pass_keeps_one_array_of_the_size_of_the_scores(dtype):
+    """The weights, in the dtype of the values."""
+    q, k, v = (jax.ShapeDtypeStruct((2, 24, heads, 8), dtype) for heads in (4, 2, 2))
+
+    def kept(q, k, v):
+        run = functools.partial(attention, scale=0.5, causal=True)
+        return jax.tree.leaves(jax.vjp(run, q, k, v)[1])
+
+    found = [x for x in jax.eval_shape(kept, q, k, v) if x.size >= 2 * 4 * 24 * 24]
+    assert [(x.size, x.dtype) for x in found] == [(2 * 4 * 24 * 24, dtype)]
