@@ -1,8 +1,9 @@
 """How training is split over a machine: PanGu-alpha's five dimensions, on the same cost model."""
 
 from cmjax.parallelism.executed import StepResult, TrainState
+from cmjax.parallelism.expert_pieces import MoETraining
 from cmjax.parallelism.expert_step import ExpertStep, expert_step
-from cmjax.parallelism.experts import MoETraining, expert_traffic
+from cmjax.parallelism.experts import expert_traffic
 from cmjax.parallelism.measured import Comparison, MeasuredRow, compare
 from cmjax.parallelism.memory import Memory, memory_of
 from cmjax.parallelism.parallel import named, parallel

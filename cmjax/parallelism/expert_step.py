@@ -33,8 +33,8 @@ from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.trained import trained, with_tables
 from cmjax.parallelism.backward import Backward, without_unread
 from cmjax.parallelism.executed import Executed, TrainState
+from cmjax.parallelism.expert_pieces import MoETraining
 from cmjax.parallelism.expert_program import EndsProgram, LayerProgram, Tree, of_experts
-from cmjax.parallelism.experts import MoETraining
 from cmjax.parallelism.plan import Plan, parse_plan
 from cmjax.parallelism.shards import gathered, spread
 from cmjax.primitives.tensor import gather_group, scatter_sum

@@ -2,9 +2,7 @@
 
     devices = data x pipeline,    `expert` replicas in a row share the experts of a layer
 
-The pieces are layers of `cmjax.models.moe`, differentiated and traced like those of a dense decoder
-(`cmjax.parallelism.pieces`), with dispatch, combine and their transposes over the ranks that share
-experts. `overlap` hides reductions, and exchanges behind the computation of another micro-batch, as
+A step is made of `cmjax.parallelism.expert_pieces`. `overlap` hides reductions, and exchanges behind the computation of another micro-batch, as
 DualPipe does (DeepSeek-V3, arXiv 2412.19437, section 3.2): the longer of the two is waited for.
 
 Ranks are loaded evenly; none of them drops a token. `recompute=selective` computes attention again,
@@ -18,101 +16,23 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from cmjax.hardware import TIERS, Supernode
-from cmjax.models.moe.arithmetic import Arithmetic
-from cmjax.models.moe.balancing import is_load
-from cmjax.models.moe.config import LayerKind, MoEConfig
-from cmjax.models.moe.parallelism import Parallelism
-from cmjax.models.moe.slots import ep_table
-from cmjax.models.moe.trained import trained, with_tables
-from cmjax.parallelism.expert_program import EndsProgram, LayerProgram, of_experts
+from cmjax.models.moe.config import LayerKind
+from cmjax.parallelism.expert_pieces import ExpertPiece, MoETraining, ends_piece, layer_piece
 from cmjax.parallelism.links import layout
 from cmjax.parallelism.memory import MIXED, Memory, Precision, fits
-from cmjax.parallelism.pieces import BATCH, batch_symbol, kept_bytes
+from cmjax.parallelism.pieces import BATCH
 from cmjax.parallelism.plan import Plan, Recompute
 from cmjax.parallelism.pricing import LinkPrices, On, StepTime
 from cmjax.parallelism.result import PricedPlan, priced
 from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
 from cmjax.parallelism.search import Found, check_devices, too_large
 from cmjax.parallelism.traffic import all_reduce
-from cmjax.program import Program, Size, Work, trace
-
-_AXIS = "expert"
-_HALF = jnp.dtype(MIXED.dtype).name
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoETraining:
-    """What is trained: a mixture of experts, on sequences of some length."""
-
-    model: MoEConfig
-    sequence: int
-
-    def __post_init__(self):
-        if self.model.dense:
-            raise ValueError("MoETraining: the model has no layers with experts")
-
-    @property
-    def layers(self) -> dict[LayerKind, int]:
-        """How many there are of each kind."""
-        counts: dict[LayerKind, int] = {
-            "moe": self.model.moe_layers,
-            "dense": len(self.model.dense_layers),
-        }
-        return {kind: count for kind, count in counts.items() if count}
-
-    @property
-    def parameters(self) -> int:
-        """Of the model, without its modules that predict further tokens."""
-        layers = [(n, _layer(self, k, "none", 1, (1, 1, 1))) for k, n in self.layers.items()]
-        return sum(n * (each.shared + each.experts) for n, each in [*layers, (1, _ends(self))])
-
-    def flops_per_token(self) -> float:
-        """Three times the matrix products of a forward pass, of one token."""
-        return _flops_per_token(self)
-
-    def check(self, plan: Plan, global_batch: int) -> None:
-        """Raises: ValueError: a degree that does not divide what it splits."""
-        experts, share = self.model.routed_experts, plan.expert
-        if plan.data % share or experts % share:
-            raise ValueError(
-                f"plan: expert={share} must divide data={plan.data} and the {experts} experts"
-            )
-        if plan.tensor > 1 or plan.interleave > 1 or plan.sequence_parallel:
-            raise ValueError(
-                "plan: a mixture of experts is priced with tensor=1, interleave=1 and "
-                "sequence_parallel=false"
-            )
-        if plan.pipeline > self.model.layers:
-            raise ValueError(
-                f"plan: pipeline={plan.pipeline} is more than the {self.model.layers} layers"
-            )
-        if global_batch % (plan.data * plan.micro_batch):
-            raise ValueError(
-                f"plan: data={plan.data} x micro_batch={plan.micro_batch} does not divide the "
-                f"global batch of {global_batch}"
-            )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ExpertPiece:
-    """A layer or an end on one rank: its programs, parameters that every replica holds and those
-    of its experts, the balancing biases among the former, and bytes that it keeps of a micro-batch
-    between the passes."""
-
-    forward: Callable[[], Program]
-    both: Callable[[], Program]
-    shared: int
-    experts: int
-    loads: int
-    kept: Size
+from cmjax.program import Program, Size, Work
 
 
 def price_experts(
@@ -198,14 +118,14 @@ def expert_traffic(
             sent[tier] += nbytes[tier] * plan.devices
 
     for kind, count in training.layers.items():
-        layer = _layer(training, kind, plan.recompute, plan.expert, on["expert"])
+        layer = layer_piece(training, kind, plan.recompute, plan.expert, on["expert"])
         totals = layer.both().totals({BATCH: float(plan.micro_batch)})
         add({tier: float(totals[f"{tier}_bytes"]) * m * count for tier in TIERS})
         loads = layer.loads * count
         add(all_reduce((layer.shared * count - loads) * MIXED.parameter, on["data"], machine))
         add(all_reduce(4 * loads, on["data"], machine))
         add(all_reduce(layer.experts * count * MIXED.parameter, on["replicas"], machine))
-    add(all_reduce(_ends(training).shared * MIXED.parameter, on["data"], machine))
+    add(all_reduce(ends_piece(training).shared * MIXED.parameter, on["data"], machine))
     return sent
 
 
@@ -238,12 +158,12 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     on = _layout(plan, prices.machine)
     seconds = {
         kind: _seconds(
-            _layer(training, kind, plan.recompute, plan.expert, on["expert"]),
+            layer_piece(training, kind, plan.recompute, plan.expert, on["expert"]),
             prices, b, hidden=plan.overlap,
         )
         for kind in training.layers
     }  # fmt: skip
-    ends = _seconds(_ends(training), prices, b, hidden=False)
+    ends = _seconds(ends_piece(training), prices, b, hidden=False)
     stage, last = _stages(training, plan)
     slowest = max(stage * seconds["moe"].both, last * seconds["moe"].both + ends.both)
     total = sum(n * seconds[kind].both for kind, n in training.layers.items()) + ends.both
@@ -299,13 +219,13 @@ def _stage(
     dtype = jnp.dtype(precision.dtype)
 
     def layer(kind: LayerKind, recompute: Recompute) -> ExpertPiece:
-        return _layer(training, kind, recompute, plan.expert, on["expert"], dtype.name)
+        return layer_piece(training, kind, recompute, plan.expert, on["expert"], dtype.name)
 
     def at(size: Size) -> float:
         return float(size.evaluate({BATCH: float(plan.micro_batch)}))
 
     layers = {kind: layer(kind, plan.recompute) for kind in counts}
-    ends = _ends(training, dtype.name)
+    ends = ends_piece(training, dtype.name)
     shared = sum(n * layers[kind].shared for kind, n in counts.items())
     shared += ends.shared if plan.pipeline == 1 else ends.shared / 2
     experts = sum(n * layers[kind].experts for kind, n in counts.items())
@@ -356,9 +276,9 @@ def _stages(training: MoETraining, plan: Plan) -> tuple[int, int]:
 
 def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
     """Parameters of a device of the fullest stage: what every replica holds, and experts."""
-    layer = _layer(training, "moe", plan.recompute, plan.expert, on)
+    layer = layer_piece(training, "moe", plan.recompute, plan.expert, on)
     stage, last = _stages(training, plan)
-    ends = _ends(training).shared
+    ends = ends_piece(training).shared
     first = stage * layer.shared + ends / 2
     shared = max(first, last * layer.shared + ends / 2) if plan.pipeline > 1 else first + ends / 2
     return float(shared), float(max(stage, last) * layer.experts)
@@ -404,95 +324,3 @@ def _without_exchanges(program: Program) -> Program:
         for op in program.operations
     )
     return Program(operations, program.outputs, program.inputs)
-
-
-@functools.lru_cache(maxsize=64)
-def _flops_per_token(training: MoETraining) -> float:
-    """Three times the matrix products of a forward pass on one rank."""
-    on, whole = (1, 1, 1), {BATCH: 1.0}
-    programs = [(n, _layer(training, k, "none", 1, on)) for k, n in training.layers.items()]
-    flops = 0.0
-    for count, piece in [*programs, (1, _ends(training))]:
-        totals = piece.forward().totals(whole)
-        flops += count * sum(totals[f"cube_flops_{bits}bit"] for bits in (8, 16, 32))
-    return 3 * float(flops) / training.sequence
-
-
-@functools.lru_cache(maxsize=512)
-def _layer(
-    training: MoETraining,
-    kind: LayerKind,
-    recompute: Recompute,
-    share: int,
-    on: On,
-    dtype: str = _HALF,
-) -> ExpertPiece:
-    """A layer on one of `share` ranks that have a part of the experts each, `on` these tiers."""
-    arithmetic = _arithmetic(dtype)
-    model, batch = training.model, batch_symbol()
-    parallelism = Parallelism(
-        table=ep_table(model.routed_experts, share),
-        axes=(_AXIS,) if share > 1 else (),
-        # As many rows as tokens send on average: nobody is busier than others.
-        capacity=batch * training.sequence * model.experts_per_token // model.routed_experts,
-    )
-    run = LayerProgram(model, parallelism, kind, recompute, arithmetic)
-    x = jax.ShapeDtypeStruct((batch, training.sequence, model.hidden_size), arithmetic.dtype)
-    return _piece(run, run.shapes, x, share, on)
-
-
-@functools.lru_cache(maxsize=64)
-def _ends(training: MoETraining, dtype: str = _HALF) -> ExpertPiece:
-    """Embedding, final norm, head and loss, as one piece on one rank."""
-    batch, arithmetic = batch_symbol(), _arithmetic(dtype)
-    ends = EndsProgram(training.model, arithmetic)
-    tokens = jax.ShapeDtypeStruct((batch, training.sequence), jnp.int32)
-
-    def run(params, x, tokens):
-        return ends.loss(params, x + ends.embed(params, tokens), tokens)
-
-    x = jax.ShapeDtypeStruct((*tokens.shape, training.model.hidden_size), arithmetic.dtype)
-    return _piece(run, ends.shapes, x, 1, (1, 1, 1), tokens)
-
-
-def _arithmetic(dtype: str) -> Arithmetic:
-    name: Any = dtype
-    return Arithmetic.of(name)
-
-
-def _piece(run: Callable, params: Any, x, share: int, on: On, *fixed) -> ExpertPiece:
-    floats = trained(params)
-    sums = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), floats)
-
-    def call(floats, params, x, *fixed):
-        return run(with_tables(floats, params), x, *fixed)
-
-    def forward(params, x, *fixed):
-        return call(trained(params), params, x, *fixed)
-
-    def pulled(params, x, *fixed):
-        return jax.vjp(lambda f, x: call(f, params, x, *fixed), trained(params), x)
-
-    def both(params, sums, x, *fixed):
-        y, back = pulled(params, x, *fixed)
-        grads, sent = back(jnp.ones_like(y) if y.ndim == 0 else y)
-        return jax.tree.map(lambda a, g: a + jnp.asarray(g, a.dtype), sums, grads), sent
-
-    axes = {_AXIS: share} if share > 1 else None
-    tiers: Any = {_AXIS: {t: n for t, n in zip(TIERS, on, strict=True) if n > 1}} if axes else None
-
-    def read(fn, *args):
-        return trace(fn, *args, axis_sizes=axes, tiers=tiers, at={BATCH: 1.0})
-
-    leaves = jax.tree_util.tree_leaves_with_path(floats)
-    held = sum(leaf.size for _, leaf in leaves)
-    experts = sum(leaf.size for path, leaf in leaves if of_experts(path))
-    residuals: Callable[..., list[Array]] = lambda *a: jax.tree.leaves(pulled(*a)[1])  # noqa: E731
-    return ExpertPiece(
-        forward=functools.cache(lambda: read(forward, params, x, *fixed)),
-        both=functools.cache(lambda: read(both, params, sums, x, *fixed)),
-        shared=held - experts,
-        experts=experts,
-        loads=sum(leaf.size for path, leaf in leaves if is_load(path)),
-        kept=kept_bytes(residuals, list((axes or {}).items()), params, x, *fixed),
-    )

@@ -7,7 +7,8 @@ from cmjax.hardware import Supernode, as_machine
 from cmjax.models.dense import PRESETS as DENSE
 from cmjax.models.dense import DenseConfig, preset
 from cmjax.models.moe.config import PRESETS as MIXTURES
-from cmjax.parallelism.experts import MoETraining, price_experts, search_experts
+from cmjax.parallelism.expert_pieces import MoETraining
+from cmjax.parallelism.experts import price_experts, search_experts
 from cmjax.parallelism.plan import Plan, parse_plan
 from cmjax.parallelism.result import ParallelPlans
 from cmjax.parallelism.search import price_plan, search
