@@ -2,8 +2,9 @@
 
     devices = data x pipeline,    `expert` replicas in a row share the experts of a layer
 
-A step is made of `cmjax.parallelism.expert_pieces`. `overlap` hides reductions, and exchanges behind the computation of another micro-batch, as
-DualPipe does (DeepSeek-V3, arXiv 2412.19437, section 3.2): the longer of the two is waited for.
+A step is made of `cmjax.parallelism.expert_pieces`. `overlap` hides reductions, and exchanges
+behind the computation of another micro-batch, as DualPipe does (DeepSeek-V3, arXiv 2412.19437,
+section 3.2): the longer of the two is waited for.
 
 Ranks are loaded evenly; none of them drops a token. `recompute=selective` computes attention again,
 `full` the whole layer, its exchanges too. Tensor parallelism, 8-bit products, kernels that put rows
