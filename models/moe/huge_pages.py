@@ -1,8 +1,7 @@
 """Weights in huge pages of memory, where the system has them.
 
 A decode step reads every weight that it touches once, in no order that the processor's table of
-addresses could keep up with: in pages of 4 KiB it looks up a quarter million addresses for a GB. In
-pages of 2 MiB memory is read up to a quarter faster.
+addresses could keep up with: in pages of 4 KiB it looks up a quarter million addresses for a GB.
 """
 
 import ctypes
