@@ -50,7 +50,7 @@ settings.load_profile("cmjax")
 
 LONGEST = frozenset(Path(__file__).with_name("longest.txt").read_text("utf-8").splitlines())
 """Files, functions and cases that are slow beside those marked so in place: each took more than
-1.8 s of CPU where two processes ran the whole suite. Where a function is named, half of its cases
+1.3 s of CPU where two processes ran the whole suite. Where a function is named, half of its cases
 did."""
 
 
