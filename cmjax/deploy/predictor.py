@@ -314,6 +314,7 @@ class _Priced:
         self.of_machines = host(jax.vmap(seconds, in_axes=(0, None, None, None)))
 
 
+@functools.lru_cache(maxsize=64)
 def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
     def trace() -> tuple[MoEStep, Program]:
         step = build_step(deployment, _like(shape), table)
