@@ -143,8 +143,10 @@ def seconds(
     mean = cube - more * cube, vector - more * vector, hbm - more * rows
     excess = factor * (longest(cube, vector, hbm) - longest(*mean))
     waiting, skew = waits_s(program, total, excess, machine, differences)
-    engines = (jnp.broadcast_to(each, total.shape) for each in (cube, vector, hbm, wire))
-    return Seconds(*engines, waiting, total + waiting, skew)
+    cube, vector, hbm, wire = (
+        jnp.broadcast_to(each, total.shape) for each in (cube, vector, hbm, wire)
+    )
+    return Seconds(cube, vector, hbm, wire, waiting, total + waiting, skew)
 
 
 def _unread_bytes(stack, row_stack):

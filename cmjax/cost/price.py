@@ -130,7 +130,7 @@ def _price_levels(
 def _work(program: Program, values) -> Work:
     """Coefficients times monomials. Most levels use few of the fields."""
     used = program.coefficients.any((0, 2))
-    work = dict.fromkeys(FIELDS, jnp.zeros(()))
+    work: dict[str, Array] = dict.fromkeys(FIELDS, jnp.zeros(()))
     if program.monomials:
         powers = [jnp.asarray(evaluate_monomial(m, values), float) for m in program.monomials]
         coefficients = jnp.asarray(program.coefficients[:, used], float)
