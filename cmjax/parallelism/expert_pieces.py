@@ -121,7 +121,7 @@ def layer_piece(
     dtype: str = _HALF,
 ) -> ExpertPiece:
     """A layer on one of `share` ranks that have a part of the experts each, `on` these tiers."""
-    arithmetic = _arithmetic(dtype)
+    arithmetic = Arithmetic.of(dtype)
     model, batch = training.model, batch_symbol()
     parallelism = Parallelism(
         table=ep_table(model.routed_experts, share),
@@ -137,7 +137,7 @@ def layer_piece(
 @functools.lru_cache(maxsize=64)
 def ends_piece(training: MoETraining, dtype: str = _HALF) -> ExpertPiece:
     """Embedding, final norm, head and loss, as one piece on one rank."""
-    batch, arithmetic = batch_symbol(), _arithmetic(dtype)
+    batch, arithmetic = batch_symbol(), Arithmetic.of(dtype)
     ends = EndsProgram(training.model, arithmetic)
     tokens = jax.ShapeDtypeStruct((batch, training.sequence), jnp.int32)
 
@@ -146,11 +146,6 @@ def ends_piece(training: MoETraining, dtype: str = _HALF) -> ExpertPiece:
 
     x = jax.ShapeDtypeStruct((*tokens.shape, training.model.hidden_size), arithmetic.dtype)
     return _piece(run, ends.shapes, x, 1, (1, 1, 1), tokens)
-
-
-def _arithmetic(dtype: str) -> Arithmetic:
-    name: Any = dtype
-    return Arithmetic.of(name)
 
 
 def _piece(run: Callable, params: Any, x, share: int, on: On, *fixed) -> ExpertPiece:

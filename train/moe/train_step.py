@@ -32,6 +32,7 @@ from cmjax.models.moe.steps import init_params
 from cmjax.models.moe.trained import trained, with_tables
 from cmjax.processes import on_host, on_mesh
 from train.moe.config import LanguageModelConfig
+from train.schedule import warmed_up
 
 Params = dict[str, Any]
 
@@ -113,14 +114,10 @@ def one_rank_params(params: Params, config: LanguageModelConfig) -> Params:
 
 def optimizer(config: LanguageModelConfig) -> optax.GradientTransformation:
     """AdamW for all but the balancing bias, which takes steps of one size."""
-    warm = max(1, config.steps // 10)
-    peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        peak / warm, peak, warm, max(config.steps, warm + 1), peak / 10
-    )
+    rate = warmed_up(config.learning_rate, config.steps)
     adam = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
+        optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay),
     )
     return balanced(adam, config.bias_rate)
 

@@ -19,6 +19,7 @@ from train.data.text import Windows, grammar_text, read_text
 from train.data.vocabulary import read_tokens
 from train.loop import run_steps
 from train.pangu.config import FREE, PanguConfig
+from train.schedule import warmed_up
 
 
 @dataclasses.dataclass
@@ -64,14 +65,10 @@ def start(config: PanguConfig, console: Console) -> PanguRun:
     plan = plan_of(config, vocab)
     ranks = mesh_of(plan).ranks
     config.group.join(ranks)
-    warm = max(1, config.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(
-        config.learning_rate / warm, config.learning_rate, warm, max(config.steps, warm + 1),
-        config.learning_rate / 10,
-    )  # fmt: skip
+    rate = warmed_up(config.learning_rate, config.steps)
     step = train_step(
         plan, config.model(vocab), global_batch=config.batch,
-        optimizer=optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay),
+        optimizer=optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay),
     )  # fmt: skip
     found = checkpoint.latest(config.out / "checkpoints")
     if found is not None:

@@ -15,7 +15,7 @@ token is drawn with the k-th of its own uniform numbers.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,7 +222,7 @@ class ContinuousBatch:
         self._caches, self.steps = step.caches, self.steps + 1
         self.computed += self._batch.requests
         found = on_host((step.tokens, step.lengths, step.emitted, step.sampled))
-        self._tokens, lengths = np.array(found[0]), np.array(found[1])
+        self._tokens = np.array(found[0])
         count = found[2].reshape(-1)
         sampled = found[3].reshape(count.size, -1)
         self._batch.advance(count)
@@ -232,10 +232,7 @@ class ContinuousBatch:
             emitted.append(running.take(sampled[row, : count[row]].tolist()))
             if emitted[-1].completion is not None:
                 del self._running[place]
-        for place in np.ndindex(lengths.shape):
-            if place not in self._running:
-                lengths[place] = 0
-        self._batch.lengths = lengths
+        self._batch.lengths = _only_of(self._running, found[1])
         return emitted
 
     def _hold(self, needed: int) -> None:
@@ -253,10 +250,7 @@ class ContinuousBatch:
             moved |= {_Place(rank, p): self._running[place] for p, place in enumerate(here)}
         self._caches = self._model.moving(old, self._shape)(self._caches, source)
         self._tokens = np.take_along_axis(self._tokens, source[..., None], axis=1)
-        lengths = np.take_along_axis(self._batch.lengths, source, axis=1)
-        for place in np.ndindex(lengths.shape):
-            if place not in moved:
-                lengths[place] = 0
+        lengths = _only_of(moved, np.take_along_axis(self._batch.lengths, source, axis=1))
         rows = (source + old.requests * np.arange(self._ranks)[:, None]).reshape(-1)
         self._batch = dataclasses.replace(
             self._batch,
@@ -269,6 +263,14 @@ class ContinuousBatch:
 
     def _shape_of(self, each: int) -> BatchShape:
         return self._model.sizes(requests=each, prompt=1, room=self._room, greedy=self._greedy)
+
+
+def _only_of(running: Iterable[_Place], lengths: np.ndarray) -> np.ndarray:
+    """`lengths` of the places that somebody has; zero in the others."""
+    kept = np.zeros_like(lengths)
+    for place in running:
+        kept[place] = lengths[place]
+    return kept
 
 
 def _halves(most: int) -> list[int]:
