@@ -146,6 +146,8 @@ def test_the_step_title_names_the_block_that_sets_it(result, timeline):
     )
     prefill = {k: v for k, v in result.items() if k != "tpot_ms"}
     assert step_title(prefill) == f"Attention is the largest part of the prefill step: {step} ms"
+    experts = prefill | {"breakdown": {"experts": result["step_ms"]}}
+    assert step_title(experts) == f"Experts are the largest part of the prefill step: {step} ms"
 
 
 def test_a_layer_period_is_one_iteration_in_steady_state(timeline):

@@ -55,7 +55,8 @@ def step_title(result: Mapping, timeline: Timeline | None = None) -> str:
     name = _NAMES[largest][0].upper() + _NAMES[largest][1:]
     decoding = "tpot_ms" in result
     what = f"the {'decode' if decoding else 'prefill'} step"
-    verb = f"sets {what}" if timeline is not None else f"is the largest part of {what}"
+    sets, is_ = ("set", "are") if largest == "experts" else ("sets", "is")
+    verb = f"{sets} {what}" if timeline is not None else f"{is_} the largest part of {what}"
     title = f"{name} {verb}: {number(result['step_ms'])} ms"
     return title + (f", {number(result['tpot_ms'])} ms per token" if decoding else "")
 
