@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
 from cmjax.models.asr.conv import PRECISIONS
 from cmjax.models.asr.deployed import backbone, backbone_call, network_call, whole_call
@@ -176,4 +176,4 @@ def _run(call: Callable, *args) -> Run:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Options, __doc__))
+    leave(run_program(main, Options, __doc__))

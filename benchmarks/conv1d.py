@@ -13,7 +13,6 @@ XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.primitives.convolution import calibrate
 from cmjax.primitives.convolution.packed import prepack
@@ -205,4 +205,4 @@ def _quantized(shape: Shape, algorithm: str, domain: Literal["int8", "int16"]) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Config, __doc__))
+    leave(run_program(main, Config, __doc__))

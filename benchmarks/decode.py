@@ -12,7 +12,6 @@ wall time.
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable
 
 import jax
@@ -23,6 +22,7 @@ from rich.table import Table
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.interrupt import leave
 from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, from_config
 from cmjax.models.moe.layers.cache import empty_cache
 from cmjax.models.moe.model import parameters
@@ -117,4 +117,4 @@ def _models() -> dict[str, MoEModel]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Options, __doc__))
+    leave(run_program(main, Options, __doc__))

@@ -31,6 +31,7 @@ from benchmarks.generate_models import Family, step_bytes, write_model
 from benchmarks.generate_plot import plot_decode
 from cmjax.console import terminal
 from cmjax.files import check_writable, replace_text
+from cmjax.interrupt import leave
 from cmjax.models import moe
 from cmjax.options import run_program
 from cmjax.report.figure_path import checked_path
@@ -271,4 +272,4 @@ def _gigabytes(size: int | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Options, __doc__))
+    leave(run_program(main, Options, __doc__))

@@ -17,7 +17,6 @@ import collections
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +31,7 @@ from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.interrupt import leave
 from cmjax.mesh import RankMesh
 from cmjax.options import run_program
 from train.data.text import Windows, grammar_text
@@ -157,4 +157,4 @@ def _table(counts: "collections.Counter[Product]", least: dict) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Options, __doc__))
+    leave(run_program(main, Options, __doc__))

@@ -13,10 +13,11 @@ import functools
 import os
 from collections.abc import Callable
 
+from cmjax.interrupt import leave
+
 # Before JAX starts: two threads of one process would share what is being measured.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -113,4 +114,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Options, __doc__))
+    leave(run_program(main, Options, __doc__))

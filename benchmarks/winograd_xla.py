@@ -8,7 +8,6 @@ counts.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.primitives.convolution.packed import prepack
 from cmjax.primitives.convolution.winograd import winograd_conv1d
@@ -91,4 +91,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Config, __doc__))
+    leave(run_program(main, Config, __doc__))

@@ -10,9 +10,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _Handler = Callable[[int, FrameType | None], None]
@@ -74,6 +74,23 @@ def leave_at_once() -> None:
         leave_to_parent()
     else:
         _handle_by(_leave)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with a program's exit code.
+
+    After a signal, Python is not taken down first: XLA may still compute, in threads of its own
+    that then fall over what is gone (a segmentation fault in place of 130).
+    """
+    if code not in [128 + number for number in _SIGNALS]:
+        sys.exit(code)
+    workers = sys.modules.get("multiprocessing.util")
+    if workers is not None:  # its semaphores outlive a process that says nothing
+        workers._exit_function()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def leave_to_parent() -> None:

@@ -15,7 +15,6 @@ units: the MXFP4 rows are priced at twice the 8-bit rate, as on a chip that has 
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from rich.table import Table
 from cmjax.console import terminal
 from cmjax.deploy import Phase, predict
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.models.moe import MoEModel, extend_cache
 from cmjax.options import run_program
 from studies.arithmetic_figure import plot
@@ -185,4 +185,4 @@ def _config(study: Study) -> LanguageModelConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda asked: main(asked, terminal()), Study, __doc__))
+    leave(run_program(lambda asked: main(asked, terminal()), Study, __doc__))

@@ -7,13 +7,13 @@ draws it again from a table of the study's rows, without training anything.
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.transforms import Bbox
 
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.report.plots.figure import BLUE, INK, ORANGE, add_axes, new_figure, save, set_title
 
@@ -125,4 +125,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Figure, __doc__))
+    leave(run_program(main, Figure, __doc__))

@@ -15,7 +15,6 @@ N what the layers may make together: their number times the amplification of `--
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from cmjax.console import terminal
 from cmjax.cost import price
 from cmjax.files import replace_text
 from cmjax.hardware import Supernode, load_machine
+from cmjax.interrupt import leave
 from cmjax.models.asr import pricing
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.conv import Conv
@@ -291,4 +291,4 @@ def _case(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda options: main(options, terminal()), Options, __doc__))
+    leave(run_program(lambda options: main(options, terminal()), Options, __doc__))

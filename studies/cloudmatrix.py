@@ -7,7 +7,6 @@ and draws the decode step and its two streams. Nothing here is fitted to an end-
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from cmjax.console import terminal, track
 from cmjax.cost.measured import measured_machines, read_measurements
 from cmjax.deploy import predict, predictor_of
 from cmjax.deploy.validation import ValidationRow, validate
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.report import Section
 
@@ -120,4 +120,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

@@ -7,7 +7,6 @@ Writes tables (`*.json`), plots and one page, `index.html`, into the output fold
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from cmjax.console import show_progress, terminal
 from cmjax.deploy import predict
 from cmjax.deploy.placed import place as place_experts
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.report import Section
 from studies import cloudmatrix
@@ -105,4 +105,4 @@ def main(job: MainJob) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, MainJob, __doc__))
+    leave(run_program(main, MainJob, __doc__))

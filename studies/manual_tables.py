@@ -8,7 +8,6 @@ the steps of another simulator beside its own errors. A test holds the files aga
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from cmjax.cost.measured import Measurement, measured_machines, read_measurement
 from cmjax.deploy.validation import ValidationRow, validate
 from cmjax.files import replace_text
 from cmjax.hardware import catalog, load_machine
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.program import trace, trip_count
 from studies import mindstudio
@@ -213,4 +213,4 @@ def main(options: Tables, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda asked: main(asked, terminal()), Tables, __doc__))
+    leave(run_program(lambda asked: main(asked, terminal()), Tables, __doc__))

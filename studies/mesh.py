@@ -38,6 +38,7 @@ from rich.table import Table
 from cmjax import placement
 from cmjax.console import check_target, emit, terminal, track
 from cmjax.deploy.placed import place
+from cmjax.interrupt import leave
 from cmjax.mesh import RankMesh
 from cmjax.options import run_program
 from studies.mesh_figure import plot_meshes
@@ -229,4 +230,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

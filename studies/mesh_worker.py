@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.mesh import RANKED, RankMesh, on_every_rank, prepare_devices
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
@@ -280,4 +280,4 @@ def main(options: Worker) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Worker, __doc__))
+    leave(run_program(main, Worker, __doc__))

@@ -9,13 +9,13 @@ engine is vLLM's where the machine knows it, as the rows are written in its word
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from cmjax.console import exit_code, terminal
 from cmjax.deploy import Deployment, predict
+from cmjax.interrupt import leave
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,4 +143,4 @@ def _line(row: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(terminal())))
+    leave(exit_code(lambda: main(terminal())))

@@ -9,7 +9,6 @@ is the paper's (its abstract), derived (a formula worked out here), or measured 
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from cmjax.console import terminal
 from cmjax.hardware import load_machine
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.primitives import (
     dequantize_weight,
@@ -356,4 +356,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

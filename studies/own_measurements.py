@@ -9,7 +9,6 @@ batches, contexts and microbatches that it has not seen.
 """
 
 import dataclasses
-import sys
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from cmjax.cost.fit import update
 from cmjax.cost.measured import Measurement
 from cmjax.deploy.validation import measure_of
 from cmjax.hardware import Supernode, Uncertainty, load_machine, replace_leaf
+from cmjax.interrupt import leave
 
 OFF = {
     "chip.hbm_bytes_per_s": 0.65,
@@ -87,4 +87,4 @@ def main(console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(terminal())))
+    leave(exit_code(lambda: main(terminal())))

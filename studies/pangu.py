@@ -21,7 +21,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from rich.console import Console
 from cmjax.console import terminal, track
 from cmjax.files import replace_text
 from cmjax.hardware import Supernode, load_machine
+from cmjax.interrupt import leave
 from cmjax.models.dense import DenseConfig, preset
 from cmjax.options import run_program
 from cmjax.parallelism import PricedPlan, elasticities, parallel, parse_plan, price_plan, search
@@ -257,4 +257,4 @@ def main(options: Options, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda options: main(options, terminal()), Options, __doc__))
+    leave(run_program(lambda options: main(options, terminal()), Options, __doc__))

@@ -8,9 +8,9 @@ draws it again from the study's table, without searching anything.
 import csv
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.report.plots.figure import (
     BLUE,
@@ -126,4 +126,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Figure, __doc__))
+    leave(run_program(main, Figure, __doc__))

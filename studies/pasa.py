@@ -10,7 +10,6 @@ operands of your own, [batch, length, heads, d] or [length, heads, d], only thos
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from cmjax import report
 from cmjax.console import terminal, track
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.primitives import AttentionNumerics, attention_numerics
 from cmjax.primitives.attention.numerics import FP16_OVERFLOW, VARIANTS
@@ -397,4 +397,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

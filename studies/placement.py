@@ -20,7 +20,6 @@ import csv
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from cmjax import placement
 from cmjax.console import show_progress, terminal
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import load_machine
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.placement.methods.greedy import greedy_on
 from cmjax.placement.methods.search import relative_loads
@@ -371,4 +371,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

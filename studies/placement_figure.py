@@ -8,12 +8,12 @@ are judged on; each point is a plan's time against greedy, planned on the same d
 
 import csv
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.report.plots.figure import (
     BLUE,
@@ -196,4 +196,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Figure, __doc__))
+    leave(run_program(main, Figure, __doc__))

@@ -12,7 +12,6 @@ cell*, which nobody can know beforehand. Needs `CMJAX_DATA`.
 import csv
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from cmjax import placement
 from cmjax.console import show_progress
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import load_machine
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.placement import Loads, Problem
 from cmjax.placement.methods.greedy import greedy_global
@@ -249,4 +249,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

@@ -11,7 +11,6 @@ standstill is what users of SGLang measured: 1 s and 20 ms a layer (sgl-project/
 import dataclasses
 import itertools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from cmjax import placement
 from cmjax.console import terminal
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.hardware import Supernode, load_machine
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.placement import Loads, MigrationCost, Plan, Problem, Rebalancer
 
@@ -153,4 +153,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

@@ -15,7 +15,6 @@ core, and speeds depend on what else runs.
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from scipy import stats
 
 from cmjax.console import terminal
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.mesh import prepare_devices
 from cmjax.models.asr.acoustic import AcousticModel
 from cmjax.models.asr.deployed import backbone, backbone_call, whole_call
@@ -374,4 +374,4 @@ def _ratio(direct: Sequence[Outcome], outcomes: Sequence[Outcome], field: str) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda asked: main(asked, terminal()), Study, __doc__))
+    leave(run_program(lambda asked: main(asked, terminal()), Study, __doc__))

@@ -7,12 +7,12 @@ draws it again from a table of the study's rows, without training anything.
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.report.plots.figure import (
     FAINT,
@@ -210,4 +210,4 @@ def main(options: Figure) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Figure, __doc__))
+    leave(run_program(main, Figure, __doc__))

@@ -18,7 +18,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from cmjax.console import terminal
 from cmjax.hardware import load_machine
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.serving import (
     ColocatedPool,
@@ -357,4 +357,4 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

@@ -9,7 +9,6 @@ Pangu Ultra (16 micro-batches on 8 stages, with 1 and 6 virtual ones). None sets
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.console import Console
 from cmjax.console import exit_code, terminal
 from cmjax.hardware import load_machine
 from cmjax.inputs import read_csv
+from cmjax.interrupt import leave
 from cmjax.models.dense import DenseConfig
 from cmjax.parallelism import Comparison, Plan, bubble, compare, memory_of
 from cmjax.parallelism.result import GIB
@@ -117,4 +117,4 @@ def main(console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(terminal())))
+    leave(exit_code(lambda: main(terminal())))

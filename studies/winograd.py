@@ -14,7 +14,6 @@ What is measured here: every number that is printed.
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import jax
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from cmjax.console import terminal, track
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.primitives.convolution import ConvScales, calibrate, least_error_step
 from cmjax.primitives.convolution.choice import BASE_SQNR_DB, expected_sqnr_db
@@ -288,4 +288,4 @@ def run(study: Study, console: Console) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda study: run(study, terminal()), Study, __doc__))
+    leave(run_program(lambda study: run(study, terminal()), Study, __doc__))

@@ -11,7 +11,6 @@ the same weights. Every number of the first two tables is measured here; the thi
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from cmjax.console import terminal, track
 from cmjax.files import replace_text
+from cmjax.interrupt import leave
 from cmjax.models.moe.model import MoEModel, parameters
 from cmjax.models.moe.xl3m import segment_starts
 from cmjax.options import run_program
@@ -251,4 +251,4 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Study, __doc__))
+    leave(run_program(main, Study, __doc__))

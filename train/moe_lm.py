@@ -11,7 +11,6 @@ stopped. Prints the loss on text that was held out. Several processes train one 
 
 import contextlib
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from cmjax.console import terminal
+from cmjax.interrupt import leave
 from cmjax.mesh import RankMesh
 from cmjax.models.moe.model import MoEModel
 from cmjax.options import run_program
@@ -69,4 +69,4 @@ def held_out_loss(model: MoEModel, tokens: Int[np.ndarray, "windows length"]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda config: main(config, terminal()), LanguageModelConfig, __doc__))
+    leave(run_program(lambda config: main(config, terminal()), LanguageModelConfig, __doc__))

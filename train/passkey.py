@@ -10,7 +10,6 @@ model learns to say there is: any value, equally likely. That calibration is wha
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Int32
 
 from cmjax.console import bar
+from cmjax.interrupt import leave
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.transformer import DenseLayer, MoELayer
 from cmjax.models.moe.model import MoEModel, from_config
@@ -302,4 +302,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,6 @@ Several processes train one network with --devices N --coordinator HOST:PORT --p
 """
 
 import contextlib
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import terminal
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.processes import meet, of_first
 from train.asr.config import Config
@@ -85,4 +85,4 @@ def results_table(results: dict[str, dict[str, Result]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

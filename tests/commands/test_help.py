@@ -38,7 +38,7 @@ def test_the_list_of_commands_starts_without_jax():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{sys.executable} -m cmjax.cli machines cloudmatrix384 | head -1"
+    command = f"{sys.executable} -m cmjax machines cloudmatrix384 | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout and not done.stderr
 

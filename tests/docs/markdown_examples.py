@@ -131,7 +131,7 @@ def _run_command(block: Block, words: list[str]) -> None:
     if words[0] == "make":  # its targets run elsewhere: that it is one is what is tested
         words = ["make", "--dry-run", "--directory", str(ROOT), *words[1:]]
     elif words[0] in ("cmjax", "python"):
-        module = ["-m", "cmjax.cli"] if words[0] == "cmjax" else []
+        module = ["-m", "cmjax"] if words[0] == "cmjax" else []
         words = [sys.executable, *module, *words[1:]]
     _succeeds(block, words, environment)
 

@@ -12,12 +12,12 @@ with --coordinator HOST:PORT --processes N --process-id I, or under srun or mpir
 
 import contextlib
 import math
-import sys
 
 import numpy as np
 from rich.console import Console
 
 from cmjax.console import terminal
+from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.processes import is_first, meet, of_first
 from train.metrics import read_metrics
@@ -50,4 +50,4 @@ def main(config: PanguConfig, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda config: main(config, terminal()), PanguConfig, __doc__))
+    leave(run_program(lambda config: main(config, terminal()), PanguConfig, __doc__))
