@@ -46,8 +46,9 @@ def plot_search(found: DeploymentSearch, path: str | Path) -> None:
         is_best = row == best
         axes.plot(*at, "o", ms=7 if is_best else 4, color=fig.VERMILION if is_best else fig.BLUE)
         one = found.deployments[found.choice[row]]
+        between = "\n" if at[0] < 2 * near else " "  # two lines where the axis is close
         axes.annotate(
-            f"{one.instance_npus} NPUs, batch {found.batch[row]:g}", at, xytext=(-6, 6),
+            f"{one.instance_npus} NPUs,{between}batch {found.batch[row]:g}", at, xytext=(-6, 6),
             textcoords="offset points", size=8, ha="right",
             color=fig.INK if is_best else fig.FAINT,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
@@ -55,9 +56,9 @@ def plot_search(found: DeploymentSearch, path: str | Path) -> None:
     if np.isfinite(found.limit_s):
         axes.axvline(found.limit_s * 1e3, color=fig.VERMILION, lw=1.2, ls="--")
         axes.annotate(
-            f"limit {found.limit_s * 1e3:g} ms", (found.limit_s * 1e3, 0),
-            xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points",
-            color=fig.VERMILION, size=9,
+            f"limit {found.limit_s * 1e3:g} ms", (found.limit_s * 1e3, 1),
+            xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+            color=fig.VERMILION, size=9, ha="center",
         )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

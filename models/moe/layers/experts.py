@@ -41,12 +41,12 @@ class Experts(nnx.Module):
         point (then `scale` is ones and not read)."""
         up, down = self.gate_up.matrix, self.down.matrix
         if isinstance(up.value, Int4Weight) and isinstance(down.value, Int4Weight):
-            steps, step = _swiglu_int8(int4_dot(rows, up.value), scale, 1.0)
+            steps, step = _swiglu_int8(_sums_int4(rows, up.value), scale, 1.0)
             return _grouped_int4_matmul(dtype)(steps, step, down.value)
         if up.scale is None or down.scale is None:
             return _batched(_swiglu(_batched(rows, up)), down).astype(dtype)
         assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
-        steps, step = _swiglu_int8(stacked_dot(rows, up.value), scale, up.scale[:, None, :])
+        steps, step = _swiglu_int8(_sums_int8(rows, up.value), scale, up.scale[:, None, :])
         return _grouped_matmul(dtype)(steps, step, down.value, down.scale)
 
     def of_sorted(self, sent: SortedRows, dtype: jnp.dtype) -> Float[Array, "rows hidden"]:
@@ -111,6 +111,11 @@ def _grouped(x, weight: Weight, sizes):
 def _activate(h):
     gate, up = jnp.split(h, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+# The up-projection of all slots, whose sums the next kernel rescales.
+_sums_int8 = fused("GroupedMatmul")(stacked_dot)
+_sums_int4 = fused("GroupedMatmul")(int4_dot)
 
 
 @functools.cache
