@@ -69,7 +69,7 @@ def expert_step(
 
     >>> import dataclasses
     >>> import numpy as np
-    >>> from cmjax.models.moe.config import tiny
+    >>> from cmjax.models.moe.presets import tiny
     >>> from cmjax.parallelism import MoETraining, expert_step
     >>> training = MoETraining(model=tiny(), sequence=8)
     >>> step = expert_step("data=2,expert=2", training, global_batch=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 from cmjax.hardware import Supernode, as_machine
 from cmjax.models.dense import PRESETS as DENSE
 from cmjax.models.dense import DenseConfig, preset
-from cmjax.models.moe.config import PRESETS as MIXTURES
+from cmjax.models.moe.presets import PRESETS as MIXTURES
 from cmjax.parallelism.expert_pieces import MoETraining
 from cmjax.parallelism.experts import price_experts, search_experts
 from cmjax.parallelism.plan import Plan, parse_plan

@@ -17,15 +17,7 @@ from cmjax.models.moe.checkpoint import (
     read_config,
     save,
 )
-from cmjax.models.moe.config import (
-    PRESETS,
-    GroupedAttention,
-    LatentAttention,
-    MoEConfig,
-    deepseek_r1,
-    deepseek_v3,
-    tiny,
-)
+from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 from cmjax.models.moe.generation import (
     ChatTemplate,
     Completion,
@@ -44,6 +36,7 @@ from cmjax.models.moe.generation import (
 from cmjax.models.moe.layers import extend_cache, quantize_params
 from cmjax.models.moe.model import MoEModel, convert_params, from_config
 from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.presets import PRESETS, deepseek_r1, deepseek_v3, tiny
 from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import SlotTable, ep_table, plan_tables, published_table

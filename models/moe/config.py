@@ -1,15 +1,9 @@
-"""Sizes and constants of one mixture-of-experts transformer, or of a dense one, and presets.
-
-Source of the presets: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 4.2, and the
-published config.json of DeepSeek-V3, DeepSeek-R1, Kimi-K2, Qwen3-30B-A3B, Qwen3-8B and
-Llama-3.1-8B.
-"""
+"""Sizes and constants of one mixture-of-experts transformer, or of a dense one."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
-from cmjax.models.moe.positions import Llama3Scaling, Rope, YarnConfig
+from cmjax.models.moe.positions import Rope, YarnConfig
 
 Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral", "qwen3", "llama"]
 DENSE: tuple[Family, ...] = ("qwen3", "llama")
@@ -207,144 +201,6 @@ class MoEConfig:
         return tuple(runs)
 
 
-def deepseek_v3() -> MoEConfig:
-    """DeepSeek-V3: 671B parameters, 37B active per token, one MTP module."""
-    return MoEConfig(
-        vocab_size=129280,
-        hidden_size=7168,
-        layers=61,
-        dense_layers=tuple(range(3)),
-        heads=128,
-        attention=LatentAttention(
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_nope_dim=128,
-            qk_rope_dim=64,
-            v_dim=128,
-        ),
-        ffn_size=18432,
-        expert_ffn_size=2048,
-        routed_experts=256,
-        shared_experts=1,
-        experts_per_token=8,
-        expert_groups=8,
-        groups_per_token=4,
-        routed_scale=2.5,
-        rope=Rope(
-            scaling=YarnConfig(
-                factor=40.0, original_max_position=4096, mscale=1.0, mscale_all_dim=1.0
-            )
-        ),
-        max_position=163840,
-        mtp_layers=1,
-        end_tokens=(1,),
-    )
-
-
-def deepseek_r1() -> MoEConfig:
-    """DeepSeek-R1: the sizes of DeepSeek-V3, other weights."""
-    return deepseek_v3()
-
-
-def kimi_k2() -> MoEConfig:
-    """Kimi-K2: DeepSeek-V3's form with 384 experts and 64 heads; 1T parameters, 32B active.
-
-    The published config has no draft module. One of the form of DeepSeek-V3's stands here for those
-    that deployments of Kimi-K2.5 (which has these sizes) draft with.
-    """
-    return dataclasses.replace(
-        deepseek_v3(),
-        vocab_size=163840,
-        dense_layers=(0,),
-        heads=64,
-        routed_experts=384,
-        expert_groups=1,
-        groups_per_token=1,
-        routed_scale=2.827,
-        rope=Rope(
-            theta=50000.0,
-            scaling=YarnConfig(
-                factor=32.0,
-                original_max_position=4096,
-                beta_fast=1.0,
-                beta_slow=1.0,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-            ),
-        ),
-        max_position=131072,
-        end_tokens=(163585,),
-    )
-
-
-def qwen3_30b_a3b() -> MoEConfig:
-    """Qwen3-30B-A3B: 128 experts of 768, 8 of them per token, none shared."""
-    return MoEConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        layers=48,
-        dense_layers=(),
-        heads=32,
-        attention=GroupedAttention(kv_heads=4, head_dim=128, qk_norm=True),
-        ffn_size=6144,
-        expert_ffn_size=768,
-        routed_experts=128,
-        shared_experts=0,
-        experts_per_token=8,
-        expert_groups=1,
-        groups_per_token=1,
-        scoring="softmax",
-        score_bias=False,
-        group_best=1,
-        rope=Rope(theta=1e6, interleave=False),
-        max_position=40960,
-        end_tokens=(151645,),
-        family="qwen3_moe",
-    )
-
-
-def qwen3_8b() -> MoEConfig:
-    """Qwen3-8B, a dense model."""
-    return dense_config(
-        vocab_size=151936,
-        hidden_size=4096,
-        layers=36,
-        heads=32,
-        attention=GroupedAttention(kv_heads=8, head_dim=128, qk_norm=True),
-        ffn_size=12288,
-        rope=Rope(theta=1e6, interleave=False),
-        max_position=40960,
-        end_tokens=(151645,),
-        family="qwen3",
-    )
-
-
-def llama3_8b() -> MoEConfig:
-    """Llama-3.1-8B, a dense model."""
-    return dense_config(
-        vocab_size=128256,
-        hidden_size=4096,
-        layers=32,
-        heads=32,
-        attention=GroupedAttention(kv_heads=8, head_dim=128),
-        ffn_size=14336,
-        norm_eps=1e-5,
-        rope=Rope(
-            theta=5e5,
-            interleave=False,
-            scaling=Llama3Scaling(
-                factor=8.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position=8192,
-            ),
-        ),
-        max_position=131072,
-        end_tokens=(128001,),
-        family="llama",
-    )
-
-
 def dense_config(*, layers: int, ffn_size: int, **fields: Any) -> MoEConfig:
     """A model whose layers all have a dense feed-forward block.
 
@@ -366,42 +222,3 @@ def dense_config(*, layers: int, ffn_size: int, **fields: Any) -> MoEConfig:
         group_best=1,
         **fields,
     )
-
-
-def tiny() -> MoEConfig:
-    """A model of every feature that runs anywhere: 3 layers, 16 experts, 64 wide."""
-    return MoEConfig(
-        vocab_size=320,
-        hidden_size=64,
-        layers=3,
-        dense_layers=(0,),
-        heads=8,
-        attention=LatentAttention(
-            q_lora_rank=24,
-            kv_lora_rank=16,
-            qk_nope_dim=16,
-            qk_rope_dim=8,
-            v_dim=16,
-        ),
-        ffn_size=96,
-        expert_ffn_size=32,
-        routed_experts=16,
-        shared_experts=1,
-        experts_per_token=4,
-        expert_groups=4,
-        groups_per_token=2,
-        routed_scale=2.5,
-        max_position=256,
-        mtp_layers=1,
-    )
-
-
-PRESETS: dict[str, Callable[[], MoEConfig]] = {
-    "deepseek-r1": deepseek_r1,
-    "deepseek-v3": deepseek_v3,
-    "kimi-k2": kimi_k2,
-    "llama3-8b": llama3_8b,
-    "qwen3-30b-a3b": qwen3_30b_a3b,
-    "qwen3-8b": qwen3_8b,
-    "tiny": tiny,
-}

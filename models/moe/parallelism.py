@@ -133,7 +133,7 @@ class Parallelism:
 def check_tensor(config: MoEConfig, tensor: int) -> None:
     """Refuse a degree of tensor parallelism that a model's widths do not allow.
 
-        >>> from cmjax.models.moe.config import qwen3_8b
+        >>> from cmjax.models.moe.presets import qwen3_8b
         >>> check_tensor(qwen3_8b(), 12)
         Traceback (most recent call last):
         ValueError: tp 12 does not divide the model's 32 heads; 1, 2, 4, 8 or 16 would do
@@ -168,7 +168,7 @@ def _undivided(config: MoEConfig, tensor: int) -> str | None:
 def one_rank(config: MoEConfig, schedule: Schedule | None = None) -> Parallelism:
     """None: every expert on one rank, as a checkpoint has them, and no communication.
 
-    >>> from cmjax.models.moe.config import tiny
+    >>> from cmjax.models.moe.presets import tiny
     >>> one_rank(tiny()).ranks
     1
     """

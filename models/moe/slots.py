@@ -175,7 +175,7 @@ def published_table(
     local shared expert, and as many redundant slots as fill the last rank; prefill has one more
     redundant slot per rank (EP32: 8 + 1). Source: CloudMatrix384 paper, sections 4.2 and 4.3.
 
-        >>> from cmjax.models.moe.config import deepseek_r1
+        >>> from cmjax.models.moe.presets import deepseek_r1
         >>> decode = published_table(deepseek_r1(), 320)
         >>> decode.slots_per_rank, decode.has_shared
         (1, True)

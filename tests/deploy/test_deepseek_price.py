@@ -6,7 +6,7 @@ from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.hardware import load_machine
-from cmjax.models.moe.config import deepseek_r1
+from cmjax.models.moe.presets import deepseek_r1
 
 NPUS, RANKS = 160, 320
 BATCH, CONTEXT = 96.0, 4096.0  # requests per NPU

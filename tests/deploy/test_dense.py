@@ -5,7 +5,7 @@ import pytest
 
 import cmjax
 from cmjax.hardware import load_machine
-from cmjax.models.moe.config import llama3_8b, qwen3_8b
+from cmjax.models.moe.presets import llama3_8b, qwen3_8b
 
 MACHINE = load_machine("cloudmatrix384")
 

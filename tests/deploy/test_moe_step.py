@@ -10,7 +10,8 @@ from cmjax.deploy.moe_step import build_layer, build_step, schedule_for
 from cmjax.deploy.predictor import Predictor
 from cmjax.hardware import load_machine
 from cmjax.models.moe.checkpoint.hf_config import config_json
-from cmjax.models.moe.config import LatentAttention, deepseek_r1, tiny
+from cmjax.models.moe.config import LatentAttention
+from cmjax.models.moe.presets import deepseek_r1, tiny
 from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 from cmjax.models.moe.slots import ep_table
 from cmjax.program.size import Size

@@ -12,7 +12,8 @@ from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.validation import compare
 from cmjax.hardware import load_machine
-from cmjax.models.moe.config import GroupedAttention, qwen3_8b
+from cmjax.models.moe.config import GroupedAttention
+from cmjax.models.moe.presets import qwen3_8b
 from cmjax.program.size import Size
 
 M = load_machine("cloudmatrix384")

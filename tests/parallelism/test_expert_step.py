@@ -13,9 +13,10 @@ from flax import nnx
 from cmjax.hardware import load_machine
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.balancing import balanced, is_load
-from cmjax.models.moe.config import GroupedAttention, tiny
+from cmjax.models.moe.config import GroupedAttention
 from cmjax.models.moe.layers.transformer import Transformer
 from cmjax.models.moe.parallelism import one_rank
+from cmjax.models.moe.presets import tiny
 from cmjax.models.moe.trained import trained, with_tables
 from cmjax.parallelism import MoETraining, expert_step, expert_traffic, parse_plan
 from cmjax.parallelism.experts import expert_memory

@@ -6,7 +6,8 @@ import pytest
 
 import cmjax
 from cmjax.hardware import load_machine
-from cmjax.models.moe.config import GroupedAttention, deepseek_v3, qwen3_8b, qwen3_30b_a3b
+from cmjax.models.moe.config import GroupedAttention
+from cmjax.models.moe.presets import deepseek_v3, qwen3_8b, qwen3_30b_a3b
 from cmjax.parallelism import MoETraining, parse_plan
 from cmjax.parallelism.experts import price_experts
 

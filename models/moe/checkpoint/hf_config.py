@@ -25,13 +25,8 @@ from cmjax.models.moe.checkpoint.config_schema import (
 )
 from cmjax.models.moe.checkpoint.json_file import convert, read_object
 from cmjax.models.moe.checkpoint.rope_keys import read_rope, rope_json
-from cmjax.models.moe.config import (
-    DENSE,
-    PRESETS,
-    GroupedAttention,
-    LatentAttention,
-    MoEConfig,
-)
+from cmjax.models.moe.config import DENSE, GroupedAttention, LatentAttention, MoEConfig
+from cmjax.models.moe.presets import PRESETS
 
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",

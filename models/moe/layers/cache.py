@@ -118,7 +118,7 @@ def empty_cache(
     With `tensor` ranks in a tensor-parallel group it holds the requests of all of them: of latent
     attention whole, of grouped-query attention a part of the heads.
 
-    >>> from cmjax.models.moe.config import tiny
+    >>> from cmjax.models.moe.presets import tiny
     >>> empty_cache(tiny(), 2, 8, "int8").moe.latent.shape      # two MoE layers
     (2, 2, 8, 16)
     """

@@ -12,13 +12,7 @@ from cmjax.models.moe.checkpoint.hf_config import (
     parse_config,
     read_config,
 )
-from cmjax.models.moe.config import (
-    GroupedAttention,
-    LatentAttention,
-    deepseek_r1,
-    deepseek_v3,
-    tiny,
-)
+from cmjax.models.moe.config import GroupedAttention, LatentAttention
 from cmjax.models.moe.positions import (
     DynamicScaling,
     LinearScaling,
@@ -26,6 +20,7 @@ from cmjax.models.moe.positions import (
     Rope,
     YarnConfig,
 )
+from cmjax.models.moe.presets import deepseek_r1, deepseek_v3, tiny
 
 PUBLISHED = {  # the form of DeepSeek-V3's own config.json
     "model_type": "deepseek_v3",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.models.moe.config import tiny
+from cmjax.models.moe.presets import tiny
 from cmjax.models.moe.schedule import Schedule, two_stream_decode
 from cmjax.models.moe.slots import (
     SlotTable,

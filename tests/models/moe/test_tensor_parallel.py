@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
-from cmjax.models.moe.config import GroupedAttention, dense_config, qwen3_8b, tiny
+from cmjax.models.moe.config import GroupedAttention, dense_config
 from cmjax.models.moe.layers.cache import extend_cache
 from cmjax.models.moe.model import abstract_model
 from cmjax.models.moe.parallelism import Parallelism, check_tensor, one_rank
 from cmjax.models.moe.positions import Rope
+from cmjax.models.moe.presets import qwen3_8b, tiny
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import ep_table

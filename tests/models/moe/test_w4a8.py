@@ -10,10 +10,10 @@ import pytest
 import cmjax
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic
-from cmjax.models.moe.config import deepseek_v3, tiny
 from cmjax.models.moe.model import from_config
 from cmjax.models.moe.model import parameters as parameters_of
 from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.presets import deepseek_v3, tiny
 from cmjax.models.moe.sharding import param_specs, shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import PrefillInputs, Sampling, abstract_params, prefill_fn

@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 
 from cmjax.models.moe.checkpoint.hf_config import FAMILIES, parse_config, read_config
-from cmjax.models.moe.config import (
-    GroupedAttention,
-    LatentAttention,
-    qwen3_8b,
-    qwen3_30b_a3b,
-)
+from cmjax.models.moe.config import GroupedAttention, LatentAttention
+from cmjax.models.moe.presets import qwen3_8b, qwen3_30b_a3b
 
 CLASSES = {
     "deepseek_v2": "DeepseekV2Config",

@@ -10,9 +10,9 @@ from cmjax.models.moe.checkpoint.generation_config import (
 )
 from cmjax.models.moe.checkpoint.load import open_checkpoint
 from cmjax.models.moe.checkpoint.save import save
-from cmjax.models.moe.config import tiny
 from cmjax.models.moe.generation.batch import Sampler
 from cmjax.models.moe.model import from_config
+from cmjax.models.moe.presets import tiny
 
 QWEN3 = {  # the form of Qwen3-30B-A3B's own
     "bos_token_id": 151643,

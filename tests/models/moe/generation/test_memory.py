@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from cmjax.mesh import RankMesh
-from cmjax.models.moe.config import deepseek_r1, tiny
 from cmjax.models.moe.generation import memory
 from cmjax.models.moe.generation.memory import (
     check_memory,
@@ -14,6 +13,7 @@ from cmjax.models.moe.generation.memory import (
     parameter_bytes,
 )
 from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.presets import deepseek_r1, tiny
 from cmjax.models.moe.slots import ep_table
 
 PARALLELISM = Parallelism(table=ep_table(16, 8, redundant=8), axes=("node", "npu"))

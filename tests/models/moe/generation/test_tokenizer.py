@@ -12,9 +12,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from cmjax.models.moe.config import tiny
 from cmjax.models.moe.generation.batch import check_prompts
 from cmjax.models.moe.generation.tokenizer import encode_prompt, open_tokenizer
+from cmjax.models.moe.presets import tiny
 
 
 def _words(folder, post_processor=None, **config):

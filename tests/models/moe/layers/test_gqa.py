@@ -11,11 +11,12 @@ from closed_forms import causal, inputs, linear, randomized, rms_norm, softmax, 
 from flax import nnx
 
 from cmjax.models.moe.arithmetic import Arithmetic
-from cmjax.models.moe.config import GroupedAttention, MoEConfig, tiny
+from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.cache import GroupedCache
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.positions import Rope
+from cmjax.models.moe.presets import tiny
 from cmjax.models.moe.slots import ep_table
 
 TOKENS, ROOM = 7, 9

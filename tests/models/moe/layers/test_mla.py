@@ -11,11 +11,12 @@ from closed_forms import causal, inputs, linear, randomized, rms_norm, softmax, 
 from flax import nnx
 
 from cmjax.models.moe.arithmetic import Arithmetic
-from cmjax.models.moe.config import LatentAttention, MoEConfig, tiny
+from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LatentCache
 from cmjax.models.moe.layers.mla import MLA
 from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.positions import Rope, YarnConfig
+from cmjax.models.moe.presets import tiny
 
 TOKENS, ROOM = 7, 9
 TOLERANCE = 2e-5  # float32 rounding of sums of up to 128 terms of size one

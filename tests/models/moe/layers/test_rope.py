@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.models.moe.config import deepseek_v3, tiny
 from cmjax.models.moe.layers.rope import (
     angles,
     check_length,
@@ -23,6 +22,7 @@ from cmjax.models.moe.positions import (
     Rope,
     YarnConfig,
 )
+from cmjax.models.moe.presets import deepseek_v3, tiny
 
 YARN = deepseek_v3()
 

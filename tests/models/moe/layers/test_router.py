@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.models.moe.config import deepseek_v3, tiny
 from cmjax.models.moe.layers.router import gate
+from cmjax.models.moe.presets import deepseek_v3, tiny
 
 
 def _numpy(logits, bias, config):

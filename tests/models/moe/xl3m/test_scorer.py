@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from cmjax.mesh import RankMesh
-from cmjax.models.moe.config import MoEConfig, tiny
+from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.programs import place_params
 from cmjax.models.moe.model import abstract_model, assemble
 from cmjax.models.moe.parallelism import Parallelism, one_rank
+from cmjax.models.moe.presets import tiny
 from cmjax.models.moe.sharding import shard_params
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import init_params
