@@ -33,3 +33,4 @@ from .serving import ServingResult as ServingResult
 from .serving import serve as serve
 from .verify import Traffic as Traffic
 from .verify import run_on_mesh as run_on_mesh
+from .version import __version__ as __version__

@@ -16,6 +16,7 @@ from cmjax import commands
 from cmjax.console import exit_code, terminal
 from cmjax.interrupt import left_at_once
 from cmjax.options import parsed
+from cmjax.version import about
 
 _COMMANDS = {
     "predict": ("Predict", "a serving instance: step time, TPOT or TTFT, tokens per second"),
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cmjax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions, for a report")
     parsers = parser.add_subparsers(metavar="COMMAND ARGS", required=True, dest="command")
     for name, (_, gives) in _COMMANDS.items():
         parsers.add_parser(name, help=gives, add_help=False)
@@ -57,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run(terminal())
 
     return exit_code(run)
+
+
+class _Version(argparse.Action):
+    """Prints versions, which are looked for when asked for."""
+
+    def __call__(self, parser, *_):
+        print(about())
+        parser.exit()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import codecs
 import html
 import json
 import os
-import platform
 import sys
 import tempfile
 import traceback
@@ -20,6 +19,7 @@ from rich.progress import Progress as Bar
 
 from cmjax.files import check_writable, replace_text
 from cmjax.interrupt import Terminated, raised_signals
+from cmjax.version import about
 
 _WIDE = 150  # columns that the widest table needs
 _PLAIN = {
@@ -108,12 +108,11 @@ def _failed(error: Exception) -> int:
 def _logged(error: Exception) -> str:
     """Where the traceback of a fault of cmjax was written."""
     text = "".join(traceback.format_exception(error))
-    about = f"{platform.platform()}, Python {platform.python_version()}\n{sys.argv}\n\n"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="cmjax-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
         ) as file:
-            file.write(about + text)
+            file.write(f"{about()}\n{sys.argv}\n\n{text}")
     except OSError:
         return "what you did: its traceback could not be written"
     return file.name

@@ -14,6 +14,7 @@ FLOORS = {
     "inputs": -1,
     "files": 0,
     "interrupt": 0,
+    "version": 0,
     "occupancy": 0,
     "console": 1,
     "options": 2,

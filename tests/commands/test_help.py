@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
+import cmjax
 from cmjax.cli import _COMMANDS, main
 
 
@@ -28,6 +30,15 @@ def test_every_page_fits_80_columns(command, capsys, monkeypatch):
     assert text.startswith(f"usage: cmjax {command}")
     assert max(map(len, text.splitlines())) <= 80
     assert "{None}" not in text and ">>>" not in text
+
+
+def test_versions_are_one_line_for_a_report(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"cmjax {version('cmjax')} (jax {version('jax')}, ")
+    assert said.count("\n") == 1 and cmjax.__version__ == version("cmjax")
 
 
 def test_the_list_of_commands_starts_without_jax():
