@@ -73,12 +73,13 @@ class _Version(argparse.Action):
 def _for_good() -> Iterator[None]:
     """What is imported inside lives as long as the process: the garbage collector walks it neither
     now nor later, which would be a third of the CPU time of a repeated prediction."""
-    collected = gc.isenabled()
+    collected, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > before:
+            gc.freeze()
         if collected:
             gc.enable()
 
