@@ -7,6 +7,7 @@ draws it again from a table of the study's rows, without training anything.
 
 import csv
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from matplotlib.transforms import Bbox
 
 from cmjax.interrupt import leave
 from cmjax.options import run_program
-from cmjax.report.plots.figure import BLUE, INK, ORANGE, add_axes, new_figure, save, set_title
+from cmjax.report.plots.figure import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    add_axes,
+    new_figure,
+    save,
+    set_title,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,36 +85,44 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _name_points(axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Write beside each group of points what they are, where nothing else is."""
+    """Write beside each group of points what they are, where nothing else is; a line leads there
+    from further away."""
     pixels = axes.transData.transform(points)
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
-    frame = axes.get_window_extent()
+    frame, to_data = axes.get_window_extent(), axes.transData.inverted().transform
     for group in _together(pixels):
         group.sort(key=lambda number: -pixels[number][1])
         box = Bbox.union([taken[number] for number in group])
-        y = (box.y0 + box.y1) / 2
-        sides = (
-            (box.x1 + 3, y, "left", "center"),
-            (box.x0 - 3, y, "right", "center"),
-            ((box.x0 + box.x1) / 2, box.y1 + 2, "center", "bottom"),
-            ((box.x0 + box.x1) / 2, box.y0 - 2, "center", "top"),
-        )
-        for x, y, across, along in sides:
-            text = axes.text(
-                *axes.transData.inverted().transform((x, y)),
-                "\n".join(names[number] for number in group),
-                ha=across,
-                va=along,
-                fontsize=9,
-                color=INK,
-            )
+        label = "\n".join(names[number] for number in group)
+        others = [b for number, b in enumerate(taken) if number not in group]
+        for number, (x, y, across, along) in enumerate(_around(box)):
+            there = to_data((x, y))
+            text = axes.text(*there, label, ha=across, va=along, fontsize=9, color=INK)
             extent = text.get_window_extent()
-            inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 + 20
-            others = [b for number, b in enumerate(taken) if number not in group]
-            if (inside and not any(extent.overlaps(b) for b in others)) or along == "top":
+            inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 + 20 and frame.y0 <= extent.y0
+            if inside and not any(extent.overlaps(b) for b in others):
                 taken.append(extent)
+                if number >= _CLOSE:
+                    middle = to_data((box.x0 + box.width / 2, box.y0 + box.height / 2))
+                    axes.plot(*zip(middle, there, strict=True), color=FAINT, lw=0.6, zorder=0)
                 break
             text.remove()
+
+
+_CLOSE = 4  # places that touch the point
+
+
+def _around(box: Bbox, line: float = 14.0) -> Iterator[tuple[float, float, str, str]]:
+    """Places for a text, x, y and what of it lies there: beside the box, over and under it, and
+    the same a line further away each time."""
+    x, y = box.x0 + box.width / 2, box.y0 + box.height / 2
+    for away in line * np.arange(12):
+        yield box.x1 + 3, y + away, "left", "center"
+        yield box.x0 - 3, y - away, "right", "center"
+        yield x, box.y1 + 2 + away, "center", "bottom"
+        yield x, box.y0 - 2 - away, "center", "top"
+        yield box.x1 + 3, y - away, "left", "center"
+        yield box.x0 - 3, y + away, "right", "center"
 
 
 def _together(pixels, reach: float = 14.0) -> list[list[int]]:
