@@ -32,7 +32,7 @@ class SymbolicSize(ValueError):
 
 def needs_numbers(error: Exception) -> bool:
     """Whether JAX failed because a dimension is a symbol."""
-    words = ("_DimExpr", "non-constant size", "symbolic dimension")
+    words = ("_DimExpr", "non-constant size", "symbolic dimension", "to be static")
     return isinstance(error, jax.errors.InconclusiveDimensionOperation) or any(
         word in str(error) for word in words
     )

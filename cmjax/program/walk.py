@@ -1,9 +1,11 @@
 """Walk a jaxpr down into the nodes of a program, through every call, loop and branch."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
+import jax
 from jax.extend.core import Literal
 
 from cmjax.program import fuse
@@ -39,6 +41,11 @@ INLINED = {
     "custom_lin": "jaxpr",
     "custom_vmap_call": "call",
     "composite": "jaxpr",
+    "custom_partitioning": "call",
+    "eval_jaxpr": "call_jaxpr",
+    "linear_call": "callee",
+    "remat_opt": "fwd_jaxpr",
+    "xla_metadata_call": "jaxpr",
 }
 """Primitives that call a jaxpr, and the parameter that holds it."""
 
@@ -128,6 +135,8 @@ class _Walker:
             return self._cond(equation, inputs, here)
         if name == "custom_linear_solve":
             return self._linear_solve(equation, inputs, here)
+        if name == "call_hi_primitive" and name not in RULES:
+            return self._inline(equation, _expanded(equation), inputs, here)
         outs = [Operand.of(variable.aval) for variable in equation.outvars]
         if name in _VIEWS:
             piece = (name, *map(str, equation.params.values()))
@@ -276,6 +285,13 @@ class _Walker:
         walker = _Walker(self.axes, self.choices, self.seen)
         outputs = walker.walk(jaxpr, walker.constants(jaxpr, jaxpr.invars), _Place())
         return walker.program(outputs, carried=0).total("flops", "read_bytes", "write_bytes")
+
+
+def _expanded(equation):
+    """What JAX makes of an operation that is of a higher level than what XLA compiles."""
+    low = functools.partial(equation.primitive.to_lojax, **equation.params)
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    return jax.make_jaxpr(low)(*shapes).jaxpr
 
 
 def _are_constants(inputs: list[Value | None], outs: list[Operand]) -> bool:

@@ -231,3 +231,26 @@ def test_a_pallas_kernel_without_an_estimate_says_what_to_do():
     )
     with pytest.raises(UnpricedPrimitive, match=f"^{re.escape(message)}"):
         trace(lambda x: kernel(element_wise, (128,), x, name="double"), array(128))
+
+
+def test_a_polynomial_is_a_product_and_a_sum_for_each_coefficient_but_the_first():
+    fn = lambda x: jnp.polyval(jnp.arange(5.0), x)  # noqa: E731
+    found = totals(fn, array(64, 32))
+    assert found["flops"] == by_xla(fn, array(64, 32))["flops"] == 8 * 64 * 32
+    assert (found["read_bytes"], found["write_bytes"]) == (64 * 32 * 4, 64 * 32 * 4)
+
+
+def test_operations_above_xlas_level_are_what_jax_makes_of_them():
+    """From JAX 0.12 on, `jnp.unique` and others are operations of their own in a jaxpr."""
+    fn = lambda x: jnp.unique(x, size=8)  # noqa: E731
+    names = {op.name for op in trace(fn, array(64)).operations}
+    assert any("sort" in name for name in names), names
+
+
+def test_a_number_of_groups_that_must_be_known_is_taken_from_the_sizes():
+    groups, rows = jax.export.symbolic_shape("e, n")
+    shapes = array(rows, 16), array(groups, 16, 32), array(groups, dtype=jnp.int32)
+    program = trace(lax.ragged_dot, *shapes, at={"e": 4, "n": 64})
+    assert program.totals({"e": 4, "n": 64})["flops"] == 2 * 64 * 16 * 32
+    with pytest.raises(ValueError, match="the program needs its sizes as numbers: ragged_dot"):
+        trace(lax.ragged_dot, *shapes)

@@ -20,12 +20,12 @@ ELEMENTWISE |= dict.fromkeys(
     integer_pow real imag complex conj population_count clz nextafter bitcast_convert_type
     dynamic_slice dynamic_update_slice gather one_minus_square mulhi random_bits threefry2x32
     random_seed random_wrap random_unwrap random_clone random_split random_fold_in
-    rng_bit_generator rng_uniform""".split(),
+    rng_bit_generator rng_uniform polynomial""".split(),
     1.0,
 )
 ELEMENTWISE |= dict.fromkeys(
     "div rem exp exp2 log log2 log1p expm1 sqrt rsqrt cbrt pow sin cos tan tanh logistic erf erfc "
-    "erf_inv atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma".split(),
+    "erf_inv atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma reciprocal".split(),
     TRANSCENDENTAL_INSTRUCTIONS,
 )
 _SERIES = (
@@ -67,6 +67,9 @@ def elementwise_work(name: str, inputs: list[Operand], outputs: list[Operand]) -
         size = inputs[1].size
     counted = 0.0 if name in MOVES else size
     instructions = ELEMENTWISE[name]
+    if name == "polynomial":  # Horner: a product and a sum for each coefficient but the first
+        instructions = 2.0 * (len(inputs) - 2)
+        counted = counted * instructions
     if counted and any(operand.is_complex for operand in operands):
         real = REAL_OPERATIONS.get(name, 2.0)
         counted = counted * real
