@@ -174,3 +174,23 @@ def test_ragged_rows_of_values_run_as_counted():
     got = lax.ragged_dot(jnp.asarray(x, F32), jnp.asarray(w, F32), jnp.array([2, 4]))
     want = np.concatenate([x[:2] @ w[0], x[2:] @ w[1]])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_with_scales_of_blocks_is_that_of_its_8_bit_values():
+    values, scales = jnp.float8_e4m3fn, jnp.float8_e8m0fnu
+    x, w = array(64, 128, dtype=values), array(128, 32, dtype=values)
+    of_x, of_w = array(64, 4, dtype=scales), array(4, 32, dtype=scales)
+    read = 64 * 128 + 128 * 32 + 64 * 4 + 4 * 32
+
+    def scaled(x, w, a, b):
+        return lax.scaled_dot(x, w, lhs_scale=a, rhs_scale=b, preferred_element_type=BF16)
+
+    def transposed(x, w, a, b):  # as `scaled_matmul` takes them
+        return jax.nn.scaled_matmul(x[None], w.T[None], a[None], b.T[None])
+
+    plain = totals(lambda x, w: lax.dot(x, w, preferred_element_type=BF16), x, w)
+    for fn in (scaled, transposed):
+        found = totals(fn, x, w, of_x, of_w)
+        assert found["flops"] == plain["flops"] == 2 * 64 * 128 * 32
+        assert found["cube_flops_8bit"] == plain["cube_flops_8bit"] == found["flops"]
+        assert found["read_bytes"] == read

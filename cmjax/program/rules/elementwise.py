@@ -49,7 +49,7 @@ FREE = set(
     "reshape squeeze broadcast_in_dim broadcast_to transpose slice split iota stop_gradient pvary "
     "pcast sharding_constraint layout_constraint optimization_barrier axis_index create_token name "
     "mesh_cast reshard expand_dims dim_as_value platform_index tile unstack device_put "
-    "debug_callback debug_print empty empty2".split()
+    "debug_callback debug_print empty empty2 reduced_vary_cast vary_unreduced_cast".split()
 )
 REDUCTIONS = set(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "

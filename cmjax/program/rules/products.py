@@ -7,9 +7,10 @@ from cmjax.program.size import Size, product
 from cmjax.program.work import Operand, Work, matmul_flops
 
 
-@cost_rule("dot_general")
-def _dot_general(lhs: Operand, rhs: Operand, *, dimension_numbers, **_) -> Work:
-    """2 M N K FLOP on the cube cores, at the rate of the wider operand; 8 M N K if complex."""
+@cost_rule("dot_general", "scaled_dot")
+def _dot_general(lhs: Operand, rhs: Operand, *scales: Operand, dimension_numbers, **_) -> Work:
+    """2 M N K FLOP on the cube cores, at the rate of the wider operand; 8 M N K if complex. Scales
+    of blocks are applied there."""
     (contract, _), (batch, _) = dimension_numbers
     (_, contract_rhs), (_, batch_rhs) = dimension_numbers
     inner = product(lhs.shape[d] for d in contract)
@@ -17,6 +18,13 @@ def _dot_general(lhs: Operand, rhs: Operand, *, dimension_numbers, **_) -> Work:
     rows = product(d for i, d in enumerate(lhs.shape) if i not in (*contract, *batch))
     columns = product(d for i, d in enumerate(rhs.shape) if i not in (*contract_rhs, *batch_rhs))
     return _multiply_add(lhs, rhs, outer * rows * columns * inner)
+
+
+@cost_rule("scaled_matmul", "scaled_matmul_wrapper")
+def _scaled_matmul(lhs: Operand, rhs: Operand, *scales: Operand, **_) -> Work:
+    """`jax.nn.scaled_matmul` of [batch, M, K] and [batch, N, K], as `scaled_dot`."""
+    batch, rows, inner = lhs.shape
+    return _multiply_add(lhs, rhs, product((batch, rows, inner, rhs.shape[1])))
 
 
 @cost_rule("ragged_dot_general")
