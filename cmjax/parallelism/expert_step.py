@@ -290,7 +290,9 @@ class ExpertStep(Executed):
     def _layers(self) -> dict[str, LayerProgram]:
         model, plan = self.training.model, self.plan
         return {
-            kind: LayerProgram(model, self._parallelism, kind, plan.recompute, self._arithmetic)
+            kind: LayerProgram(
+                model, self._parallelism, kind, plan.recompute_of_all, self._arithmetic
+            )
             for kind in self.training.layers
         }
 

@@ -119,7 +119,7 @@ def expert_traffic(
             sent[tier] += nbytes[tier] * plan.devices
 
     for kind, count in training.layers.items():
-        layer = layer_piece(training, kind, plan.recompute, plan.expert, on["expert"])
+        layer = layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"])
         totals = layer.both().totals({BATCH: float(plan.micro_batch)})
         add({tier: float(totals[f"{tier}_bytes"]) * m * count for tier in TIERS})
         loads = layer.loads * count
@@ -159,7 +159,7 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     on = _layout(plan, prices.machine)
     seconds = {
         kind: _seconds(
-            layer_piece(training, kind, plan.recompute, plan.expert, on["expert"]),
+            layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"]),
             prices, b, hidden=plan.overlap,
         )
         for kind in training.layers
@@ -225,7 +225,7 @@ def _stage(
     def at(size: Size) -> float:
         return float(size.evaluate({BATCH: float(plan.micro_batch)}))
 
-    layers = {kind: layer(kind, plan.recompute) for kind in counts}
+    layers = {kind: layer(kind, plan.recompute_of_all) for kind in counts}
     ends = ends_piece(training, dtype.name)
     shared = sum(n * layers[kind].shared for kind, n in counts.items())
     shared += ends.shared if plan.pipeline == 1 else ends.shared / 2
@@ -243,7 +243,7 @@ def _stage(
     buffers += dtype.itemsize * max(
         (each.shared + each.experts for each in layers.values()), default=0
     )
-    if plan.recompute != "none":
+    if plan.recompute_of_all != "none":
         whole = {kind: at(layer(kind, "none").kept) for kind in counts}
         buffers += max((whole[kind] - at(layers[kind].kept) for kind in counts), default=0.0)
     if plan.pipeline > 1:
@@ -277,7 +277,7 @@ def _stages(training: MoETraining, plan: Plan) -> tuple[int, int]:
 
 def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
     """Parameters of a device of the fullest stage: what every replica holds, and experts."""
-    layer = layer_piece(training, "moe", plan.recompute, plan.expert, on)
+    layer = layer_piece(training, "moe", plan.recompute_of_all, plan.expert, on)
     stage, last = _stages(training, plan)
     ends = ends_piece(training).shared
     first = stage * layer.shared + ends / 2
