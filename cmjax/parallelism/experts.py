@@ -205,8 +205,10 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     if rounds.ends != rounds.layers:
         of_ends = prices.collective("all_reduce", ends_held, on["data"])
         reduced -= (rounds.layers - rounds.ends) * of_ends
-    backward = slowest - stage * seconds["moe"].forward
-    hidden = {"zero2": m * backward, "zero3": m * slowest}.get(plan.optimizer, backward)
+    # Links that exchange carry nothing else.
+    free = slowest - stage * seconds["moe"].exchanging
+    backward = min(free, slowest - stage * seconds["moe"].forward)
+    hidden = {"zero2": m * backward, "zero3": m * free}.get(plan.optimizer, backward)
     reduction = max(0.0, reduced - (hidden if plan.overlap else 0.0))
     by = (1, 1) if plan.optimizer == "none" else (plan.data, plan.data // plan.expert)
     update = prices.update(shared / by[0] + experts / by[1])
@@ -333,21 +335,24 @@ def _layout(plan: Plan, machine: Supernode) -> dict[str, On]:
 
 @dataclasses.dataclass(frozen=True)
 class _Seconds:
+    """Of a layer or an end: its forward pass, both passes, and what both take to exchange."""
+
     forward: float
     both: float
+    exchanging: float
 
 
 def _seconds(piece: ExpertPiece, prices: LinkPrices, batch: int, *, hidden: bool) -> _Seconds:
     """Of a micro-batch; with `hidden` exchanges the longer of exchanging and computing."""
 
-    def one(program: Program) -> float:
+    def parts(program: Program) -> tuple[float, float]:
         total = prices.run(program, BATCH, float(batch))
-        if not hidden:
-            return total
         computing = prices.run(_without_exchanges(program), BATCH, float(batch))
-        return max(computing, total - computing)
+        return computing, total - computing
 
-    return _Seconds(one(piece.forward()), one(piece.both()))
+    taken = max if hidden else lambda computing, exchanging: computing + exchanging
+    forward, both = parts(piece.forward()), parts(piece.both())
+    return _Seconds(taken(*forward), taken(*both), both[1])
 
 
 @functools.lru_cache(maxsize=512)
