@@ -212,15 +212,16 @@ def mixtures() -> list[tuple[str, PricedPlan]]:
 
 def mixtures_table(columns: Sequence[tuple[str, PricedPlan]]) -> str:
     """Plans by machine, a row each."""
-    heads = ("on", "data", "pipeline", "expert", "recompute", "step, s", "tokens/s per device",
-             "MFU, %", "GiB")  # fmt: skip
+    heads = ("on", "data", "pipeline", "expert", "recompute", "optimizer", "step, s",
+             "tokens/s per device", "MFU, %", "GiB")  # fmt: skip
     return markdown(
         heads,
         (
             (
                 name, str(each.plan.data), str(each.plan.pipeline), str(each.plan.expert),
-                each.plan.recompute, f"{each.step_s:.2f}", f"{each.tokens_per_s_per_device:.0f}",
-                f"{100 * each.mfu:.1f}", f"{each.memory.peak / GIB:.1f}",
+                str(each.plan.recompute), each.plan.optimizer, f"{each.step_s:.2f}",
+                f"{each.tokens_per_s_per_device:.0f}", f"{100 * each.mfu:.1f}",
+                f"{each.memory.peak / GIB:.1f}",
             )
             for name, each in columns
         ),

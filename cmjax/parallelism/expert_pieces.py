@@ -74,6 +74,7 @@ class MoETraining:
                 "plan: a mixture of experts is priced with tensor=1, interleave=1 and "
                 "sequence_parallel=false"
             )
+        _ = plan.recompute_of_all  # refuses what differs from layer to layer
         if plan.pipeline > self.model.layers:
             raise ValueError(
                 f"plan: pipeline={plan.pipeline} is more than the {self.model.layers} layers"

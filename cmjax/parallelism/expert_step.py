@@ -55,7 +55,7 @@ def expert_step(
     """A training step of a mixture of experts under a plan.
 
     Args:
-      plan: `data`, `expert`, `micro_batch`, `recompute`, and `optimizer` "none" or "zero1".
+      plan: `data`, `expert`, `micro_batch`, `recompute`, and `optimizer`.
       training: the model, without the modules that predict further tokens, and its sequences.
       global_batch: sequences of a step.
       optimizer: works element by element (`optax.adamw(1e-4)` by default).
@@ -80,10 +80,9 @@ def expert_step(
     plan = parse_plan(plan) if isinstance(plan, str) else plan
     check_count("global_batch", global_batch)
     training.check(plan, global_batch)
-    if plan.pipeline > 1 or plan.optimizer not in ("none", "zero1"):
+    if plan.pipeline > 1:
         raise ValueError(
-            "plan: a mixture of experts is executed with pipeline=1 and optimizer=none or zero1, "
-            f"got pipeline={plan.pipeline}, optimizer={plan.optimizer}"
+            f"plan: a mixture of experts is executed with pipeline=1, got pipeline={plan.pipeline}"
         )
     if jnp.dtype(dtype).name not in FLOATS:
         raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
@@ -119,18 +118,11 @@ class ExpertStep(Executed):
         return nnx.to_pure_dict(nnx.split(made)[1])
 
     def state(self, whole: Tree) -> TrainState:
-        ranks, groups = self.mesh.ranks, self.plan.data // self.plan.expert
-
-        def everywhere(path, x):
-            if not of_experts(path):
-                return jnp.broadcast_to(x, (ranks, *x.shape))
-            return jnp.broadcast_to(x, (groups, *x.shape)).reshape(ranks, *x.shape[1:])
-
-        params = jax.tree_util.tree_map_with_path(
-            everywhere, shard_params(whole, self._parallelism)
-        )
+        params = self._copied(whole)
         own = self.lift(self._own, (RANKED,), RANKED)(params)
         optimizer = self.lift(self.optimizer.init, (RANKED,), RANKED)(own)
+        if self.plan.optimizer == "zero3":
+            params = with_tables(own, params)
         params = jax.tree_util.tree_map_with_path(self._as_held, params)
         return TrainState(params, None if self.dtype == jnp.float32 else own, optimizer)
 
@@ -139,10 +131,13 @@ class ExpertStep(Executed):
         groups, share = self.plan.data // self.plan.expert, self.plan.expert
 
         def one(path, own, x):
+            lead = self._lead(path)
             x = x.reshape(groups, share, *x.shape[1:])
             if x.shape[2:] != own.shape:  # every replica has a part
-                x = jnp.swapaxes(x, 0, 1) if of_experts(path) else x.reshape(1, groups * share, -1)
-                x = gathered(1, x.reshape(len(x), -1), own)
+                x = x.swapaxes(0, 1) if of_experts(path) else x.reshape(1, -1, *x.shape[2:])
+                x = jnp.moveaxis(x, 1, 1 + lead)  # [share, (layers,) ranks that hold it, part]
+                x = x.reshape(*x.shape[: 1 + lead], -1)
+                x = gathered(1 + lead, x, jax.ShapeDtypeStruct(own.shape[lead:], own.dtype))
             else:
                 x = x[0]
             if not of_experts(path):
@@ -152,11 +147,23 @@ class ExpertStep(Executed):
 
         return jax.tree_util.tree_map_with_path(one, self._shapes, trained(parts))
 
+    def _copied(self, whole: Tree) -> Tree:
+        """What every rank has of one device's parameters, before they are spread."""
+        ranks, groups = self.mesh.ranks, self.plan.data // self.plan.expert
+
+        def everywhere(path, x):
+            if not of_experts(path):
+                return jnp.broadcast_to(x, (ranks, *x.shape))
+            return jnp.broadcast_to(x, (groups, *x.shape)).reshape(ranks, *x.shape[1:])
+
+        return jax.tree_util.tree_map_with_path(everywhere, shard_params(whole, self._parallelism))
+
     def rank_gradients(self, params, tokens):
         """(share of the loss, gradients, share of their square) on a rank."""
         plan = self.plan
         count = plan.micro_batches(self.global_batch)
-        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained(params))
+        own = self._own(params) if plan.optimizer == "zero2" else trained(params)
+        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), own)
         sums, losses = lax.scan(
             lambda sums, tokens: self._accumulated(params, sums, tokens),
             sums, tokens.reshape(count, plan.micro_batch, -1),
@@ -165,13 +172,19 @@ class ExpertStep(Executed):
         def mean(path, g):
             return g if is_load(path) else g / (count * plan.data)
 
+        def at_the_end(path, g):
+            return g if self._early(path) else self._reduced(path, g)
+
         grads = jax.tree_util.tree_map_with_path(
-            self._reduced, jax.tree_util.tree_map_with_path(mean, sums)
+            at_the_end, jax.tree_util.tree_map_with_path(mean, sums)
         )
         return jnp.mean(losses), grads, self._square(grads)
 
     def rank_update(self, state: TrainState, grads, scale) -> TrainState:
-        master = self._own(state.params) if state.master is None else state.master
+        master = state.master
+        if master is None:
+            spread_already = self.plan.optimizer == "zero3"
+            master = trained(state.params) if spread_already else self._own(state.params)
         grads = jax.tree_util.tree_map_with_path(
             lambda path, g: g if is_load(path) else g * scale, grads
         )
@@ -181,11 +194,12 @@ class ExpertStep(Executed):
 
         def everyone(path, like, x):
             x = self._as_held(path, x)
-            if not self._spreads(path):
-                return x
-            return gathered(0, gather_group(x, self._replicas(path)), like)
+            return self._gathered(path, like, x) if self._spreads(path) else x
 
-        params = jax.tree_util.tree_map_with_path(everyone, trained(state.params), master)
+        if self.plan.optimizer == "zero3":
+            params = jax.tree_util.tree_map_with_path(self._as_held, master)
+        else:
+            params = jax.tree_util.tree_map_with_path(everyone, trained(state.params), master)
         params = with_tables(params, state.params)
         return TrainState(params, None if state.master is None else master, optimizer)
 
@@ -193,12 +207,14 @@ class ExpertStep(Executed):
         """(sums with the gradients of a micro-batch, its loss). A layer's gradients are added up as
         soon as its backward pass has made them."""
         ends, runs, saved = {name: params[name] for name in self._ends.shapes}, [], []
+        ends = self._used(ends, self._ends.shapes)
         x, embedded = jax.vjp(lambda ends: self._ends.embed(ends, tokens[:, :-1]), ends)
         for kind, layers in self.training.model.runs:
             stack = jax.tree.map(lambda p, s=layers: p[s.start : s.stop], params[kind]["layers"])
             passes = self._backward[kind]
             forward = functools.partial(without_unread, passes.forward)
-            x, kept = lax.scan(lambda x, params, f=forward: f(params, x), x, stack)
+            used = functools.partial(self._used, shapes=self._layers[kind].shapes)
+            x, kept = lax.scan(lambda x, params, f=forward, u=used: f(u(params), x), x, stack)
             runs.append((kind, jnp.arange(layers.start, layers.stop), stack))
             saved.append(kept)
         loss, back = jax.vjp(lambda ends, x: self._ends.loss(ends, x, tokens[:, 1:]), ends, x)
@@ -209,20 +225,42 @@ class ExpertStep(Executed):
             def backward(carry, layer, kind=kind):
                 g, sums = carry
                 number, params, kept = layer
+                params = self._used(params, self._layers[kind].shapes)
                 d, g = self._backward[kind].both(params, kept, g)
-                add = functools.partial(_added, number)
-                return (g, jax.tree.map(add, sums, trained(d))), None
+                add, d = functools.partial(_added, number), self._kept(trained(d))
+                return (g, jax.tree.map(add, sums, d)), None
 
             carry = g, sums[kind]["layers"]
             (g, total), _ = lax.scan(backward, carry, (numbers, stack, kept), reverse=True)
             sums[kind] = {"layers": total}
         (at_start,) = embedded(g)
+        of_ends = self._kept(
+            jax.tree.map(
+                lambda a, b: a.astype(jnp.float32) + b.astype(jnp.float32), at_end, at_start
+            )
+        )
         for name in ends:
-            sums[name] = jax.tree.map(
-                lambda a, *ds: sum((d.astype(jnp.float32) for d in ds), start=a),
-                sums[name], at_end[name], at_start[name],
-            )  # fmt: skip
+            sums[name] = jax.tree.map(jnp.add, sums[name], of_ends[name])
         return sums, loss
+
+    def _used(self, params: Tree, shapes: Tree) -> Tree:
+        """A layer's parameters, or the ends', as they are computed with: gathered, if the replicas
+        share them."""
+        if self.plan.optimizer != "zero3":
+            return params
+
+        def one(path, like, x):
+            return self._gathered(path, like, x) if self._trains(path, like) else x
+
+        return jax.tree_util.tree_map_with_path(one, shapes, params)
+
+    def _kept(self, d: Tree) -> Tree:
+        """A micro-batch's gradients of a layer, or of the ends, as they are added up."""
+
+        def one(path, g):
+            return self._reduced(path, g) if self._early(path) else g
+
+        return jax.tree_util.tree_map_with_path(one, d)
 
     def _reduced(self, path, g: Array) -> Array:
         """The sum over the ranks that hold the same, of which a rank keeps its part."""
@@ -236,6 +274,13 @@ class ExpertStep(Executed):
             g = lax.psum(g, axes)
         return g.astype(jnp.float32)
 
+    def _gathered(self, path, like, x: Array) -> Array:
+        """What the ranks that hold the same have parts of; layers of a stack alike."""
+        if not self._lead(path):
+            return gathered(0, gather_group(x, self._replicas(path)), like)
+        parts = gather_group(x.swapaxes(0, 1), self._replicas(path)).swapaxes(0, 1)
+        return gathered(1, parts, jax.ShapeDtypeStruct(like.shape[1:], like.dtype))
+
     def _own(self, params: Tree) -> Tree:
         """What the optimizer of a rank works on, in float32."""
 
@@ -243,9 +288,11 @@ class ExpertStep(Executed):
             x = x.astype(jnp.float32)
             if not self._spreads(path):
                 return x
-            x = spread(0, x, self._copies(path))
-            size = len(x) // self._copies(path)
-            return lax.dynamic_slice_in_dim(x, lax.axis_index(self._replicas(path)) * size, size)
+            lead = self._lead(path)
+            x = spread(lead, x, self._copies(path))
+            size = x.shape[lead] // self._copies(path)
+            at = lax.axis_index(self._replicas(path)) * size
+            return lax.dynamic_slice_in_dim(x, at, size, axis=lead)
 
         return jax.tree_util.tree_map_with_path(part, trained(params))
 
@@ -263,7 +310,20 @@ class ExpertStep(Executed):
         return x.astype(self.dtype) if floats else x
 
     def _spreads(self, path) -> bool:
-        return self.plan.optimizer == "zero1" and not is_load(path)
+        return self.plan.optimizer != "none" and not is_load(path)
+
+    def _early(self, path) -> bool:
+        """Whether gradients are reduced as they are made, and nobody holds all of them."""
+        return self.plan.optimizer in ("zero2", "zero3") and not is_load(path)
+
+    def _trains(self, path, like) -> bool:
+        """Whether a parameter is spread, and no table of slots."""
+        return self._spreads(path) and jnp.issubdtype(like.dtype, jnp.floating)
+
+    def _lead(self, path) -> int:
+        """Leading axes of a leaf that are not spread: of layers, that are reduced one by one."""
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        return int(stacked and self._early(path))
 
     def _replicas(self, path) -> tuple[str, ...]:
         """Axes of the ranks that hold the same."""
@@ -290,7 +350,9 @@ class ExpertStep(Executed):
     def _layers(self) -> dict[str, LayerProgram]:
         model, plan = self.training.model, self.plan
         return {
-            kind: LayerProgram(model, self._parallelism, kind, plan.recompute, self._arithmetic)
+            kind: LayerProgram(
+                model, self._parallelism, kind, plan.recompute_of_all, self._arithmetic
+            )
             for kind in self.training.layers
         }
 
@@ -315,11 +377,9 @@ class ExpertStep(Executed):
 
     @functools.cached_property
     def _shapes(self) -> Tree:
-        """Of a rank's floating-point parameters."""
-        state = jax.eval_shape(lambda: self.state(self.random(0)))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), trained(state.params)
-        )
+        """Of a rank's floating-point parameters, before they are spread."""
+        held = jax.eval_shape(lambda: self._copied(self.random(0)))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), trained(held))
 
 
 def _added(number, total: Array, d: Array) -> Array:

@@ -31,7 +31,7 @@ from cmjax.parallelism.plan import Plan, Recompute
 from cmjax.parallelism.pricing import LinkPrices, On, StepTime
 from cmjax.parallelism.result import PricedPlan, priced
 from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
-from cmjax.parallelism.search import Found, check_devices, too_large
+from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, too_large
 from cmjax.parallelism.traffic import all_reduce
 from cmjax.program import Program, Size, Work
 
@@ -65,7 +65,7 @@ def search_experts(
     overlap: bool = True,
 ) -> Found:
     """The fastest plans that fit: every pipeline and share of experts that divides, replicas
-    closest together, the optimizer spread.
+    closest together, the optimizer spread, and gradients and parameters if they have to be.
 
     Raises: ValueError: none divides, or none fits; the message says by how much.
     """
@@ -78,11 +78,13 @@ def search_experts(
         except ValueError:
             continue
         considered += 1
-        memory = expert_memory(training, plan, machine, global_batch)
-        if least is None or memory.peak < least:
-            least = memory.peak
-        if fits(memory, machine):
-            found.append(_priced(training, prices, plan, memory, global_batch))
+        for optimizer in OPTIMIZERS[1:]:  # spread as little as fits
+            option = dataclasses.replace(plan, optimizer=optimizer)
+            memory = expert_memory(training, option, machine, global_batch)
+            least = memory.peak if least is None else min(least, memory.peak)
+            if fits(memory, machine):
+                found.append(_priced(training, prices, option, memory, global_batch))
+                break
     if least is None:
         raise ValueError(
             f"no plan divides {devices} devices, {training.model.routed_experts} experts and a "
@@ -113,21 +115,42 @@ def expert_traffic(
         raise ValueError(f"plan: traffic is counted with pipeline=1, got {plan.pipeline}")
     on, m = _layout(plan, machine), plan.micro_batches(global_batch)
     sent: dict[str, float] = dict.fromkeys(TIERS, 0.0)
+    rounds = _rounds(plan, m)
 
     def add(nbytes: Mapping[str, float]) -> None:
         for tier in TIERS:
             sent[tier] += nbytes[tier] * plan.devices
 
     for kind, count in training.layers.items():
-        layer = layer_piece(training, kind, plan.recompute, plan.expert, on["expert"])
+        layer = layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"])
         totals = layer.both().totals({BATCH: float(plan.micro_batch)})
         add({tier: float(totals[f"{tier}_bytes"]) * m * count for tier in TIERS})
-        loads = layer.loads * count
-        add(all_reduce((layer.shared * count - loads) * MIXED.parameter, on["data"], machine))
+        loads, times = layer.loads * count, rounds.layers * MIXED.parameter
+        add(all_reduce((layer.shared * count - loads) * times, on["data"], machine))
         add(all_reduce(4 * loads, on["data"], machine))
-        add(all_reduce(layer.experts * count * MIXED.parameter, on["replicas"], machine))
-    add(all_reduce(ends_piece(training).shared * MIXED.parameter, on["data"], machine))
+        add(all_reduce(layer.experts * count * times, on["replicas"], machine))
+    add(
+        all_reduce(ends_piece(training).shared * rounds.ends * MIXED.parameter, on["data"], machine)
+    )
     return sent
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounds:
+    """How often what a rank holds goes through an all-reduce in a step; a reduce-scatter and an
+    all-gather are half of one."""
+
+    layers: float
+    ends: float
+
+
+def _rounds(plan: Plan, micro_batches: int) -> _Rounds:
+    """Once, but for what nobody holds all of: gradients of every micro-batch are reduced (zero2),
+    and parameters are gathered for both passes of a layer, and once for the ends (zero3)."""
+    m = micro_batches
+    if plan.optimizer == "zero3":
+        return _Rounds(1.5 * m, m)
+    return _Rounds((m + 1) / 2, (m + 1) / 2) if plan.optimizer == "zero2" else _Rounds(1, 1)
 
 
 def _candidates(training: MoETraining, devices: int, overlap: bool) -> Iterator[Plan]:
@@ -159,7 +182,7 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     on = _layout(plan, prices.machine)
     seconds = {
         kind: _seconds(
-            layer_piece(training, kind, plan.recompute, plan.expert, on["expert"]),
+            layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"]),
             prices, b, hidden=plan.overlap,
         )
         for kind in training.layers
@@ -175,10 +198,18 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     times = StageTimes(slowest=slowest, total=max(total, slowest), weights=weights, send=send)
     pipeline = pipeline_s(plan.schedule, times, m, p)
     shared, experts = _held(training, plan, on["expert"])
+    rounds, ends_held = _rounds(plan, m), ends_piece(training).shared / (1 if p == 1 else 2)
     reduced = prices.collective("all_reduce", shared, on["data"])
     reduced += prices.collective("all_reduce", experts, on["replicas"])
-    backward = slowest - stage * seconds["moe"].forward
-    reduction = max(0.0, reduced - (backward if plan.overlap else 0.0))
+    reduced *= rounds.layers
+    if rounds.ends != rounds.layers:
+        of_ends = prices.collective("all_reduce", ends_held, on["data"])
+        reduced -= (rounds.layers - rounds.ends) * of_ends
+    # Links that exchange carry nothing else.
+    free = slowest - stage * seconds["moe"].exchanging
+    backward = min(free, slowest - stage * seconds["moe"].forward)
+    hidden = {"zero2": m * backward, "zero3": m * free}.get(plan.optimizer, backward)
+    reduction = max(0.0, reduced - (hidden if plan.overlap else 0.0))
     by = (1, 1) if plan.optimizer == "none" else (plan.data, plan.data // plan.expert)
     update = prices.update(shared / by[0] + experts / by[1])
     return StepTime(
@@ -225,7 +256,7 @@ def _stage(
     def at(size: Size) -> float:
         return float(size.evaluate({BATCH: float(plan.micro_batch)}))
 
-    layers = {kind: layer(kind, plan.recompute) for kind in counts}
+    layers = {kind: layer(kind, plan.recompute_of_all) for kind in counts}
     ends = ends_piece(training, dtype.name)
     shared = sum(n * layers[kind].shared for kind, n in counts.items())
     shared += ends.shared if plan.pipeline == 1 else ends.shared / 2
@@ -243,17 +274,21 @@ def _stage(
     buffers += dtype.itemsize * max(
         (each.shared + each.experts for each in layers.values()), default=0
     )
-    if plan.recompute != "none":
+    if plan.recompute_of_all != "none":
         whole = {kind: at(layer(kind, "none").kept) for kind in counts}
         buffers += max((whole[kind] - at(layers[kind].kept) for kind in counts), default=0.0)
     if plan.pipeline > 1:
         buffers += 2.0 * dtype.itemsize * tokens * model.hidden_size
+    if plan.optimizer == "zero3":
+        each = (layer.shared + layer.experts for layer in layers.values())
+        buffers += 2 * precision.parameter * max(each, default=0)
     count = shared + experts
     spread = shared / plan.data + experts / (plan.data // plan.expert)
+    held = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}[plan.optimizer]
     return Memory(
-        parameters=precision.parameter * count,
-        gradients=precision.gradient * count,
-        optimizer=precision.optimizer * (count if plan.optimizer == "none" else spread),
+        parameters=precision.parameter * (spread if held > 2 else count),
+        gradients=precision.gradient * (spread if held > 1 else count),
+        optimizer=precision.optimizer * (spread if held > 0 else count),
         activations=flying * kept,
         buffers=buffers,
     )
@@ -277,7 +312,7 @@ def _stages(training: MoETraining, plan: Plan) -> tuple[int, int]:
 
 def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
     """Parameters of a device of the fullest stage: what every replica holds, and experts."""
-    layer = layer_piece(training, "moe", plan.recompute, plan.expert, on)
+    layer = layer_piece(training, "moe", plan.recompute_of_all, plan.expert, on)
     stage, last = _stages(training, plan)
     ends = ends_piece(training).shared
     first = stage * layer.shared + ends / 2
@@ -300,21 +335,24 @@ def _layout(plan: Plan, machine: Supernode) -> dict[str, On]:
 
 @dataclasses.dataclass(frozen=True)
 class _Seconds:
+    """Of a layer or an end: its forward pass, both passes, and what both take to exchange."""
+
     forward: float
     both: float
+    exchanging: float
 
 
 def _seconds(piece: ExpertPiece, prices: LinkPrices, batch: int, *, hidden: bool) -> _Seconds:
     """Of a micro-batch; with `hidden` exchanges the longer of exchanging and computing."""
 
-    def one(program: Program) -> float:
+    def parts(program: Program) -> tuple[float, float]:
         total = prices.run(program, BATCH, float(batch))
-        if not hidden:
-            return total
         computing = prices.run(_without_exchanges(program), BATCH, float(batch))
-        return max(computing, total - computing)
+        return computing, total - computing
 
-    return _Seconds(one(piece.forward()), one(piece.both()))
+    taken = max if hidden else lambda computing, exchanging: computing + exchanging
+    forward, both = parts(piece.forward()), parts(piece.both())
+    return _Seconds(taken(*forward), taken(*both), both[1])
 
 
 @functools.lru_cache(maxsize=512)

@@ -9,11 +9,13 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig, TensorSplit
 from cmjax.models.dense.model import own_words
 from cmjax.parallelism import pieces
+from cmjax.parallelism.layerwise import Counts
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.schedules import in_flight
 from cmjax.program import Size
@@ -68,10 +70,12 @@ class Memory:
 def memory_of(
     model: DenseConfig, plan: Plan, global_batch: int, precision: Precision = MIXED
 ) -> Memory:
-    """Of the first or the last stage, whichever needs more."""
-    stages = [_stage(model, plan, global_batch, precision, first=True)]
-    if plan.pipeline > 1:
-        stages.append(_stage(model, plan, global_batch, precision, first=False))
+    """Of the stage that needs most."""
+    number = model.layers // (plan.pipeline * plan.interleave)
+    stages = [
+        stage_memory(model, plan, global_batch, stage, plan.recomputed(stage, number), precision)
+        for stage in range(plan.pipeline)
+    ]
     return max(stages, key=lambda memory: memory.peak)
 
 
@@ -85,13 +89,14 @@ def stage_parameters(model: DenseConfig, plan: Plan, *, first: bool) -> int:
     """Parameters of a device of the first or the last stage; with one stage, all of its rank."""
     split = split_of(plan)
     words = own_words(model, split) * model.hidden
-    layers = model.layers // plan.pipeline * pieces.layer(model, split, plan.recompute).parameters
+    layer = pieces.layer(model, split, "none").parameters
+    layers = model.layers // plan.pipeline * layer
     ends = 0
     if first:
         ends += pieces.embedding(model, split).parameters
     if not first or plan.pipeline == 1:
-        ends += pieces.output(model, split, plan.recompute).parameters
-        ends -= int(model.query_layer) * pieces.layer(model, split, plan.recompute).parameters
+        ends += pieces.output(model, split, "none").parameters
+        ends -= int(model.query_layer) * layer
         # The last stage has a copy of the words, which a single one shares.
         ends += words if plan.pipeline > 1 or not model.tied else 0
     return layers + ends
@@ -106,44 +111,56 @@ def _at(size: Size, micro_batch: int) -> float:
     return float(size.evaluate({pieces.BATCH: float(micro_batch)}))
 
 
-def _stage(
-    model: DenseConfig, plan: Plan, global_batch: int, precision: Precision, *, first: bool
+def stage_memory(
+    model: DenseConfig,
+    plan: Plan,
+    global_batch: int,
+    stage: int,
+    counts: Counts,
+    precision: Precision = MIXED,
 ) -> Memory:
+    """Of a device of one stage, whose chunks recompute `counts` of their layers: `plan.recompute`
+    is not read, and where counts are arrays, so are activations and buffers."""
     split, micro_batches = split_of(plan), plan.micro_batches(global_batch)
+    first, last = stage == 0, stage == plan.pipeline - 1
     replicas, count = plan.data, float(stage_parameters(model, plan, first=first))
     dtype = precision.dtype
-    layer = pieces.layer(model, split, plan.recompute, dtype)
-    number = model.layers // plan.pipeline
-    last = not first or plan.pipeline == 1
+    used = counts.by_mode
+    layers = {mode: pieces.layer(model, split, mode, dtype) for mode in used}
 
     def at(size: Size) -> float:
         return _at(size, plan.micro_batch)
 
-    kept = number * at(layer.kept)
+    each = {mode: at(layer.kept) for mode, layer in layers.items()}
+    if plan.schedule == "zero_bubble":
+        # Gradients of weights wait, with the inputs of products and the gradients of their outputs:
+        # 14 + 18 bytes an element of a GPT, as much as a layer keeps without its scores.
+        waiting = at(pieces.layer(model, split, "selective", dtype).kept)
+        each = {mode: max(nbytes, waiting) for mode, nbytes in each.items()}
+    kept = plan.interleave * sum(number * each[mode] for mode, number in used.items())
     if first:
-        kept += at(pieces.embedding(model, split, dtype).kept)
+        kept = kept + at(pieces.embedding(model, split, dtype).kept)
     if last:
-        output = pieces.output(model, split, plan.recompute, dtype)
-        kept += at(output.kept) - (at(layer.kept) if model.query_layer else 0.0)
-    flying = in_flight(plan.schedule, micro_batches, plan.pipeline, plan.interleave)
-    if not first:
-        flying = float(micro_batches) if plan.schedule == "gpipe" else 1.0
-        if plan.interleave > 1:
-            flying = min(
-                float(micro_batches), plan.pipeline - (plan.pipeline - 1) / plan.interleave
-            )
+        for mode, here in counts.last.items():
+            end = at(pieces.output(model, split, mode, dtype).kept)
+            kept = kept + here * (end - model.query_layer * each[mode])
+    flying = in_flight(plan.schedule, micro_batches, plan.pipeline, plan.interleave, stage)
     # A layer's backward pass has the gradients of its widest array, before and after an
     # activation, and makes those of its parameters before they are added up.
     width = max(model.ffn, model.heads * model.sequence) / plan.tensor
-    size = jnp.dtype(dtype).itemsize
+    size, layer = jnp.dtype(dtype).itemsize, pieces.layer(model, split, "none", dtype)
     buffers = size * (2 * plan.micro_batch * model.sequence * width + layer.parameters)
-    if plan.recompute != "none":
-        whole = pieces.layer(model, split, "none", dtype)
-        buffers += at(whole.kept) - at(layer.kept)
+    again, freed = 0.0, 0.0
+    for mode, number in used.items():  # the last layers first, as the backward pass goes
+        whole = (number > 0) * (at(layer.kept) - at(layers[mode].kept))
+        again = np.maximum(again, whole - freed)
+        if plan.schedule != "zero_bubble":
+            freed = freed + number * each[mode]
+    buffers = buffers + again
     if plan.optimizer == "zero3":
-        buffers += 2 * precision.parameter * layer.parameters
+        buffers = buffers + 2 * precision.parameter * layer.parameters
     if plan.pipeline > 1:
-        buffers += 2 * at(layer.passed)
+        buffers = buffers + 2 * at(layer.passed)
     spread = {"none": (1, 1, 1), "zero1": (1, 1, replicas), "zero2": (1, replicas, replicas)}
     by = spread.get(plan.optimizer, (replicas, replicas, replicas))
     return Memory(

@@ -62,11 +62,15 @@ def embedding(model: DenseConfig, split: TensorSplit, dtype: Any = HALF) -> Piec
     return _piece(make, run_embedding, (tokens,), _keys(model, 1), split)
 
 
-@functools.lru_cache(maxsize=512)
 def output(
     model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any = HALF
 ) -> Piece:
     """Final norm, query layer if there is one, and the loss."""
+    return _output(model, split, recompute if model.query_layer else "none", dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _output(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any) -> Piece:
     words = jax.ShapeDtypeStruct((own_words(model, split), model.hidden), dtype)
     arguments = (_stream(model, split, dtype), words, _tokens(model))
     run = functools.partial(run_output, model, recompute)

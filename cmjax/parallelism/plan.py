@@ -8,6 +8,7 @@ import difflib
 from typing import Any, Literal, get_args
 
 from cmjax.models.dense import DenseConfig, Recompute
+from cmjax.parallelism.layerwise import MODES, Counts, Layerwise, parse_layerwise
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 Optimizer = Literal["none", "zero1", "zero2", "zero3"]
@@ -22,7 +23,7 @@ class Plan:
       data, tensor, pipeline: degrees; their product is the number of devices.
       micro_batch: sequences of a micro-batch on one data-parallel replica.
       schedule: order of micro-batches in the pipeline. interleave: model chunks of a stage.
-      recompute: what the backward pass computes again.
+      recompute: what the backward pass computes again, of all layers or `Layerwise`.
       optimizer: what is spread over the replicas: nothing, the optimizer's state (zero1), the
         gradients too (zero2), the parameters too (zero3).
       sequence_parallel: whether tensor-parallel ranks share the sequence between layers.
@@ -40,7 +41,7 @@ class Plan:
     micro_batch: int = 1
     schedule: Schedule = "1f1b"
     interleave: int = 1
-    recompute: Recompute = "full"
+    recompute: Recompute | Layerwise = "full"
     optimizer: Optimizer = "none"
     sequence_parallel: bool = False
     overlap: bool = False
@@ -53,10 +54,9 @@ class Plan:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"plan: {name} must be a whole number >= 1, got {value!r}")
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"plan: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if value not in allowed and not isinstance(value, Layerwise):
+                raise ValueError(f"plan: {name} must be one of {', '.join(allowed)}, got {value!r}")
         if sorted(self.order) != sorted(DIMENSIONS):
             raise ValueError(
                 f"plan: order must name {', '.join(DIMENSIONS)} once each, such as "
@@ -78,6 +78,31 @@ class Plan:
         """Micro-batches of a step on one replica."""
         return global_batch // (self.data * self.micro_batch)
 
+    def recomputed(self, stage: int, layers: int) -> Counts:
+        """Of a chunk's layers, how many are recomputed in which way."""
+        if isinstance(self.recompute, Layerwise):
+            return self.recompute.of(stage, layers)
+        full, selective = (layers * (self.recompute == mode) for mode in ("full", "selective"))
+        return Counts(layers, full, selective)
+
+    @property
+    def modes(self) -> tuple[Recompute, ...]:
+        """The ways in which layers may be recomputed."""
+        return MODES if isinstance(self.recompute, Layerwise) else (self.recompute,)
+
+    @property
+    def recompute_of_all(self) -> Recompute:
+        """What is recomputed of every layer.
+
+        Raises: ValueError: that differs from layer to layer.
+        """
+        if isinstance(self.recompute, Layerwise):
+            raise ValueError(
+                f"plan: recompute={self.recompute} goes layer by layer, which a mixture of experts "
+                f"cannot; one of {', '.join(MODES)} would do"
+            )
+        return self.recompute
+
     def check(self, model: DenseConfig, global_batch: int) -> None:
         """Raises: ValueError: a degree that does not divide what it splits."""
         t, chunks = self.tensor, self.pipeline * self.interleave
@@ -95,6 +120,8 @@ class Plan:
                 f"plan: pipeline={self.pipeline} x interleave={self.interleave} does not divide "
                 f"the {model.layers} layers"
             )
+        if isinstance(self.recompute, Layerwise):
+            self.recompute.check(self.pipeline, model.layers // chunks)
         per_step = self.data * self.micro_batch
         if global_batch % per_step:
             raise ValueError(
@@ -113,7 +140,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; `parse_plan` takes the same names."""
-        return dataclasses.asdict(self) | {"order": "-".join(self.order)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"order": "-".join(self.order), "recompute": str(self.recompute)}
 
     def __str__(self) -> str:
         """Its degrees and what differs from the defaults, as `parse_plan` reads it."""
@@ -132,7 +160,7 @@ class Plan:
 _DEGREES = ("data", "tensor", "pipeline", "micro_batch", "schedule", "recompute", "optimizer")
 _CHOICES: dict[str, tuple] = {
     "schedule": get_args(Schedule),
-    "recompute": get_args(Recompute),
+    "recompute": MODES,
     "optimizer": get_args(Optimizer),
 }
 
@@ -177,4 +205,6 @@ def _read(name: str, value: str, kind: object) -> object:
         if value.lower() not in words:
             raise ValueError(f"plan: {name} must be true or false, got {value!r}")
         return words[value.lower()]
+    if name == "recompute" and ":" in value:
+        return parse_layerwise(value)
     return tuple(value.split("-")) if name == "order" else value

@@ -19,8 +19,9 @@ from jax.core import Tracer
 from cmjax.cost import price
 from cmjax.cost.host import on_host
 from cmjax.hardware import Supernode, relative_slopes
-from cmjax.models.dense import DenseConfig, TensorSplit
+from cmjax.models.dense import DenseConfig, Recompute, TensorSplit
 from cmjax.parallelism import pieces
+from cmjax.parallelism.layerwise import Counts
 from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
 from cmjax.parallelism.plan import Plan
@@ -125,28 +126,21 @@ class Prices(LinkPrices):
         degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
         on = layout(plan.order, degrees, machine)
         split, b, m = split_of(plan), plan.micro_batch, plan.micro_batches(global_batch)
-
-        def seconds(piece: pieces.Piece, part: str) -> float:
-            return self._piece(piece, part, on["tensor"])[b]
-
-        layer = pieces.layer(model, split, plan.recompute)
-        first = pieces.embedding(model, split)
-        last = pieces.output(model, split, plan.recompute)
-        each, count = seconds(layer, "both"), model.layers // plan.pipeline
-        if self.eager and plan.recompute == "full":
-            whole = pieces.layer(model, split, "none")
-            each = seconds(whole, "forward") + seconds(whole, "both")
-        ends = seconds(first, "both"), seconds(last, "both")
-        own_query = each if model.query_layer else 0.0  # in `last`, and a layer all the same
-        stage = count * each
-        if plan.pipeline == 1:
-            slowest = total = stage + ends[0] + ends[1] - own_query
-        else:
-            slowest = _larger(stage + ends[0], stage + ends[1] - own_query)
-            total = plan.pipeline * stage + ends[0] + ends[1] - own_query
+        counts = _counts(model, plan)
+        stages = [self.stage_s(plan, stage, each) for stage, each in enumerate(counts)]
+        slowest, total = functools.reduce(_larger, stages), sum(stages)
         weights = 0.0
         if plan.schedule == "zero_bubble":
-            weights = model.layers * _larger(0.0, each - seconds(layer, "inputs"))
+            for mode in plan.modes:
+                number = plan.interleave * sum(each.by_mode.get(mode, 0) for each in counts)
+                if not number:
+                    continue
+                both, inputs = (
+                    self._piece(pieces.layer(model, split, mode), part, on["tensor"])[b]
+                    for part in ("both", "inputs")
+                )
+                weights += number * _larger(0.0, both - inputs)
+        layer = pieces.layer(model, split, plan.modes[0])
         send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
         times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
         pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
@@ -154,7 +148,8 @@ class Prices(LinkPrices):
         held = float(max(
             stage_parameters(model, plan, first=True), stage_parameters(model, plan, first=False)
         ))  # fmt: skip
-        backward = slowest - count * seconds(layer, "forward")
+        forward = self._piece(layer, "forward", on["tensor"])[b]
+        backward = slowest - model.layers // plan.pipeline * forward
         times = max(exchanged(model, plan, m, stage) for stage in {0, plan.pipeline - 1}) / held
         reduction = self._reduction(plan, held, times, on["data"], m, slowest, backward)
         shards = 1 if plan.optimizer == "none" else plan.data
@@ -168,27 +163,60 @@ class Prices(LinkPrices):
             pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
         )
 
+    def stage_s(self, plan: Plan, stage: int, counts: Counts) -> Any:
+        """Seconds of a micro-batch on a stage whose chunks recompute `counts` of their layers;
+        `plan.recompute` is not read. An array where counts are."""
+        model, split, b = self.model, split_of(plan), plan.micro_batch
+        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
+        on = layout(plan.order, degrees, self.machine)["tensor"]
+
+        def seconds(piece: pieces.Piece, part: str = "both") -> float:
+            return self._piece(piece, part, on)[b]
+
+        def of_layer(mode: Recompute) -> float:
+            if self.eager and mode == "full":
+                whole = pieces.layer(model, split, "none")
+                return seconds(whole, "forward") + seconds(whole)
+            return seconds(pieces.layer(model, split, mode))
+
+        used = counts.by_mode
+        each = {mode: of_layer(mode) for mode in used}
+        taken = plan.interleave * sum(number * each[mode] for mode, number in used.items())
+        if stage == 0:
+            taken = taken + seconds(pieces.embedding(model, split))
+        if stage == plan.pipeline - 1:
+            for mode, here in counts.last.items():
+                # The query layer is in the output, and a layer all the same.
+                end = seconds(pieces.output(model, split, mode))
+                taken = taken + here * (end - model.query_layer * each[mode])
+        return taken
+
     def at_least_s(self, plan: Plan, global_batch: int) -> float:
         """A lower bound of a step's seconds, for which only one rank's pieces are traced: they are
         split evenly at best, and what is sent takes as long as its bytes."""
         model, t, p, b = self.model, plan.tensor, plan.pipeline, plan.micro_batch
         m, one, whole = plan.micro_batches(global_batch), TensorSplit(), (1, 1, 1)
         on = layout(plan.order, {"data": plan.data, "tensor": t, "pipeline": p}, self.machine)
-        layer = pieces.layer(model, one, plan.recompute)
-        least = self._piece(layer, "both", whole)[b] / t
+        counts = _counts(model, plan)
+        stages = [self.stage_at_least_s(plan, each) for each in counts]
+        last = counts[-1].mode_of(counts[-1].layers - 1)
+        end = self._piece(pieces.output(model, one, last), "both", whole)[b] / t
+        if model.query_layer:
+            end -= self._piece(pieces.layer(model, one, last), "both", whole)[b] / t
+        slowest = max(*stages, stages[-1] + end)
+        idle = (sum(stages) + end - slowest) / plan.interleave
         stream = PARAMETER_BYTES * b * model.sequence * model.hidden
-        gathers = _GATHERS[plan.sequence_parallel, plan.recompute == "full"]
-        each = least + self._wire_s(gathers * stream, on["tensor"])
-        end = self._piece(pieces.output(model, one, plan.recompute), "both", whole)[b] / t
-        stage = model.layers / p * each
-        slowest = stage + end - (least if model.query_layer else 0.0)
-        idle = (p - 1) / plan.interleave * stage
         if plan.schedule == "zero_bubble":
             # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
-            weights = 1.1 * (least - self._piece(layer, "inputs", whole)[b] / t)
-            weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
-            weights += 20 * float(self.machine.chip.matrix_startup_s)
-            idle *= max(0.0, 1 - 2 * weights / each)
+            most = 0.0
+            for mode in plan.modes:
+                layer = pieces.layer(model, one, mode)
+                both, inputs = (self._piece(layer, part, whole)[b] for part in ("both", "inputs"))
+                weights = 1.1 * (both - inputs) / t
+                weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
+                weights += 20 * float(self.machine.chip.matrix_startup_s)
+                most = max(most, weights / self._layer_at_least_s(plan, mode))
+            idle *= max(0.0, 1 - 2 * most)
         send = self._furthest_s(stream / t, on["pipeline"])
         sends = 2 * (m * plan.interleave + p - 1) * send
         held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
@@ -199,6 +227,23 @@ class Prices(LinkPrices):
             for times, passes in ((1.0, 1), ((m + 1) / 2, m), (gathered, m))
         ))  # fmt: skip
         return float((m * slowest + idle + sends + reduction) * 0.98)
+
+    def stage_at_least_s(self, plan: Plan, counts: Counts) -> Any:
+        """A lower bound of a stage's seconds, but for the ends of the model; as `stage_s`."""
+        used = counts.by_mode
+        return plan.interleave * sum(
+            number * self._layer_at_least_s(plan, mode) for mode, number in used.items()
+        )
+
+    def _layer_at_least_s(self, plan: Plan, mode: Recompute) -> float:
+        model, b = self.model, plan.micro_batch
+        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
+        on = layout(plan.order, degrees, self.machine)["tensor"]
+        layer = pieces.layer(model, TensorSplit(), mode)
+        stream = PARAMETER_BYTES * b * model.sequence * model.hidden
+        gathers = _GATHERS[plan.sequence_parallel, mode == "full"]
+        least = self._piece(layer, "both", (1, 1, 1))[b] / plan.tensor
+        return least + self._wire_s(gathers * stream, on)
 
     def _wire_s(self, nbytes: float, on: On) -> float:
         """At least what an all-gather of that many bytes takes."""
@@ -246,14 +291,20 @@ class Prices(LinkPrices):
         return sent + self.collective("all_gather", elements / 2, on["tensor"])  # of two traced
 
 
+def _counts(model: DenseConfig, plan: Plan) -> list[Counts]:
+    """What every stage recomputes of a chunk."""
+    layers = model.layers // (plan.pipeline * plan.interleave)
+    return [plan.recomputed(stage, layers) for stage in range(plan.pipeline)]
+
+
 def _number(x) -> Any:
     """A float, but of what JAX traces."""
     return x if isinstance(x, Tracer) else float(x)
 
 
 def _larger(a, b) -> Any:
-    """The larger of two numbers, of which JAX may trace one."""
-    return jnp.maximum(a, b) if isinstance(b, Tracer) else max(a, b)
+    """The larger of two numbers, which JAX may trace."""
+    return jnp.maximum(a, b) if isinstance(a, Tracer) or isinstance(b, Tracer) else max(a, b)
 
 
 def elasticities(

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from cmjax.models.dense import DenseConfig
+from cmjax.models.dense import DenseConfig, Recompute
 from cmjax.parallelism.known import choose
+from cmjax.parallelism.layerwise import MODES
 from cmjax.parallelism.memory import split_of
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.shards import Graphs, Parts, Tree, axes_of, gathered, graphs, spread
@@ -49,6 +50,20 @@ class RankProgram:
             plan.schedule, self.micro_batches, plan.pipeline, plan.interleave
         )
         self.number = len(self.graphs.shapes.layers)
+
+    def modes_of(self, layer: int) -> dict[Recompute, list[bool]]:
+        """What is recomputed of a layer of a chunk, and on which stages."""
+        stages = [
+            self.plan.recomputed(stage, self.number).mode_of(layer)
+            for stage in range(self.plan.pipeline)
+        ]
+        return {mode: [each == mode for each in stages] for mode in MODES if mode in stages}
+
+    @property
+    def mode_of_last(self) -> Recompute:
+        """What is recomputed of the model's last layer."""
+        last = self.plan.recomputed(self.plan.pipeline - 1, self.number)
+        return last.mode_of(self.number - 1)
 
     def reduced(self, grads: Parts) -> Parts:
         """The sums of all micro-batches, summed over the ranks that have addends of them."""

@@ -61,13 +61,24 @@ def bubble(schedule: Schedule, micro_batches: int, stages: int, chunks: int = 1)
     return idle / (micro_batches + idle)
 
 
-def in_flight(schedule: Schedule, micro_batches: int, stages: int, chunks: int = 1) -> float:
-    """Micro-batches whose activations the first stage keeps at most: all of them under GPipe, one
-    a stage otherwise, and 1 + (p - 1) / (p v) times that with v chunks (2205.05198, section 4)."""
-    if schedule == "gpipe":
-        return float(micro_batches)
-    most = stages * (1 + (stages - 1) / (stages * chunks)) if chunks > 1 else float(stages)
-    return min(float(micro_batches), most)
+def in_flight(
+    schedule: Schedule, micro_batches: int, stages: int, chunks: int = 1, stage: int = 0
+) -> float:
+    """Micro-batches whose activations a stage keeps at most: all of them under GPipe, under 1F1B
+    one for every stage from this one on, with v chunks the forward passes that go ahead
+    (2205.05198, section 4: 1 + (p - 1) / (p v) times p on the first stage), and as many as there
+    are stages under ZB-H1, whose gradients of weights wait.
+
+    >>> [in_flight("1f1b", 16, 4, stage=stage) for stage in range(4)]
+    [4.0, 3.0, 2.0, 1.0]
+    """
+    most = {
+        "gpipe": micro_batches,
+        "1f1b": stages - stage,
+        "zero_bubble": stages,
+        "interleaved": (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks,
+    }[schedule]
+    return float(min(micro_batches, most))
 
 
 def replay(

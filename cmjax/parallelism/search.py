@@ -1,21 +1,24 @@
 """The search: every plan that divides and fits, priced; the fastest first.
 
-It is exhaustive over its space. Three things keep it small: a plan that does not fit is not priced;
-of plans that differ only in what cannot make a step faster one is taken (GPipe never beats 1F1B; an
-optimizer is spread as little as fits); and one whose layers and optimizer alone take longer than
-the last of the best so far is left out.
+It is exhaustive over its space. Three things keep it small: what is recomputed is not tried but
+solved for, layer by layer (`fewest_recomputed`); of plans that differ only in what cannot make a
+step faster one is taken (GPipe never beats 1F1B); and one whose layers alone take longer than the
+last of the best so far, with as little recomputed as fits, is left out.
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
 from cmjax.parallelism.links import layout
-from cmjax.parallelism.memory import USABLE, Memory, fits, memory_of
+from cmjax.parallelism.memory import USABLE, fits, memory_of
 from cmjax.parallelism.plan import DIMENSIONS, Optimizer, Plan, Schedule
 from cmjax.parallelism.pricing import Prices
+from cmjax.parallelism.recomputation import fewest_recomputed
 from cmjax.parallelism.result import GIB, PricedPlan, priced
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -78,6 +81,7 @@ def search(
     check_devices(devices, machine)
     prices = Prices(model, machine, MICRO_BATCHES)
     peak_flops = float(machine.chip.cube_flops_16bit)
+    usable = USABLE * float(machine.chip.hbm_bytes)
     least, considered, feasible = None, 0, 0
     found: list[PricedPlan] = []
     bounded = [
@@ -88,26 +92,33 @@ def search(
     bounded.sort(key=lambda pair: pair[0])
     for bound, placed in bounded:
         considered += 1
-        if len(found) == top and bound > found[-1].step_s:
+        slowest = found[-1].step_s if len(found) == top else math.inf
+        if bound > slowest:
             continue  # the rest is slower, and as many plans that fit are known
-        fitting, leanest = _fitting(model, placed, global_batch, machine)
-        if least is None or leanest[0] < least[0]:
-            least = leanest
-        if fitting is None:
-            continue
-        feasible += 1
-        plan, memory = fitting
-        time = prices.step(plan, global_batch)
-        found.append(priced(model, plan, global_batch, time, memory, peak_flops))
-        found.sort(key=lambda plan: plan.step_s)
-        del found[top:]
-    if least is None:
+        fitting = [
+            priced(
+                model, plan, global_batch, prices.step(plan, global_batch),
+                memory_of(model, plan, global_batch), peak_flops,
+            )
+            for plan in _fitting(prices, placed, global_batch, usable, slowest)
+        ]  # fmt: skip
+        if fitting:
+            feasible += 1
+            found.append(min(fitting, key=lambda plan: plan.step_s))
+            found.sort(key=lambda plan: plan.step_s)
+            del found[top:]
+        elif not found:
+            lean = dataclasses.replace(placed, recompute="full", optimizer=_optimizers(placed)[-1])
+            peak = memory_of(model, lean, global_batch).peak
+            least = min(least or (peak, lean), (peak, lean), key=lambda pair: pair[0])
+    if not considered:
         raise ValueError(
             f"no plan divides {devices} devices, {model.layers} layers, {model.heads} heads and a "
             f"global batch of {global_batch}; try {_friendly(devices)} devices, or a global batch "
             "that their data-parallel replicas divide"
         )
     if not found:
+        assert least is not None, "what does not fit was weighed"
         peak, plan = least
         raise ValueError(
             f"the model fits nowhere on {devices} devices: {too_large(peak, machine)} with the "
@@ -118,15 +129,22 @@ def search(
 
 
 def _fitting(
-    model: DenseConfig, plan: Plan, global_batch: int, machine: Supernode
-) -> tuple[tuple[Plan, Memory] | None, tuple[float, Plan]]:
-    """The plan with its optimizer spread as little as fits, and the leanest one tried."""
-    for optimizer in OPTIMIZERS if plan.data > 1 else OPTIMIZERS[:1]:
+    prices: Prices, plan: Plan, global_batch: int, usable: float, slowest: float
+) -> Iterator[Plan]:
+    """The plan, for every way to spread its optimizer, with as little recomputed as fits; those
+    that take longer than `slowest` by a lower bound are left out."""
+    for optimizer in _optimizers(plan):
         option = dataclasses.replace(plan, optimizer=optimizer)
-        memory = memory_of(model, option, global_batch)
-        if fits(memory, machine):
-            return (option, memory), (memory.peak, option)
-    return None, (memory.peak, option)
+        choose = functools.partial(fewest_recomputed, prices.model, option, global_batch, usable)
+        likely = choose(lambda _, counts: prices.stage_at_least_s(plan, counts))
+        if likely is not None and prices.at_least_s(likely, global_batch) <= slowest:
+            best = choose(functools.partial(prices.stage_s, plan))
+            assert best is not None, "as many choices fit"
+            yield best
+
+
+def _optimizers(plan: Plan) -> tuple[Optimizer, ...]:
+    return OPTIMIZERS if plan.data > 1 else OPTIMIZERS[:1]
 
 
 def check_devices(devices: int, machine: Supernode) -> None:
@@ -154,15 +172,13 @@ def _candidates(
             data = devices // tensor // pipeline
             if model.layers % pipeline or global_batch % data:
                 continue
-            for micro_batch, recompute, sequence in itertools.product(
-                MICRO_BATCHES, ("none", "selective", "full"), (False, True)
-            ):
+            for micro_batch, sequence in itertools.product(MICRO_BATCHES, (False, True)):
                 if sequence and tensor == 1:
                     continue
                 for schedule, chunks in _schedules(pipeline):
                     plan = Plan(
                         data=data, tensor=tensor, pipeline=pipeline, micro_batch=micro_batch,
-                        recompute=recompute, sequence_parallel=sequence, schedule=schedule,
+                        recompute="none", sequence_parallel=sequence, schedule=schedule,
                         interleave=chunks, overlap=overlap and data > 1,
                     )  # fmt: skip
                     if _divides(plan, model, global_batch):

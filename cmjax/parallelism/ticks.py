@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from cmjax.models.dense import Recompute
 from cmjax.parallelism.backward import Backward, without_unread
 from cmjax.parallelism.known import both, choose, put, take, zeros
 from cmjax.parallelism.pieces import run_embedding, run_layer, run_output
@@ -53,15 +54,15 @@ class _Carry:
     Fields:
       x, g: arrived inputs and gradients, by slot; at the end of the model `g` holds the output of
         the last layer, whose backward pass begins with the loss.
-      saved, stashed: by layer, what its backward pass needs, and what its gradients of weights
-        need of that (zero_bubble); each array by slot.
+      saved, stashed: by layer and kind of recomputation, what its backward pass needs, and what
+        its gradients of weights need of that (zero_bubble); each array by slot.
       grads: sums so far. loss: likewise.
     """
 
     x: Array
     g: Array
-    saved: list
-    stashed: list
+    saved: list[dict[Recompute, list]]
+    stashed: list[dict[Recompute, list]]
     grads: Parts
     loss: Float[Array, ""]
 
@@ -76,12 +77,18 @@ class _Ticks:
         part = model.sequence // split.ranks if split.sequence else model.sequence
         shape = plan.micro_batch, part, model.hidden
         self.stream = jax.ShapeDtypeStruct(shape, program.dtype)
-        self.backward = Backward(
-            lambda p, x: run_layer(
-                plan.recompute, program.graphs.layer, nnx.State(p), x
-            ),
-            program.graphs.one, self.stream, apart=plan.schedule == "zero_bubble",
-        )  # fmt: skip
+        self.modes = [program.modes_of(layer) for layer in range(program.number)]
+        self.backward: dict[Recompute, Backward] = {
+            mode: self._passes_of(mode) for layer in self.modes for mode in layer
+        }
+
+    def _passes_of(self, mode: Recompute) -> Backward:
+        of, apart = self.of, self.of.plan.schedule == "zero_bubble"
+
+        def layer(p, x):
+            return run_layer(mode, of.graphs.layer, nnx.State(p), x)
+
+        return Backward(layer, of.graphs.one, self.stream, apart=apart)
 
     def start(self) -> _Carry:
         of, table = self.of, self.of.table
@@ -101,11 +108,12 @@ class _Ticks:
             x=slots(table.x_slots, self.stream),
             g=slots(table.g_slots, self.stream),
             saved=[
-                [slots(table.saved_slots, s) for s in self.backward.saved] for _ in range(of.number)
+                {m: [slots(table.saved_slots, s) for s in self.backward[m].saved] for m in modes}
+                for modes in self.modes
             ],
             stashed=[
-                [slots(table.saved_slots, s) for s in self.backward.stashed]
-                for _ in range(of.number)
+                {m: [slots(table.saved_slots, s) for s in self.backward[m].stashed] for m in modes}
+                for modes in self.modes
             ],
             grads=self.params.map(sums),
             loss=jnp.zeros((), jnp.float32),
@@ -167,16 +175,17 @@ class _Ticks:
             ),
             lambda: take(carry.x, at["x_slot"]),
         )
-        for layer in range(of.number):
-            runs = both(doing, self._is_layer(layer, last))
-            buffers = carry.saved[layer]
+        for layer, mode, backward in self._passes():
+            runs = self._runs(layer, mode, both(doing, self._is_layer(layer, last)))
+            buffers = carry.saved[layer][mode]
 
-            def forward(layer=layer, x=x, buffers=buffers):
-                y, saved = self.backward.forward(self._layer(layer, at), x)
+            def forward(layer=layer, x=x, buffers=buffers, backward=backward):
+                y, saved = backward.forward(self._layer(layer, at), x)
                 pairs = zip(buffers, saved, strict=True)
                 return y, [put(buffer, at["saved_slot"], value) for buffer, value in pairs]
 
-            x, carry.saved[layer] = choose(runs, forward, lambda x=x, b=buffers: (x, b))
+            x, buffers = choose(runs, forward, lambda x=x, b=buffers: (x, b))
+            carry.saved[layer] = {**carry.saved[layer], mode: buffers}
         carry.g = put(carry.g, at["g_slot"], x, both(doing, last))
         return x
 
@@ -190,20 +199,21 @@ class _Ticks:
             lambda: (jnp.zeros(()), g, *zeros(self._output_sums())),
         )
         carry.loss = carry.loss + loss
-        for layer in reversed(range(of.number)):
-            runs = both(doing, self._is_layer(layer, last))
+        for layer, mode, backward in reversed(self._passes()):
+            runs = self._runs(layer, mode, both(doing, self._is_layer(layer, last)))
             g, d, stashed = choose(
                 runs,
-                lambda layer=layer, g=g: self._layer_backward(
-                    layer, at, self._taken(carry.saved, layer, at), g
+                lambda layer=layer, mode=mode, backward=backward, g=g: self._layer_backward(
+                    layer, backward, at, self._taken(carry.saved[layer][mode], at), g
                 ),
-                lambda g=g: (g, zeros(self._layer_sums()), zeros(self.backward.stashed)),
+                lambda g=g, b=backward: (g, zeros(self._layer_sums()), zeros(b.stashed)),
             )
-            if self.backward.apart:
-                carry.stashed[layer] = [
+            if backward.apart:
+                buffers = [
                     put(buffer, at["saved_slot"], value, runs)
-                    for buffer, value in zip(carry.stashed[layer], stashed, strict=True)
+                    for buffer, value in zip(carry.stashed[layer][mode], stashed, strict=True)
                 ]
+                carry.stashed[layer] = {**carry.stashed[layer], mode: buffers}
             else:
                 self._add_layer(carry, layer, at, d)
         if of.model.query_layer:
@@ -224,33 +234,41 @@ class _Ticks:
         return g
 
     def _weights(self, carry: _Carry, at: dict, doing) -> None:
-        of = self.of
         _, last = self._ends(at)
-        for layer in range(of.number):
-            runs = both(doing, self._is_layer(layer, last))
+        for layer, mode, backward in self._passes():
+            runs = self._runs(layer, mode, both(doing, self._is_layer(layer, last)))
             d = choose(
                 runs,
-                lambda layer=layer: self._sums(
-                    self.backward.weights(
+                lambda layer=layer, mode=mode, backward=backward: self._sums(
+                    backward.weights(
                         self._layer(layer, at),
-                        self._taken(carry.saved, layer, at),
-                        self._taken(carry.stashed, layer, at),
+                        self._taken(carry.saved[layer][mode], at),
+                        self._taken(carry.stashed[layer][mode], at),
                     )
                 ),
             )
             self._add_layer(carry, layer, at, d)
 
-    def _taken(self, buffers: list, layer: int, at: dict) -> list:
+    def _passes(self) -> list[tuple[int, Recompute, Backward]]:
+        """The layers of a chunk in order, each as often as stages differ in what they recompute."""
+        return [(i, mode, self.backward[mode]) for i, by in enumerate(self.modes) for mode in by]
+
+    def _runs(self, layer: int, mode: Recompute, runs):
+        """Whether a layer runs, on a stage that recomputes this of it."""
+        stages = self.modes[layer][mode]
+        return runs if all(stages) else both(runs, jnp.asarray(stages)[self.stage])
+
+    def _taken(self, buffers: list, at: dict) -> list:
         """A layer's arrays of the micro-batch that is worked on; where they are not read, no copy
         of them is made."""
-        return [take(buffer, at["saved_slot"]) for buffer in buffers[layer]]
+        return [take(buffer, at["saved_slot"]) for buffer in buffers]
 
-    def _layer_backward(self, layer: int, at: dict, saved: Sequence, g: Array):
+    def _layer_backward(self, layer: int, backward: Backward, at: dict, saved: Sequence, g: Array):
         params = self._layer(layer, at)
-        if self.backward.apart:
-            g, stashed = self.backward.inputs(params, saved, g)
+        if backward.apart:
+            g, stashed = backward.inputs(params, saved, g)
             return g, zeros(self._layer_sums()), stashed
-        d, g = self.backward.both(params, saved, g)
+        d, g = backward.both(params, saved, g)
         return g, self._sums(d), []
 
     def _output(self, y: Array, at: dict, scale: float):
@@ -269,7 +287,7 @@ class _Ticks:
 
         def loss(output, query, words, y):
             state = nnx.State(output if query is None else {**output, "query": query})
-            run = functools.partial(run_output, of.model, of.plan.recompute, of.graphs.output)
+            run = functools.partial(run_output, of.model, of.mode_of_last, of.graphs.output)
             return run(state, y, words, targets)
 
         found, back = jax.vjp(loss, output, query, words, y)

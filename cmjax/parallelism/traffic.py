@@ -69,13 +69,20 @@ def plan_traffic(
         totals = program.totals({k: v for k, v in sizes.items() if k in program.symbols})
         return {tier: float(totals[f"{tier}_bytes"]) * m * columns for tier in TIERS}
 
-    ends = pieces.embedding(model, split), pieces.output(model, split, plan.recompute)
-    layer = _times(inside(pieces.layer(model, split, plan.recompute)), model.blocks)
+    number = model.layers // (plan.pipeline * plan.interleave)
+    counts = [plan.recomputed(stage, number) for stage in range(plan.pipeline)]
+    last = counts[-1].mode_of(number - 1)
+    ends = pieces.embedding(model, split), pieces.output(model, split, last)
+    layers = []
+    for mode in plan.modes:
+        many = plan.interleave * sum(each.by_mode.get(mode, 0) for each in counts)
+        many -= model.query_layer and mode == last
+        layers.append(_times(inside(pieces.layer(model, split, mode)), many))
     everywhere = sum(exchanged(model, plan, m, stage) for stage in range(plan.pipeline))
     summed = copied(model, plan) * PARAMETER_BYTES
     words = _words(model, plan) * PARAMETER_BYTES
     return PlanTraffic(
-        tensor=_plus(layer, *map(inside, ends)),
+        tensor=_plus(*layers, *map(inside, ends)),
         pipeline=_times(_transfers(model, plan, machine, on), m * columns),
         data=_times(all_reduce(everywhere * PARAMETER_BYTES, on["data"], machine), columns),
         copies=_plus(
@@ -94,7 +101,7 @@ def exchanged(model: DenseConfig, plan: Plan, micro_batches: int, stage: int) ->
     zero3 parameters are gathered wherever they are used: in a layer's forward and backward pass.
     """
     split, m = split_of(plan), micro_batches
-    layer = pieces.layer(model, split, plan.recompute).parameters
+    layer = pieces.layer(model, split, "none").parameters
     words = own_words(model, split) * model.hidden
     first, last = stage == 0, stage == plan.pipeline - 1
     query = layer if last and model.query_layer else 0
@@ -102,7 +109,7 @@ def exchanged(model: DenseConfig, plan: Plan, micro_batches: int, stage: int) ->
     embedding = pieces.embedding(model, split).parameters if first else 0
     output = 0
     if last:
-        output = pieces.output(model, split, plan.recompute).parameters
+        output = pieces.output(model, split, "none").parameters
         output += words if plan.pipeline > 1 or not model.tied else 0
     # Words that both ends have of one array are reduced, and gathered, for each of them.
     again = words if last and model.tied and plan.pipeline == 1 else 0

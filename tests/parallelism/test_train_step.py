@@ -41,6 +41,9 @@ PLANS = [
     "data=2,tensor=2,pipeline=2,optimizer=zero1,sequence_parallel=true",
     "data=2,tensor=2,pipeline=2,optimizer=zero3,schedule=zero_bubble",
     "data=2,tensor=2,pipeline=2,interleave=2,optimizer=zero2,order=data-pipeline-tensor",
+    "data=2,recompute=full:1",
+    "data=2,tensor=2,pipeline=2,recompute=full:1-0/selective:1-0,optimizer=zero1",
+    "pipeline=2,schedule=zero_bubble,recompute=full:0-2/selective:1-0",
 ]
 COUNTED = [
     "data=2,recompute=selective",
@@ -53,6 +56,7 @@ COUNTED = [
     "data=2,tensor=2,pipeline=2,optimizer=zero1,sequence_parallel=true",
     "data=2,tensor=2,pipeline=2,interleave=2,optimizer=zero2,recompute=selective,"
     "order=tensor-data-pipeline",
+    "tensor=2,pipeline=2,recompute=full:1-2/selective:1-0,sequence_parallel=true",
 ]
 
 
@@ -138,6 +142,8 @@ def test_counted_bytes_are_the_priced_ones(plan):
     [
         ("data=1,micro_batch=4,recompute=none", 4),
         ("data=1,micro_batch=4,recompute=full", 4),
+        ("data=1,micro_batch=4,recompute=full:2", 4),
+        ("data=1,micro_batch=4,recompute=full:1/selective:2", 4),
         ("data=2,micro_batch=4,optimizer=zero1", 4),
         ("data=2,micro_batch=4,optimizer=zero2,recompute=selective", 4),
         ("data=4,micro_batch=2,optimizer=zero3", 4),

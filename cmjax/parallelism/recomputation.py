@@ -1,0 +1,61 @@
+"""Which layers are recomputed: the fewest seconds that leave a stage's memory within its device's.
+
+    min  f t_full + s t_selective     over  f + s <= n,  held(f, s) <= usable
+
+Layers of a kind cost alike, and a step grows with the time of every stage: stages are chosen for
+one by one, and trying all numbers is exact. Stages differ by the micro-batches that they hold in
+flight (AdaPipe, ASPLOS 2024, chooses alike, by dynamic programming).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from cmjax.models.dense import DenseConfig
+from cmjax.parallelism.layerwise import Counts, shortest
+from cmjax.parallelism.memory import stage_memory
+from cmjax.parallelism.plan import Plan
+
+StageSeconds = Callable[[int, Counts], np.ndarray]
+"""Seconds of a micro-batch on a stage, for every one of the counts."""
+
+
+def fewest_recomputed(
+    model: DenseConfig, plan: Plan, global_batch: int, usable: float, seconds: StageSeconds
+) -> Plan | None:
+    """The plan with the fastest recomputation of every stage that fits; `None` if none does.
+
+    Args:
+      plan: divides (`Plan.check`); its `recompute` is not read.
+      usable: bytes of a device.
+    """
+    layers = model.layers // (plan.pipeline * plan.interleave)
+    choices, chosen = _choices(layers), []
+    alike = dataclasses.replace(plan, recompute="none", order=Plan().order, overlap=False)
+    for stage, held in enumerate(_held(model, alike, global_batch)):
+        taken = np.where(held <= usable, seconds(stage, choices), np.inf)
+        best = int(np.argmin(taken))
+        if np.isinf(taken[best]):
+            return None
+        chosen.append(Counts(layers, int(choices.full[best]), int(choices.selective[best])))
+    return dataclasses.replace(plan, recompute=shortest(chosen))
+
+
+@functools.lru_cache(maxsize=512)
+def _choices(layers: int) -> Counts:
+    """All numbers of a chunk's layers."""
+    full, selective = np.indices((layers + 1, layers + 1))
+    some = full + selective <= layers
+    return Counts(layers, full[some], selective[some])
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(model: DenseConfig, plan: Plan, global_batch: int) -> list[np.ndarray]:
+    """Bytes of every stage's device, for all choices."""
+    choices = _choices(model.layers // (plan.pipeline * plan.interleave))
+    return [
+        np.asarray(stage_memory(model, plan, global_batch, stage, choices).peak)
+        for stage in range(plan.pipeline)
+    ]
