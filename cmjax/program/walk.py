@@ -276,8 +276,12 @@ class _Walker:
         return node.outputs
 
     def _cond(self, equation, inputs, here: _Place) -> list[Value]:
-        """The branch with the most FLOPs and bytes is charged."""
+        """The branch with the most FLOPs and bytes is charged; of `lax.platform_dependent` the
+        default one, for the chip is no platform of JAX's."""
         branches = [getattr(b, "jaxpr", b) for b in equation.params["branches"]]
+        platforms = equation.params.get("branches_platforms")
+        if platforms and None in platforms:
+            return self._inline(equation, branches[platforms.index(None)], inputs[1:], here)
         costliest = self.choices.largest([self._weight(jaxpr) for jaxpr in branches])
         return self._inline(equation, branches[costliest], inputs[1:], here)
 

@@ -54,7 +54,7 @@ int64_t bytes_of(Kind kind) { return kind == Kind::kFloat ? 4 : kind == Kind::kH
 int64_t padded(int64_t size) { return (size + kKeys - 1) / kKeys * kKeys; }
 
 // What lies in memory for every token of a sequence and head: [sequences, tokens, heads, dim]; int8
-// steps with the value of one, [sequences, tokens].
+// steps with the value of one, [sequences, tokens, heads].
 struct Entries {
   Kind kind;
   const void* data;
@@ -65,8 +65,9 @@ struct Entries {
   const void* at(int64_t token, int64_t head) const {
     return static_cast<const uint8_t*>(data) + (token * stride() + head * dim) * bytes_of(kind);
   }
+  float step(int64_t token, int64_t head) const { return steps[token * heads + head]; }
   bool broken(int64_t token, int64_t head) const {
-    if (steps != nullptr && !std::isfinite(steps[token])) return true;
+    if (steps != nullptr && !std::isfinite(step(token, head))) return true;
     const void* from = at(token, head);
     for (int64_t d = 0; d < dim; ++d) {
       if (kind == Kind::kFloat && !std::isfinite(static_cast<const float*>(from)[d])) return true;
@@ -127,6 +128,7 @@ class Attention {
       : p_(problem),
         kernel_(kernels()),
         rows_(most_rows),
+        few_(most_rows <= attention::kFewRows),
         dims_(p_.keys[0].dim + p_.keys[1].dim),
         weights_(padded(p_.tokens)),
         found_(padded(p_.values.dim) + kKeys),
@@ -178,7 +180,7 @@ class Attention {
       kernel_.softmax(row, seen.from, seen.to, stride);
       if (p_.rounds) kernel_.round_to_half(row, stride);
       if (p_.values.steps != nullptr) {
-        for (int64_t t = 0; t < keys; ++t) row[t] *= p_.values.steps[first + all.from + t];
+        for (int64_t t = 0; t < keys; ++t) row[t] *= p_.values.step(first + all.from + t, kv_head);
       }
     }
     space.at.resize(rows);
@@ -213,12 +215,12 @@ class Attention {
         if (at == 0) read(p_.queries_of[part], row_of(task, r), queries + r * entries.dim);
       }
       kernel_.scores(entries.kind, space.at.data(), rows, entries.at(token, kv_head),
-                     entries.stride(), keys, entries.dim, part > 0, space.scratch,
+                     entries.stride(), keys, entries.dim, part > 0, few_, space.scratch,
                      space.weights + at, stride);
       if (entries.steps == nullptr) continue;
       for (int64_t r = 0; r < rows; ++r) {
         float* row = space.weights + r * stride + at;
-        for (int64_t t = 0; t < keys; ++t) row[t] *= entries.steps[token + t];
+        for (int64_t t = 0; t < keys; ++t) row[t] *= entries.step(token + t, kv_head);
       }
     }
   }
@@ -262,7 +264,9 @@ class Attention {
 
   const Problem& p_;
   const Kernels kernel_;
-  const int64_t rows_, dims_, weights_, found_, scratch_;
+  const int64_t rows_;
+  const bool few_;  // of a whole task: queries that are done again add in the same order
+  const int64_t dims_, weights_, found_, scratch_;
 };
 
 // Blocks of queries, of as many rows as keep their scores in the second cache, or fewer heads where
@@ -313,7 +317,8 @@ ffi::Error dtype_error() {
 }
 
 ffi::Error causal(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::S32> lengths, ffi::Result<ffi::AnyBuffer> y, float scale,
+                  ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> k_steps,
+                  ffi::Buffer<ffi::F32> v_steps, ffi::Result<ffi::AnyBuffer> y, float scale,
                   int64_t window) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ys = y->dimensions();
   if (qs.size() != 4 || ks.size() != 4 || vs.size() != 4 || ys.size() != 4) {
@@ -328,19 +333,25 @@ ffi::Error causal(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     return ffi::Error::InvalidArgument(
         "attention: shapes of q, k, v, lengths and the result do not fit each other");
   }
-  const auto type = q.element_type();
+  const auto type = q.element_type(), kept = k.element_type();
+  const bool stepped = kept == ffi::S8;
+  const size_t steps = stepped ? static_cast<size_t>(ks[0] * ks[1] * ks[2]) : 0;
   Kind kind;
-  if (!is_float(type) || k.element_type() != type || v.element_type() != type ||
-      y->element_type() != type || !kind_of(type, kind)) {
+  if (!is_float(type) || y->element_type() != type || (kept != type && !stepped) ||
+      v.element_type() != kept || !kind_of(kept, kind) || k_steps.element_count() != steps ||
+      v_steps.element_count() != steps) {
     return dtype_error();
   }
   const bool half = type == ffi::BF16;
+  const auto steps_of = [stepped](ffi::Buffer<ffi::F32>& given) {
+    return stepped ? given.typed_data() : nullptr;
+  };
   const Entries none{Kind::kFloat, nullptr, 1, 0, nullptr};
   return attend(pool, {qs[0], qs[1], qs[2], ks[1], ks[2],
                        {{half, q.untyped_data(), qs[3]}, {half, nullptr, 0}},
-                       {{kind, k.untyped_data(), ks[2], ks[3], nullptr}, none},
-                       {kind, v.untyped_data(), vs[2], vs[3], nullptr},
-                       given ? lengths.typed_data() : nullptr, scale, window, half,
+                       {{kind, k.untyped_data(), ks[2], ks[3], steps_of(k_steps)}, none},
+                       {kind, v.untyped_data(), vs[2], vs[3], steps_of(v_steps)},
+                       given ? lengths.typed_data() : nullptr, scale, window, kind == Kind::kHalf,
                        {half, y->untyped_data(), vs[3]}});
 }
 
@@ -386,6 +397,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_attention, causal,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window"));

@@ -15,6 +15,7 @@ namespace cmjax::attention {
 enum class Kind { kFloat, kHalf, kInt8 };  // of keys and values; half is bfloat16
 
 constexpr int64_t kKeys = 64;  // that are scored together; rows of scores are a multiple
+constexpr int64_t kFewRows = 16;  // for which laying keys out anew costs more than it saves
 // Scratch of `scores` and `weigh`, in floats, for rows of `dim`.
 constexpr int64_t scratch_floats(int64_t dim) {
   constexpr int64_t kOfProducts = grouped::kScratchBytes / sizeof(float);
@@ -22,10 +23,11 @@ constexpr int64_t scratch_floats(int64_t dim) {
 }
 
 #define CMJAX_ATTENTION_KERNELS                                                                   \
-  /* scores[r * scores_stride + t] (+)= q[r] . k[t], for all of kKeys, of which `keys` are there. */ \
+  /* scores[r * scores_stride + t] (+)= q[r] . k[t], for all of kKeys, of which `keys` are there;  \
+     keys are read as they lie, or laid out anew, which adds in another order. */                 \
   void scores(Kind kind, const float* const* q, int64_t rows, const void* k, int64_t stride,      \
-              int64_t keys, int64_t dim, bool add, float* scratch, float* scores,                 \
-              int64_t scores_stride);                                                             \
+              int64_t keys, int64_t dim, bool add, bool as_they_lie, float* scratch,              \
+              float* scores, int64_t scores_stride);                                              \
   /* Multiplies; false if one of the products is not finite. */                                   \
   bool scaled(float* values, int64_t size, float factor);                                         \
   /* Softmax in place of values[from, to); the rest, up to `size`, becomes 0. */                  \

@@ -99,17 +99,69 @@ int64_t most_rows(const std::vector<Span>& spans) {
   return most;
 }
 
-// Splits all rows, then calls totals(first row, count, stack, first feature, count, out) and
-// finish(row, stack, first feature, count, its totals, its results) for every tile of the result.
+// Values that are finished together: left to the compiler, they are finished one by one, which takes
+// a third as long as reading their weights.
+constexpr int kLanes = 4;
+using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Vector whole(float value) { return value - Vector{}; }
+
+// A product as a value: beyond float32 it saturates, as in the reference.
+inline Vector rounded(Vector v) {
+  const Vector largest = whole(std::numeric_limits<float>::max());
+  v = v > largest ? largest : v;
+  return v < -largest ? -largest : v;
+}
+
+inline float rounded(float value) { return rounded(whole(value))[0]; }
+
+// Rows from this size on are multiplied as x / 2**64, for their sums could overflow before they meet
+// their scale; what comes out is multiplied with 2**64 at last, which rounds nothing.
+constexpr float kLarge = 0x1p100f, kShrink = 0x1p-64f, kGrow = 0x1p64f;
+
+bool any_large(const float* x, int64_t count) {
+  using Words = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  int32_t least;
+  std::memcpy(&least, &kLarge, sizeof(least));
+  const auto size = [](auto bits) { return bits & 0x7fffffff; };  // in the order of |x|
+  Words found = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Words bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    found |= size(bits) >= least;
+  }
+  for (; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    found[0] |= size(bits) >= least;
+  }
+  bool any = false;
+  for (int lane = 0; lane < kLanes; ++lane) any |= found[lane] != 0;
+  return any;
+}
+
+// Calls split(row, its values) for all rows, then totals(first row, count, stack, first feature, count,
+// out) and finish(row, stack, first feature, count, its totals, its results) for every tile of the
+// result.
 template <typename Split, typename Totals, typename Finish>
 void run(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans, int64_t all_rows,
-         int64_t row_bytes, float* y, const Split& split, const Totals& totals,
+         int64_t row_bytes, const float* x, float* y, const Split& split, const Totals& totals,
          const Finish& finish) {
+  std::vector<char> large(all_rows);
+  const auto split_one = [&](int64_t row) {
+    const float* values = x + row * n.inner;
+    large[row] = any_large(values, n.inner);
+    if (!large[row]) return split(row, values);
+    std::vector<float> less(values, values + n.inner);
+    for (float& value : less) value *= kShrink;
+    split(row, less.data());
+  };
   const int64_t at_once = n.inner * all_rows < kSplitAlone ? all_rows : 1;
   const int64_t splits = (all_rows + at_once - 1) / std::max<int64_t>(at_once, 1);
   parallel_for(pool, splits, worker_count(pool, splits), [&](int64_t block, int64_t) {
     const int64_t end = std::min(all_rows, (block + 1) * at_once);
-    for (int64_t row = block * at_once; row < end; ++row) split(row);
+    for (int64_t row = block * at_once; row < end; ++row) split_one(row);
   });
   const int64_t rows_at_once = std::clamp<int64_t>(kRowsBytes / row_bytes / 12 * 12, 12, kMostRows);
   struct Tile {
@@ -131,24 +183,11 @@ void run(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans, 
     float sums[kMostRows * kFeatures];
     totals(row, rows, stack, feature, features, sums);
     for (int64_t r = 0; r < rows; ++r) {
-      finish(row + r, stack, feature, features, sums + r * kFeatures,
-             y + (row + r) * n.features + feature);
+      float* out = y + (row + r) * n.features + feature;
+      finish(row + r, stack, feature, features, sums + r * kFeatures, out);
+      for (int64_t f = 0; large[row + r] && f < features; ++f) out[f] = rounded(out[f] * kGrow);
     }
   });
-}
-
-// Values that are finished together: left to the compiler, they are finished one by one, which takes
-// a third as long as reading their weights.
-constexpr int kLanes = 4;
-using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
-
-inline Vector whole(float value) { return value - Vector{}; }
-
-// A product as a value: beyond float32 it saturates, as in the reference.
-inline Vector rounded(Vector v) {
-  const Vector largest = whole(std::numeric_limits<float>::max());
-  v = v > largest ? largest : v;
-  return v < -largest ? -largest : v;
 }
 
 // out[f] = value(f, sums[f]), kLanes at a time; `value` may only read what belongs to features, with
@@ -187,10 +226,9 @@ ffi::Error int8_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector
   const std::unique_ptr<Row[]> rows(new (std::nothrow) Row[all_rows]);
   if (!parts || !rows) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_int8: memory");
   run(
-      pool, n, spans, all_rows, bytes, y,
-      [&](int64_t row) {
-        kernel.int8_split(x + row * n.inner, n.inner, parts.get() + row * bytes,
-                          &rows[row]);
+      pool, n, spans, all_rows, bytes, x, y,
+      [&](int64_t row, const float* values) {
+        kernel.int8_split(values, n.inner, parts.get() + row * bytes, &rows[row]);
       },
       [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
           float* sums) {
@@ -249,9 +287,9 @@ ffi::Error mxfp4_product(ffi::ThreadPool& pool, const Sizes& n, const std::vecto
   const Scratch parts = aligned_bytes(bytes * all_rows);
   if (!parts) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_mxfp4: memory");
   run(
-      pool, n, spans, all_rows, bytes, y,
-      [&](int64_t row) {
-        kernel.mxfp4_split(x + row * n.inner, n.inner, parts.get() + row * bytes);
+      pool, n, spans, all_rows, bytes, x, y,
+      [&](int64_t row, const float* values) {
+        kernel.mxfp4_split(values, n.inner, parts.get() + row * bytes);
       },
       [&](int64_t row, int64_t count, int64_t stack, int64_t feature, int64_t features,
           float* sums) {

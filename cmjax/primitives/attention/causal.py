@@ -2,7 +2,7 @@
 
 XLA writes all scores of a prompt to memory, and lays keys and values of a cache out anew at every
 step. The kernel keeps the scores of a block of queries in the processor's cache and reads keys and
-values where they lie, as far as they are seen; INT8 latents are never dequantized in memory.
+values where they lie, as far as they are seen; INT8 ones are never dequantized in memory.
 """
 
 import math
@@ -17,18 +17,21 @@ _FLOATS = (jnp.float32, jnp.bfloat16)
 
 
 def kernel_serves(q, k, v, causal: bool) -> bool:
-    """Whether the kernel computes this attention: causal, and of one floating-point dtype.
+    """Whether the kernel computes this attention: causal, of one float dtype or over int8.
 
     What a query does not see, such as a NaN, does not get into its result.
     """
     sizes = (*q.shape[-3:], *k.shape[-3:], v.shape[-1], math.prod(q.shape))
-    return causal and q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS and min(sizes) > 0
+    kept = k.dtype == v.dtype and k.dtype in (q.dtype, jnp.int8)
+    return causal and kept and q.dtype in _FLOATS and min(sizes) > 0
 
 
-def causal_attention(q, k, v, lengths, *, scale: float, window: int | None):
+def causal_attention(q, k, v, lengths, steps=None, *, scale: float, window: int | None):
     """`attention` with `causal=True`: see `cmjax.primitives.attention.exact`. `lengths` may be
-    `None`."""
+    `None`; `steps` are the values of the steps of int8 keys and values, `None` of others."""
     sequences = math.prod(q.shape[:-3])
+    none = jnp.zeros((0,), jnp.float32)
+    steps = (none, none) if steps is None else [each.reshape(-1) for each in steps]
     lengths = jnp.zeros((0,), jnp.int32) if lengths is None else lengths.reshape(sequences)
     y = native.call(
         "cmjax_attention",
@@ -37,6 +40,7 @@ def causal_attention(q, k, v, lengths, *, scale: float, window: int | None):
         k.reshape(sequences, *k.shape[-3:]),
         v.reshape(sequences, *v.shape[-3:]),
         lengths,
+        *steps,
         scale=np.float32(scale),
         window=np.int64(-1 if window is None else window),
     )

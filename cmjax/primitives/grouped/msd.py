@@ -18,7 +18,7 @@ from cmjax.primitives.define import define, straight_through
 from cmjax.primitives.grouped.product import check_groups, check_sizes, one_after_another
 from cmjax.primitives.grouped.tiles import by_tiles
 from cmjax.primitives.msd.decompose import check_activations, check_finite, decompose_instructions
-from cmjax.primitives.msd.product import msd_dot, recombine_instructions, with_headroom
+from cmjax.primitives.msd.product import msd_dot, recombine_instructions
 from cmjax.primitives.msd.weight import QuantizedWeight, dequantize
 from cmjax.program import Work, cost_rule
 
@@ -70,10 +70,8 @@ def _native(x, values, scale, sizes, *, format):
     if min(*x.shape, *values.shape) == 0:
         return _reference(x, values, scale, sizes, format=format)
     out = jax.ShapeDtypeStruct((x.shape[0], values.shape[1]), jnp.float32)
-    product = lambda x: native.call(f"cmjax_grouped_msd_{format}", out, x, values, scale, sizes)  # noqa: E731
-    rows = x.astype(jnp.float32)
-    y = with_headroom(product, rows)
-    return y.astype(x.dtype)
+    operands = x.astype(jnp.float32), values, scale, sizes
+    return native.call(f"cmjax_grouped_msd_{format}", out, *operands).astype(x.dtype)
 
 
 def _check(x, values, scale, sizes, *, format):

@@ -145,7 +145,7 @@ def _reference(x, w, w_scale, *rest, format, passes, group_size, has_offset, out
     offset, bias = _optional(rest, has_offset)
     x = x.astype(jnp.float32)
     if format == "mxfp4":
-        y = with_headroom(lambda x: _mxfp4_product(x, w, w_scale, passes, rounding), x)
+        y = _with_headroom(lambda x: _mxfp4_product(x, w, w_scale, passes, rounding), x)
     elif w_scale.ndim < w.ndim:
         y = _int8_product(x, w, w_scale, offset, passes, rounding)
     else:
@@ -181,7 +181,7 @@ def _headroom(top):
     return jnp.where(large, top * 2.0**-64, top), jnp.where(large, np.float32(2.0**64), 1)
 
 
-def with_headroom(
+def _with_headroom(
     product: Callable[[Array], Float32[Array, "*rows n"]], x: Float32[Array, "*rows k"]
 ) -> Float32[Array, "*rows n"]:
     """`product(x)`, saturated at float32's largest number.
@@ -282,13 +282,10 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
         flat(w_scale, features, w_scale.shape[-1] if format == "mxfp4" else 1),
     )
 
-    def product(x, *rest):
-        out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
-        y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
-        return y.reshape(*x.shape[:-1], features)
-
+    out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
     rest = () if format == "mxfp4" else (of_features(offset),)
-    y = with_headroom(lambda x: product(x, *rest), x)  # sums may be those of x / 2**64
+    y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
+    y = y.reshape(*x.shape[:-1], features)
     if bias is not None:
         y = _rounded(y + _over_rows(bias, y))
     return y.astype(out_dtype)

@@ -22,6 +22,7 @@ from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.norm import RMSNorm, rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
 from cmjax.models.moe.parallelism import Parallelism
+from cmjax.primitives.attention.cached import cached_attention
 from cmjax.primitives.attention.exact import attention, visible_keys
 from cmjax.primitives.attention.pasa import pasa_attention
 from cmjax.program.mark import fused
@@ -58,14 +59,12 @@ class GQA(nnx.Module):
     ) -> tuple[Float[Array, "requests new hidden"], GroupedCache]:
         """Attend the cache. `lengths` counts the cached tokens, not the new ones, which are added;
         like the cache it is of all requests of the tensor-parallel group."""
-        new = x.shape[1]
-        positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+        positions = lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
             q, k, v = self._project(x, positions)
             cache = cache.write(k, v, positions)
         with jax.named_scope("core"):
-            key, value = cache.read(q.dtype)
-            found = self._attend(q, key, value, lengths + new)
+            found = self._attend_cache(q, cache, lengths)
         with jax.named_scope("output"):
             return self._leave(found), cache
 
@@ -90,6 +89,14 @@ class GQA(nnx.Module):
 
     def _leave(self, found):
         return self.parallelism.scatter(self.out(found.reshape(*found.shape[:2], -1)))
+
+    def _attend_cache(self, q, cache: GroupedCache, lengths):
+        if self.arithmetic.attention == "exact" and cache.kind == "int8":
+            assert cache.key_scale is not None and cache.value_scale is not None, "int8 has scales"
+            entries = cache.key, cache.key_scale, cache.value, cache.value_scale
+            options = {"scale": softmax_scale(self.config), "window": self.sizes.window}
+            return cached_attention(q, *entries, lengths + q.shape[1], **options)
+        return self._attend(q, *cache.read(q.dtype), lengths + q.shape[1])
 
     def _attend(self, q, k, v, lengths):
         scale, window = softmax_scale(self.config), self.sizes.window

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from cmjax import native
+from cmjax.primitives.attention.cached import cached_attention
 from cmjax.primitives.attention.exact import attention, latent_attention
+from cmjax.program import trace
 
 
 def _wanted(q, k, v, lengths, scale, window):
@@ -82,6 +84,115 @@ def test_absorbed_queries_attend_the_latents(queries, dtype, kept):
     np.testing.assert_allclose(found, wanted, rtol=error, atol=error)
 
 
+def _int8_cache(rng, tokens, value_dim=20):
+    """Keys, values and their steps, and both as numbers."""
+    k, v = (
+        jnp.asarray(rng.integers(-127, 128, (3, tokens, 2, dim)), jnp.int8)
+        for dim in (16, value_dim)
+    )
+    k_step, v_step = (
+        jnp.asarray(rng.uniform(0.005, 0.03, (3, tokens, 2)), jnp.float32) for _ in range(2)
+    )
+    values = [
+        np.asarray(x, np.float64) * np.asarray(s)[..., None] for x, s in ((k, k_step), (v, v_step))
+    ]
+    return (k, k_step, v, v_step), values
+
+
+def _attend(q, cache, lengths, **options):
+    k, k_step, v, v_step = cache
+    return cached_attention(q, k, k_step, v, v_step, lengths, **options)
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_new_tokens_attend_an_int8_cache(dtype, error, window, queries):
+    rng = np.random.default_rng(0)
+    cache, values = _int8_cache(rng, 70)
+    q = jnp.asarray(rng.normal(size=(3, queries, 6, 16)), dtype)
+    lengths = np.array([queries, 33, 70], np.int32)
+    fn = jax.jit(lambda q, *cache: _attend(q, cache, lengths, scale=0.3, window=window))
+    found, wanted = fn(q, *cache), _wanted(q, values[0], values[1], lengths, 0.3, window)
+    assert found.dtype == q.dtype
+    np.testing.assert_allclose(found, wanted, rtol=error, atol=error)
+    mapped = jax.vmap(fn)(q[None], *(x[None] for x in cache))
+    np.testing.assert_array_equal(mapped[0], found)
+
+
+def test_of_an_int8_cache_steps_that_are_seen_matter_and_hidden_ones_do_not():
+    rng = np.random.default_rng(0)
+    cache, _ = _int8_cache(rng, 9)
+    q, lengths = jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.float32), jnp.array([6, 6, 6])
+    fn = jax.jit(lambda *cache: _attend(q, cache, lengths, scale=0.3))
+    whole = np.asarray(fn(*cache))
+    for which in (1, 3):
+        hidden = [x.at[:, 7].set(np.nan) if i == which else x for i, x in enumerate(cache)]
+        np.testing.assert_array_equal(fn(*hidden), whole)
+        lost = [x.at[0, 2, 1].set(np.nan) if i == which else x for i, x in enumerate(cache)]
+        found = np.asarray(fn(*lost))
+        assert np.isnan(found[0, :, 2:]).all()  # heads that share the key
+        np.testing.assert_array_equal(found[0, :, :2], whole[0, :, :2])
+        np.testing.assert_array_equal(found[1:], whole[1:])
+
+
+def test_an_int8_cache_has_the_gradient_of_the_formula():
+    rng = np.random.default_rng(0)
+    (k, k_step, v, v_step), _ = _int8_cache(rng, 9)
+    q, lengths = jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.float32), jnp.array([4, 9, 6])
+
+    def loss(q, k_step, v_step):
+        return jnp.sum(jnp.sin(cached_attention(q, k, k_step, v, v_step, lengths, scale=0.3)))
+
+    def plain(q, k_step, v_step):
+        keys, values = k * k_step[..., None], v * v_step[..., None]
+        return jnp.sum(jnp.sin(attention(q, keys, values, scale=0.3, causal=True, lengths=lengths)))
+
+    found, wanted = (jax.grad(f, (0, 1, 2))(q, k_step, v_step) for f in (loss, plain))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_int8_cache_is_priced_as_the_chip_attends_it_dequantized():
+    rng = np.random.default_rng(0)
+    cache, _ = _int8_cache(rng, 9)
+    q, lengths = jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.bfloat16), jnp.array([4, 9, 6])
+
+    def chip(q, k, k_step, v, v_step):
+        keys, values = (
+            (x.astype(jnp.float32) * s[..., None]).astype(q.dtype)
+            for x, s in ((k, k_step), (v, v_step))
+        )
+        return attention(q, keys, values, scale=0.3, causal=True, lengths=lengths)
+
+    here = lambda q, *cache: _attend(q, cache, lengths, scale=0.3)  # noqa: E731
+    found, wanted = (trace(fn, q, *cache) for fn in (here, chip))
+    works = [[operation.work for operation in program.operations] for program in (found, wanted)]
+    assert works[0] == works[1]
+    assert any(work.kind == "attention" for work in works[0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"v": jnp.zeros((3, 9, 2, 20))}, "v must be int8, got float32"),
+        (
+            {"k_scale": jnp.ones((3, 9))},
+            r"k_scale must be float32\[3, 9, 2\], one per token and head",
+        ),
+        ({"v_scale": jnp.ones((3, 9, 2), jnp.bfloat16)}, "v_scale must be float32.*got bfloat16"),
+        ({"q": jnp.zeros((3, 1, 5, 16))}, "heads must be a multiple of kv_heads, got 5"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(change, message):
+    names = ("k", "k_scale", "v", "v_scale")
+    cache, _ = _int8_cache(np.random.default_rng(0), 9)
+    given = {"q": jnp.zeros((3, 1, 4, 16)), "lengths": jnp.array([4, 9, 6]), "scale": 1.0}
+    given |= dict(zip(names, cache, strict=True)) | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        cached_attention(**given)
+
+
 @pytest.mark.skipif(not native.status().enabled, reason=native.status().reason)
 def test_causal_attention_goes_through_the_kernel_and_other_does_not():
     def lowered(causal, lengths):
@@ -92,6 +203,9 @@ def test_causal_attention_goes_through_the_kernel_and_other_does_not():
     assert "cmjax_attention" in lowered(True, None)
     assert "cmjax_attention" in lowered(True, jnp.array([4, 9]))
     assert "cmjax_attention" not in lowered(False, jnp.array([4, 9]))
+    cache, _ = _int8_cache(np.random.default_rng(0), 9)
+    fn = lambda q: _attend(q, cache, jnp.array([4, 9, 6]), scale=1.0)  # noqa: E731
+    assert "cmjax_attention" in jax.jit(fn).lower(jnp.zeros((3, 1, 4, 16))).as_text()
 
 
 def test_the_gradient_is_that_of_the_formula():
