@@ -167,7 +167,7 @@ class Serve:
     """Replay a request trace through prefill, decode and cache pools.
 
     Attributes:
-      trace: Mooncake, Azure, a measured run, token counts or chats, plain or .gz; or
+      trace: Mooncake, Azure, a measured run, a benchmark, token counts or chats, plain or .gz; or
         `poisson:rate=4,requests=1000,prompt=4096,output=256` (also gamma:, constant:).
       slo_ttft_ms: Time to first token that a good request keeps.
       slo_tpot_ms: Time per output token that a good request keeps.

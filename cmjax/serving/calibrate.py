@@ -11,6 +11,7 @@ tokens of requests, through the simulator. The first request is left out: engine
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import scipy  # its parts are imported with their first use
 from jaxtyping import Float64
 
 from cmjax.hardware import Supernode
-from cmjax.inputs import check_count, read_text
+from cmjax.inputs import check_count
 from cmjax.serving.assemble import Replay
 from cmjax.serving.engine.table import Table
 from cmjax.serving.metrics import PERCENTILES
@@ -28,6 +29,7 @@ from cmjax.serving.service import ColocatedPool, Service
 from cmjax.serving.step_times import StepTimes
 from cmjax.serving.traces import Trace, read_trace
 from cmjax.serving.traces.columns import json_record
+from cmjax.serving.traces.documents import opened, records
 
 _NEEDED = ("queued_ts", "first_token_ts", "last_token_ts")
 _STARTS = (
@@ -113,34 +115,34 @@ class Measured:
 
 
 def read_measured(path: str | Path) -> MeasuredRun:
-    """Read JSON lines with `queued_ts`, `first_token_ts`, `last_token_ts` (s) and token counts.
+    """Read JSON lines with `queued_ts`, `first_token_ts`, `last_token_ts` (s) and token counts, or
+    a benchmark's result with `start_times`, `ttfts` and `itls`.
 
     Raises: ValueError: a field that is missing, or a request that ends before it starts, named.
     """
     trace = read_trace(path)
     times = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        record = json_record(line)
-        missing = [name for name in _NEEDED if not isinstance(record.get(name), int | float)]
-        if missing:
-            raise ValueError(f"{path} line {number}: no time {missing[0]}; a measured run has it")
-        queued, first, last = (float(record[name]) for name in _NEEDED)
-        if not queued <= first <= last:
-            raise ValueError(f"{path} line {number}: queued, first and last token are not in order")
-        times.append((first - queued, last - queued))
+    with opened(Path(path)) as (file, _):
+        for where, line in records(file):
+            record = json_record(line)
+            missing = [name for name in _NEEDED if not isinstance(record.get(name), int | float)]
+            if missing:
+                raise ValueError(f"{path} {where}: no time {missing[0]}; a measured run has it")
+            queued, first, last = (float(record[name]) for name in _NEEDED)
+            if not queued <= first <= last:
+                raise ValueError(f"{path} {where}: queued, first and last token are not in order")
+            times.append((first - queued, last - queued))
     ttft, e2e = np.array(times).T
     return MeasuredRun(trace=trace, ttft_s=ttft, e2e_s=e2e)
 
 
 def is_measured(path: str | Path) -> bool:
-    """Whether a file's first line has the times of a measured run."""
+    """Whether a file's first record has the times of a measured run."""
     path = Path(path)
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return b'"first_token_ts"' in file.readline()
+    with opened(path) as (file, _):
+        return any(b'"first_token_ts"' in line for _, line in itertools.islice(records(file), 1))
 
 
 def measured_engine(

@@ -127,7 +127,7 @@ def simulate(
         times=times,
         replay=replay,
         outputs=outputs,
-        bin_s=given.bin_s,
+        bin_s=outputs.bin_s,
         wall_s=time.perf_counter() - start,
         engine=engine_in_use(),
     )

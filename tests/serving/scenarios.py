@@ -77,7 +77,7 @@ def services(draw) -> EngineInputs:
     count = draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
     together = draw(st.booleans())
-    spacing = draw(st.sampled_from([0.0, 0.01, 0.1, 1.0]))
+    spacing = draw(st.sampled_from([0.0, 0.01, 0.1, 1.0, 1e4]))
     arrival = np.cumsum(rng.exponential(spacing, count)) if spacing else np.zeros(count)
     arrival = np.round(arrival, 1) if together else arrival
     prompt, output = rng.integers(1, 200, count), rng.integers(1, 60, count)

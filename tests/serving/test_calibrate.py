@@ -30,7 +30,9 @@ def test_a_profile_is_interpolated_between_its_steps(tmp_path):
         ("a,b\n1,2\n", "no column prefill_tokens"),
         (HEAD, "no rows"),
         (HEAD + "0,0,1,100,x\n", "line 2: step_ms is no number: 'x'"),
-        (HEAD + "0,0,1,100,-1\n", "step_ms must not be negative"),
+        (HEAD + "0,0,1,100,-1\n", "step_ms -1 of .* decode_context 100; steps take time"),
+        (HEAD + "0,0,1,100,0\n", "step_ms 0 of .* decode_context 100; steps take time"),
+        (HEAD + "0,0,1,9,1\n0,0,1,9,2\n", "two steps of .* decode_requests 1, decode_context 9"),
         (HEAD + "0,0,1,1,1\n0,0,2,2,1\n", "the grid has no step of .* decode_requests 1"),
     ],
 )

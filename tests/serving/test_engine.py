@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from cmjax.serving.engine import DECODE, FIXED, EngineOutputs, native
-from cmjax.serving.engine.outputs import COMPLETED, REJECTED, REJECTED_LATE
+from cmjax.serving.engine import COLOCATED, DECODE, FIXED, EngineOutputs, native
+from cmjax.serving.engine.outputs import COMPLETED, MOST_BINS, REJECTED, REJECTED_LATE
 from cmjax.serving.engine.run import hits, run
 from cmjax.serving.engine.simulation import Simulation
 from tests.serving.scenarios import inputs, requests, services, table, workers
@@ -161,6 +161,16 @@ def test_decode_ranks_pull_from_prefill_ranks_as_the_paper_maps_them(rank, link)
     found = simulation.run()
     ended = np.sort(found.decode_s - found.first_s)  # ten in a row on each of 32 links
     np.testing.assert_allclose(ended.reshape(10, 32), np.arange(10, 101, 10)[:, None] * np.ones(32))
+
+
+@pytest.mark.parametrize("gap_s", [1e3, 1e5, 1e9, 1e12])
+def test_a_run_of_any_length_has_so_many_bins_at_most(gap_s):
+    """Queues are recorded in bins that widen, so that memory does not follow the clock."""
+    twice = requests([gap_s / 3, gap_s], [10, 10], [5, 5])
+    found = run(inputs(twice, workers({"role": COLOCATED}), (table(),), bin_s=1e-3))
+    assert len(found.gauges) <= MOST_BINS
+    assert len(found.gauges) * found.bin_s >= gap_s
+    np.testing.assert_allclose(found.gauges[:, 1].sum(), found.busy_s.sum(), rtol=1e-2)
 
 
 def test_hits_of_a_cache_do_not_depend_on_the_loop():

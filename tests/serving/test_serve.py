@@ -286,7 +286,7 @@ def test_a_file_that_describes_no_service_is_refused(tmp_path, text, message):
         ),
         (dataclasses.replace(SMALL, acceptance=2.0), "acceptance must lie in 0..1"),
         (dataclasses.replace(SMALL, losses=(Loss(pool="decode", instance=3),)), "no instance 3"),
-        (dataclasses.replace(SMALL, memory_fraction=1e-9), "use more NPUs per instance"),
+        (dataclasses.replace(SMALL, memory_fraction=1e-9), "prefill: the weights of tiny take"),
     ],
 )
 def test_a_service_that_makes_no_sense_is_refused(service, message):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.serving import Trace, generate, read_trace
+from cmjax.serving import Trace, generate, read_measured, read_trace
 from cmjax.serving.cache_curve import cache_hits
 from cmjax.serving.hashing import nodes_of_blocks
 from cmjax.serving.traces.trace import compact
@@ -89,6 +89,106 @@ def test_every_answer_of_a_chat_is_a_request_that_shares_what_was_said(tmp_path)
     assert second[:2].tolist() == first.tolist()
     with pytest.raises(ValueError, match="no times; give a rate"):
         read_trace(written(tmp_path, lines(chat)))
+
+
+HEADERS = {
+    "Azure 2024": "TIMESTAMP,ContextTokens,GeneratedTokens",
+    "quoted": '"TIMESTAMP","ContextTokens","GeneratedTokens"',
+    "other names": "timestamp,context_tokens,generated_tokens",
+    "BurstGPT": "Timestamp,Request tokens,Response tokens",
+    "semicolons": "TIMESTAMP;ContextTokens;GeneratedTokens",
+    "an index": ",TIMESTAMP,ContextTokens,GeneratedTokens",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_columns_are_found_however_a_table_writes_them(tmp_path, header, end):
+    first = "7," if header.startswith(",") else ""
+    rows = [f"{first}2024-05-10 00:00:0{i}+00:00,{374 + i}.0,44" for i in (1, 3)]
+    text = end.join((header, *(r.replace(",", ";") if ";" in header else r for r in rows), ""))
+    path = written(tmp_path, "")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    trace = read_trace(path)
+    assert trace.arrival_s.tolist() == [0.0, 2.0] and trace.prompt.tolist() == [375, 377]
+
+
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
+@pytest.mark.parametrize("name", ["timestamp", "arrival_time", "queued_ts"])
+def test_a_time_since_1970_says_its_unit_by_its_size(tmp_path, name, unit):
+    of = {"input_tokens": 10, "output_tokens": 3}
+    known = lines(*({name: (1_787_267_980 + i) * unit} | of for i in (0, 2)))
+    assert read_trace(written(tmp_path, known)).arrival_s.tolist() == [0.0, 2.0]
+    table = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    table += "".join(f"{(1_787_267_980 + i) * unit},10,3\n" for i in (0, 2))
+    assert read_trace(written(tmp_path, table)).arrival_s.tolist() == [0.0, 2.0]
+    blocks = lines(*({"timestamp": (1_787_267_980 + i) * unit, "input_length": 10,
+                      "output_length": 3, "hash_ids": [0]} for i in (0, 2)))  # fmt: skip
+    assert read_trace(written(tmp_path, blocks)).arrival_s.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("name, unit_s", [("timestamp", 1e-3), ("arrival_time_ns", 1e-9)])
+def test_any_other_time_is_in_the_unit_of_its_name(tmp_path, name, unit_s):
+    of = {"input_tokens": 10, "output_tokens": 3}
+    text = lines({name: 0} | of, {name: 4_000_000_000} | of)
+    np.testing.assert_allclose(read_trace(written(tmp_path, text)).arrival_s[1], 4e9 * unit_s)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_read_item_by_item(tmp_path, monkeypatch, indent):
+    monkeypatch.setattr("cmjax.serving.traces.documents._PART", 7)
+    packed = tmp_path / "trace.json.gz"
+    packed.write_bytes(gzip.compress(json.dumps(MOONCAKE * 1, indent=indent).encode()))
+    trace = read_trace(packed)
+    assert trace.arrival_s.tolist() == [0.0, 3.0] and trace.block.tolist() == [0, 1, 0]
+    text = json.dumps(MOONCAKE, indent=indent)
+    with pytest.raises(ValueError, match="item 2 of the array is no JSON, or cut off"):
+        read_trace(written(tmp_path, text[:-20]))
+    with pytest.raises(ValueError, match="item 2: prompt of 'x' tokens"):
+        read_trace(written(tmp_path, text.replace("512", '"x"')))
+
+
+BENCHMARK = {
+    "backend": "vllm", "total_input_tokens": 360, "input_lens": [100, 120, 140],
+    "output_lens": [3, 0, 1], "start_times": [50.5, 50.25, 50.0], "ttfts": [0.25, 0.0, 0.5],
+    "itls": [[0.125, 0.25], [], []], "errors": ["", "refused", ""],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_the_answered_requests_of_a_benchmark_are_read_by_their_start(tmp_path, indent):
+    path = written(tmp_path, json.dumps(BENCHMARK, indent=indent), "result.json")
+    trace = read_trace(path)
+    assert trace.arrival_s.tolist() == [0.0, 0.5] and trace.prompt.tolist() == [140, 100]
+    run = read_measured(path)
+    assert run.ttft_s.tolist() == [0.5, 0.25] and run.e2e_s.tolist() == [0.5, 0.625]
+
+
+def test_an_older_benchmark_has_lengths_only(tmp_path):
+    old = {name: BENCHMARK[name] for name in ("input_lens", "output_lens", "errors")}
+    path = written(tmp_path, json.dumps(old), "result.json")
+    assert read_trace(path, rate=1.0).output.tolist() == [3, 1]
+    with pytest.raises(ValueError, match="no times; give a rate"):
+        read_trace(path)
+    summary = written(tmp_path, json.dumps({"total_input_tokens": 360}), "summary.json")
+    with pytest.raises(ValueError, match="a benchmark's summary, without its requests"):
+        read_trace(summary)
+    uneven = written(tmp_path, json.dumps(old | {"errors": [""]}), "uneven.json")
+    with pytest.raises(ValueError, match="lists of different lengths"):
+        read_trace(uneven)
+
+
+def test_a_chat_may_lack_turns_and_its_text_may_come_in_parts(tmp_path):
+    parts = [{"type": "text", "text": "b" * 8}, {"type": "image_url"}]
+    text = lines(
+        {"conversations": [{"from": "gpt", "value": "an answer to nothing"}]},
+        {"conversations": None},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]},
+        {"conversations": [{"from": "human"}, {"from": "gpt", "value": ""}]},
+    )
+    assert read_trace(written(tmp_path, text), rate=1.0).prompt.tolist() == [2]
+    with pytest.raises(ValueError, match=r"line 1: nobody says .from, role. a turn"):
+        read_trace(written(tmp_path, lines({"conversations": [{"value": "x"}]})), rate=1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 // The serving event loop for ctypes: run, ask for the sizes of what grew, copy it out, let go.
 #include <cstring>
+#include <new>
 
 #include "serving_simulation.h"
 
@@ -13,20 +14,25 @@ using cmjax::serving::Simulation;
 
 }  // namespace
 
-// Null if `progress` stopped it; `sizes` are those of bins and spans, and the events processed.
+// Null if `progress` stopped it, or for want of memory, and then `sizes[0]` is negative; `sizes` are
+// those of bins and spans, and the events processed; `bin_s` is the width of a bin.
 extern "C" void* cmjax_serve_run(const Inputs* in, const Outputs* out, Progress progress,
-                                 int64_t* sizes) {
+                                 int64_t* sizes, double* bin_s) try {
   auto simulation = std::make_unique<Simulation>(*in, *out);
   if (!simulation->run(progress)) return nullptr;
-  sizes[0] = static_cast<int64_t>(simulation->gauge_bins().size());
+  sizes[0] = static_cast<int64_t>(simulation->gauges().bins.size());
   sizes[1] = static_cast<int64_t>(simulation->spans.size());
   sizes[2] = simulation->processed;
+  *bin_s = simulation->gauges().bin_s;
   return simulation.release();
+} catch (const std::bad_alloc&) {
+  sizes[0] = -1;
+  return nullptr;
 }
 
 extern "C" void cmjax_serve_take(void* handle, double* bins, double* spans) {
   const std::unique_ptr<Simulation> simulation(static_cast<Simulation*>(handle));
-  const auto& kept = simulation->gauge_bins();
+  const auto& kept = simulation->gauges().bins;
   if (!kept.empty()) std::memcpy(bins, kept.data(), kept.size() * sizeof(double));
   if (!simulation->spans.empty()) {
     std::memcpy(spans, simulation->spans.data(), simulation->spans.size() * sizeof(double));

@@ -7,6 +7,7 @@ namespace cmjax::serving {
 
 constexpr int kFixed = 20;
 constexpr int kGauges = 6;
+constexpr int64_t kMostBins = 4096;
 constexpr int kGapLow = -20, kGapPerOctave = 128, kGapBins = 32 * 128;
 constexpr int64_t kMostSteps = 64;
 constexpr int64_t kNever = int64_t{1} << 62;

@@ -51,7 +51,7 @@ class Simulation final : private Leaving {
 
   int64_t processed = 0;
   std::vector<double> spans;
-  const std::vector<double>& gauge_bins() const { return gauges_.bins; }
+  const Gauges& gauges() const { return gauges_; }
 
  private:
   static constexpr double kForever = std::numeric_limits<double>::infinity();

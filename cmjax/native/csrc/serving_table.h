@@ -83,6 +83,7 @@ struct Gauges {
     double start = since[gauge];
     since[gauge] = now;
     if (value[gauge] == 0.0) return;
+    while (now > bin_s * static_cast<double>(kMostBins)) double_width();
     int64_t at = static_cast<int64_t>(start / bin_s);
     while (start < now) {
       const double edge = static_cast<double>(at + 1) * bin_s;
@@ -92,6 +93,18 @@ struct Gauges {
       start = end;
       ++at;
     }
+  }
+
+  void double_width() {
+    bin_s *= 2.0;
+    const size_t pairs = (bins.size() / kGauges + 1) / 2;
+    bins.resize(2 * pairs * kGauges, 0.0);
+    for (size_t i = 0; i < pairs; ++i) {
+      for (size_t g = 0; g < kGauges; ++g) {
+        bins[i * kGauges + g] = bins[2 * i * kGauges + g] + bins[(2 * i + 1) * kGauges + g];
+      }
+    }
+    bins.resize(pairs * kGauges);
   }
 };
 

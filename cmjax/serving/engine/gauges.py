@@ -2,11 +2,18 @@
 
 import math
 
-from cmjax.serving.engine.outputs import GAP_BINS, GAP_LOW, GAP_PER_OCTAVE, GAUGES
+from cmjax.serving.engine.outputs import (
+    GAP_BINS,
+    GAP_LOW,
+    GAP_PER_OCTAVE,
+    GAUGES,
+    MOST_BINS,
+)
 
 
 class Gauges:
-    """Integrals of piecewise constant values over bins of equal width."""
+    """Integrals of piecewise constant values over bins of equal width, which doubles whenever there
+    would be more than `MOST_BINS`."""
 
     def __init__(self, bin_s: float):
         self.bin_s = bin_s
@@ -26,6 +33,8 @@ class Gauges:
         self.since[gauge] = now
         if value == 0.0:
             return
+        while now > self.bin_s * MOST_BINS:
+            self._double()
         at = int(start / self.bin_s)
         while start < now:
             edge = (at + 1) * self.bin_s
@@ -35,6 +44,13 @@ class Gauges:
             if end > start:
                 self.bins[at][gauge] += value * (end - start)
             start, at = end, at + 1
+
+    def _double(self) -> None:
+        self.bin_s *= 2.0
+        if len(self.bins) % 2:
+            self.bins.append([0.0] * len(GAUGES))
+        pairs = zip(self.bins[::2], self.bins[1::2], strict=True)
+        self.bins = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
 
 
 def gap_bin(gap_s: float) -> int:

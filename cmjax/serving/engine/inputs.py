@@ -105,7 +105,7 @@ class EngineInputs:
       clients: of a closed loop, 0 for arrivals as they are recorded; think_s: between a client's
         requests.
       loss_s, loss_worker, back_s: a worker is lost at `loss_s` and ready again at `back_s`.
-      bin_s: width of the bins in which queues are recorded.
+      bin_s: width of the bins in which queues are recorded; a long run has wider ones.
       record: how many busy intervals of workers to keep.
     """
 

@@ -82,11 +82,17 @@ def simulate(given: EngineInputs, progress: Callable[[int], bool] | None = None)
 
     call = native.function("cmjax_serve_run")
     call.restype = ctypes.c_void_p
-    grown = np.zeros(3, np.int64)
+    grown, bin_s = np.zeros(3, np.int64), np.zeros(1)
     handle = call(
-        ctypes.byref(inputs), ctypes.byref(outputs), _PROGRESS(report), grown.ctypes.data_as(_ARRAY)
+        ctypes.byref(inputs),
+        ctypes.byref(outputs),
+        _PROGRESS(report),
+        grown.ctypes.data_as(_ARRAY),
+        bin_s.ctypes.data_as(_ARRAY),
     )
     del kept
+    if grown[0] < 0:
+        raise MemoryError("serving: the run does not fit into memory")
     if handle is None:
         raise raised[0] if raised else KeyboardInterrupt
     gauges, spans = np.empty(grown[0]), np.empty(grown[1])
@@ -96,6 +102,7 @@ def simulate(given: EngineInputs, progress: Callable[[int], bool] | None = None)
     return EngineOutputs(
         **arrays,
         gauges=gauges.reshape(-1, len(GAUGES)),
+        bin_s=float(bin_s[0]),
         spans=spans.reshape(-1, 6),
         events=int(grown[2]),
     )

@@ -14,6 +14,8 @@ GAUGES = (
     "kv_tokens",
 )
 """What is recorded over time, as means over bins."""
+MOST_BINS = 4096
+"""Of a run, however long it takes."""
 COMPLETED, REJECTED, REJECTED_LATE = 1, 2, 3
 """How a request ended; 0 is a request that was never served, because no worker came back for it."""
 GAP_LOW, GAP_BINS, GAP_PER_OCTAVE = -20, 32 * 128, 128
@@ -33,7 +35,7 @@ class EngineOutputs:
       retries: after the loss of a worker or a preemption.
       prefill_worker, decode_worker: that served it last.
       gaps: number of gaps between tokens by length.
-      gauges: `[bins, len(GAUGES)]`, integrals over a bin [x s].
+      gauges: `[bins, len(GAUGES)]`, integrals over a bin [x s]. bin_s: its width.
       peak_kv: the most tokens that each worker held, fixed point. busy_s: of each worker.
       spans: busy intervals `[spans, (worker, start_s, end_s, prompt tokens, decoding, steps)]`.
       events: how many were processed.
@@ -52,6 +54,7 @@ class EngineOutputs:
     decode_worker: Int32[np.ndarray, "requests"]
     gaps: Int64[np.ndarray, "gaps"]
     gauges: Float64[np.ndarray, "bins gauges"]
+    bin_s: float
     peak_kv: Int64[np.ndarray, "workers"]
     busy_s: Float64[np.ndarray, "workers"]
     spans: Float64[np.ndarray, "spans six"]

@@ -279,6 +279,7 @@ class Simulation:
             **self.requests.arrays(),
             gaps=np.array(self.gaps, np.int64),
             gauges=np.array(self.gauges.bins, float).reshape(-1, len(self.gauges.value)),
+            bin_s=self.gauges.bin_s,
             peak_kv=np.array([w.peak_kv for w in self.workers], np.int64),
             busy_s=np.array([w.busy_s for w in self.workers]),
             spans=np.array(self.spans, float).reshape(-1, 6),

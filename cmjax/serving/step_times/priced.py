@@ -31,7 +31,8 @@ def price_service(service: Service, machine: Supernode) -> StepTimes:
         tables[name], found = _table(name, pool, service, machine)
         errors.append(found)
         ranks[name] = pool.npus * machine.dies_per_npu
-        kv_tokens[name] = 0 if name == "prefill" else _kv_tokens(name, pool, service, machine)
+        held = _kv_tokens(name, pool, service, machine)
+        kv_tokens[name] = 0 if name == "prefill" else held  # it hands them over at once
     name = next(n for n in service.pools if n != "prefill")
     predictor = Predictor.of(
         service.deployment_for("decode", service.pools[name]).choices()[0], machine

@@ -9,6 +9,7 @@ A folder has attention.csv (prefill_chunk, kv_prefill, n_decode, kv_decode, time
 profiler writes them: kernels of one layer on one GPU.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,9 @@ def read_profile(source: str | Path, *, layers: int | None = None) -> Table:
 def _steps(path: Path) -> Table:
     rows = _rows(path, _STEPS)
     points = {row[:4]: row[4] * 1e-3 for row in rows}
+    if len(points) < len(rows):
+        twice = next(row for row, after in itertools.pairwise(sorted(rows)) if row[:4] == after[:4])
+        raise ValueError(f"{path}: two steps of {_said(twice)}")
     axes = [np.unique([point[i] for point in points]) for i in range(4)]
     _check_grid(path, *axes)
     values = np.empty([len(axis) for axis in axes])
@@ -57,12 +61,17 @@ def _steps(path: Path) -> Table:
             if point[0] == point[2] == 0:
                 values[index] = 0.0  # a step of nothing
                 continue
-            said = ", ".join(f"{n} {v:g}" for n, v in zip(_STEPS, point, strict=False))
-            raise ValueError(f"{path}: the grid has no step of {said}")
+            raise ValueError(f"{path}: the grid has no step of {_said(point)}")
         values[index] = points[point]
-    if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ValueError(f"{path}: step_ms must not be negative")
+        if values[index] < 0 or (values[index] == 0 and (point[0] or point[2])):
+            raise ValueError(
+                f"{path}: step_ms {values[index] * 1e3:g} of {_said(point)}; steps take time"
+            )
     return Table(tokens=axes[0], length=axes[1], requests=axes[2], context=axes[3], batch_s=values)
+
+
+def _said(point: tuple[float, ...]) -> str:
+    return ", ".join(f"{n} {v:g}" for n, v in zip(_STEPS[:4], point, strict=False))
 
 
 def _kernels(path: Path, layers: int) -> Table:

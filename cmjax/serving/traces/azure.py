@@ -1,42 +1,94 @@
-"""Azure's LLM inference traces (Patel et al., ISCA 2024): CSV of times and lengths."""
+"""Azure's LLM inference traces (Patel et al., ISCA 2024), and BurstGPT's: CSV of times and lengths.
 
+Times are dates, or numbers of seconds.
+"""
+
+import csv
 import re
 
 import numpy as np
 
-from cmjax.serving.traces.columns import Columns
+from cmjax.serving.traces.clock import Clock
+from cmjax.serving.traces.columns import Columns, whole
 
 _FIRST, _LAST = np.datetime64("1700"), np.datetime64("2250")  # what nanoseconds hold
 _STAMP = re.compile(
     r"(\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)?)(?:Z|([+-]\d\d):?(\d\d))?", re.A
 )
-_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.A)
+_COLUMNS = {
+    "TIMESTAMP": {"timestamp"},
+    "ContextTokens": {"contexttokens", "requesttokens"},
+    "GeneratedTokens": {"generatedtokens", "responsetokens"},
+}
+"""Names, and how they are written without blanks and case in the traces of Azure and BurstGPT."""
+
+
+def is_azure(first: bytes) -> bool:
+    """Whether a line is the header of such a trace."""
+    try:
+        return "timestamp" in map(_plain, _header(first)[0])
+    except (UnicodeDecodeError, csv.Error):
+        return False
 
 
 class AzureReader:
     has_header = True
 
     def __init__(self, header: bytes):
-        names = [name.strip() for name in header.decode("utf-8-sig").split(",")]
-        missing = [name for name in _COLUMNS if name not in names]
+        names, self.delimiter = _header(header)
+        plain = [_plain(name) for name in names]
+        at = {c: [i for i, n in enumerate(plain) if n in known] for c, known in _COLUMNS.items()}
+        missing = [column for column, found in at.items() if not found]
         if missing:
             raise ValueError(
                 f"Azure's header lacks {', '.join(missing)}; it has {', '.join(names)}"
             )
-        self.at = [names.index(name) for name in _COLUMNS]
+        self.at = [found[0] for found in at.values()]
         self.zero: np.datetime64 | None = None
+        self.clock = Clock(1.0, from_first=True)
 
     def add(self, line: bytes, columns: Columns) -> None:
-        cells = line.decode().strip().split(",")
+        try:
+            cells = next(csv.reader([line.decode().strip()], delimiter=self.delimiter))
+        except csv.Error as error:
+            raise ValueError(error) from None
         if len(cells) <= max(self.at):
             raise ValueError(f"{len(cells)} columns; {max(self.at) + 1} are needed")
-        stamp, prompt, output = (cells[i] for i in self.at)
+        stamp, prompt, output = (cells[i].strip() for i in self.at)
+        time_s = self._seconds(stamp)
+        columns.add(time_s, _whole("ContextTokens", prompt), _whole("GeneratedTokens", output))
+
+    def _seconds(self, stamp: str) -> float:
+        if _NUMBER.fullmatch(stamp):
+            return self.clock.seconds(float(stamp))
         time = _time(stamp)
         if time is None or not _FIRST < time.astype("M8[Y]") < _LAST:
             raise ValueError(f"TIMESTAMP {stamp!r}; a time between {_FIRST} and {_LAST} is needed")
         if self.zero is None:
             self.zero = time
-        columns.add(float((time - self.zero).astype(np.int64)) * 1e-9, int(prompt), int(output))
+        return float((time - self.zero).astype(np.int64)) * 1e-9
+
+
+def _header(line: bytes) -> tuple[list[str], str]:
+    """Names of columns, and what stands between them."""
+    text = line.decode("utf-8-sig").strip()
+    delimiter = max(",;\t", key=text.count)
+    return next(csv.reader([text], delimiter=delimiter), []), delimiter
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_]", "", name).lower()
+
+
+def _whole(name: str, cell: str) -> int:
+    try:
+        found = whole(float(cell))
+    except ValueError:
+        found = cell
+    if not isinstance(found, int):
+        raise ValueError(f"{name} {cell!r}; a whole number is needed")
+    return found
 
 
 def _time(stamp: str) -> np.datetime64 | None:

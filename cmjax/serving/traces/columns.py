@@ -32,7 +32,9 @@ class Columns:
         """
         if arrival_s is not None:
             if not 0 <= arrival_s < float("inf"):
-                raise ValueError(f"time {arrival_s:g} s; times start at 0 or later")
+                raise ValueError(
+                    f"time {arrival_s:g} s; times start at 0 or later and do not decrease"
+                )
             if arrival_s > MOST_S:
                 raise ValueError(f"time {arrival_s:g} s; times end before {MOST_S:g} s")
             if self.arrival_s and arrival_s < self.arrival_s[-1]:
@@ -102,6 +104,11 @@ def number_of(record: dict[str, Any], name: str) -> int | float:
     value = record[name]
     check_number(name, value)
     return value
+
+
+def whole(value: Any) -> Any:
+    """A number without a fraction as a whole one, anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def ids_of(record: dict[str, Any], name: str) -> list[int]:

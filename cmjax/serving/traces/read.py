@@ -1,27 +1,26 @@
 """Read a trace, whatever it was recorded by.
 
-A file is read line by line and only its columns are kept, so that its size on disk does not matter;
-`.gz` is unpacked on the way. What kind it is, its first line says.
+A file is read record by record and only its columns are kept, so that its size on disk does not
+matter; `.gz` is unpacked on the way. What kind it is, its first record says.
 """
 
 import gzip
-import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cmjax.inputs import check_count, check_seed
-from cmjax.serving.traces.azure import AzureReader
+from cmjax.serving.traces.azure import AzureReader, is_azure
 from cmjax.serving.traces.chats import ChatReader
 from cmjax.serving.traces.columns import Columns, json_record
+from cmjax.serving.traces.documents import opened, records
 from cmjax.serving.traces.generate import generate
 from cmjax.serving.traces.lengths import LengthsReader
 from cmjax.serving.traces.mooncake import MooncakeReader
 from cmjax.serving.traces.trace import Trace
 
-_MOST_LINE_BYTES = 50_000_000
-_REPORT_EVERY = 1 << 14  # lines
+_REPORT_EVERY = 1 << 14  # records
 _GENERATORS = ("poisson", "gamma", "constant")
 
 
@@ -38,10 +37,12 @@ def read_trace(
 
     Args:
       source: a file, plain or `.gz`: Mooncake (JSON lines with `timestamp` in ms, `input_length`,
-        `output_length`, `hash_ids`), Azure (CSV of TIMESTAMP, ContextTokens, GeneratedTokens), a
-        measured run or any JSON lines with token counts (`lengths.py` has the names), chats
-        (`conversations`, as ShareGPT has them). Or `poisson:rate=4,requests=1000,...`, with the
-        arguments of `generate`; `gamma:` and `constant:` likewise.
+        `output_length`, `hash_ids`), Azure or BurstGPT (CSV of TIMESTAMP, ContextTokens,
+        GeneratedTokens), a measured run or any JSON lines with token counts (`lengths.py` has the
+        names), the result of a benchmark (`input_lens`, `output_lens`), chats (`conversations`, as
+        ShareGPT has them); an array in place of lines. Times since 1970 may be in s, ms, us or ns.
+        Or `poisson:rate=4,requests=1000,...`, with the arguments of `generate`; `gamma:` and
+        `constant:` likewise.
       requests: read the first so many only.
       rate: requests per second, drawn as a Poisson process: needed where the file has no times, and
         in place of them where it has.
@@ -73,23 +74,17 @@ def read_trace(
 def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
     size = path.stat().st_size
     columns = Columns()
-    with path.open("rb") as raw:
-        file: IO[bytes] = gzip.open(raw) if _is_gzip(raw) else raw  # type: ignore[assignment]  # noqa: SIM115
+    where = ""
+    with opened(path) as (file, raw):
         try:
             reader = None
-            for number, line in enumerate(_lines(file), 1):
+            for number, found in enumerate(records(file), 1):
+                where, record = found
                 if reader is None:
-                    try:
-                        reader = _reader_of(line, block_tokens)
-                    except ValueError as error:
-                        raise ValueError(f"{path} line 1: {error}") from None
+                    reader = _reader_of(record, block_tokens)
                     if reader.has_header:
                         continue
-                try:
-                    reader.add(line, columns)
-                except (KeyError, TypeError, ValueError, OverflowError) as error:
-                    what = f"no {error}" if isinstance(error, KeyError) else error
-                    raise ValueError(f"{path} line {number}: {what}") from None
+                reader.add(record, columns)
                 if progress is not None and number % _REPORT_EVERY == 0:
                     progress(raw.tell(), size, "")
                 if requests is not None and len(columns.prompt) >= requests:
@@ -97,23 +92,12 @@ def _read(path: Path, requests, block_tokens: int, progress) -> Columns:
                     break
         except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}{where and ' '}{where}: {what}") from None
     if not columns.prompt:
         raise ValueError(f"{path}: no requests")
     return columns
-
-
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    while line := file.readline(_MOST_LINE_BYTES + 1):
-        if len(line) > _MOST_LINE_BYTES:
-            raise OSError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
-        if line.strip():
-            yield line
-
-
-def _is_gzip(raw: IO[bytes]) -> bool:
-    found = raw.read(2) == b"\x1f\x8b"
-    raw.seek(0, os.SEEK_SET)
-    return found
 
 
 def _reader_of(first: bytes, block_tokens: int):
@@ -124,7 +108,7 @@ def _reader_of(first: bytes, block_tokens: int):
         if "conversations" in record or "messages" in record:
             return ChatReader(block_tokens)
         return LengthsReader(record, block_tokens)
-    if first.upper().lstrip(b"\xef\xbb\xbf").startswith(b"TIMESTAMP"):
+    if is_azure(first):
         return AzureReader(first)
     raise ValueError(
         f"neither a JSON object nor Azure's header TIMESTAMP,ContextTokens,"
