@@ -140,11 +140,14 @@ def stage_memory(
     kept = plan.interleave * sum(number * each[mode] for mode, number in used.items())
     if first:
         kept = kept + at(pieces.embedding(model, split, dtype).kept)
+    at_end = 0.0
     if last:
         for mode, here in counts.last.items():
-            end = at(pieces.output(model, split, mode, dtype).kept)
-            kept = kept + here * (end - model.query_layer * each[mode])
+            kept = kept - here * model.query_layer * each[mode]
+            at_end = at_end + here * at(pieces.output(model, split, mode, dtype).kept)
     flying = in_flight(plan.schedule, micro_batches, plan.pipeline, plan.interleave, stage)
+    # The loss is differentiated as soon as it is there, but under GPipe.
+    at_end = at_end * (flying if plan.schedule == "gpipe" else 1.0)
     # A layer's backward pass has the gradients of its widest array, before and after an
     # activation, and makes those of its parameters before they are added up.
     width = max(model.ffn, model.heads * model.sequence) / plan.tensor
@@ -167,6 +170,6 @@ def stage_memory(
         parameters=precision.parameter * count / by[0],
         gradients=precision.gradient * count / by[1],
         optimizer=precision.optimizer * count / by[2],
-        activations=flying * kept,
+        activations=flying * kept + at_end,
         buffers=buffers,
     )

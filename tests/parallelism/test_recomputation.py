@@ -84,3 +84,18 @@ def test_a_search_recomputes_no_more_than_it_must():
     assert prices.step(best, BATCH).step_s < min(
         prices.step(plan, BATCH).step_s for plan in fitting
     )
+
+
+def test_layers_recomputed_whole_save_nothing_while_gradients_of_weights_wait():
+    """Under zero_bubble; under 1F1B they do."""
+    model = dataclasses.replace(SMALL, query_layer=False)
+    for schedule, saves in (("zero_bubble", False), ("1f1b", True)):
+        full, selective = (
+            memory_of(
+                model,
+                dataclasses.replace(PLAN, schedule=schedule, recompute=recompute),
+                BATCH,
+            ).activations
+            for recompute in ("full", "selective")
+        )
+        assert (full < selective) == saves
