@@ -15,6 +15,7 @@ bounds, time forward) is a property of `tests/serving/test_engine.py`.
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -75,21 +76,28 @@ class EngineRun:
     service: Service
     times: StepTimes
     published: dict[str, float]
+    exchanged_bytes: float
+    """That a card sends for a token, where two share a layer."""
 
     @staticmethod
-    def read(name: str, folder: str, profile: str, layers: int, batch: int, kv: int) -> "EngineRun":
+    def read(
+        name: str, folder: str, profile: str, layers: int, batch: int, kv: int, hidden: int
+    ) -> "EngineRun":
         path = DATA / "serving_vllm_measured" / folder
         table = read_profile(path / profile, layers=layers)
         service, times = measured_engine(table, batch=batch, kv_tokens=kv)
         run = read_measured(path / "requests.jsonl")
-        return EngineRun(name, run, service, times, _published(path))
+        # Two all-reduces a layer of 16-bit values; in a ring of two a card sends each value once.
+        return EngineRun(name, run, service, times, _published(path), 2 * layers * hidden * 2)
 
 
 RUNS = (
-    ("4090 Llama-3.1-8B", "RTX4090_Llama-3.1-8B", "kernel_profile_tp1", 32, 256, 41_408),
-    ("PRO 6000 Llama-3.1-8B", "RTXPRO6000_Llama-3.1-8B", "kernel_profile_tp1", 32, 128, 0),
-    ("PRO 6000 x 2 Qwen3-32B", "RTXPRO6000_Qwen3-32B", "kernel_profile_tp2", 64, 128, 0),
+    ("4090 Llama-3.1-8B", "RTX4090_Llama-3.1-8B", "kernel_profile_tp1", 32, 256, 41_408, 0),
+    ("PRO 6000 Llama-3.1-8B", "RTXPRO6000_Llama-3.1-8B", "kernel_profile_tp1", 32, 128, 0, 0),
+    ("PRO 6000 x 2 Qwen3-32B", "RTXPRO6000_Qwen3-32B", "kernel_profile_tp2", 64, 128, 0, 5120),
 )
+PCIE_BYTES_PER_S = 32e9 * 16 / 8 * 128 / 130
+"""Of PCI Express 5.0 x16, the link between RTX PRO 6000 cards, one way: its datasheet's 63 GB/s."""
 FIRST = 60
 """Requests of a run that constants are fitted to, of 300; the others are predicted."""
 KEYS = ("ttft_mean_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_mean_ms", "tpot_p90_ms", "tpot_p99_ms")
@@ -126,6 +134,24 @@ def engine_runs() -> list[EngineRun]:
     return [EngineRun.read(*run) for run in RUNS]
 
 
+def beyond_a_step(folder: str, batch: int, tokens: int = 2048) -> list[tuple[int, ...]]:
+    """Prompts of a measured run that one step finished although they are longer than a step.
+
+    They were first scheduled together and answered together, and the first of them fits into one
+    step; so the engine found a part of them in its prefix cache. The run's file has no token ids to
+    replay that with.
+    """
+    together: dict[tuple[float, float], list[tuple[int, int]]] = {}
+    lines = (DATA / "serving_vllm_measured" / folder / "requests.jsonl").read_text().splitlines()
+    for number, of in enumerate(map(json.loads, lines)):
+        key = round(of["scheduled_ts"], 3), round(of["first_token_ts"], 4)
+        together.setdefault(key, []).append((number, of["input_toks"]))
+    found = [group for group in together.values() if group[0][1] <= tokens - batch]
+    return [
+        tuple(n for n, _ in group) for group in found if sum(size for _, size in group) > tokens
+    ]
+
+
 def engine_errors(runs: list[EngineRun]) -> Iterator[tuple[str, str, dict[str, float]]]:
     """(run, constants, relative error by key): without constants, with those of its first requests,
     and with those of every run."""
@@ -133,10 +159,11 @@ def engine_errors(runs: list[EngineRun]) -> Iterator[tuple[str, str, dict[str, f
     fitted = {r.name: calibrate(r.run, r.service, r.times, machine) for r in runs}
     for r in runs:
         first = calibrate(r.run, r.service, r.times, machine, requests=FIRST)
-        choices: dict[str, EngineConstants | None] = {
-            "kernel times alone": None,
-            f"fitted to its first {FIRST} requests": first,
-        }
+        choices: dict[str, EngineConstants | None] = {"kernel times alone": None}
+        if r.exchanged_bytes:
+            exchange = EngineConstants(token_s=r.exchanged_bytes / PCIE_BYTES_PER_S)
+            choices["and exchange at the rate of PCIe"] = exchange
+        choices[f"fitted to its first {FIRST} requests"] = first
         choices |= {
             "fitted to all of it" if name == r.name else f"fitted to {name}": constants
             for name, constants in fitted.items()
@@ -157,6 +184,11 @@ def engine_table() -> Table:
             row = [f"{published[name][key]:+.1f}" for key in KEYS]
             table.add_row(name, "LLMServingSim, published", *row, style="dim")
         table.add_row(name, what, *(f"{100 * errors[key]:+.1f}" for key in KEYS))
+    groups = [len(beyond_a_step(folder, batch)) for _, folder, _, _, batch, *_ in RUNS]
+    table.caption = (
+        "Groups of prompts that one step finished though they are longer than it, so that a part "
+        f"was cached: {', '.join(map(str, groups))}."
+    )
     return table
 
 
