@@ -1,14 +1,15 @@
 """The serving simulator against what is known, and what it says of the supernode.
 
-    python -m studies.serving [--parts cache engine queues pools reuse overload]
+    python -m studies.serving [--parts cache engine queues pools slo reuse overload]
 
 *cache*: blocks that a cache of a size finds in Mooncake's conversations, beside the shares
 published with the trace. *engine*: three runs of vLLM, simulated with the kernel times of their own
 cards, as they are and with the engine's constants fitted to the first requests of the run, to all
 of it and to another run, beside the errors that LLMServingSim published on the same runs.
 *queues*: long runs against closed forms. *pools*: predictions; separate pools against colocated
-instances, the plane of the cache, SLOs, the loss of an instance. *reuse*: prefill with a part of
-every prompt in the cache. *overload*: admission control, and how the loads of the two pools swing.
+instances, the plane of the cache, the loss of an instance. *slo*: what the pools serve within one.
+*reuse*: prefill with a part of every prompt in the cache. *overload*: admission control, and how
+the loads of the two pools swing.
 
 What must hold in every run (each request ends once, no token before its prefill, memory within
 bounds, time forward) is a property of `tests/serving/test_engine.py`.
@@ -48,13 +49,16 @@ from cmjax.serving import (
     read_trace,
     serve,
 )
+from cmjax.serving.assemble import Replay
 from cmjax.serving.cache_curve import cache_hits
 from cmjax.serving.calibrate import EngineConstants, MeasuredRun, compare, replayed
 from cmjax.serving.engine.table import Table as StepTable
+from cmjax.serving.planner.judge import Judged, Question, judge
+from cmjax.serving.step_times import price_service
 
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data"))
 MOONCAKE = "serving_mooncake_conversation/conversation_trace.jsonl.gz"
-Part = Literal["cache", "engine", "queues", "pools", "reuse", "overload"]
+Part = Literal["cache", "engine", "queues", "pools", "slo", "reuse", "overload"]
 PUBLISHED_HITS = {1_000: 4.5, 3_000: 6.5, 10_000: 21.1, 30_000: 32.6, 50_000: 35.5, 10**6: 36.6}
 """Blocks of the cache, per cent of blocks found; the last one never evicts."""
 
@@ -63,7 +67,7 @@ PUBLISHED_HITS = {1_000: 4.5, 3_000: 6.5, 10_000: 21.1, 30_000: 32.6, 50_000: 35
 class Study:
     """Options of the study."""
 
-    parts: tuple[Part, ...] = ("cache", "engine", "queues", "pools", "reuse", "overload")
+    parts: tuple[Part, ...] = ("cache", "engine", "queues", "pools", "slo", "reuse", "overload")
     """Which of them."""
 
 
@@ -107,7 +111,7 @@ def main(study: Study) -> None:
     console = terminal()
     parts = {
         "cache": cache_table, "engine": engine_table, "queues": queue_table,
-        "pools": pool_table, "reuse": reuse_table, "overload": overload_table,
+        "pools": pool_table, "slo": slo_table, "reuse": reuse_table, "overload": overload_table,
     }  # fmt: skip
     for part in study.parts:
         console.print(parts[part]())
@@ -236,9 +240,6 @@ def pool_table() -> Table:
         "p99", "output tokens/s", "within SLO, %", "hits, %", "verdict",
     )  # fmt: skip
     for what, found in pool_rows():
-        if isinstance(found, str):
-            table.add_row(what, found)
-            continue
         result = found.to_dict()
         latency = [result[key][p] for key in ("ttft_ms", "tpot_ms") for p in ("p50", "p99")]
         table.add_row(
@@ -249,8 +250,8 @@ def pool_table() -> Table:
     return table
 
 
-def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult | str]]:
-    """(what, result, or why there is none)."""
+def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult]]:
+    """(what, result)."""
     trace = conversations() if requests is None else conversations().first(requests)
     slo: dict[str, Any] = {"slo_ttft_ms": 5000.0, "slo_tpot_ms": 50.0, "rate_scale": 15.0}
     paper = paper_service(384)
@@ -268,8 +269,42 @@ def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult 
     )
     failing = dataclasses.replace(paper, losses=lost)
     yield "an instance of each pool lost for 5 s", serve(trace, failing, **slo)
-    for tpot in (15.0, 30.0, 50.0):
-        yield f"TPOT within {tpot:g} ms", _or_why(trace, paper, slo | {"slo_tpot_ms": tpot})
+
+
+def slo_table() -> Table:
+    """The most that the paper's pools serve within an SLO."""
+    table = _table(
+        "Predictions: the largest rate at which 90 % keep TTFT 5 s and a TPOT", "TPOT within, ms",
+        "requests/s", "times the trace", "output tokens/s", "TTFT p99", "TPOT p50", "p99",
+        "prefill busy, %", "decode busy, %",
+    )  # fmt: skip
+    for tpot_ms, found in slo_rows():
+        if not found.rate_scale:
+            table.add_row(f"{tpot_ms:g}", "no rate keeps it")
+            continue
+        table.add_row(
+            f"{tpot_ms:g}", f"{found.goodput_requests_per_s:.1f}", f"{found.rate_scale:.1f}",
+            f"{found.output_tokens_per_s:,.0f}", f"{found.ttft_p99_ms:,.0f}",
+            f"{found.tpot_p50_ms:.1f}", f"{found.tpot_p99_ms:.1f}",
+            *(f"{100 * found.busy[pool]:.0f}" for pool in ("prefill", "decode")),
+        )  # fmt: skip
+    return table
+
+
+def slo_rows(requests: int | None = None) -> Iterator[tuple[float, Judged]]:
+    """(TPOT in ms, the paper's pools at the largest rate that keeps it)."""
+    trace = conversations() if requests is None else conversations().first(requests)
+    paper, machine = paper_service(384), load_machine("cloudmatrix384")
+    times = price_service(paper, machine)
+    for tpot_ms in (15.0, 20.0, 30.0, 50.0):
+        replay = Replay(slo_ttft_s=5.0, slo_tpot_s=tpot_ms * 1e-3)
+        yield (
+            tpot_ms,
+            judge(Question(
+                service=paper, times=times, trace=trace, machine=machine, replay=replay, guess=15.0,
+                target=0.9,
+            )),
+        )  # fmt: skip
 
 
 def reuse_table() -> Table:
@@ -301,13 +336,6 @@ def reuse_rows(requests: int = 8000) -> Iterator[tuple[float, str, float, float,
         tokens = at_once.to_dict()["prompt_tokens_per_s"] / paper.prefill.total_npus
         calm = serve(prompts.at_rate(200.0), service).to_dict()
         yield reuse, plane, calm["cache_hit_tokens"], tokens, calm["ttft_ms"]["mean"]
-
-
-def _or_why(trace: Trace, service: Service, options: dict[str, Any]) -> ServingResult | str:
-    try:
-        return serve(trace, service, **options)
-    except ValueError as error:
-        return str(error).rpartition(" alone takes ")[2] + " at best"
 
 
 def overload_table() -> Table:
