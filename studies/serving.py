@@ -1,20 +1,22 @@
 """The serving simulator against what is known, and what it says of the supernode.
 
-    python -m studies.serving [--parts cache engine queues pools reuse overload]
+    python -m studies.serving [--parts cache engine queues pools slo reuse overload]
 
 *cache*: blocks that a cache of a size finds in Mooncake's conversations, beside the shares
 published with the trace. *engine*: three runs of vLLM, simulated with the kernel times of their own
 cards, as they are and with the engine's constants fitted to the first requests of the run, to all
 of it and to another run, beside the errors that LLMServingSim published on the same runs.
 *queues*: long runs against closed forms. *pools*: predictions; separate pools against colocated
-instances, the plane of the cache, SLOs, the loss of an instance. *reuse*: prefill with a part of
-every prompt in the cache. *overload*: admission control, and how the loads of the two pools swing.
+instances, the plane of the cache, the loss of an instance. *slo*: what the pools serve within one.
+*reuse*: prefill with a part of every prompt in the cache. *overload*: admission control, and how
+the loads of the two pools swing.
 
 What must hold in every run (each request ends once, no token before its prefill, memory within
 bounds, time forward) is a property of `tests/serving/test_engine.py`.
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -47,13 +49,16 @@ from cmjax.serving import (
     read_trace,
     serve,
 )
+from cmjax.serving.assemble import Replay
 from cmjax.serving.cache_curve import cache_hits
 from cmjax.serving.calibrate import EngineConstants, MeasuredRun, compare, replayed
 from cmjax.serving.engine.table import Table as StepTable
+from cmjax.serving.planner.judge import Judged, Question, judge
+from cmjax.serving.step_times import price_service
 
 DATA = Path(os.environ.get("CMJAX_DATA", Path(__file__).parents[1] / "../shared/data"))
 MOONCAKE = "serving_mooncake_conversation/conversation_trace.jsonl.gz"
-Part = Literal["cache", "engine", "queues", "pools", "reuse", "overload"]
+Part = Literal["cache", "engine", "queues", "pools", "slo", "reuse", "overload"]
 PUBLISHED_HITS = {1_000: 4.5, 3_000: 6.5, 10_000: 21.1, 30_000: 32.6, 50_000: 35.5, 10**6: 36.6}
 """Blocks of the cache, per cent of blocks found; the last one never evicts."""
 
@@ -62,7 +67,7 @@ PUBLISHED_HITS = {1_000: 4.5, 3_000: 6.5, 10_000: 21.1, 30_000: 32.6, 50_000: 35
 class Study:
     """Options of the study."""
 
-    parts: tuple[Part, ...] = ("cache", "engine", "queues", "pools", "reuse", "overload")
+    parts: tuple[Part, ...] = ("cache", "engine", "queues", "pools", "slo", "reuse", "overload")
     """Which of them."""
 
 
@@ -75,21 +80,28 @@ class EngineRun:
     service: Service
     times: StepTimes
     published: dict[str, float]
+    exchanged_bytes: float
+    """That a card sends for a token, where two share a layer."""
 
     @staticmethod
-    def read(name: str, folder: str, profile: str, layers: int, batch: int, kv: int) -> "EngineRun":
+    def read(
+        name: str, folder: str, profile: str, layers: int, batch: int, kv: int, hidden: int
+    ) -> "EngineRun":
         path = DATA / "serving_vllm_measured" / folder
         table = read_profile(path / profile, layers=layers)
         service, times = measured_engine(table, batch=batch, kv_tokens=kv)
         run = read_measured(path / "requests.jsonl")
-        return EngineRun(name, run, service, times, _published(path))
+        # Two all-reduces a layer of 16-bit values; in a ring of two a card sends each value once.
+        return EngineRun(name, run, service, times, _published(path), 2 * layers * hidden * 2)
 
 
 RUNS = (
-    ("4090 Llama-3.1-8B", "RTX4090_Llama-3.1-8B", "kernel_profile_tp1", 32, 256, 41_408),
-    ("PRO 6000 Llama-3.1-8B", "RTXPRO6000_Llama-3.1-8B", "kernel_profile_tp1", 32, 128, 0),
-    ("PRO 6000 x 2 Qwen3-32B", "RTXPRO6000_Qwen3-32B", "kernel_profile_tp2", 64, 128, 0),
+    ("4090 Llama-3.1-8B", "RTX4090_Llama-3.1-8B", "kernel_profile_tp1", 32, 256, 41_408, 0),
+    ("PRO 6000 Llama-3.1-8B", "RTXPRO6000_Llama-3.1-8B", "kernel_profile_tp1", 32, 128, 0, 0),
+    ("PRO 6000 x 2 Qwen3-32B", "RTXPRO6000_Qwen3-32B", "kernel_profile_tp2", 64, 128, 0, 5120),
 )
+PCIE_BYTES_PER_S = 32e9 * 16 / 8 * 128 / 130
+"""Of PCI Express 5.0 x16, the link between RTX PRO 6000 cards, one way: its datasheet's 63 GB/s."""
 FIRST = 60
 """Requests of a run that constants are fitted to, of 300; the others are predicted."""
 KEYS = ("ttft_mean_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_mean_ms", "tpot_p90_ms", "tpot_p99_ms")
@@ -99,7 +111,7 @@ def main(study: Study) -> None:
     console = terminal()
     parts = {
         "cache": cache_table, "engine": engine_table, "queues": queue_table,
-        "pools": pool_table, "reuse": reuse_table, "overload": overload_table,
+        "pools": pool_table, "slo": slo_table, "reuse": reuse_table, "overload": overload_table,
     }  # fmt: skip
     for part in study.parts:
         console.print(parts[part]())
@@ -126,6 +138,24 @@ def engine_runs() -> list[EngineRun]:
     return [EngineRun.read(*run) for run in RUNS]
 
 
+def beyond_a_step(folder: str, batch: int, tokens: int = 2048) -> list[tuple[int, ...]]:
+    """Prompts of a measured run that one step finished although they are longer than a step.
+
+    They were first scheduled together and answered together, and the first of them fits into one
+    step; so the engine found a part of them in its prefix cache. The run's file has no token ids to
+    replay that with.
+    """
+    together: dict[tuple[float, float], list[tuple[int, int]]] = {}
+    lines = (DATA / "serving_vllm_measured" / folder / "requests.jsonl").read_text().splitlines()
+    for number, of in enumerate(map(json.loads, lines)):
+        key = round(of["scheduled_ts"], 3), round(of["first_token_ts"], 4)
+        together.setdefault(key, []).append((number, of["input_toks"]))
+    found = [group for group in together.values() if group[0][1] <= tokens - batch]
+    return [
+        tuple(n for n, _ in group) for group in found if sum(size for _, size in group) > tokens
+    ]
+
+
 def engine_errors(runs: list[EngineRun]) -> Iterator[tuple[str, str, dict[str, float]]]:
     """(run, constants, relative error by key): without constants, with those of its first requests,
     and with those of every run."""
@@ -133,10 +163,11 @@ def engine_errors(runs: list[EngineRun]) -> Iterator[tuple[str, str, dict[str, f
     fitted = {r.name: calibrate(r.run, r.service, r.times, machine) for r in runs}
     for r in runs:
         first = calibrate(r.run, r.service, r.times, machine, requests=FIRST)
-        choices: dict[str, EngineConstants | None] = {
-            "kernel times alone": None,
-            f"fitted to its first {FIRST} requests": first,
-        }
+        choices: dict[str, EngineConstants | None] = {"kernel times alone": None}
+        if r.exchanged_bytes:
+            exchange = EngineConstants(token_s=r.exchanged_bytes / PCIE_BYTES_PER_S)
+            choices["and exchange at the rate of PCIe"] = exchange
+        choices[f"fitted to its first {FIRST} requests"] = first
         choices |= {
             "fitted to all of it" if name == r.name else f"fitted to {name}": constants
             for name, constants in fitted.items()
@@ -157,6 +188,11 @@ def engine_table() -> Table:
             row = [f"{published[name][key]:+.1f}" for key in KEYS]
             table.add_row(name, "LLMServingSim, published", *row, style="dim")
         table.add_row(name, what, *(f"{100 * errors[key]:+.1f}" for key in KEYS))
+    groups = [len(beyond_a_step(folder, batch)) for _, folder, _, _, batch, *_ in RUNS]
+    table.caption = (
+        "Groups of prompts that one step finished though they are longer than it, so that a part "
+        f"was cached: {', '.join(map(str, groups))}."
+    )
     return table
 
 
@@ -204,9 +240,6 @@ def pool_table() -> Table:
         "p99", "output tokens/s", "within SLO, %", "hits, %", "verdict",
     )  # fmt: skip
     for what, found in pool_rows():
-        if isinstance(found, str):
-            table.add_row(what, found)
-            continue
         result = found.to_dict()
         latency = [result[key][p] for key in ("ttft_ms", "tpot_ms") for p in ("p50", "p99")]
         table.add_row(
@@ -217,8 +250,8 @@ def pool_table() -> Table:
     return table
 
 
-def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult | str]]:
-    """(what, result, or why there is none)."""
+def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult]]:
+    """(what, result)."""
     trace = conversations() if requests is None else conversations().first(requests)
     slo: dict[str, Any] = {"slo_ttft_ms": 5000.0, "slo_tpot_ms": 50.0, "rate_scale": 15.0}
     paper = paper_service(384)
@@ -236,8 +269,42 @@ def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult 
     )
     failing = dataclasses.replace(paper, losses=lost)
     yield "an instance of each pool lost for 5 s", serve(trace, failing, **slo)
-    for tpot in (15.0, 30.0, 50.0):
-        yield f"TPOT within {tpot:g} ms", _or_why(trace, paper, slo | {"slo_tpot_ms": tpot})
+
+
+def slo_table() -> Table:
+    """The most that the paper's pools serve within an SLO."""
+    table = _table(
+        "Predictions: the largest rate at which 90 % keep TTFT 5 s and a TPOT", "TPOT within, ms",
+        "requests/s", "times the trace", "output tokens/s", "TTFT p99", "TPOT p50", "p99",
+        "prefill busy, %", "decode busy, %",
+    )  # fmt: skip
+    for tpot_ms, found in slo_rows():
+        if not found.rate_scale:
+            table.add_row(f"{tpot_ms:g}", "no rate keeps it")
+            continue
+        table.add_row(
+            f"{tpot_ms:g}", f"{found.goodput_requests_per_s:.1f}", f"{found.rate_scale:.1f}",
+            f"{found.output_tokens_per_s:,.0f}", f"{found.ttft_p99_ms:,.0f}",
+            f"{found.tpot_p50_ms:.1f}", f"{found.tpot_p99_ms:.1f}",
+            *(f"{100 * found.busy[pool]:.0f}" for pool in ("prefill", "decode")),
+        )  # fmt: skip
+    return table
+
+
+def slo_rows(requests: int | None = None) -> Iterator[tuple[float, Judged]]:
+    """(TPOT in ms, the paper's pools at the largest rate that keeps it)."""
+    trace = conversations() if requests is None else conversations().first(requests)
+    paper, machine = paper_service(384), load_machine("cloudmatrix384")
+    times = price_service(paper, machine)
+    for tpot_ms in (15.0, 20.0, 30.0, 50.0):
+        replay = Replay(slo_ttft_s=5.0, slo_tpot_s=tpot_ms * 1e-3)
+        yield (
+            tpot_ms,
+            judge(Question(
+                service=paper, times=times, trace=trace, machine=machine, replay=replay, guess=15.0,
+                target=0.9,
+            )),
+        )  # fmt: skip
 
 
 def reuse_table() -> Table:
@@ -269,13 +336,6 @@ def reuse_rows(requests: int = 8000) -> Iterator[tuple[float, str, float, float,
         tokens = at_once.to_dict()["prompt_tokens_per_s"] / paper.prefill.total_npus
         calm = serve(prompts.at_rate(200.0), service).to_dict()
         yield reuse, plane, calm["cache_hit_tokens"], tokens, calm["ttft_ms"]["mean"]
-
-
-def _or_why(trace: Trace, service: Service, options: dict[str, Any]) -> ServingResult | str:
-    try:
-        return serve(trace, service, **options)
-    except ValueError as error:
-        return str(error).rpartition(" alone takes ")[2] + " at best"
 
 
 def overload_table() -> Table:

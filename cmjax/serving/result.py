@@ -12,6 +12,7 @@ from cmjax.files import replace_text
 from cmjax.serving.assemble import Replay
 from cmjax.serving.engine import GAUGES, EngineOutputs
 from cmjax.serving.engine.outputs import REJECTED, REJECTED_LATE
+from cmjax.serving.engine.table import Lookup
 from cmjax.serving.metrics import Latencies, gaps_ms, kept_slo, latencies, summary_ms
 from cmjax.serving.perfetto import perfetto_text
 from cmjax.serving.requests_file import columns_of, write_columns
@@ -65,8 +66,11 @@ class ServingResult:
     @functools.cached_property
     def verdict(self) -> str:
         """*stable*, *backlogged* or *overloaded*; `cmjax.serving.verdict` has the rule."""
-        out, closed = self.outputs, self.replay.clients > 0
-        return verdict(out.arrival_s, out.first_s - out.scheduled_s, self.latencies, closed=closed)
+        first = "prefill" if self.service.prefill else "colocated"
+        tokens = max(int(np.median(self.trace.prompt - self.outputs.hit_tokens)), 1)
+        alone_s = Lookup(self.times.tables[first]).step_s(tokens, float(tokens), 0, 0.0, tokens, 1)
+        closed = self.replay.clients > 0
+        return verdict(self.outputs.arrival_s, alone_s, self.latencies, closed=closed)
 
     @property
     def gauge_bins_s(self) -> np.ndarray:
