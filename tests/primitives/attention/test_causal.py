@@ -156,7 +156,10 @@ def test_an_int8_cache_has_the_gradient_of_the_formula():
 def test_an_int8_cache_is_priced_as_the_chip_attends_it_dequantized():
     rng = np.random.default_rng(0)
     cache, _ = _int8_cache(rng, 9)
-    q, lengths = jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.bfloat16), jnp.array([4, 9, 6])
+    q, lengths = (
+        jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.bfloat16),
+        jnp.array([4, 9, 6], jnp.int32),
+    )
 
     def chip(q, k, k_step, v, v_step):
         keys, values = (
