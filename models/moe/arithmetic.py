@@ -153,7 +153,7 @@ class Arithmetic:
 
 
 def _everywhere(form: Format, **others: Any) -> Arithmetic:
-    """One format for all projections but the head, which stays bfloat16."""
+    """One format for all projections; the head stays bfloat16 unless it is given."""
     return Arithmetic(projections=form, dense=form, experts=form, **others)
 
 
@@ -163,10 +163,12 @@ ARITHMETICS: dict[str, Arithmetic] = {
     "int8": _everywhere("w8a8", kv_cache="int8"),
     "msd_w8a16": _everywhere("msd_w8a16", kv_cache="int8"),
     "msd_w4a16": _everywhere("msd_w4a16", kv_cache="int8"),
+    "msd_w8a16_head8": _everywhere("msd_w8a16", head="msd_w8a16", kv_cache="int8"),
+    "msd_w4a16_head8": _everywhere("msd_w4a16", head="msd_w8a16", kv_cache="int8"),
     "msd_w4a16_kv4": _everywhere("msd_w4a16", kv_cache="mxfp4"),
     "pasa_fp16": Arithmetic(attention="pasa_fp16"),
     "int8_pasa_fp16": _everywhere("w8a8", attention="pasa_fp16", kv_cache="int8"),
     "w4a8": Arithmetic(projections="w8a8", dense="w8a8", experts="w4a8", kv_cache="int8"),
 }
 """Arithmetics by name. `int8` is W8A8, with everything else as CloudMatrix-Infer has it; `w4a8` has
-its experts in four bits."""
+its experts in four bits; `_head8` the output matrix, of which every token reads all, in 8 bits."""

@@ -39,7 +39,7 @@ class GeneratorOptions:
 
     arithmetic: str = "float32"
     """What the model computes in: float32, bfloat16, int8 (W8A8), msd_w8a16, msd_w4a16 (MXFP4),
-    msd_w4a16_kv4, pasa_fp16, int8_pasa_fp16."""
+    both with _head8 (the output matrix in 8 bits too), msd_w4a16_kv4, pasa_fp16, int8_pasa_fp16."""
     kv_cache: KVCache | None = None
     """Format of the cache (default: the arithmetic's)."""
     plan: Path | None = None

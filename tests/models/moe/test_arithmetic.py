@@ -104,6 +104,17 @@ def test_int8_parameters_take_the_bytes_of_their_format():
     assert nbytes("msd_w4a16") == values // 2 + values // 32
 
 
+@pytest.mark.parametrize("name", ["msd_w8a16", "msd_w4a16"])
+def test_a_head_in_eight_bits_moves_the_scores_by_their_rounding_and_halves_its_bytes(name):
+    """A weight is off by up to 1/254 of the largest of its column."""
+    plain, narrow = ARITHMETICS[name], ARITHMETICS[f"{name}_head8"]
+    assert dataclasses.replace(narrow, head=plain.head) == plain
+    before, after = (_converted(GROUPED, arithmetic) for arithmetic in (plain, narrow))
+    assert 0 < _distance(_logits(after, TOKENS), _logits(before, TOKENS)) < 1e-2
+    heads = [parameters(model)["main"]["head"] for model in (before, after)]
+    assert heads[1]["values"].nbytes * 2 == heads[0]["weight"].nbytes
+
+
 @pytest.mark.parametrize("config", [LATENT, GROUPED], ids=["latent", "grouped"])
 def test_pasa_in_half_precision_stays_near_exact_attention(config):
     """Half precision has 11 bits; scores here are far from overflow."""

@@ -156,7 +156,10 @@ def test_an_int8_cache_has_the_gradient_of_the_formula():
 def test_an_int8_cache_is_priced_as_the_chip_attends_it_dequantized():
     rng = np.random.default_rng(0)
     cache, _ = _int8_cache(rng, 9)
-    q, lengths = jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.bfloat16), jnp.array([4, 9, 6])
+    q, lengths = (
+        jnp.asarray(rng.normal(size=(3, 1, 4, 16)), jnp.bfloat16),
+        jnp.array([4, 9, 6], jnp.int32),
+    )
 
     def chip(q, k, k_step, v, v_step):
         keys, values = (
@@ -175,7 +178,7 @@ def test_an_int8_cache_is_priced_as_the_chip_attends_it_dequantized():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"v": jnp.zeros((3, 9, 2, 20))}, "v must be int8, got float32"),
+        ({"v": jnp.zeros((3, 9, 2, 20), jnp.float32)}, "v must be int8, got float32"),
         (
             {"k_scale": jnp.ones((3, 9))},
             r"k_scale must be float32\[3, 9, 2\], one per token and head",
@@ -205,7 +208,7 @@ def test_causal_attention_goes_through_the_kernel_and_other_does_not():
     assert "cmjax_attention" not in lowered(False, jnp.array([4, 9]))
     cache, _ = _int8_cache(np.random.default_rng(0), 9)
     fn = lambda q: _attend(q, cache, jnp.array([4, 9, 6]), scale=1.0)  # noqa: E731
-    assert "cmjax_attention" in jax.jit(fn).lower(jnp.zeros((3, 1, 4, 16))).as_text()
+    assert "cmjax_attention" in jax.jit(fn).lower(jnp.zeros((3, 1, 4, 16), jnp.float32)).as_text()
 
 
 def test_the_gradient_is_that_of_the_formula():
