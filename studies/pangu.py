@@ -76,10 +76,11 @@ TRAININGS = (
 
 MIXTURE, MIXTURE_BATCH = "deepseek-v3", 15_360
 AS_TRAINED = (
-    "data=128,pipeline=16,expert=64,schedule=zero_bubble,recompute=full,optimizer=zero1,"
-    "overlap=true,order=tensor-data-pipeline"
+    "data=128,pipeline=16,expert=64,recompute=full,optimizer=zero1,overlap=true,"
+    "order=tensor-data-pipeline"
 )
-"""DeepSeek-V3's degrees; ZB-H1 stands for DualPipe, and all is recomputed, which it was not."""
+"""DeepSeek-V3's degrees; 1F1B stands for DualPipe, whose bubble is smaller, and all is recomputed,
+which it was not."""
 NODES = 256
 """Of its 2,048 H800; the catalog's pod has 48."""
 REPORTED_TOKENS_PER_S = 1e12 / (180_000 * 3600)

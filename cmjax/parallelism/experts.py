@@ -261,12 +261,14 @@ def _stage(
     shared = sum(n * layers[kind].shared for kind, n in counts.items())
     shared += ends.shared if plan.pipeline == 1 else ends.shared / 2
     experts = sum(n * layers[kind].experts for kind, n in counts.items())
-    flying = in_flight(plan.schedule, m, plan.pipeline)
-    if not first:
-        flying = float(m) if plan.schedule == "gpipe" else 1.0
-    kept = sum(n * at(layers[kind].kept) for kind, n in counts.items())
-    if not first or plan.pipeline == 1:
-        kept += at(ends.kept)
+    flying = in_flight(plan.schedule, m, plan.pipeline, stage=0 if first else plan.pipeline - 1)
+    keeping = [layers]
+    if plan.schedule == "zero_bubble":  # gradients of weights wait, with what they are made of
+        keeping.append({kind: layer(kind, "selective") for kind in counts})
+    kept = sum(n * max(at(each[kind].kept) for each in keeping) for kind, n in counts.items())
+    at_end = at(ends.kept) if not first or plan.pipeline == 1 else 0.0
+    # The loss is differentiated as soon as it is there, but under GPipe.
+    at_end *= flying if plan.schedule == "gpipe" else 1.0
     # A layer's backward pass has the gradients of its widest array, before and after an
     # activation, and makes those of its parameters before they are added up.
     tokens = plan.micro_batch * training.sequence
@@ -289,7 +291,7 @@ def _stage(
         parameters=precision.parameter * (spread if held > 2 else count),
         gradients=precision.gradient * (spread if held > 1 else count),
         optimizer=precision.optimizer * (spread if held > 0 else count),
-        activations=flying * kept,
+        activations=flying * kept + at_end,
         buffers=buffers,
     )
 
