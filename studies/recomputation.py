@@ -9,7 +9,6 @@ would save at most, if layers could be cut up.
 """
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import optax
 
 from cmjax.files import replace_text
 from cmjax.hardware import Supernode, load_machine
+from cmjax.interrupt import leave
 from cmjax.models.dense import DenseConfig, preset
 from cmjax.options import run_program
 from cmjax.parallelism import Plan, Prices, parse_plan
@@ -185,4 +185,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, Options, "python -m studies.recomputation"))
+    leave(run_program(main, Options, "python -m studies.recomputation"))

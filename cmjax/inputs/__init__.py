@@ -23,7 +23,7 @@ from cmjax.inputs.numbers import (
     shown,
     whole_numbers,
 )
-from cmjax.inputs.tables import parse_csv, read_csv, read_records, records_of
+from cmjax.inputs.tables import parse_csv, parse_row, read_csv, read_records, records_of
 from cmjax.inputs.text import MOST_BYTES, in_one_line, read_bytes, read_text
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "listed",
     "parse_csv",
     "parse_json",
+    "parse_row",
     "parse_toml",
     "read_array",
     "read_arrays",

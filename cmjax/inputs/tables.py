@@ -33,6 +33,20 @@ def parse_csv(text: str, source: str) -> list[Row]:
         ) from None
 
 
+def parse_row(line: str, delimiter: str = ",") -> list[str]:
+    """The cells of one line, for tables that are read line by line.
+
+    Raises: ValueError: a zero byte, or a cell without end.
+
+    >>> parse_row('3;"a;b"', ";")
+    ['3', 'a;b']
+    """
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error as error:
+        raise ValueError(f"no row of a table: {in_one_line(error)}") from None
+
+
 def read_records(
     path: str | Path, columns: Sequence[str], *, source: str | None = None
 ) -> list[tuple[int, dict[str, str]]]:

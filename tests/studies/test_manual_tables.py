@@ -7,7 +7,7 @@ from rich.console import Console
 
 from cmjax.cost.measured import read_measurements
 from cmjax.deploy.validation import ValidationRow, validate
-from studies import pangu
+from studies import pangu, recomputation
 from studies.manual_tables import TABLES, Tables, main, markdown, short, validation_cells
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,11 @@ def test_the_readme_shows_the_whole_steps_of_the_table():
 
 
 def test_nothing_else_lies_beside_the_tables():
-    assert {path.stem for path in FOLDER.iterdir()} == {*TABLES, *pangu.TABLES}
+    assert {path.stem for path in FOLDER.iterdir()} == {
+        *TABLES,
+        *pangu.TABLES,
+        *recomputation.TABLES,
+    }
 
 
 def test_a_row_becomes_one_number_a_cell():

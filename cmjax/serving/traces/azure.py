@@ -3,11 +3,11 @@
 Times are dates, or numbers of seconds.
 """
 
-import csv
 import re
 
 import numpy as np
 
+from cmjax.inputs import parse_row
 from cmjax.serving.traces.clock import Clock
 from cmjax.serving.traces.columns import Columns, whole
 
@@ -28,7 +28,7 @@ def is_azure(first: bytes) -> bool:
     """Whether a line is the header of such a trace."""
     try:
         return "timestamp" in map(_plain, _header(first)[0])
-    except (UnicodeDecodeError, csv.Error):
+    except ValueError:
         return False
 
 
@@ -49,10 +49,7 @@ class AzureReader:
         self.clock = Clock(1.0, from_first=True)
 
     def add(self, line: bytes, columns: Columns) -> None:
-        try:
-            cells = next(csv.reader([line.decode().strip()], delimiter=self.delimiter))
-        except csv.Error as error:
-            raise ValueError(error) from None
+        cells = parse_row(line.decode().strip(), self.delimiter)
         if len(cells) <= max(self.at):
             raise ValueError(f"{len(cells)} columns; {max(self.at) + 1} are needed")
         stamp, prompt, output = (cells[i].strip() for i in self.at)
@@ -74,7 +71,7 @@ def _header(line: bytes) -> tuple[list[str], str]:
     """Names of columns, and what stands between them."""
     text = line.decode("utf-8-sig").strip()
     delimiter = max(",;\t", key=text.count)
-    return next(csv.reader([text], delimiter=delimiter), []), delimiter
+    return parse_row(text, delimiter), delimiter
 
 
 def _plain(name: str) -> str:
