@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 
 import numpy as np
@@ -176,6 +177,21 @@ def test_an_older_benchmark_has_lengths_only(tmp_path):
     uneven = written(tmp_path, json.dumps(old | {"errors": [""]}), "uneven.json")
     with pytest.raises(ValueError, match="lists of different lengths"):
         read_trace(uneven)
+
+
+@pytest.mark.parametrize(
+    "column, said",
+    [
+        ({"start_times": ["soon", 1, 2]}, "request 1: start_times must be a number, got 'soon'"),
+        ({"ttfts": [0.1, None, None]}, "request 3: ttfts must be a number, got None"),
+        ({"itls": [[0.1], [], 0.5]}, "request 3: itls must be a list of times, got 0.5"),
+        ({"itls": [[0.1, "x"], [], []]}, "request 1: itls must be a number, got 'x'"),
+    ],
+)
+def test_a_time_of_a_benchmark_that_is_none_is_named(column, said, tmp_path):
+    path = written(tmp_path, json.dumps(BENCHMARK | column), "result.json")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_trace(path)
 
 
 def test_a_chat_may_lack_turns_and_its_text_may_come_in_parts(tmp_path):

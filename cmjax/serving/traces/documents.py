@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cmjax.inputs import check_number, shown
 from cmjax.serving.traces.columns import json_record
 
 MOST_BYTES = 50_000_000
@@ -113,10 +114,21 @@ def _requests_of(result: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"lists of different lengths: {sizes}")
     found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     answered = [(i, of) for i, of in enumerate(found, 1) if not of.get("errors")]
+    for number, of in answered:
+        _check_times(number, of)
     if "start_times" in columns:
         answered.sort(key=lambda numbered: numbered[1]["start_times"])
     for number, of in answered:
         yield f"request {number}", json.dumps(_record(of)).encode()
+
+
+def _check_times(number: int, of: dict[str, Any]) -> None:
+    gaps = of.get("itls", [])
+    if not isinstance(gaps, list):
+        raise ValueError(f"request {number}: itls must be a list of times, got {shown(gaps)}")
+    times = [(name, of[name]) for name in ("start_times", "ttfts") if name in of]
+    for name, value in (*times, *(("itls", gap) for gap in gaps)):
+        check_number(f"request {number}: {name}", value)
 
 
 def _record(of: dict[str, Any]) -> dict[str, Any]:
