@@ -27,6 +27,8 @@ from cmjax.report.plots.figure import (
     set_title,
 )
 
+_CLOSE = 4  # of the places for a name, those that touch its point
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -95,21 +97,18 @@ def _name_points(axes, points: list[tuple[float, float]], names: list[str]) -> N
         box = Bbox.union([taken[number] for number in group])
         label = "\n".join(names[number] for number in group)
         others = [b for number, b in enumerate(taken) if number not in group]
-        for number, (x, y, across, along) in enumerate(_around(box)):
+        for place, (x, y, across, along) in enumerate(_around(box)):
             there = to_data((x, y))
             text = axes.text(*there, label, ha=across, va=along, fontsize=9, color=INK)
             extent = text.get_window_extent()
             inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 + 20 and frame.y0 <= extent.y0
             if inside and not any(extent.overlaps(b) for b in others):
                 taken.append(extent)
-                if number >= _CLOSE:
+                if place >= _CLOSE:
                     middle = to_data((box.x0 + box.width / 2, box.y0 + box.height / 2))
                     axes.plot(*zip(middle, there, strict=True), color=FAINT, lw=0.6, zorder=0)
                 break
             text.remove()
-
-
-_CLOSE = 4  # places that touch the point
 
 
 def _around(box: Bbox, line: float = 14.0) -> Iterator[tuple[float, float, str, str]]:

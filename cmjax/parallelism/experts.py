@@ -286,7 +286,7 @@ def _stage(
         buffers += 2 * precision.parameter * max(each, default=0)
     count = shared + experts
     spread = shared / plan.data + experts / (plan.data // plan.expert)
-    held = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}[plan.optimizer]
+    held = OPTIMIZERS.index(plan.optimizer)
     return Memory(
         parameters=precision.parameter * (spread if held > 2 else count),
         gradients=precision.gradient * (spread if held > 1 else count),

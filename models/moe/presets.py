@@ -137,16 +137,7 @@ def qwen3_8b() -> MoEConfig:
 
 def qwen3_32b() -> MoEConfig:
     """Qwen3-32B, a dense model."""
-    layers = 64
-    return dataclasses.replace(
-        qwen3_8b(),
-        hidden_size=5120,
-        layers=layers,
-        dense_layers=tuple(range(layers)),
-        heads=64,
-        ffn_size=25600,
-        expert_ffn_size=25600,
-    )
+    return _resized(qwen3_8b(), hidden_size=5120, layers=64, heads=64, ffn_size=25600)
 
 
 def llama3_8b() -> MoEConfig:
@@ -177,16 +168,7 @@ def llama3_8b() -> MoEConfig:
 
 def llama3_70b() -> MoEConfig:
     """Llama-3.1-70B, a dense model."""
-    layers = 80
-    return dataclasses.replace(
-        llama3_8b(),
-        hidden_size=8192,
-        layers=layers,
-        dense_layers=tuple(range(layers)),
-        heads=64,
-        ffn_size=28672,
-        expert_ffn_size=28672,
-    )
+    return _resized(llama3_8b(), hidden_size=8192, layers=80, heads=64, ffn_size=28672)
 
 
 def tiny() -> MoEConfig:
@@ -214,6 +196,18 @@ def tiny() -> MoEConfig:
         routed_scale=2.5,
         max_position=256,
         mtp_layers=1,
+    )
+
+
+def _resized(dense: MoEConfig, *, layers: int, ffn_size: int, **sizes: int) -> MoEConfig:
+    """A dense model of the same family in other sizes; see `dense_config`."""
+    return dataclasses.replace(
+        dense,
+        layers=layers,
+        dense_layers=tuple(range(layers)),
+        ffn_size=ffn_size,
+        expert_ffn_size=ffn_size,
+        **sizes,
     )
 
 

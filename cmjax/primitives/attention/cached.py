@@ -55,15 +55,17 @@ def cached_attention(
     params = {"scale": float(scale), "window": window}
     _check(*map(jax.typeof, operands))
     one = functools.partial(cached_attention_p.bind, **params)
-    dequantized = functools.partial(_reference, **params)
-    return lax.platform_dependent(*operands, cpu=one, default=dequantized)
+    formula = functools.partial(_reference, **params)
+    return lax.platform_dependent(*operands, cpu=one, default=formula)
+
+
+def dequantized(steps: Int8[Array, "*n d"], step: Float32[Array, "*n"], dtype) -> Array:
+    """What a cache of int8 steps stands for, in `dtype`."""
+    return (steps.astype(jnp.float32) * step[..., None]).astype(dtype)
 
 
 def _reference(q, k, k_scale, v, v_scale, lengths, *, scale, window):
-    k, v = (
-        (steps.astype(jnp.float32) * step[..., None]).astype(q.dtype)
-        for steps, step in ((k, k_scale), (v, v_scale))
-    )
+    k, v = dequantized(k, k_scale, q.dtype), dequantized(v, v_scale, q.dtype)
     return attention_p.bind(q, k, v, lengths, scale=scale, causal=True, window=window)
 
 

@@ -119,6 +119,15 @@ def quiet_axes(axes: Axes, *, keep: Sequence[str] = ("left", "bottom")) -> None:
     axes.yaxis.label.set(color=INK, size=10)
 
 
+def draw_limit(axes: Axes, at: float, label: str) -> None:
+    """A dashed line at a limit on the horizontal axis, its label over the frame."""
+    axes.axvline(at, color=VERMILION, lw=1.3, ls="--", zorder=1)
+    axes.annotate(
+        label, (at, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+        textcoords="offset points", ha="center", size=9, color="#A84600",
+    )  # fmt: skip
+
+
 def text_colour(background: str) -> str:
     """Black or white, whichever reads better on a colour given as `#rrggbb`."""
     red, green, blue = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))

@@ -54,12 +54,7 @@ def plot_search(found: DeploymentSearch, path: str | Path) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )  # fmt: skip
     if np.isfinite(found.limit_s):
-        axes.axvline(found.limit_s * 1e3, color=fig.VERMILION, lw=1.2, ls="--")
-        axes.annotate(
-            f"limit {found.limit_s * 1e3:g} ms", (found.limit_s * 1e3, 1),
-            xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-            color=fig.VERMILION, size=9, ha="center",
-        )  # fmt: skip
+        fig.draw_limit(axes, found.limit_s * 1e3, f"limit {found.limit_s * 1e3:g} ms")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)

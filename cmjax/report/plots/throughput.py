@@ -120,11 +120,7 @@ def _name_points(axes, points: Sequence[ThroughputPoint]) -> None:
 
 
 def _draw_slo(axes, slo: float, best: ThroughputPoint | None) -> None:
-    axes.axvline(slo, color=fig.VERMILION, lw=1.3, ls="--", zorder=1)
-    axes.annotate(
-        f"SLO {slo:g} ms", (slo, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-        textcoords="offset points", ha="center", size=9, color="#A84600",
-    )  # fmt: skip
+    fig.draw_limit(axes, slo, f"SLO {slo:g} ms")
     if best is not None:
         ring = {"marker": "o", "ms": 12, "mfc": "none", "mec": fig.VERMILION, "mew": 1.8}
         axes.plot([best.tpot_ms], [best.tokens_per_s_per_npu], zorder=4, **ring)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from cmjax.models.moe.arithmetic import KV_CACHES, KVCache
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
+from cmjax.primitives.attention.cached import dequantized
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.msd import QuantizedWeight, dequantize_weight, quantize_weight
 
@@ -170,7 +171,7 @@ def _decode(steps: Array, scale: Array | None, dtype: Any) -> Array:
     if _kind(steps) == "mxfp4":
         packed = QuantizedWeight(values=steps, scale=scale, format="mxfp4", group_size=32)
         return dequantize_weight(packed).astype(dtype)
-    return (steps.astype(jnp.float32) * scale[..., None]).astype(dtype)
+    return dequantized(steps, scale, dtype)
 
 
 def _kind(x: Array) -> KVCache:
