@@ -192,7 +192,7 @@ def build_layer(
 
     def block(state, x):
         moe = nnx.merge(graph, state)
-        return run_moe(moe, (x,), (moe.route(x),))[0]
+        return run_moe(moe, x, moe.route(x))
 
     return MoEStep(
         fn=on_every_rank(block, mesh, (RANKED, RANKED), RANKED, abstract=True),
@@ -213,7 +213,7 @@ def schedule_for(machine: Supernode, deployment: Deployment) -> Schedule:
     chip = machine.chip
     if deployment.phase == "decode" and chip.separate_vector_cores:
         return two_stream_decode(chip.cube_cores, chip.vector_cores)
-    return overlapped_exchange()
+    return overlapped_exchange("interleaved" if deployment.decoding else "stage")
 
 
 def _rank_bytes(tree, specs) -> Size:

@@ -58,13 +58,14 @@ class Predictor:
         """
         # What is built depends on the machine's counts and names, which its shape holds; constants
         # of the program are made in one of JAX's two precisions.
+        running = machine.under(deployment.engine)
         shape, x64 = (
-            jax.tree.structure(dataclasses.replace(machine, origin="")),
+            jax.tree.structure(_of_same_kernels(dataclasses.replace(running, origin=""))),
             jax.config.read("jax_enable_x64"),
         )
         origin = dataclasses.replace(deployment, engine=None), shape, table, x64
         step, program, _ = _traced(*origin)
-        return Predictor(deployment, machine.under(deployment.engine), step, program, origin)
+        return Predictor(deployment, running, step, program, origin)
 
     def predict(self, requests: Requests) -> Prediction:
         """The step for these requests.
@@ -317,8 +318,9 @@ class _Priced:
 @functools.lru_cache(maxsize=64)
 def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
     def trace() -> tuple[MoEStep, Program]:
-        step = build_step(deployment, _like(shape), table)
-        return _without_model(step, step.trace())
+        machine = _like(shape)
+        step = build_step(deployment, machine, table)
+        return _without_model(step, step.trace(machine=machine))
 
     key = deployment, load_config(deployment.model), shape, table, x64
     step, program = kept(key, trace)
@@ -331,8 +333,9 @@ def _decided(deployment: Deployment, shape, table: SlotTable | None, x64: bool, 
     key = deployment, load_config(deployment.model), shape, table, x64, numbers
 
     def trace() -> tuple[MoEStep, Program]:
-        step = build_step(deployment, _like(shape), table)
-        return _without_model(step, step.trace().decided_at(dict(numbers)))
+        machine = _like(shape)
+        step = build_step(deployment, machine, table)
+        return _without_model(step, step.trace(machine=machine).decided_at(dict(numbers)))
 
     step, program = kept(key, trace)
     return _Priced(program, step, key)
@@ -341,6 +344,12 @@ def _decided(deployment: Deployment, shape, table: SlotTable | None, x64: bool, 
 def _without_model(step: MoEStep, program: Program) -> tuple[MoEStep, Program]:
     """What is kept is no longer run or traced: its functions would drag the model along."""
     return dataclasses.replace(step, fn=dict, args=()), dataclasses.replace(program, retrace=None)
+
+
+def _of_same_kernels(machine: Supernode) -> Supernode:
+    """The machine under the first of the engines for which a program is the same."""
+    kernels = machine.running().unfused
+    return machine.under(next(e.name for e in machine.engines if e.unfused == kernels))
 
 
 def _like(shape) -> Supernode:

@@ -71,7 +71,7 @@ _SCHEMA: dict[str, Any] = {
     "npus_per_node": "count",
     "dies_per_npu": "count",
 }
-_ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s"}
+_ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s", "unfused": "names"}
 _MAY_BE_ZERO = {
     *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
     *("matrix_startup_s", "attention_startup_s", "vector_startup_s", "collective_startup_s"),
@@ -228,10 +228,13 @@ def _known_factors(table: Any, origin: str) -> dict[str, Any]:
 def _engines(tables: Any, origin: str) -> tuple[Engine, ...]:
     if not isinstance(tables, dict) or not tables:
         raise ValueError(f"{origin}: no engine; expected a table such as [engines.my-engine]")
-    return tuple(
-        Engine(name=name, **_parse_entry(table, _ENGINE, origin, f"engines.{name}"))
-        for name, table in tables.items()
-    )
+    return tuple(_engine(name, table, origin) for name, table in tables.items())
+
+
+def _engine(name: str, table: Any, origin: str) -> Engine:
+    if isinstance(table, dict):  # an engine that names no kernels as missing has all of them
+        table = {"unfused": {"value": [], "source": "none is missing"}, **table}
+    return Engine(name=name, **_parse_entry(table, _ENGINE, origin, f"engines.{name}"))
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
@@ -279,6 +282,10 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f'{origin}: key "{key}" must be true or false, got {value!r}')
         return value
+    if expected == "names":
+        if not isinstance(value, list) or not all(isinstance(n, str) and n for n in value):
+            raise ValueError(f'{origin}: key "{key}" must be a list of names, got {shown(value)}')
+        return tuple(value)
     if expected in ("count", "number"):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
             raise ValueError(
@@ -297,6 +304,10 @@ def _parse_entry(entry: Any, expected: Any, origin: str, key: str) -> Any:
 
 
 def _describe(expected: str) -> str:
-    return {"count": "a whole number", "number": "a whole number", "flag": "true or false"}.get(
-        expected, f"a quantity in {expected}"
-    )
+    known = {
+        "count": "a whole number",
+        "number": "a whole number",
+        "flag": "true or false",
+        "names": "a list of names",
+    }
+    return known.get(expected, f"a quantity in {expected}")

@@ -146,11 +146,14 @@ class Engine:
       draft_s: host time that each draft adds (acceptance, hand-off of its graph).
       copy_s: of its dispatch and combine kernels, the time that a vector core takes for one copy
         of a token besides moving it: read, quantize, compute the address.
+      unfused: names of fused kernels (`cmjax.fused`) that it does not have: what is in them runs in
+        kernels of its own, with a start-up each and through HBM.
     """
 
     step_s: Scalar
     draft_s: Scalar
     copy_s: Scalar
+    unfused: tuple[str, ...] = static(default=())
     name: str = static()
 
     def host_s(self, drafts: Scalar) -> Scalar:

@@ -1,6 +1,6 @@
 """What a program does: a traced JAX function as operations with symbolic work."""
 
-from cmjax.program.mark import fused, stream, trip_count
+from cmjax.program.mark import ahead, fused, stream, trip_count
 from cmjax.program.operation import Loop, Operation, Program, Source, Stream
 from cmjax.program.rules import UnpricedPrimitive, cost_rule, exchange
 from cmjax.program.shapes import SymbolicSize
@@ -23,6 +23,7 @@ __all__ = [
     "Tiers",
     "UnpricedPrimitive",
     "Work",
+    "ahead",
     "cost_rule",
     "exchange",
     "fused",

@@ -110,6 +110,7 @@ def _compatible(producer: Node, node: Node, choices: Choices) -> bool:
         and producer.region is None
         and producer.stream == node.stream
         and producer.scope == node.scope
+        and producer.ahead == node.ahead
         and producer.shard_map == node.shard_map
         and choices.at_most(producer.outputs[0].operand.size, _iteration_size(node, choices))
     )
@@ -201,7 +202,7 @@ def _operation(nodes: list[Node], group_of, needed_outside, place, choices: Choi
         loop = Loop(loop.body, loop.length, loop.carried, carries)
         sources -= set(carries)
     ordered = tuple(sorted(sources, key=lambda s: (-1 if s.op is None else s.op, s.index)))
-    return Operation(name or "const", scope, head.stream, work, ordered, loop)
+    return Operation(name or "const", scope, head.stream, work, ordered, loop, head.ahead)
 
 
 def _is_prefix(scope: tuple[str, ...], nodes: list[Node]) -> bool:

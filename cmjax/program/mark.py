@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 FUSED_PREFIX = "cm_fused_"
+AHEAD = "issued-ahead"
 _STREAM = re.compile(r"stream=(?P<name>[\w-]+),cube=(?P<cube>\d*),vector=(?P<vector>\d*)")
 
 
@@ -45,6 +46,12 @@ def parse_stream(part: str) -> tuple[str, int | None, int | None] | None:
         return None
     cube, vector = found["cube"], found["vector"]
     return found["name"], int(cube) if cube else None, int(vector) if vector else None
+
+
+def ahead() -> contextlib.AbstractContextManager[None]:
+    """Let a loop issue what is traced inside an iteration ahead, once what it reads of the iteration
+    before is there: before its stream would wait for another one (`cmjax.program.ahead`)."""
+    return jax.named_scope(AHEAD)
 
 
 @contextlib.contextmanager

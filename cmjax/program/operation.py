@@ -64,6 +64,7 @@ class Node:
     scope: tuple[str, ...]
     stream: Stream
     region: int | None
+    ahead: bool = False
     shard_map: int | None = None
     outputs: list[Value] = dataclasses.field(default_factory=list)
     reads: dict[int, Size] = dataclasses.field(default_factory=dict)
@@ -85,7 +86,8 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One kernel (or collective, or loop) of a program, priced as a whole."""
+    """One kernel (or collective, or loop) of a program, priced as a whole. `ahead` marks one that
+    the loop around it may issue an iteration earlier."""
 
     name: str
     scope: tuple[str, ...]
@@ -93,6 +95,7 @@ class Operation:
     work: Work
     sources: tuple[Source, ...]
     loop: "Loop | None" = None
+    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ stands outside is priced as done by every rank, whole.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 
@@ -43,7 +43,8 @@ def trace(
       axis_sizes: sizes of the mesh axes that `fn` names outside any `shard_map`.
       tiers: mesh axis -> the link tier its ranks lie on (`"die"`, `"node"`, `"supernode"`), or how
         many of them lie on which. Axes named `die`, `npu` and `node` need none.
-      machine: lays the axes of which nothing else says where they lie, row-major (`tiers.py`).
+      machine: lays the axes of which nothing else says where they lie, row-major (`tiers.py`); the
+        fused kernels that its serving engine does not have are taken apart (`Engine.unfused`).
       at: sizes at which kernels and branches are chosen where that depends on them; a symbol
         without one counts as 1024. A size that the function needs as a number (it is the length of
         a scan, or Python asks how large it is) is taken from here too, and is then no symbol of
@@ -62,11 +63,13 @@ def trace(
     256000.0
     """
     inputs, numbers = symbols_in(args), dict(at or {})
+    unfused = machine.running().unfused if machine else ()
     fixed: dict[str, int] = {}
     while True:
         try:
             closed = _jaxpr(fn, with_numbers(args, fixed), axis_sizes)
-            program = _program(closed.jaxpr, Axes(axis_sizes or {}, tiers, machine), numbers)
+            axes = Axes(axis_sizes or {}, tiers, machine)
+            program = _program(closed.jaxpr, axes, numbers, unfused)
             break
         except SymbolicSize as error:
             wanted = (error.symbols or inputs) - set(fixed)
@@ -86,13 +89,15 @@ def _jaxpr(fn: Callable, args: tuple, axis_sizes: Mapping[str, int] | None):
         raise
 
 
-def _program(jaxpr, axes: Axes, at: Mapping[str, float] | None) -> Program:
-    program, choices, seen = walk(jaxpr, axes, at)
+def _program(
+    jaxpr, axes: Axes, at: Mapping[str, float] | None, unfused: Collection[str]
+) -> Program:
+    program, choices, seen = walk(jaxpr, axes, at, unfused)
     if unknown := sorted(set(axes.tiers) - seen):
         known = f"its axes are {', '.join(sorted(seen))}" if seen else "it has none"
         raise ValueError(f"tiers: the program has no mesh axis {unknown[0]!r}; {known}")
     return dataclasses.replace(
         program,
         assumed=tuple(choices.assumed),
-        retrace=lambda sizes: _program(jaxpr, axes, sizes),
+        retrace=lambda sizes: _program(jaxpr, axes, sizes, unfused),
     )

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 from jax.extend.core import Literal
 
 from cmjax.program import fuse
 from cmjax.program.choice import Choices
-from cmjax.program.mark import FUSED_PREFIX, parse_stream
+from cmjax.program.ahead import issued_ahead
+from cmjax.program.mark import AHEAD, FUSED_PREFIX, parse_stream
 from cmjax.program.operation import MAIN, Loop, Node, Program, Stream, Value
 from cmjax.program.rules import (
     ELEMENTWISE,
@@ -54,10 +55,17 @@ _TRANSFORMED = re.compile(r"\w+\((.*)\)")  # transpose(jvp(name)): `name`, diffe
 _VIEWS = FREE - {"iota", "empty", "empty2", "axis_index", "dim_as_value", "platform_index"}
 
 
-def walk(jaxpr, axes: Axes, at: Mapping[str, float] | None) -> tuple[Program, Choices, set[str]]:
-    """The program of a jaxpr, with the choices made for it and the names of all mesh axes met."""
+def walk(
+    jaxpr, axes: Axes, at: Mapping[str, float] | None, unfused: Collection[str] = ()
+) -> tuple[Program, Choices, set[str]]:
+    """The program of a jaxpr, with the choices made for it and the names of all mesh axes met.
+
+    Args:
+      unfused: names of fused kernels that are not there, so that what is in them runs in kernels of
+        its own.
+    """
     choices, seen = Choices(at), set(axes)
-    walker = _Walker(axes, choices, seen)
+    walker = _Walker(axes, choices, seen, unfused)
     outputs = walker.walk(jaxpr, walker.constants(jaxpr, jaxpr.invars), _Place())
     return walker.program(outputs, carried=0), choices, seen
 
@@ -69,19 +77,22 @@ class _Place:
     scope: tuple[str, ...] = ()
     stream: Stream = MAIN
     region: int | None = None
+    ahead: bool = False
     shard_map: int | None = None
 
     def enter(self, name_stack: str) -> "_Place":
-        scope, stream = self.scope, self.stream
+        scope, stream, ahead = self.scope, self.stream, self.ahead
         for part in name_stack.split("/") if name_stack else ():
             while wrapped := _TRANSFORMED.fullmatch(part):
                 part = wrapped[1]
             found = parse_stream(part)
             if found is not None:
                 stream = Stream(*found)
+            elif part == AHEAD:
+                ahead = True
             elif part.replace("_", "").replace("-", "").replace("=", "").isalnum():
                 scope = (*scope, part)
-        return dataclasses.replace(self, scope=scope, stream=stream)
+        return dataclasses.replace(self, scope=scope, stream=stream, ahead=ahead)
 
     @property
     def trips(self) -> int | None:
@@ -94,10 +105,11 @@ class _Place:
 class _Walker:
     """Builds the nodes of one program level (the top, or a loop body)."""
 
-    def __init__(self, axes: Axes, choices: Choices, seen: set[str]):
+    def __init__(self, axes: Axes, choices: Choices, seen: set[str], unfused: Collection[str]):
         self.axes = axes
         self.choices = choices
         self.seen = seen  # names of all mesh axes met, shared by all levels
+        self.unfused = unfused
         self.nodes: list[Node] = []
         self.calls = 0
 
@@ -171,6 +183,7 @@ class _Walker:
             scope=here.scope,
             stream=here.stream,
             region=here.region,
+            ahead=here.ahead,
             shard_map=here.shard_map,
         )
         node.outputs = [
@@ -187,9 +200,11 @@ class _Walker:
             return self._shard_map(equation, jaxpr, inputs, here)
         kernel = str(equation.params.get("name", ""))
         if kernel.startswith(FUSED_PREFIX) and here.region is None:
-            self.calls += 1
-            scope = (*here.scope, kernel.removeprefix(FUSED_PREFIX))
-            here = dataclasses.replace(here, region=self.calls, scope=scope)
+            name = kernel.removeprefix(FUSED_PREFIX)
+            here = dataclasses.replace(here, scope=(*here.scope, name))
+            if name not in self.unfused:
+                self.calls += 1
+                here = dataclasses.replace(here, region=self.calls)
         return self._inline(equation, jaxpr, inputs, here)
 
     def _inline(self, equation, jaxpr, inputs, here: _Place) -> list[Value]:
@@ -257,7 +272,7 @@ class _Walker:
                 "priced as kernels of their own; move it out, or write it without a loop"
             )
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        body = _Walker(self.axes, self.choices, self.seen)
+        body = _Walker(self.axes, self.choices, self.seen, self.unfused)
         env = body.constants(jaxpr)
         for i, variable in enumerate(jaxpr.invars):
             is_carry = consts <= i < consts + carried
@@ -266,11 +281,17 @@ class _Walker:
         # A trip count was declared for this loop, not for loops inside it.
         scope = tuple(part for part in here.scope if not part.startswith("trips="))
         outputs = body.walk(jaxpr, env, _Place(scope=scope, stream=here.stream))
-        loop = Loop(body=body.program(outputs, carried), length=length, carried=carried)
+        program, more = issued_ahead(body.program(outputs, carried), carried)
+        loop = Loop(body=program, length=length, carried=carried + len(more))
         outs = [Operand.of(v.aval) for v in equation.outvars]
         node = self._append("loop", "scan", inputs, outs, Work(launches=0.0), here)
         node.loop = loop
         node.carry_inputs = inputs[consts : consts + carried]
+        node.carry_inputs += [None if k < 0 else node.carry_inputs[k] for k in more]
+        if more:  # what is scanned out comes after what is carried
+            for k in range(carried, len(outs)):
+                producer = node.index, k + len(more)
+                node.outputs[k] = dataclasses.replace(node.outputs[k], producer=producer)
         node.reads = {i: Size() for i in range(len(inputs))}
         node.writes = {i: Size() for i in range(len(outs))}
         return node.outputs
@@ -286,7 +307,7 @@ class _Walker:
         return self._inline(equation, branches[costliest], inputs[1:], here)
 
     def _weight(self, jaxpr) -> Size:
-        walker = _Walker(self.axes, self.choices, self.seen)
+        walker = _Walker(self.axes, self.choices, self.seen, self.unfused)
         outputs = walker.walk(jaxpr, walker.constants(jaxpr, jaxpr.invars), _Place())
         return walker.program(outputs, carried=0).total("flops", "read_bytes", "write_bytes")
 

@@ -7,14 +7,22 @@ a MoE stream) and 4.3 (prefill: by engine).
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Literal
 
 import jax
 
-from cmjax.program.mark import stream
+from cmjax.program.mark import ahead, stream
 
 BLOCKS = ("attention", "router", "dispatch", "experts", "combine")
+Order = Literal["microbatch", "stage", "interleaved"]
+_TURNS: dict[str, tuple[int, ...]] = {
+    "microbatch": (0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1),
+    "stage": (0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1),
+    "interleaved": (0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1),
+}
+"""Whose next stage is issued: a microbatch's are what comes before attention over the cache, the
+rest of attention with the router, dispatch, experts, shared expert, combine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,16 +35,19 @@ class Schedule:
         default_factory=dict
     )
     """Block -> (stream name, cube cores, vector cores); a block not named runs unmarked."""
-    order: Literal["microbatch", "stage"] = "microbatch"
+    order: Order = "microbatch"
     """`microbatch`: a layer issues all blocks of one microbatch, then of the next. `stage`: it
     issues attention and router of each microbatch, then dispatch of all, experts of all, combine
-    of all."""
+    of all. `interleaved`: the second microbatch's attention is in two steps, of which the first
+    (before the cache is attended) runs while the first microbatch is dispatched, and the other
+    while it is combined."""
 
     def __post_init__(self):
         if self.microbatches not in (1, 2):
             raise ValueError(f"Schedule: microbatches must be 1 or 2, got {self.microbatches}")
-        if self.order not in ("microbatch", "stage"):
-            raise ValueError(f"Schedule: order must be 'microbatch' or 'stage', got {self.order!r}")
+        if self.order not in _TURNS:
+            known = " or ".join(map(repr, _TURNS))
+            raise ValueError(f"Schedule: order must be {known}, got {self.order!r}")
         unknown = sorted(set(self.streams) - set(BLOCKS))
         if unknown:
             raise ValueError(
@@ -45,6 +56,29 @@ class Schedule:
 
     def __hash__(self):
         return hash((self.microbatches, tuple(sorted(self.streams.items())), self.order))
+
+    @property
+    def shared_before_experts(self) -> bool:
+        """Whether a shared expert that is in no slot runs while its tokens are dispatched, and not
+        while they are combined."""
+        return self.order == "interleaved"
+
+    def issue[Result](self, stages: Sequence[Generator[None, None, Result]]) -> tuple[Result, ...]:
+        """What the microbatches return, their stages issued in the order of the schedule."""
+        found: dict[int, Result] = {}
+        for number in _TURNS[self.order]:
+            if number < len(stages):
+                try:
+                    next(stages[number])
+                except StopIteration as end:
+                    found[number] = end.value
+        return tuple(found[number] for number in range(len(stages)))
+
+    def head_start(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Trace the first stage of a microbatch: that of the first one may be issued while the layer
+        before waits for the second one's tokens, if the order is `interleaved`."""
+        first = self.order == "interleaved" and number == 0
+        return ahead() if first else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def block(self, name: str, scope: str | None = None) -> Iterator[None]:
@@ -57,10 +91,11 @@ class Schedule:
             yield
 
 
-def overlapped_exchange() -> Schedule:
+def overlapped_exchange(order: Order = "stage") -> Schedule:
     """Two microbatches; dispatch and combine move data (SDMA, or a NIC) beside all computation.
 
-    Prefill of the CloudMatrix384 paper (section 4.3) and both phases of DeepSeek's H800 system.
+    Prefill of the CloudMatrix384 paper (section 4.3) and of DeepSeek's H800 system, whose decode
+    has the attention in two steps (`interleaved`: its overview of inference, open-infra-index).
     """
     compute = ("compute", None, None)
     exchange = ("exchange", None, None)
@@ -73,7 +108,7 @@ def overlapped_exchange() -> Schedule:
             "dispatch": exchange,
             "combine": exchange,
         },
-        order="stage",
+        order=order,
     )
 
 

@@ -12,7 +12,7 @@ from cmjax.models.moe.layers.experts import Experts, SwiGLU
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.linear import Linear, Weight, matmul, quantize_params
 from cmjax.models.moe.layers.mla import MLA
-from cmjax.models.moe.layers.moe import MoE, run_moe
+from cmjax.models.moe.layers.moe import MoE, moe_stages, run_moe
 from cmjax.models.moe.layers.mtp import MTPHead
 from cmjax.models.moe.layers.norm import RMSNorm, rms_norm
 from cmjax.models.moe.layers.router import Router, gate
@@ -43,5 +43,6 @@ __all__ = [
     "matmul",
     "quantize_params",
     "rms_norm",
+    "moe_stages",
     "run_moe",
 ]

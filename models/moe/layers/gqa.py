@@ -51,22 +51,27 @@ class GQA(nnx.Module):
         self.k_norm = nnx.Param(ones) if self.sizes.qk_norm else None
         self.out = linear(heads * dim, hidden, bias=bias)
 
-    def decode(
+    def begin_decode(
         self,
         x: Float[Array, "requests new hidden"],
         cache: GroupedCache,
         lengths: Int[Array, "group"],
-    ) -> tuple[Float[Array, "requests new hidden"], GroupedCache]:
-        """Attend the cache. `lengths` counts the cached tokens, not the new ones, which are added;
-        like the cache it is of all requests of the tensor-parallel group."""
+    ) -> Callable[[], tuple[Float[Array, "requests new hidden"], GroupedCache]]:
+        """Write new keys and values, and give back how to attend the cache. `lengths` counts the
+        cached tokens, not the new ones, which are added; like the cache it is of all requests of
+        the tensor-parallel group."""
         positions = lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
             q, k, v = self._project(x, positions)
-            cache = cache.write(k, v, positions)
-        with jax.named_scope("core"):
-            found = self._attend_cache(q, cache, lengths)
-        with jax.named_scope("output"):
-            return self._leave(found), cache
+            written = cache.write(k, v, positions)
+
+        def attend():
+            with jax.named_scope("core"):
+                found = self._attend_cache(q, written, lengths)
+            with jax.named_scope("output"):
+                return self._leave(found), written
+
+        return attend
 
     def prefill(
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache

@@ -59,15 +59,27 @@ class Weight:
 
 def matmul(x: Float[Array, "*batch k"], weight: Weight) -> Float[Array, "*batch n"]:
     """`x @ weight + bias` in the weight's format; result in the dtype of `x`."""
-    observe(weight.name, x)
+    return products(x, weight)[0]
+
+
+def products(x: Float[Array, "*batch k"], *weights: Weight) -> tuple[Float[Array, "*batch n"], ...]:
+    """`matmul` of one input and several matrices, for which it is quantized once."""
+    for weight in weights:
+        observe(weight.name, x)
+    quantized = None
+    if any(weight.scale is not None for weight in weights):
+        quantized = fused("DynamicQuant")(quantize_rows)(x)
+    return tuple(_product(x, quantized, weight) for weight in weights)
+
+
+def _product(x, quantized, weight: Weight):
     if isinstance(weight.value, QuantizedWeight):
         return msd_dot(x, weight.value, bias=weight.bias)
     assert not isinstance(weight.value, Int4Weight), "experts alone are in four bits"
     if weight.scale is None:
         y = stacked_dot(x, weight.value.astype(x.dtype))
     else:
-        steps, x_scale = fused("DynamicQuant")(quantize_rows)(x)
-        y = _quant_matmul(x.dtype)(steps, x_scale, weight.value, weight.scale)
+        y = _quant_matmul(x.dtype)(*quantized, weight.value, weight.scale)
     return y if weight.bias is None else y + weight.bias.astype(x.dtype)
 
 

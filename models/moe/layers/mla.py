@@ -24,7 +24,7 @@ from cmjax.models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LatentCache
 from cmjax.models.moe.layers.initial import normal
-from cmjax.models.moe.layers.linear import Linear, Weight, matmul
+from cmjax.models.moe.layers.linear import Linear, Weight, matmul, products
 from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
 from cmjax.models.moe.parallelism import Parallelism
@@ -67,31 +67,35 @@ class MLA(nnx.Module):
         self.up_value = nnx.Param(up_value.astype(dtype))
         self.out = linear(config.heads // parallelism.tensor * sizes.v_dim, hidden, bias=sizes.bias)
 
-    def decode(
+    def begin_decode(
         self,
         x: Float[Array, "requests new hidden"],
         cache: LatentCache,
         lengths: Int[Array, "group"],
-    ) -> tuple[Float[Array, "requests new hidden"], LatentCache]:
-        """Absorbed form. `lengths` counts the cached tokens, not the new ones, which are added;
-        like the cache it is of all requests of the tensor-parallel group."""
+    ) -> Callable[[], tuple[Float[Array, "requests new hidden"], LatentCache]]:
+        """Absorbed form: write new latents, and give back how to attend the cache. `lengths` counts
+        the cached tokens, not the new ones, which are added; like the cache it is of all requests
+        of the tensor-parallel group."""
         new = x.shape[1]
         positions = lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
         with jax.named_scope("prolog"):
             up = positions, self.q_b.matrix, self.up_key[...], cache
             if self.parallelism.tensor > 1:
                 low = self._gathered(*_down_prolog(self.config)(x, None, self._down))
-                q_latent, q_rope, cache = _absorbed_up(self.config)(*low, *up)
+                q_latent, q_rope, written = _absorbed_up(self.config)(*low, *up)
             else:
-                q_latent, q_rope, cache = _absorbed_prolog(self.config)(x, self._down, *up)
-        with jax.named_scope("core"):
-            q_rope = q_rope.astype(cache.rope.dtype)
-            attend = _latent_kernel(self.config, self.arithmetic.attention)
-            query = q_latent.astype(cache.rope.dtype)
-            found = attend(query, q_rope, cache, lengths + new).astype(x.dtype)
-        with jax.named_scope("output"):
-            heads = _per_head(found, self.up_value[...])
-            return self._leave(heads), cache
+                q_latent, q_rope, written = _absorbed_prolog(self.config)(x, self._down, *up)
+
+        def attend():
+            with jax.named_scope("core"):
+                query = q_latent.astype(written.rope.dtype)
+                rotated = q_rope.astype(written.rope.dtype)
+                kernel = _latent_kernel(self.config, self.arithmetic.attention)
+                found = kernel(query, rotated, written, lengths + new).astype(x.dtype)
+            with jax.named_scope("output"):
+                return self._leave(_per_head(found, self.up_value[...])), written
+
+        return attend
 
     def prefill(
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
@@ -153,15 +157,26 @@ def _project_down(config, x, positions, down):
     is rotated unless `positions` is None."""
     norm, q_a, q_norm, kv_a, kv_norm = down
     h = rms_norm(x, norm, config.norm_eps)
-    q_low = h if q_a is None else rms_norm(matmul(h, q_a), q_norm, _LATENT_NORM_EPS)
-    latent, rope = jnp.split(matmul(h, kv_a), [_sizes(config).kv_lora_rank], axis=-1)
-    rope = rope if positions is None else _rotated_key(config, rope, positions)
+    if q_a is None:
+        q_low, (kv,) = h, products(h, kv_a)
+    else:
+        q_low, kv = products(h, q_a, kv_a)
+        q_low = rms_norm(q_low, q_norm, _LATENT_NORM_EPS)
+    latent, rope = jnp.split(kv, [_sizes(config).kv_lora_rank], axis=-1)
+    rope = rope if positions is None else _rotary(config)(rope, positions)
     return q_low, rms_norm(latent, kv_norm, _LATENT_NORM_EPS), rope
 
 
-def _rotated_key(config, rope, positions):
-    cos, sin = angles(positions, config)
-    return rotate(rope, cos, sin, interleave=config.rope.interleave)
+@functools.cache
+def _rotary(config: MoEConfig) -> Callable:
+    """The kernel that rotates, where there is none of the whole prolog."""
+
+    @fused("RotaryEmbedding")
+    def kernel(x, positions):
+        cos, sin = angles(positions, config)
+        return rotate(x, cos, sin, interleave=config.rope.interleave)
+
+    return kernel
 
 
 def _query(config, q_low, positions, q_b):
@@ -169,8 +184,7 @@ def _query(config, q_low, positions, q_b):
     q = matmul(q_low, q_b)
     q = q.reshape(*q.shape[:2], -1, _sizes(config).qk_dim)
     q_nope, q_rope = jnp.split(q, [_sizes(config).qk_nope_dim], axis=-1)
-    cos, sin = angles(positions[..., None], config)  # alike for all heads
-    return q_nope, rotate(q_rope, cos, sin, interleave=config.rope.interleave)
+    return q_nope, _rotary(config)(q_rope, positions[..., None])  # alike for all heads
 
 
 def _sizes(config: MoEConfig) -> LatentAttention:
@@ -179,7 +193,8 @@ def _sizes(config: MoEConfig) -> LatentAttention:
 
 
 # MLAProlog is one kernel on the NPU: norm, projections and rotation never leave the chip. Which of
-# them a form needs differs, so there is a kernel per form, made once per config.
+# them a form needs differs, so there is a kernel per form, made once per config. The kernels inside
+# it are those of engines that have no such one.
 
 
 @functools.cache
@@ -276,7 +291,7 @@ def _absorbed_up(config: MoEConfig) -> Callable:
     @fused("MLAProlog")
     def prolog(q_low, latent, rope, positions, q_b, up_key, cache):
         q_latent, q_rope = _absorbed_query(config, q_low, positions, q_b, up_key)
-        rope = _rotated_key(config, rope, positions)
+        rope = _rotary(config)(rope, positions)
         return q_latent, q_rope, cache.write(latent, rope, positions)
 
     return prolog

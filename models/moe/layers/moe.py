@@ -5,6 +5,7 @@ shared expert is computed by every rank for its own tokens, or, where the slot t
 it, dispatched to like a routed expert with weight 1 (CloudMatrix384 paper, section 4.2).
 """
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -124,27 +125,42 @@ class MoE(nnx.Module):
         }
 
 
-def run_moe(
-    moe: MoE, xs: tuple[Float[Array, "tokens hidden"], ...], routed: tuple[Routed, ...]
-) -> tuple[Float[Array, "tokens hidden"], ...]:
-    """The residual stream after the block, for several routed microbatches: each stage is issued
-    for all of them before the next. The shared expert runs while tokens travel."""
-    block = moe.parallelism.schedule.block
-    sent, shared, rows, out = [], [], [], []
-    for r in routed:
-        with block("dispatch"):
-            sent.append(moe.send(r))
-    for x, s in zip(xs, sent, strict=True):
-        with block("experts"):
-            rows.append(moe.compute(s, x.dtype))
-    for r in routed:
+def moe_stages(
+    moe: MoE, x: Float[Array, "tokens hidden"], routed: Routed
+) -> Generator[None, None, Float[Array, "tokens hidden"]]:
+    """The residual stream of a microbatch after the block, in four stages of which a schedule may
+    issue those of another microbatch in between. The shared expert runs while tokens travel."""
+    schedule = moe.parallelism.schedule
+    block, before = schedule.block, schedule.shared_before_experts
+    shared = None
+    with block("dispatch"):
+        sent = moe.send(routed)
+    if before:
         with block("experts", scope="shared"):
-            shared.append(moe.compute_shared(r))
-    for x, y, z, s, r in zip(xs, rows, shared, sent, routed, strict=True):
-        with block("combine"):
-            x = x + moe.receive(y, s, r)
-            out.append(x if z is None else x + z)
-    return tuple(out)
+            shared = moe.compute_shared(routed)
+    yield
+    with block("experts"):
+        rows = moe.compute(sent, x.dtype)
+    yield
+    if not before:
+        with block("experts", scope="shared"):
+            shared = moe.compute_shared(routed)
+    yield
+    with block("combine"):
+        x = x + moe.receive(rows, sent, routed)
+        return x if shared is None else x + shared
 
 
-__all__ = ["MoE", "Routed", "SlotVariable", "run_moe"]
+def run_moe(
+    moe: MoE, x: Float[Array, "tokens hidden"], routed: Routed
+) -> Float[Array, "tokens hidden"]:
+    """All stages of `moe_stages`, one after another."""
+    stages = moe_stages(moe, x, routed)
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            return end.value
+
+
+__all__ = ["MoE", "Routed", "SlotVariable", "moe_stages", "run_moe"]

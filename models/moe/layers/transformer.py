@@ -8,7 +8,7 @@ grouped-query, as the config says.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -25,15 +25,17 @@ from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.initial import normal
 from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.mla import MLA
-from cmjax.models.moe.layers.moe import MoE, run_moe
+from cmjax.models.moe.layers.moe import MoE, moe_stages
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.rope import check_length
 from cmjax.models.moe.parallelism import Parallelism
 
 Activations = tuple[Float[Array, "sequences length hidden"], ...]
 Caches = tuple[LayerCache, ...]
-# attend(attention, microbatch, x, cache) -> (y, cache): how a layer's attention is to be run
-Attend = Callable[[MLA | GQA, int, Array, Any], tuple[Array, LayerCache]]
+Attended = Callable[[], tuple[Array, LayerCache]]
+# attend(attention, microbatch, x, cache): how a layer's attention is to be run. It begins, and gives
+# back how to go on, for its result and the cache.
+Attend = Callable[[MLA | GQA, int, Array, Any], Attended]
 _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
 
 
@@ -73,7 +75,7 @@ class DenseLayer(nnx.Module):
         out, new = [], []
         for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
             with self.parallelism.schedule.block("attention"):
-                y, written = attend(self.attention, number, x, cache)
+                y, written = attend(self.attention, number, x, cache)()
                 x = x + y
             with self.parallelism.schedule.block("experts", scope="dense_ffn"):
                 x = x + self.ffn(self.norm(x))
@@ -93,21 +95,30 @@ class MoELayer(nnx.Module):
         self.moe = MoE(config, parallelism, arithmetic=arithmetic, rngs=rngs)
 
     def __call__(self, xs: Activations, caches: Any, attend: Attend) -> tuple[Activations, Caches]:
-        by_stage = self.parallelism.schedule.order == "stage"
-        out, new, waiting, routed = [], [], [], []
-        for number, (x, cache) in enumerate(zip(xs, caches, strict=True)):
-            with self.parallelism.schedule.block("attention"):
-                y, written = attend(self.attention, number, x, cache)
-                x = x + y
-            with self.parallelism.schedule.block("router"):
-                waiting.append(x.reshape(-1, x.shape[-1]))
-                routed.append(self.moe.route(waiting[-1]))
-            new.append(written)
-            if not by_stage or number == len(xs) - 1:
-                out += run_moe(self.moe, tuple(waiting), tuple(routed))
-                waiting, routed = [], []
-        out = tuple(y.reshape(x.shape) for x, y in zip(xs, out, strict=True))
-        return out, tuple(new)
+        stages = [
+            self._stages(number, x, cache, attend)
+            for number, (x, cache) in enumerate(zip(xs, caches, strict=True))
+        ]
+        out, new = zip(*self.parallelism.schedule.issue(stages), strict=True)
+        return out, new
+
+    def _stages(
+        self, number: int, x: Array, cache: Any, attend: Attend
+    ) -> Generator[None, None, tuple[Array, LayerCache]]:
+        """A microbatch through the layer, in the stages of `Schedule.issue`."""
+        block = self.parallelism.schedule.block
+        with block("attention"), self.parallelism.schedule.head_start(number):
+            attended = attend(self.attention, number, x, cache)
+        yield
+        with block("attention"):
+            y, written = attended()
+            x = x + y
+        with block("router"):
+            tokens = x.reshape(-1, x.shape[-1])
+            routed = self.moe.route(tokens)
+        yield
+        y = yield from moe_stages(self.moe, tokens, routed)
+        return y.reshape(x.shape), written
 
 
 class Stack(nnx.Module):
@@ -229,7 +240,7 @@ class Transformer(nnx.Module):
 
 def prefill_attention(kv_cache: KVCache) -> Attend:
     """Attend the prompt itself, and hand out its cache entries."""
-    return lambda attention, number, x, cache: attention.prefill(x, kv_cache)
+    return lambda attention, number, x, cache: lambda: attention.prefill(x, kv_cache)
 
 
 def decode_attention(
@@ -240,7 +251,7 @@ def decode_attention(
 
     def attend(attention, number, x, cache):
         assert cache is not None, "decoding needs a cache"
-        return attention.decode(x, cache, group[number])
+        return attention.begin_decode(x, cache, group[number])
 
     return attend
 
