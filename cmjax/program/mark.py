@@ -49,8 +49,8 @@ def parse_stream(part: str) -> tuple[str, int | None, int | None] | None:
 
 
 def ahead() -> contextlib.AbstractContextManager[None]:
-    """Let a loop issue what is traced inside an iteration ahead, once what it reads of the iteration
-    before is there: before its stream would wait for another one (`cmjax.program.ahead`)."""
+    """Let a loop issue what is traced inside an iteration ahead: once what it reads of the one
+    before is there, and before its stream would wait for another (`cmjax.program.pipelining`)."""
     return jax.named_scope(AHEAD)
 
 

@@ -10,9 +10,9 @@ from jax.extend.core import Literal
 
 from cmjax.program import fuse
 from cmjax.program.choice import Choices
-from cmjax.program.ahead import issued_ahead
 from cmjax.program.mark import AHEAD, FUSED_PREFIX, parse_stream
 from cmjax.program.operation import MAIN, Loop, Node, Program, Stream, Value
+from cmjax.program.pipelining import issued_ahead
 from cmjax.program.rules import (
     ELEMENTWISE,
     FREE,

@@ -75,8 +75,8 @@ class Schedule:
         return tuple(found[number] for number in range(len(stages)))
 
     def head_start(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """Trace the first stage of a microbatch: that of the first one may be issued while the layer
-        before waits for the second one's tokens, if the order is `interleaved`."""
+        """Trace the first stage of a microbatch: if the order is `interleaved`, that of the first
+        one may be issued while the layer before waits for the second one's tokens."""
         first = self.order == "interleaved" and number == 0
         return ahead() if first else contextlib.nullcontext()
 

@@ -5,7 +5,7 @@ import pytest
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predictor import Predictor
 from cmjax.deploy.requests import Requests
-from cmjax.hardware import load_machine
+from cmjax.hardware import load_machine, replace_leaf
 from cmjax.models.moe.presets import deepseek_r1
 
 NPUS, RANKS = 160, 320
@@ -108,3 +108,22 @@ def test_the_step_is_slower_than_every_engines_peak_and_fits_memory(decode):
     assert decode.step.layers == C.moe_layers
     operations = sum(len(level.operations) for level, _ in decode.program.levels)
     assert operations < 300  # and not 61 times a layer's
+
+
+def test_an_engine_without_a_fused_prolog_pays_for_its_kernels():
+    deployment = Deployment(phase="decode", model="tiny", npus=4, microbatches=1)
+    requests = Requests(batch=8, context=256)
+    fused, apart = (
+        sum(s for scope, s in predicted.breakdown_s.items() if scope.startswith("attention/prolog"))
+        for predicted in (
+            Predictor.of(deployment, _lacking(kernels)).predict(requests)
+            for kernels in ((), ("MLAProlog",))
+        )
+    )
+    vector_s = float(_lacking(()).chip.vector_startup_s)
+    assert float(apart) > float(fused) + 3 * 8 * vector_s  # three layers, more than eight kernels
+
+
+def _lacking(kernels):
+    machine = load_machine("h800-pod")
+    return replace_leaf(machine, f"engines.{machine.engine}.unfused", kernels)

@@ -133,7 +133,9 @@ def test_streams_are_those_of_the_published_systems():
     chip = MACHINE.chip
     assert schedule_for(MACHINE, decode) == two_stream_decode(chip.cube_cores, chip.vector_cores)
     assert schedule_for(MACHINE, prefill) == overlapped_exchange()
-    assert schedule_for(load_machine("h800-pod"), decode) == overlapped_exchange()
+    h800 = load_machine("h800-pod")
+    assert schedule_for(h800, prefill) == overlapped_exchange()
+    assert schedule_for(h800, decode) == overlapped_exchange("interleaved")
     assert schedule_for(MACHINE, dataclasses.replace(decode, microbatches=1)) == Schedule()
 
 

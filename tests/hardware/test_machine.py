@@ -16,7 +16,7 @@ def _floats(tree, prefix=""):
         value = getattr(tree, field.name)
         if dataclasses.is_dataclass(value):
             yield from _floats(value, f"{prefix}{field.name}.")
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and not field.metadata.get("static"):
             for part in value:
                 yield from _floats(part, f"{prefix}{field.name}.{part.name}.")
         elif isinstance(value, float):

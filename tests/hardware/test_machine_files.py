@@ -87,6 +87,13 @@ BAD_FILES = {
         TEXT[: TEXT.index("[engines.")] + "[engines.own]\n",
         'key "engines.own.step_s" is missing; expected a quantity in s',
     ),
+    "kernels that are no list": (
+        TEXT.replace(
+            "[engines.cloudmatrix-infer]",
+            '[engines.cloudmatrix-infer]\nunfused = { value = "MLAProlog", source = "mine" }',
+        ),
+        "key \"engines.cloudmatrix-infer.unfused\" must be a list of names, got 'MLAProlog'",
+    ),
     "unknown factor": (
         TEXT.replace("[factors]", "[factors]\nspeed = 2"),
         "[factors] has no 'speed'; known: matrix, attention, vector",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from cmjax.hardware import load_machine, replace_leaf
 from cmjax.program import fused, stream, trace
 
 F32 = jnp.float32
@@ -28,6 +29,27 @@ def traffic(fn, *args):
 
 def names(program):
     return [op.name for op in program.operations]
+
+
+def test_a_kernel_that_the_engine_lacks_is_taken_apart():
+    @fused("Norm")
+    def norm(x):
+        return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+
+    @fused("Prolog")
+    def prolog(x, w):
+        return norm(x) @ w
+
+    machine = load_machine("cloudmatrix384")
+    assert names(trace(prolog, X, W, machine=machine)) == ["Prolog"]
+    lacking = replace_leaf(machine, f"engines.{machine.engine}.unfused", ("Prolog",))
+    program = trace(prolog, X, W, machine=lacking)
+    assert [op.scope for op in program.operations] == [("Prolog", "Norm"), ("Prolog",)]
+    totals = program.totals({})
+    assert totals["launches"] == 2
+    assert totals["read_bytes"] == 2 * BYTES + 128 * 128 * 4  # the normed x goes through HBM
+    without_norm = replace_leaf(lacking, f"engines.{machine.engine}.unfused", ("Prolog", "Norm"))
+    assert len(trace(prolog, X, W, machine=without_norm).operations) > 2
 
 
 @pytest.mark.parametrize("length", [1, 2, 20])

@@ -41,8 +41,8 @@ __all__ = [
     "extend_cache",
     "gate",
     "matmul",
+    "moe_stages",
     "quantize_params",
     "rms_norm",
-    "moe_stages",
     "run_moe",
 ]

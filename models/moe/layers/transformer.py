@@ -33,8 +33,8 @@ from cmjax.models.moe.parallelism import Parallelism
 Activations = tuple[Float[Array, "sequences length hidden"], ...]
 Caches = tuple[LayerCache, ...]
 Attended = Callable[[], tuple[Array, LayerCache]]
-# attend(attention, microbatch, x, cache): how a layer's attention is to be run. It begins, and gives
-# back how to go on, for its result and the cache.
+# attend(attention, microbatch, x, cache): how a layer's attention is to be run. It begins, and
+# gives back how to go on, for its result and the cache.
 Attend = Callable[[MLA | GQA, int, Array, Any], Attended]
 _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
 

@@ -73,7 +73,10 @@ def test_one_rank_holds_everything_in_order():
         (lambda: SlotTable((0, 1), 1, 4), "experts without a slot: 2, 3"),
         (lambda: SlotTable((0, 1, 5), 1, 2), "unknown experts 5.*0..1, the shared expert is 2"),
         (lambda: Schedule(microbatches=3), "microbatches must be 1 or 2, got 3"),
-        (lambda: Schedule(order="layer"), "order must be 'microbatch' or 'stage', got 'layer'"),  # type: ignore
+        (
+            lambda: Schedule(order="layer"),  # type: ignore
+            "order must be 'microbatch' or 'stage' or 'interleaved', got 'layer'",
+        ),
         (lambda: Schedule(streams={"gate": ("a", 1, 1)}), r"unknown blocks \['gate'\]"),
     ],
 )

@@ -179,8 +179,12 @@ def test_per_layer_tables_move_experts_without_changing_the_result():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
-    [two_stream_decode(), Schedule(microbatches=2, order="stage")],
-    ids=["two streams", "stage order"],
+    [
+        two_stream_decode(),
+        Schedule(microbatches=2, order="stage"),
+        Schedule(microbatches=2, order="interleaved"),
+    ],
+    ids=["two streams", "stage order", "interleaved"],
 )
 def test_results_do_not_depend_on_the_schedule(schedule):
     inputs, first, state, second = _unsharded()

@@ -94,7 +94,7 @@ def test_decoding_on_the_cache_equals_the_equations(name):
     cache, done = GroupedCache.of(zeros, zeros, "float32"), 0
     for new in (3, 1, 3):
         lengths = jnp.full((len(x),), done, jnp.int32)
-        got, cache = module.decode(jnp.asarray(x[:, done : done + new]), cache, lengths)
+        got, cache = module.begin_decode(jnp.asarray(x[:, done : done + new]), cache, lengths)()
         np.testing.assert_allclose(got, want[:, done : done + new], atol=TOLERANCE)
         done += new
 
@@ -104,7 +104,10 @@ def test_requests_of_different_lengths_each_attend_their_own_cache():
     want, _, _ = _repeated_heads(module, x)
     _, whole = module.prefill(jnp.asarray(x), "float32")  # entries beyond a length are rubbish
     lengths = np.array([2, 5], np.int32)
-    got, _ = module.decode(jnp.asarray(x[[0, 1], lengths][:, None]), whole, jnp.asarray(lengths))
+    attend = module.begin_decode(
+        jnp.asarray(x[[0, 1], lengths][:, None]), whole, jnp.asarray(lengths)
+    )
+    got, _ = attend()
     np.testing.assert_allclose(got[:, 0], want[[0, 1], lengths], atol=TOLERANCE)
 
 

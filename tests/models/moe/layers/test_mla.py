@@ -90,7 +90,7 @@ def test_decoding_in_absorbed_form_equals_the_expanded_equations(name):
     cache, done = _empty(module.config, len(x)), 0
     for new in (3, 1, 3):
         lengths = jnp.full((len(x),), done, jnp.int32)
-        got, cache = module.decode(jnp.asarray(x[:, done : done + new]), cache, lengths)
+        got, cache = module.begin_decode(jnp.asarray(x[:, done : done + new]), cache, lengths)()
         np.testing.assert_allclose(got, want[:, done : done + new], atol=TOLERANCE)
         done += new
 
@@ -100,7 +100,10 @@ def test_requests_of_different_lengths_each_attend_their_own_cache():
     want, _, _ = _expanded(module, x)
     _, whole = module.prefill(jnp.asarray(x), "float32")  # entries beyond a length are rubbish
     lengths = np.array([2, 5], np.int32)
-    got, _ = module.decode(jnp.asarray(x[[0, 1], lengths][:, None]), whole, jnp.asarray(lengths))
+    attend = module.begin_decode(
+        jnp.asarray(x[[0, 1], lengths][:, None]), whole, jnp.asarray(lengths)
+    )
+    got, _ = attend()
     np.testing.assert_allclose(got[:, 0], want[[0, 1], lengths], atol=TOLERANCE)
 
 
@@ -111,9 +114,8 @@ def test_an_int8_cache_holds_every_latent_to_half_a_step():
     step = np.abs(latent).max(-1, keepdims=True) / 127
     assert cache.latent.dtype == jnp.int8
     assert (np.abs(cache.read(jnp.float32) - latent) <= step / 2 + TOLERANCE).all()
-    exact, _ = module.decode(
-        jnp.asarray(x[:, -1:]), cache, jnp.full((len(x),), TOKENS - 1, jnp.int32)
-    )
+    lengths = jnp.full((len(x),), TOKENS - 1, jnp.int32)
+    exact, _ = module.begin_decode(jnp.asarray(x[:, -1:]), cache, lengths)()
     want, _, _ = _expanded(module, x)
     # bfloat16 queries, eight bits each of 16 latent channels: a hundredth of outputs of size one
     np.testing.assert_allclose(exact[:, 0], want[:, -1], atol=0.05)

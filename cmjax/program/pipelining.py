@@ -46,9 +46,7 @@ def issued_ahead(body: Program, carried: int) -> tuple[Program, tuple[int, ...]]
             return Source(place[source.op], source.index)
         return of_late(body.outputs[source.index]) if source.index >= 0 else source
 
-    found = tuple(
-        _with_sources(operations[i], of_early if i in early else of_late) for i in order
-    )
+    found = tuple(_with_sources(operations[i], of_early if i in early else of_late) for i in order)
     outputs = (*map(of_late, body.outputs), *(Source(place[i], 0) for i in early))
     turned = dataclasses.replace(body, operations=found, outputs=outputs)
     return turned, tuple(_starts_with(body, i) for i in early)
