@@ -3,9 +3,9 @@
     CMJAX_CACHE=off taskset -c 0 python -m benchmarks.price_speed  # on one core
 
 Prints seconds to trace (cold: the first time in this process), seconds for the first price with
-its compilation, and priced configurations per second once compiled: each configuration has its own
-batch, context, expert load and HBM bandwidth. They are priced at once, or so many at a time that
-what is between stays in the core's cache.
+its compilation, and priced configurations per second of processor time once compiled, whatever else
+the machine does. Each configuration has its own batch, context, expert load and HBM bandwidth. They
+are priced at once, or so many at a time that what is between stays in the core's cache.
 """
 
 import time
@@ -52,14 +52,14 @@ def main() -> None:
 
 
 def _rate(step_s, configurations: Array, size: int) -> float:
-    """Configurations per second, the median of some runs."""
+    """Configurations per second of processor time, the median of some runs."""
     many = jax.jit(lambda every: jax.lax.map(lambda each: step_s(*each), every, batch_size=size))
     many(configurations).block_until_ready()
     rates = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         many(configurations).block_until_ready()
-        rates.append(CONFIGURATIONS / (time.perf_counter() - start))
+        rates.append(CONFIGURATIONS / (time.process_time() - start))
     return float(np.median(rates))
 
 
