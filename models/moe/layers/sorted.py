@@ -1,4 +1,4 @@
-"""Copies of tokens sorted by the slot they go to, on a rank that holds every expert.
+"""Copies of tokens sorted by the slot they go to, on a device that holds every expert.
 
 Where nothing travels, nothing needs the static blocks of `dispatch`: rows lie one slot after the
 other, as many as there are, and the products with the experts' matrices follow them
