@@ -75,12 +75,14 @@ def define(
       jvp: `jvp(primitive, primals, tangents, **static)` -> (out, tangent); by default the
         derivative of the reference.
       batch: `batch(args, dims, **static)`; by default every operand gets a leading axis, which is
-        right for a reference that accepts any number of leading batch axes.
+        right for a reference that accepts any number of leading batch axes. With `collective`
+        `batch(axis, args, dims, **static)`, `axis` with a `name` and a `size`.
       native: the reference again, made of calls to the C++ kernels of `cmjax.native` (and to the
         reference itself for what they do not serve), with the same results; the lowering on CPU
         devices where the kernels are enabled.
-      collective: the reference talks over named axes. Under `vmap` (of any axis name) it is then
-        decomposed into the reference, whose own collectives know about virtual axes.
+      collective: the reference talks over named axes. Under `vmap` (of any axis name) it is then,
+        without `batch`, decomposed into the reference, whose own collectives know about virtual
+        axes.
       multiple_results: the reference returns a list.
     """
     p = Primitive(name)
@@ -112,7 +114,7 @@ def define(
         mlir.register_lowering(p, _where_kernels_run(kernel, plain), platform="cpu")
     ad.primitive_jvps[p] = functools.partial(jvp or _reference_jvp(reference), p)
     if collective:
-        batching.fancy_primitive_batchers[p] = _decompose_under_vmap(p, reference, jvp)
+        batching.fancy_primitive_batchers[p] = batch or _decompose_under_vmap(p, reference, jvp)
     else:
         batching.primitive_batchers[p] = batch or _leading_batch(p)
     return p

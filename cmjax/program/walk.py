@@ -47,6 +47,7 @@ INLINED = {
     "linear_call": "callee",
     "remat_opt": "fwd_jaxpr",
     "xla_metadata_call": "jaxpr",
+    "cm_on_one_device": "apart",
 }
 """Primitives that call a jaxpr, and the parameter that holds it."""
 

@@ -40,8 +40,8 @@ class Parallelism:
     """Prefill attention SP -> TP -> SP: latents are gathered, each rank attends a part of the
     heads for all sequences, and heads are exchanged back for the rank's own sequences."""
     sort_rows: bool = False
-    """One rank without a capacity, for inference: copies of tokens are sorted by expert, instead of
-    laid out in a block of static size for each."""
+    """For inference without a capacity: where all ranks are on one device, copies of tokens are
+    sorted by slot, instead of laid out in a block of static size for every source rank and slot."""
     permutes: bool = False
     """Exchanges deliver a token once to a rank: kernels of their own put its rows in the order of
     the experts, and add them up before they return (`cmjax.primitives.permute`)."""
@@ -70,8 +70,8 @@ class Parallelism:
 
     @property
     def sorts_rows(self) -> bool:
-        """Whether `sort_rows` applies."""
-        return self.sort_rows and self.ranks == 1 and self.capacity is None
+        """Whether `sort_rows` applies, on such a device."""
+        return self.sort_rows and self.capacity is None
 
     @property
     def ranks(self) -> int:

@@ -64,10 +64,11 @@ class Schedule:
         return self.order == "interleaved"
 
     def issue[Result](self, stages: Sequence[Generator[None, None, Result]]) -> tuple[Result, ...]:
-        """What the microbatches return, their stages issued in the order of the schedule."""
+        """What the microbatches return, their stages issued in the order of the schedule; one may
+        have fewer."""
         found: dict[int, Result] = {}
         for number in _TURNS[self.order]:
-            if number < len(stages):
+            if number < len(stages) and number not in found:
                 try:
                     next(stages[number])
                 except StopIteration as end:

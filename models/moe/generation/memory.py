@@ -73,13 +73,13 @@ def exchange_bytes(config: MoEConfig, parallelism: Parallelism, tokens: int) -> 
     """About the most that the buffers of one MoE block take on all ranks, `tokens` on each.
 
     Dispatch reserves a row per token for every (source rank, slot), so they grow with the square of
-    the ranks; rows that are sorted instead are as many as there are copies of tokens. Of a row,
-    sent and received copies, both halves of the SwiGLU and its product live at once, in float32.
+    the ranks; rows that are sorted instead, on one device, are as many as there are copies of
+    tokens. Of a row, sent and received copies, both halves of the SwiGLU and its product live at
+    once, in float32.
     """
-    if parallelism.sorts_rows:
-        rows = (config.experts_per_token + parallelism.table.has_shared) * tokens
-    else:
-        rows = parallelism.ranks * parallelism.table.slots * tokens
+    table = parallelism.table
+    each = config.experts_per_token + table.has_shared if parallelism.sorts_rows else table.slots
+    rows = parallelism.ranks * each * tokens
     return 4 * rows * (2 * config.hidden_size + 3 * config.expert_ffn_size)
 
 

@@ -8,6 +8,7 @@ widths that a format does not divide, more bytes than this machine has.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -155,13 +156,11 @@ def _placed_experts(
     config: MoEConfig, mesh: RankMesh, plan: Path | None, mtp: bool
 ) -> tuple[Parallelism, Sequence[SlotTable] | None]:
     """Slots of the experts on the ranks, and the table of each layer where they differ."""
+    parallelism = functools.partial(Parallelism, axes=mesh.axes, sort_rows=mesh.nodes == 1)
     if plan is None:
-        return Parallelism(
-            table=published_table(config, mesh.ranks), axes=mesh.axes, sort_rows=True
-        ), None
+        return parallelism(table=published_table(config, mesh.ranks)), None
     tables = plan_tables(read_plan(plan), config, mesh.ranks, mtp=mtp)
-    widest = max(tables, key=lambda table: table.max_copies)
-    return Parallelism(table=widest, axes=mesh.axes, sort_rows=True), tables
+    return parallelism(table=max(tables, key=lambda table: table.max_copies)), tables
 
 
 def _sequence_parallel(config: MoEConfig, mesh: RankMesh, prefill: str, chunk: int | None) -> bool:

@@ -1,13 +1,15 @@
 """The mixture-of-experts block of one layer on one rank: route, dispatch, experts, combine.
 
-The four stages are methods, so that a schedule can interleave those of several microbatches. The
-shared expert is computed by every rank for its own tokens, or, where the slot table has slots for
-it, dispatched to like a routed expert with weight 1 (CloudMatrix384 paper, section 4.2).
+The four stages are methods, so that a schedule can interleave those of several microbatches; for
+inference on a device that has all ranks, rows are sorted by slot instead. The shared expert is
+computed by every rank for its own tokens, or, where the slot table has slots for it, dispatched to
+like a routed expert with weight 1 (CloudMatrix384 paper, section 4.2).
 """
 
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
@@ -17,9 +19,10 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.router import Router
-from cmjax.models.moe.layers.sorted import SortedRows, sort_by_slot, unsort
+from cmjax.models.moe.layers.sorted import sort_by_slot, unsort
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
+from cmjax.primitives.one_device import on_one_device
 from cmjax.primitives.permute import permute, unpermute
 
 
@@ -85,30 +88,50 @@ class MoE(nnx.Module):
         slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
         return Routed(x, slots, weights)
 
-    def send(self, routed: Routed) -> Dispatched | SortedRows:
+    def send(self, routed: Routed) -> Dispatched:
         """Dispatch, in INT8 if the experts are."""
-        if self.parallelism.sorts_rows:
-            count = self.parallelism.table.slots_per_rank
-            return sort_by_slot(routed.x, routed.slots, count, quantize=self.quantize)
         return dispatch(routed.x, routed.slots, quantize=self.quantize, **self._exchange)
 
-    def compute(self, sent: Dispatched | SortedRows, dtype: jnp.dtype) -> Array:
-        """Apply the experts in this rank's slots: `[slots, rows, hidden]`, or `[rows, hidden]` of
-        sorted rows."""
-        if isinstance(sent, SortedRows):
-            return self.experts.of_sorted(sent, dtype)
+    def compute(
+        self, experts: Experts, sent: Dispatched, dtype: jnp.dtype
+    ) -> Float[Array, "slots rows hidden"]:
+        """Apply those in this rank's slots."""
         if not self.parallelism.permutes:
-            return self.experts(sent.rows, sent.scale, dtype)
+            return experts(sent.rows, sent.scale, dtype)
         how = {"ranks": self.parallelism.ranks, "copies": sent.position.shape[1]}
-        return unpermute(self.experts(permute(sent.rows, **how), sent.scale, dtype), **how)
+        return unpermute(experts(permute(sent.rows, **how), sent.scale, dtype), **how)
 
     def receive(
-        self, rows: Array, sent: Dispatched | SortedRows, routed: Routed
+        self, rows: Float[Array, "slots rows hidden"], sent: Dispatched, routed: Routed
     ) -> Float[Array, "tokens hidden"]:
         """Combine the routed experts' outputs."""
-        if isinstance(sent, SortedRows):
-            return unsort(rows, sent, routed.weights)
         return combine(rows, routed.slots, sent.position, routed.weights, **self._exchange)
+
+    def through_experts(self, routed: Routed) -> Float[Array, "tokens hidden"]:
+        """The three in one: as they are, or of the rows of all ranks that are on one device."""
+        graph, state = nnx.split(self.experts)
+        block = self.parallelism.schedule.block
+
+        def blocks(state: Any, routed: Routed) -> Array:
+            with block("dispatch"):
+                sent = self.send(routed)
+            with block("experts"):
+                rows = self.compute(nnx.merge(graph, state), sent, routed.x.dtype)
+            with block("combine"):
+                return self.receive(rows, sent, routed)
+
+        def rows(state: Any, routed: Routed) -> Array:
+            ranks, tokens = routed.x.shape[:2]
+            state, (x, slots, weights) = jax.tree.map(_without_ranks, (state, routed))
+            with block("dispatch"):
+                count = self.parallelism.table.slots
+                sent = sort_by_slot(x, slots, count, quantize=self.quantize)
+            with block("experts"):
+                y = nnx.merge(graph, state).of_sorted(sent, x.dtype)
+            with block("combine"):
+                return unsort(y, sent, weights).reshape(ranks, tokens, -1)
+
+        return on_one_device(blocks, rows, state, routed, axes=self.parallelism.axes)
 
     def compute_shared(self, routed: Routed) -> Float[Array, "tokens hidden"] | None:
         """The local shared expert on this rank's own tokens, if there is one."""
@@ -129,10 +152,16 @@ def moe_stages(
     moe: MoE, x: Float[Array, "tokens hidden"], routed: Routed
 ) -> Generator[None, None, Float[Array, "tokens hidden"]]:
     """The residual stream of a microbatch after the block, in four stages of which a schedule may
-    issue those of another microbatch in between. The shared expert runs while tokens travel."""
+    issue those of another microbatch in between. The shared expert runs while tokens travel. Where
+    rows may be sorted all is one stage."""
     schedule = moe.parallelism.schedule
     block, before = schedule.block, schedule.shared_before_experts
     shared = None
+    if moe.parallelism.sorts_rows:
+        with block("experts", scope="shared"):
+            shared = moe.compute_shared(routed)
+        x = x + moe.through_experts(routed)
+        return x if shared is None else x + shared
     with block("dispatch"):
         sent = moe.send(routed)
     if before:
@@ -140,7 +169,7 @@ def moe_stages(
             shared = moe.compute_shared(routed)
     yield
     with block("experts"):
-        rows = moe.compute(sent, x.dtype)
+        rows = moe.compute(moe.experts, sent, x.dtype)
     yield
     if not before:
         with block("experts", scope="shared"):
@@ -161,6 +190,11 @@ def run_moe(
             next(stages)
         except StopIteration as end:
             return end.value
+
+
+def _without_ranks(x: Array) -> Array:
+    """`[ranks, n, ...]` to `[ranks * n, ...]`."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 __all__ = ["MoE", "Routed", "SlotVariable", "moe_stages", "run_moe"]

@@ -1,4 +1,4 @@
-"""Copies of tokens sorted by the slot they go to, on a rank that holds every expert.
+"""Copies of tokens sorted by the slot they go to, on a device that holds every expert.
 
 Where nothing travels, nothing needs the static blocks of `dispatch`: rows lie one slot after the
 other, as many as there are, and the products with the experts' matrices follow them
@@ -42,8 +42,8 @@ def sort_by_slot(
     flat = slots.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(flat).at[order].set(lax.iota(jnp.int32, tokens * copies))
-    experts = lax.iota(jnp.int32, count)
-    sizes = jnp.sum(flat[:, None] == experts, axis=0, dtype=jnp.int32)
+    ends = jnp.searchsorted(flat[order], lax.iota(jnp.int32, count), side="right")
+    sizes = jnp.diff(ends.astype(jnp.int32), prepend=0)
     token, scale = order // copies, None
     if quantize:
         x, scale = quantize_rows(x)
@@ -55,6 +55,8 @@ def unsort(
     rows: Float[Array, "rows hidden"], sent: SortedRows, weights: Float32[Array, "tokens copies"]
 ) -> Float[Array, "tokens hidden"]:
     """Every token's sum over its copies, weighted in float32; as `combine` adds them."""
+    # rows and weights are made first: XLA would make them anew at every place, value by value
+    rows, weights = lax.optimization_barrier((rows, weights))
     each = rows[sent.place]
     parts = [each[:, c].astype(jnp.float32) * weights[:, c, None] for c in range(each.shape[1])]
     return functools.reduce(jnp.add, parts).astype(rows.dtype)

@@ -68,6 +68,8 @@ def test_sorted_rows_are_as_many_as_copies_of_tokens_whatever_the_experts_are():
     alone = dataclasses.replace(one_rank(tiny()), sort_rows=True)
     copies = 5 * tiny().experts_per_token
     assert exchange_bytes(tiny(), alone, 5) == copies * (64 + 64 + 96) * 4
+    device = dataclasses.replace(PARALLELISM, sort_rows=True)
+    assert exchange_bytes(tiny(), device, 5) == 8 * copies * (64 + 64 + 96) * 4
     blocks = dataclasses.replace(alone, sort_rows=False)
     assert exchange_bytes(tiny(), blocks, 5) == 5 * tiny().routed_experts * (64 + 64 + 96) * 4
 
