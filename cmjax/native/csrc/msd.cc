@@ -35,12 +35,10 @@ struct Kernels {
         &space::mxfp4_split, &space::mxfp4_totals                                         \
   }
 
-Kernels kernels(Isa isa) {
+Kernels kernels() {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512Vnni) return CMJAX_KERNELS_OF(msd::avx512);
-  if (isa == Isa::kAvx2) return CMJAX_KERNELS_OF(msd::avx2);
-#else
-  (void)isa;
+  if (isa() == Isa::kAvx512Vnni) return CMJAX_KERNELS_OF(msd::avx512);
+  if (isa() == Isa::kAvx2) return CMJAX_KERNELS_OF(msd::avx2);
 #endif
   return CMJAX_KERNELS_OF(msd::scalar);
 }
@@ -91,12 +89,6 @@ std::vector<Span> spans_of(const Sizes& n) {
   std::vector<Span> spans;
   for (int64_t s = 0; s < n.stack; ++s) spans.push_back({s * n.rows, n.rows});
   return spans;
-}
-
-int64_t most_rows(const std::vector<Span>& spans) {
-  int64_t most = 0;
-  for (const Span& span : spans) most = std::max(most, span.count);
-  return most;
 }
 
 // Values that are finished together: left to the compiler, they are finished one by one, which takes
@@ -218,9 +210,7 @@ inline void finish(int64_t features, const float* sums, float* out, const Value&
 ffi::Error int8_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
                         int64_t all_rows, const float* x, const int8_t* w, const float* scales,
                         const float* offsets, float* y) {
-  // One or two rows wait for memory, from which AVX2's shorter loads stream faster.
-  const bool streams = isa() == Isa::kAvx512Vnni && most_rows(spans) <= 2;
-  const Kernels kernel = kernels(streams ? Isa::kAvx2 : isa());
+  const Kernels kernel = kernels();
   const int64_t bytes = kernel.int8_bytes(n.inner);
   const Scratch parts = aligned_bytes(bytes * all_rows);
   const std::unique_ptr<Row[]> rows(new (std::nothrow) Row[all_rows]);
@@ -282,7 +272,7 @@ ffi::Error int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
 ffi::Error mxfp4_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
                          int64_t all_rows, const float* x, const uint8_t* w, const uint8_t* scale,
                          float* y) {
-  const Kernels kernel = kernels(isa());
+  const Kernels kernel = kernels();
   const int64_t bytes = kernel.mxfp4_bytes(n.inner);
   const Scratch parts = aligned_bytes(bytes * all_rows);
   if (!parts) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_mxfp4: memory");
