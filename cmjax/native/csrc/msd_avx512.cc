@@ -101,10 +101,6 @@ struct Mxfp4Row {
         starts(reinterpret_cast<const int32_t*>(parts + chunks * 192)) {}
 };
 
-// The codes of the next page are fetched meanwhile, in the order of memory: the hardware, left alone
-// with `C` short rows, comes too late, and stops at every page (2.7 times faster at inner = 1024).
-constexpr int64_t kPage = 4096;
-
 template <int R, int C>
 inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w,
                        const uint8_t* scales, int64_t inner, float* totals, int64_t stride) {
@@ -124,20 +120,19 @@ inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
   }
-  auto step = [&](int64_t chunk, __mmask64 valid, __mmask16 valid_scales)
-      __attribute__((always_inline)) {
+  auto step = [&](int64_t chunk, __mmask64 valid, int64_t some) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + kPage + 64 * (C * chunk + c)), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64 * (C * chunk + c)), _MM_HINT_T0);
       const __m512i codes =
           _mm512_maskz_loadu_epi8(valid, w + (c * blocks + 4 * chunk) * (kBlock / 2));
       const __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low));
       const __m512i odd =
           _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
-      const __m128i exponents =
-          _mm_maskz_loadu_epi8(valid_scales, scales + c * blocks + 4 * chunk);
+      int32_t exponents = 0;  // plainly: a masked load waits for the next line too
+      __builtin_memcpy(&exponents, scales + c * blocks + 4 * chunk, some);
       const __m512 scale = _mm512_castsi512_ps(_mm512_srli_epi32(
-          _mm512_shuffle_epi8(_mm512_broadcastd_epi32(exponents), spread), 1));
+          _mm512_shuffle_epi8(_mm512_set1_epi32(exponents), spread), 1));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Mxfp4Row row(parts + r * row_bytes, chunks);
@@ -150,9 +145,9 @@ inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w
     }
   };
   const int64_t whole = blocks / 4;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) step(chunk, ~__mmask64{0}, 0xf);
+  for (int64_t chunk = 0; chunk < whole; ++chunk) step(chunk, ~__mmask64{0}, 4);
   if (const int64_t rest = blocks - 4 * whole; rest > 0) {
-    step(whole, ~__mmask64{0} >> (64 - 16 * rest), static_cast<__mmask16>((1 << rest) - 1));
+    step(whole, ~__mmask64{0} >> (64 - 16 * rest), rest);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {

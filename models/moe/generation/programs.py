@@ -196,8 +196,8 @@ def _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes) -> Ca
 
 
 def _repeated(step: Callable) -> Callable:
-    """`step` so many times, each with the next of the numbers in `inputs.sampling.uniform`. The host
-    waits once for all of them."""
+    """`step` so many times, each with the next of the numbers in `inputs.sampling.uniform`: the
+    host waits once for all of them."""
 
     def run(params, caches, inputs, steps):
         uniform = inputs.sampling.uniform

@@ -5,20 +5,25 @@ shared expert is computed by every rank for its own tokens, or, where the slot t
 it, dispatched to like a routed expert with weight 1 (CloudMatrix384 paper, section 4.2).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
+from cmjax.models.moe.layers.linear import observed
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.layers.sorted import SortedRows, sort_by_slot, unsort
+from cmjax.models.moe.layers.sorted_experts import MOST_TOKENS, sorted_experts
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
+from cmjax.primitives.msd import QuantizedWeight
 from cmjax.primitives.permute import permute, unpermute
 
 
@@ -113,6 +118,19 @@ class MoE(nnx.Module):
         """The local shared expert on this rank's own tokens, if there is one."""
         return None if self.shared is None else self.shared(routed.x)
 
+    def is_one_call(self, routed: Routed) -> bool:
+        """Whether a CPU has `mix` for these tokens: few, and experts in formats that it reads."""
+        few = isinstance(routed.x.shape[0], int) and routed.x.shape[0] <= MOST_TOKENS
+        mixed = few and self.parallelism.sorts_rows and not observed()
+        matrices = self.experts.gate_up.matrix.value, self.experts.down.matrix.value
+        return mixed and all(isinstance(w, QuantizedWeight) for w in matrices)
+
+    def mix(self, routed: Routed) -> Float[Array, "tokens hidden"]:
+        """`send`, `compute` and `receive` as one call."""
+        up, down = self.experts.gate_up.matrix.value, self.experts.down.matrix.value
+        assert isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight), "is_one_call"
+        return sorted_experts(routed.x, routed.slots, routed.weights, up, down)
+
     @property
     def _exchange(self) -> dict:
         parallelism = self.parallelism
@@ -129,6 +147,21 @@ def run_moe(
 ) -> tuple[Float[Array, "tokens hidden"], ...]:
     """The residual stream after the block, for several routed microbatches: each stage is issued
     for all of them before the next. The shared expert runs while tokens travel."""
+    stages = functools.partial(_by_stages, moe)
+    if not all(moe.is_one_call(r) for r in routed):
+        return stages(xs, routed)
+    return lax.platform_dependent(xs, routed, cpu=functools.partial(_by_call, moe), default=stages)
+
+
+def _by_call(moe: MoE, xs, routed):
+    out = []
+    for x, r in zip(xs, routed, strict=True):
+        x, z = x + moe.mix(r), moe.compute_shared(r)
+        out.append(x if z is None else x + z)
+    return tuple(out)
+
+
+def _by_stages(moe: MoE, xs, routed):
     block = moe.parallelism.schedule.block
     sent, shared, rows, out = [], [], [], []
     for r in routed:
