@@ -17,7 +17,6 @@ _SWITCH = "CMJAX_NATIVE"
 # Every function of the library that computes; the names are those of csrc/*.cc.
 TARGETS = (
     "cmjax_attention",
-    "cmjax_cached_heads",
     "cmjax_conv1d",
     "cmjax_fsmn_memory",
     "cmjax_grouped_dot",
@@ -27,6 +26,7 @@ TARGETS = (
     "cmjax_mel_energies",
     "cmjax_msd_int8",
     "cmjax_msd_mxfp4",
+    "cmjax_rotary_heads",
     "cmjax_sorted_experts_int8",
     "cmjax_sorted_experts_mxfp4",
     "cmjax_sum_words",
@@ -101,24 +101,17 @@ def status() -> Status:
     return Status(enabled=True, isa=isa, reason=reason, bfloat16=bfloat16)
 
 
-def call(
-    target: str,
-    out: Any,
-    *operands: jax.Array,
-    aliases: dict[int, int] | None = None,
-    **attributes: Any,
-) -> Any:
+def call(target: str, out: Any, *operands: jax.Array, **attributes: Any) -> Any:
     """`jax.ffi.ffi_call` of one of `TARGETS`; for use in a primitive's `native` lowering only.
 
     Args:
       target: name of the C++ function.
       out: a `jax.ShapeDtypeStruct`, or a sequence of them.
-      aliases: operands (their places) that are results (theirs) changed in place.
       operands, attributes: as the C++ function declares them; attributes are NumPy scalars.
     """
     assert target in TARGETS and status().enabled, (target, status())  # the first call registers
     outs = list(out) if isinstance(out, Sequence) else out
-    return jax.ffi.ffi_call(target, outs, input_output_aliases=aliases)(*operands, **attributes)
+    return jax.ffi.ffi_call(target, outs)(*operands, **attributes)
 
 
 def function(name: str) -> Any:

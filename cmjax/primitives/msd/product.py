@@ -293,7 +293,7 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
 
 
 def _kernel_dtype(x, bias, out_dtype):
-    """The kernels take and give float32, or bfloat16 where nothing is added before it is rounded."""
+    """The kernels take and give float32, or bfloat16 where nothing is added before rounding."""
     same = x.dtype == jnp.bfloat16 and out_dtype == "bfloat16" and bias is None
     return jnp.bfloat16 if same else jnp.float32
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.cache import GroupedCache
-from cmjax.models.moe.layers.cached_heads import cached_heads, is_one_call, rotary_heads
+from cmjax.models.moe.layers.heads import cached_heads, is_one_call, rotary_heads
 from cmjax.models.moe.layers.linear import Linear
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.rope import softmax_scale
@@ -101,9 +101,10 @@ class GQA(nnx.Module):
             gains = (self.q_norm, self.k_norm)
             norms = tuple(gain[...] for gain in gains if gain is not None)
             tensor = self.parallelism.tensor
-            return cached_heads(self.config, tensor, columns, positions, norms, cache)
+            q, new = cached_heads(self.config, tensor, columns, positions, norms, cache.kind)
+            return q, cache.put(new, positions)
 
-        if not is_one_call(columns, cache):
+        if not is_one_call(columns, cache.kind):
             return stages(columns, positions, cache)
         return lax.platform_dependent(columns, positions, cache, cpu=call, default=stages)
 
