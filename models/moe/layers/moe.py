@@ -18,6 +18,8 @@ from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
 from cmjax.models.moe.layers.linear import observed
 from cmjax.models.moe.layers.norm import RMSNorm
+from cmjax.models.moe.layers.route import is_one_call as is_routed_at_once
+from cmjax.models.moe.layers.route import route
 from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.layers.sorted import SortedRows, sort_by_slot, unsort
 from cmjax.models.moe.layers.sorted_experts import MOST_TOKENS, sorted_experts
@@ -84,10 +86,20 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "tokens hidden"]) -> Routed:
         """Normalise, choose experts and a replica of each, the shared one's included."""
-        x = self.norm(x)
         rank = jnp.asarray(self.parallelism.rank, jnp.int32)
-        slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
-        return Routed(x, slots, weights)
+
+        def stages(x, rank):
+            x = self.norm(x)
+            return Routed(x, *self.router(x, rank, self.slots_of_expert[...], self.copies[...]))
+
+        def call(x, rank):
+            bias = None if self.router.bias is None else self.router.bias[...]
+            gate = self.router.weight[...], bias, rank, self.slots_of_expert[...], self.copies[...]
+            return Routed(*route(self.router.config, x, self.norm.gain[...], *gate))
+
+        if not is_routed_at_once(x, self.router.weight[...]):
+            return stages(x, rank)
+        return lax.platform_dependent(x, rank, cpu=call, default=stages)
 
     def send(self, routed: Routed) -> Dispatched | SortedRows:
         """Dispatch, in INT8 if the experts are."""
