@@ -26,6 +26,11 @@ TARGETS = (
     "cmjax_mel_energies",
     "cmjax_msd_int8",
     "cmjax_msd_mxfp4",
+    "cmjax_rms_norm",
+    "cmjax_rotary_heads",
+    "cmjax_route",
+    "cmjax_sorted_experts_int8",
+    "cmjax_sorted_experts_mxfp4",
     "cmjax_sum_words",
 )
 

@@ -25,6 +25,7 @@ __all__ = [
     "clamp",
     "count_where",
     "define",
+    "define_call",
     "reference_of",
     "straight_through",
 ]
@@ -120,13 +121,47 @@ def define(
     return p
 
 
+def define_call(name: str, reference: Callable, native: Callable) -> Primitive:
+    """Several operations that CPU devices run as one: for the `cpu` branch of
+    `lax.platform_dependent`, whose default branch, the operations themselves, is what is priced.
+
+    Args:
+      name: as it will show in jaxprs; `cm_` first.
+      reference: the operations, as a function of arrays and static parameters that gives a list of
+        arrays. Derivatives are its own, and so is what a virtual axis of several ranks maps.
+      native: see `define`.
+    """
+
+    def jvp(p, primals, tangents, **params):
+        exact = functools.partial(reference, **params)
+        out, dout = _moved(exact, primals, tangents)
+        return out, [_tangent(o, d) for o, d in zip(out, dout, strict=True)]
+
+    def batch(args, dims, **params):
+        sizes = {a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None}
+        if sizes == {1}:
+            pairs = zip(args, dims, strict=True)
+            one = p.bind(*(a if d is None else lax.squeeze(a, [d]) for a, d in pairs), **params)
+            out = [x[None] for x in one]
+        else:
+            out = jax.vmap(functools.partial(reference, **params), in_axes=tuple(dims))(*args)
+        return out, [0] * len(out)
+
+    p = define(name, reference, jvp=jvp, batch=batch, native=native, multiple_results=True)
+    return p
+
+
 def straight_through(exact: Callable, p, primals, tangents, params) -> tuple[Any, Any]:
     """For a `jvp` rule: the value of `p`, with the derivative of `exact(*operands)` instead.
 
     Of `exact`, which has the operands and the one result of `p`, only what the tangent needs is
     computed, along operands that have one.
     """
-    out = p.bind(*primals, **params)
+    return p.bind(*primals, **params), _moved(exact, primals, tangents)[1]
+
+
+def _moved(exact: Callable, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp` along the operands that have a tangent."""
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
     def of_moving(*values):
@@ -136,7 +171,7 @@ def straight_through(exact: Callable, p, primals, tangents, params) -> tuple[Any
         return exact(*operands)
 
     at = tuple(primals[i] for i in moving)
-    return out, jax.jvp(of_moving, at, tuple(tangents[i] for i in moving))[1]
+    return jax.jvp(of_moving, at, tuple(tangents[i] for i in moving))
 
 
 def _where_kernels_run(kernel: Callable, plain: Callable) -> Callable:

@@ -1,6 +1,6 @@
 // W8A16 and W4A16 matrix products by multi-scale decomposition: split the rows, multiply in
 // integers, recombine. Weights are [features, inner] and are read once, as they lie in memory.
-#include "msd.h"
+#include "msd_product.h"
 
 #include <algorithm>
 #include <cstring>
@@ -11,14 +11,14 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "row_groups.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace cmjax {
 namespace {
 
 namespace ffi = xla::ffi;
 using msd::Row;
+using msd::Sizes;
+using msd::Span;
 
 struct Kernels {
   decltype(&msd::scalar::int8_bytes) int8_bytes;
@@ -35,12 +35,10 @@ struct Kernels {
         &space::mxfp4_split, &space::mxfp4_totals                                         \
   }
 
-Kernels kernels(Isa isa) {
+Kernels kernels() {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512Vnni) return CMJAX_KERNELS_OF(msd::avx512);
-  if (isa == Isa::kAvx2) return CMJAX_KERNELS_OF(msd::avx2);
-#else
-  (void)isa;
+  if (isa() == Isa::kAvx512Vnni) return CMJAX_KERNELS_OF(msd::avx512);
+  if (isa() == Isa::kAvx2) return CMJAX_KERNELS_OF(msd::avx2);
 #endif
   return CMJAX_KERNELS_OF(msd::scalar);
 }
@@ -55,10 +53,6 @@ constexpr int64_t kMostRows = 64;
 // Values below which splitting is not worth a second thread.
 constexpr int64_t kSplitAlone = 1 << 15;
 
-struct Sizes {
-  int64_t stack, rows, inner, features;
-};
-
 struct Free {
   void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
@@ -67,36 +61,6 @@ using Scratch = std::unique_ptr<uint8_t[], Free>;
 Scratch aligned_bytes(int64_t count) {
   void* bytes = ::operator new[](count, std::align_val_t{64}, std::nothrow);
   return Scratch(static_cast<uint8_t*>(bytes));
-}
-
-template <typename A, typename W>
-bool read_sizes(const A& x, const W& w, int64_t codes, Sizes& sizes) {
-  if (x.size() != 3 || w.size() != 3) return false;
-  sizes = {x[0], x[1], x[2], w[1]};
-  return w[0] == sizes.stack && w[2] * codes == sizes.inner && sizes.inner > 0;
-}
-
-template <typename D>
-bool is_shape(const D& dimensions, int64_t a, int64_t b, int64_t c) {
-  return dimensions.size() == 3 && dimensions[0] == a && dimensions[1] == b && dimensions[2] == c;
-}
-
-// Rows of x that meet one matrix of the stack.
-struct Span {
-  int64_t start, count;
-};
-
-// Every matrix has the same number of rows, one matrix after the other.
-std::vector<Span> spans_of(const Sizes& n) {
-  std::vector<Span> spans;
-  for (int64_t s = 0; s < n.stack; ++s) spans.push_back({s * n.rows, n.rows});
-  return spans;
-}
-
-int64_t most_rows(const std::vector<Span>& spans) {
-  int64_t most = 0;
-  for (const Span& span : spans) most = std::max(most, span.count);
-  return most;
 }
 
 // Values that are finished together: left to the compiler, they are finished one by one, which takes
@@ -146,11 +110,13 @@ bool any_large(const float* x, int64_t count) {
 // result.
 template <typename Split, typename Totals, typename Finish>
 void run(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans, int64_t all_rows,
-         int64_t row_bytes, const float* x, float* y, const Split& split, const Totals& totals,
-         const Finish& finish) {
+         int64_t row_bytes, const Values& x, const Values& y, const Split& split,
+         const Totals& totals, const Finish& finish) {
+  const RowKernels kernel = row_kernels();
   std::vector<char> large(all_rows);
   const auto split_one = [&](int64_t row) {
-    const float* values = x + row * n.inner;
+    std::vector<float> room(x.half ? n.inner : 0);
+    const float* values = x.read(kernel, row * n.inner, n.inner, room.data());
     large[row] = any_large(values, n.inner);
     if (!large[row]) return split(row, values);
     std::vector<float> less(values, values + n.inner);
@@ -180,12 +146,14 @@ void run(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans, 
   parallel_for(pool, tasks, worker_count(pool, tasks), [&](int64_t task, int64_t) {
     const auto [stack, feature, row, rows] = tiles[task];
     const int64_t features = std::min(kFeatures, n.features - feature);
-    float sums[kMostRows * kFeatures];
+    float sums[kMostRows * kFeatures], room[kFeatures];
     totals(row, rows, stack, feature, features, sums);
     for (int64_t r = 0; r < rows; ++r) {
-      float* out = y + (row + r) * n.features + feature;
+      const int64_t at = (row + r) * n.features + feature;
+      float* out = y.place(at, room);
       finish(row + r, stack, feature, features, sums + r * kFeatures, out);
       for (int64_t f = 0; large[row + r] && f < features; ++f) out[f] = rounded(out[f] * kGrow);
+      y.write(kernel, out, features, at);
     }
   });
 }
@@ -214,13 +182,12 @@ inline void finish(int64_t features, const float* sums, float* out, const Value&
   }
 }
 
-// y of all spans; offsets may be null.
-ffi::Error int8_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
-                        int64_t all_rows, const float* x, const int8_t* w, const float* scales,
-                        const float* offsets, float* y) {
-  // One or two rows wait for memory, from which AVX2's shorter loads stream faster.
-  const bool streams = isa() == Isa::kAvx512Vnni && most_rows(spans) <= 2;
-  const Kernels kernel = kernels(streams ? Isa::kAvx2 : isa());
+}  // namespace
+
+ffi::Error msd::int8_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
+                             int64_t all_rows, const Values& x, const int8_t* w,
+                             const float* scales, const float* offsets, const Values& y) {
+  const Kernels kernel = kernels();
   const int64_t bytes = kernel.int8_bytes(n.inner);
   const Scratch parts = aligned_bytes(bytes * all_rows);
   const std::unique_ptr<Row[]> rows(new (std::nothrow) Row[all_rows]);
@@ -250,39 +217,10 @@ ffi::Error int8_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector
   return ffi::Error::Success();
 }
 
-ffi::Error int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
-                ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> offset,
-                ffi::ResultBuffer<ffi::F32> y) {
-  Sizes n;
-  if (!read_sizes(x.dimensions(), w.dimensions(), 1, n)) {
-    return ffi::Error::InvalidArgument(
-        "msd_int8: x must be [stack, rows, inner] and w [stack, features, inner]");
-  }
-  if (n.inner > msd::kMostInner) {
-    return ffi::Error::InvalidArgument("msd_int8: inner is too long for int32 sums");
-  }
-  const auto of_features = static_cast<size_t>(n.stack * n.features);
-  if (!is_shape(scale.dimensions(), n.stack, n.features, 1)) {
-    return ffi::Error::InvalidArgument("msd_int8: scale must be [stack, features, 1]");
-  }
-  if (offset.element_count() != 0 && offset.element_count() != of_features) {
-    return ffi::Error::InvalidArgument(
-        "msd_int8: offset must be empty or have stack * features elements");
-  }
-  if (!is_shape(y->dimensions(), n.stack, n.rows, n.features)) {
-    return ffi::Error::InvalidArgument("msd_int8: the result must be [stack, rows, features]");
-  }
-  if (y->element_count() == 0) return ffi::Error::Success();
-
-  return int8_product(pool, n, spans_of(n), n.stack * n.rows, x.typed_data(), w.typed_data(),
-                      scale.typed_data(), offset.element_count() ? offset.typed_data() : nullptr,
-                      y->typed_data());
-}
-
-ffi::Error mxfp4_product(ffi::ThreadPool& pool, const Sizes& n, const std::vector<Span>& spans,
-                         int64_t all_rows, const float* x, const uint8_t* w, const uint8_t* scale,
-                         float* y) {
-  const Kernels kernel = kernels(isa());
+ffi::Error msd::mxfp4_product(ffi::ThreadPool& pool, const Sizes& n,
+                              const std::vector<Span>& spans, int64_t all_rows, const Values& x,
+                              const uint8_t* w, const uint8_t* scale, const Values& y) {
+  const Kernels kernel = kernels();
   const int64_t bytes = kernel.mxfp4_bytes(n.inner);
   const Scratch parts = aligned_bytes(bytes * all_rows);
   if (!parts) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msd_mxfp4: memory");
@@ -304,119 +242,5 @@ ffi::Error mxfp4_product(ffi::ThreadPool& pool, const Sizes& n, const std::vecto
       });
   return ffi::Error::Success();
 }
-
-ffi::Error mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
-                 ffi::Buffer<ffi::U8> scale, ffi::ResultBuffer<ffi::F32> y) {
-  Sizes n;
-  if (!read_sizes(x.dimensions(), w.dimensions(), 2, n) || n.inner % msd::kBlock != 0) {
-    return ffi::Error::InvalidArgument(
-        "msd_mxfp4: x must be [stack, rows, inner], inner a multiple of 32, and w [stack, "
-        "features, inner / 2]");
-  }
-  if (!is_shape(scale.dimensions(), n.stack, n.features, n.inner / msd::kBlock)) {
-    return ffi::Error::InvalidArgument("msd_mxfp4: scale must be [stack, features, inner / 32]");
-  }
-  if (!is_shape(y->dimensions(), n.stack, n.rows, n.features)) {
-    return ffi::Error::InvalidArgument("msd_mxfp4: the result must be [stack, rows, features]");
-  }
-  if (y->element_count() == 0) return ffi::Error::Success();
-
-  return mxfp4_product(pool, n, spans_of(n), n.stack * n.rows, x.typed_data(), w.typed_data(),
-                       scale.typed_data(), y->typed_data());
-}
-
-// Rows in groups: x [rows, inner], w [groups, features, ...], as in grouped.cc.
-template <typename W, typename S>
-ffi::Error grouped(ffi::Buffer<ffi::F32>& x, const W& w, const S& scale, int64_t codes,
-                   int64_t scales, ffi::Buffer<ffi::S32>& counts,
-                   ffi::ResultBuffer<ffi::F32>& y, Sizes& n, std::vector<Span>& spans) {
-  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
-  const auto groups = counts.element_count();
-  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || ws[2] * codes != xs[1] || xs[1] == 0 ||
-      ys[0] != xs[0] || ys[1] != ws[1] || groups != static_cast<size_t>(ws[0]) ||
-      scale.element_count() != static_cast<size_t>(ws[0] * ws[1] * scales)) {
-    return ffi::Error::InvalidArgument(
-        "grouped_msd_dot: x must be [rows, inner], w [groups, features, inner], counts "
-        "[groups], and the result [rows, features]");
-  }
-  n = {ws[0], xs[0], xs[1], ws[1]};
-  const RowGroups lists =
-      row_groups(nullptr, counts.typed_data(), n.stack, n.rows, nullptr, 0, false);
-  if (!lists.valid) {
-    return ffi::Error::InvalidArgument(
-        "grouped_msd_dot: a group has negative rows, or rows beyond the buffer");
-  }
-  for (int64_t g = 0; g < n.stack; ++g) spans.push_back({lists.begin[g], lists.count(g)});
-  if (static_cast<int64_t>(lists.rows.size()) < n.rows) {
-    std::memset(y->untyped_data(), 0, y->size_bytes());
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error grouped_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
-                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> counts,
-                        ffi::ResultBuffer<ffi::F32> y) {
-  Sizes n;
-  std::vector<Span> spans;
-  if (ffi::Error e = grouped(x, w, scale, 1, 1, counts, y, n, spans); e.failure()) return e;
-  if (n.inner > msd::kMostInner) {
-    return ffi::Error::InvalidArgument("grouped_msd_dot: inner is too long for int32 sums");
-  }
-  return int8_product(pool, n, spans, n.rows, x.typed_data(), w.typed_data(), scale.typed_data(),
-                      nullptr, y->typed_data());
-}
-
-ffi::Error grouped_mxfp4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
-                         ffi::Buffer<ffi::U8> scale, ffi::Buffer<ffi::S32> counts,
-                         ffi::ResultBuffer<ffi::F32> y) {
-  Sizes n;
-  std::vector<Span> spans;
-  const int64_t scales = x.dimensions().size() == 2 ? x.dimensions()[1] / msd::kBlock : 0;
-  if (ffi::Error e = grouped(x, w, scale, 2, scales, counts, y, n, spans); e.failure()) {
-    return e;
-  }
-  if (n.inner % msd::kBlock != 0) {
-    return ffi::Error::InvalidArgument("grouped_msd_dot: inner must be a multiple of 32");
-  }
-  return mxfp4_product(pool, n, spans, n.rows, x.typed_data(), w.typed_data(), scale.typed_data(),
-                       y->typed_data());
-}
-
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_msd_int8, int8,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_msd_mxfp4, mxfp4,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_int8, grouped_int8,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_grouped_msd_mxfp4, grouped_mxfp4,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 }  // namespace cmjax

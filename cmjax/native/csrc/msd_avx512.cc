@@ -24,17 +24,18 @@ inline void add_products(__m512i& sum, __m512i q, const uint8_t* from) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(q), "m"(*reinterpret_cast<const __m512i*>(from)));
 }
 
+constexpr int64_t kAhead = 8192;  // bytes (measured)
+
 int64_t plane_bytes(int64_t inner) { return (inner + 63) / 64 * 64 + 64; }
 
 // Int8: `R` rows with `C` features. A row is the plane of a1, then that of a2.
 //
-// While one group of features is multiplied, the next but one is fetched into the second cache, by
-// lines in the order of memory: left alone, the hardware does not follow `C` rows at full speed. One
-// row it does follow, and a fetch only disturbs it.
+// Weights are fetched kAhead before they are needed, by lines in the order of memory: left alone, the
+// hardware comes too late, and does not follow `C` rows at full speed.
 //
 // `Few` rows fit into the first cache, but what is touched once there leaves it with the weights that
 // stream through: so they are operands in memory, touched for every feature (up to 1.7 times faster
-// at three and four rows; fewer are left to AVX2). More rows come from the second cache anyway, once each.
+// at three and four rows). More rows come from the second cache anyway, once each.
 template <int R, int C, bool Few>
 inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, const int8_t* w,
                       int64_t inner, float* totals, int64_t stride) {
@@ -50,9 +51,7 @@ inline void int8_tile(const uint8_t* parts, int64_t row_bytes, const Row* rows, 
     __m512i q[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      if constexpr (C > 1) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + C * (2 * inner + k) + 64 * c), _MM_HINT_T1);
-      }
+      _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + C * k + 64 * c), _MM_HINT_T0);
       q[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w + c * inner + k), flip);
     }
 #pragma GCC unroll 4
@@ -102,10 +101,6 @@ struct Mxfp4Row {
         starts(reinterpret_cast<const int32_t*>(parts + chunks * 192)) {}
 };
 
-// The codes of the next page are fetched meanwhile, in the order of memory: the hardware, left alone
-// with `C` short rows, comes too late, and stops at every page (2.7 times faster at inner = 1024).
-constexpr int64_t kPage = 4096;
-
 template <int R, int C>
 inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w,
                        const uint8_t* scales, int64_t inner, float* totals, int64_t stride) {
@@ -125,20 +120,19 @@ inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
   }
-  auto step = [&](int64_t chunk, __mmask64 valid, __mmask16 valid_scales)
-      __attribute__((always_inline)) {
+  auto step = [&](int64_t chunk, __mmask64 valid, int64_t some) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + kPage + 64 * (C * chunk + c)), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64 * (C * chunk + c)), _MM_HINT_T0);
       const __m512i codes =
           _mm512_maskz_loadu_epi8(valid, w + (c * blocks + 4 * chunk) * (kBlock / 2));
       const __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low));
       const __m512i odd =
           _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
-      const __m128i exponents =
-          _mm_maskz_loadu_epi8(valid_scales, scales + c * blocks + 4 * chunk);
+      int32_t exponents = 0;  // plainly: a masked load waits for the next line too
+      __builtin_memcpy(&exponents, scales + c * blocks + 4 * chunk, some);
       const __m512 scale = _mm512_castsi512_ps(_mm512_srli_epi32(
-          _mm512_shuffle_epi8(_mm512_broadcastd_epi32(exponents), spread), 1));
+          _mm512_shuffle_epi8(_mm512_set1_epi32(exponents), spread), 1));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Mxfp4Row row(parts + r * row_bytes, chunks);
@@ -151,9 +145,9 @@ inline void mxfp4_tile(const uint8_t* parts, int64_t row_bytes, const uint8_t* w
     }
   };
   const int64_t whole = blocks / 4;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) step(chunk, ~__mmask64{0}, 0xf);
+  for (int64_t chunk = 0; chunk < whole; ++chunk) step(chunk, ~__mmask64{0}, 4);
   if (const int64_t rest = blocks - 4 * whole; rest > 0) {
-    step(whole, ~__mmask64{0} >> (64 - 16 * rest), static_cast<__mmask16>((1 << rest) - 1));
+    step(whole, ~__mmask64{0} >> (64 - 16 * rest), rest);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {

@@ -69,8 +69,9 @@ def _reference(x, values, scale, sizes, *, format):
 def _native(x, values, scale, sizes, *, format):
     if min(*x.shape, *values.shape) == 0:
         return _reference(x, values, scale, sizes, format=format)
-    out = jax.ShapeDtypeStruct((x.shape[0], values.shape[1]), jnp.float32)
-    operands = x.astype(jnp.float32), values, scale, sizes
+    kept = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32  # what the kernels read
+    out = jax.ShapeDtypeStruct((x.shape[0], values.shape[1]), kept)
+    operands = x.astype(kept), values, scale, sizes
     return native.call(f"cmjax_grouped_msd_{format}", out, *operands).astype(x.dtype)
 
 

@@ -276,19 +276,26 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
     def of_features(a):
         return jnp.zeros((0,), jnp.float32) if a is None else a.reshape(-1)
 
-    x = x.astype(jnp.float32)
+    kept = _kernel_dtype(x, bias, out_dtype)
+    x = x.astype(kept)
     weights = (
         flat(w, features, w.shape[-1]),
         flat(w_scale, features, w_scale.shape[-1] if format == "mxfp4" else 1),
     )
 
-    out = jax.ShapeDtypeStruct((stack, rows, features), jnp.float32)
+    out = jax.ShapeDtypeStruct((stack, rows, features), kept)
     rest = () if format == "mxfp4" else (of_features(offset),)
     y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
     y = y.reshape(*x.shape[:-1], features)
     if bias is not None:
         y = _rounded(y + _over_rows(bias, y))
     return y.astype(out_dtype)
+
+
+def _kernel_dtype(x, bias, out_dtype):
+    """The kernels take and give float32, or bfloat16 where nothing is added before rounding."""
+    same = x.dtype == jnp.bfloat16 and out_dtype == "bfloat16" and bias is None
+    return jnp.bfloat16 if same else jnp.float32
 
 
 def _check(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dtype, rounding):

@@ -194,13 +194,16 @@ class RequestBatch:
         arrays: tuple = (tokens, following, starts, self.lengths, found)
         return ChunkInputs(*arrays, whole.sampling)  # type: ignore
 
-    def decode_inputs(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeInputs:
-        """With the numbers that draw each request's next tokens; the caches are the caller's."""
+    def decode_inputs(
+        self, tokens: np.ndarray, lengths: np.ndarray, steps: int = 1
+    ) -> DecodeInputs:
+        """With the numbers that draw each request's next tokens, of so many steps; the caches are
+        the caller's."""
         last = self.uniform.shape[1] - 1
         # a finished request runs on until all are; its numbers no longer matter
-        slots = np.minimum(self.done[:, None] + np.arange(1 + self.drafts), last)
+        slots = np.minimum(self.done[:, None] + np.arange(steps + self.drafts), last)
         uniform = np.take_along_axis(self.uniform, slots, axis=1)
-        shape = (*self.lengths.shape, 1 + self.drafts)
+        shape = (*self.lengths.shape, steps + self.drafts)
         sampling = self._sampling(uniform.reshape(shape))
         return DecodeInputs(tokens, lengths, (), sampling)  # type: ignore
 
@@ -270,6 +273,11 @@ class CompletionTally:
     def finished(self) -> bool:
         """Whether every request has all its tokens, or ended."""
         return all(tally.done for tally in self.each)
+
+    @property
+    def most_left(self) -> int:
+        """Tokens that a request may still get, at most."""
+        return max(t.new_tokens - len(t.tokens) for t in self.each if not t.done)
 
     @property
     def count(self) -> int:

@@ -29,6 +29,8 @@ from cmjax.models.moe.generation.continuous import ContinuousBatch
 from cmjax.models.moe.generation.placed import PlacedModel, padded_length
 from cmjax.processes import on_host
 
+_TOGETHER = 8  # decode steps of one call, which costs the host some tenths of a millisecond
+
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
@@ -97,7 +99,8 @@ class Generator(PlacedModel):
             greedy=sampler.temperature == 0,
         )
         self.prefilling(sizes)
-        decoding = self.decoding(sizes)
+        most = 1 if self.drafts else _TOGETHER
+        decoding = self.decoding(dataclasses.replace(sizes, steps=most))
         started = time.perf_counter()
         tokens, caches = self.prefill(batch, sizes)
         prefill_s = time.perf_counter() - started
@@ -109,15 +112,17 @@ class Generator(PlacedModel):
         while not tally.finished:
             if progress is not None:
                 progress(tally.count, tally.wanted, "generating")
-            inputs = batch.decode_inputs(tokens, lengths)
-            step = decoding.run(self.used_params, caches, inputs)
+            inputs = batch.decode_inputs(tokens, lengths, most)
+            some = min(most, tally.most_left)
+            counts = () if most == 1 else (np.int32(some),)
+            step = decoding.run(self.used_params, caches, inputs, *counts)
             caches = step.caches
             found = on_host((step.tokens, step.lengths, step.emitted, step.sampled))
             tokens, lengths, emitted, sampled = found
             emitted = _flat(emitted)
             tally.add(_flat(sampled), emitted, drafts=self.drafts)
             batch.advance(emitted)
-            steps += 1
+            steps += some
         if progress is not None:
             progress(tally.count, tally.wanted, "generating")
         return Generated(

@@ -31,7 +31,13 @@ from cmjax.models.moe.layers.cache import empty_cache, extend_cache
 from cmjax.models.moe.layers.transformer import unrolled_layers
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.models.moe.sharding import own_heads, param_specs
-from cmjax.models.moe.steps import abstract_params, decode_fn, prefill_fn
+from cmjax.models.moe.steps import (
+    DecodeInputs,
+    DecodeOutput,
+    abstract_params,
+    decode_fn,
+    prefill_fn,
+)
 from cmjax.processes import on_mesh
 
 
@@ -45,6 +51,7 @@ class BatchShape:
       chunk: tokens of a prompt per chunk; `None` for whole prompts.
       sequence_parallel: of prefill.
       greedy: no token is drawn, so nothing is sorted.
+      steps: most decode steps of one call; more than one only without drafts.
       layered: parameters are those of `split_layers`, caches likewise.
     """
 
@@ -55,6 +62,7 @@ class BatchShape:
     chunk: int | None = None
     sequence_parallel: bool = False
     greedy: bool = True
+    steps: int = 1
     layered: bool = False
 
 
@@ -77,7 +85,7 @@ class CacheProgram:
 
     `run(params, inputs)` of prefill gives a `PrefillOutput`; with chunks, `run(params, cache,
     inputs)` gives found tokens and the cache. `run(params, caches, inputs)` of decoding gives a
-    `DecodeOutput`.
+    `DecodeOutput`; of several steps it takes how many besides.
     """
 
     run: RankProgram
@@ -162,7 +170,8 @@ def compile_decode(
     kv_cache: KVCache,
     sizes: BatchShape,
 ) -> CacheProgram:
-    """The decode step of `compile_programs`; batches that differ in their prefill share it."""
+    """The decode step of `compile_programs`, or `sizes.steps` of them; batches that differ in their
+    prefill share it."""
     sizes = dataclasses.replace(sizes, prompt=1, chunk=None, sequence_parallel=False)
     return _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes)
 
@@ -176,10 +185,37 @@ def _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes) -> Ca
         return decode_one(params, dataclasses.replace(inputs, caches=caches))
 
     tokens = np.zeros((mesh.ranks, sizes.requests, 1 + sizes.drafts), np.int32)
-    inputs = batch.like.decode_inputs(tokens, batch.like.lengths)
+    inputs = batch.like.decode_inputs(tokens, batch.like.lengths, sizes.steps)
     # the caches are donated: a step writes into them instead of copying them
-    run = batch.compiled(step, batch.params, (batch.cache,), inputs, donate=1)
+    args = batch.params, (batch.cache,), inputs
+    if sizes.steps == 1:
+        return CacheProgram(batch.compiled(step, *args, donate=1), batch.empty)
+    some = np.int32(1)
+    run = batch.compiled(step, *args, some, donate=1, lift=_repeated, specs=(REPLICATED,))
     return CacheProgram(run, batch.empty)
+
+
+def _repeated(step: Callable) -> Callable:
+    """`step` so many times, each with the next of the numbers in `inputs.sampling.uniform`: the
+    host waits once for all of them."""
+
+    def run(params, caches, inputs, steps):
+        uniform = inputs.sampling.uniform
+
+        def one(i, state):
+            tokens, lengths, caches, sampled = state
+            number = lax.dynamic_slice_in_dim(uniform, i, 1, axis=1)
+            sampling = dataclasses.replace(inputs.sampling, uniform=number)
+            out = step(params, caches, DecodeInputs(tokens, lengths, (), sampling))
+            sampled = lax.dynamic_update_slice_in_dim(sampled, out.sampled, i, axis=1)
+            return out.tokens, out.lengths, out.caches, sampled
+
+        state = inputs.tokens, inputs.lengths, caches, jnp.zeros(uniform.shape, jnp.int32)
+        tokens, lengths, caches, sampled = lax.fori_loop(0, steps, one, state)
+        emitted = jnp.broadcast_to(steps, lengths.shape)
+        return DecodeOutput(sampled, emitted, tokens, lengths, caches)
+
+    return run
 
 
 @functools.lru_cache(maxsize=16)
@@ -267,10 +303,18 @@ class _Batch:
         prompts = [[0]] * (ranks * sizes.requests)
         self.like = RequestBatch.of(prompts, sizes.prompt, ranks, 1, sizes.drafts, sampler)
 
-    def compiled(self, whole: Callable, *args: Any, donate: Any = ()) -> RankProgram:
-        """`whole`, a program of one rank's parameters and more, for all ranks."""
-        fn = _of_layers(whole) if self.sizes.layered else whole
-        specs = (self.specs, *(RANKED,) * (len(args) - 1))
+    def compiled(
+        self,
+        whole: Callable,
+        *args: Any,
+        donate: Any = (),
+        lift: Callable[[Callable], Callable] = lambda fn: fn,
+        specs: tuple[Spec, ...] = (),
+    ) -> RankProgram:
+        """`whole`, a program of one rank's parameters and more, for all ranks; or `lift` of it. The
+        last arguments have `specs`."""
+        fn = lift(_of_layers(whole) if self.sizes.layered else whole)
+        specs = (self.specs, *(RANKED,) * (len(args) - 1 - len(specs)), *specs)
         lifted = on_every_rank(fn, self.mesh, specs, RANKED)
         executable = jax.jit(lifted, donate_argnums=donate).lower(*args).compile()
         return RankProgram(fn, specs, executable)

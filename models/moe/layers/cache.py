@@ -83,7 +83,11 @@ class GroupedCache:
         positions: Int[Array, "requests new"],
     ) -> "GroupedCache":
         """The cache with new tokens at `positions`; beyond `max_len` they are dropped."""
-        return _written(self, GroupedCache.of(key, value, self.kind), positions)
+        return self.put(GroupedCache.of(key, value, self.kind), positions)
+
+    def put(self, new: "GroupedCache", positions: Int[Array, "requests new"]) -> "GroupedCache":
+        """`write` of entries in the cache's format."""
+        return _written(self, new, positions)
 
     def read(self, dtype: Any) -> tuple[Array, Array]:
         """Keys and values in floating point."""

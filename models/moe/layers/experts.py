@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 from cmjax.models.moe.arithmetic import ExpertFormat, Format
 from cmjax.models.moe.layers.linear import Linear, Weight, observe
 from cmjax.models.moe.layers.sorted import SortedRows
+from cmjax.models.moe.layers.swiglu import activate, swiglu
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import quantize_rows
 from cmjax.primitives.grouped import grouped_dot, grouped_msd_dot, stacked_dot
@@ -44,7 +45,7 @@ class Experts(nnx.Module):
             steps, step = _swiglu_int8(_sums_int4(rows, up.value), scale, 1.0)
             return _grouped_int4_matmul(dtype)(steps, step, down.value)
         if up.scale is None or down.scale is None:
-            return _batched(_swiglu(_batched(rows, up)), down).astype(dtype)
+            return _batched(swiglu(_batched(rows, up)), down).astype(dtype)
         assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
         steps, step = _swiglu_int8(_sums_int8(rows, up.value), scale, up.scale[:, None, :])
         return _grouped_matmul(dtype)(steps, step, down.value, down.scale)
@@ -59,7 +60,7 @@ class Experts(nnx.Module):
             total = grouped_int4_dot(steps, down.value, sent.sizes)
             return _rescale(total, step, 1.0).astype(dtype)
         if sent.scale is None or up.scale is None or down.scale is None:
-            hidden = _swiglu(_grouped(sent.rows, up, sent.sizes))
+            hidden = swiglu(_grouped(sent.rows, up, sent.sizes))
             return _grouped(hidden, down, sent.sizes).astype(dtype)
         assert isinstance(up.value, jax.Array) and isinstance(down.value, jax.Array), "W8A8"
         total = grouped_dot(sent.rows, up.value, sent.sizes)
@@ -88,7 +89,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "own *batch hidden"]) -> Float[Array, "own *batch hidden"]:
         x = self.parallelism.gather(x)
-        return self.parallelism.scatter(self.down(_swiglu(self.gate_up(x))))
+        return self.parallelism.scatter(self.down(swiglu(self.gate_up(x))))
 
 
 def _batched(x, weight: Weight):
@@ -106,11 +107,6 @@ def _grouped(x, weight: Weight, sizes):
         return grouped_msd_dot(x, weight.value, sizes)
     assert isinstance(weight.value, jax.Array), "floats"
     return grouped_dot(x, weight.value.astype(x.dtype), sizes)
-
-
-def _activate(h):
-    gate, up = jnp.split(h, 2, axis=-1)
-    return jax.nn.silu(gate) * up
 
 
 # The up-projection of all slots, whose sums the next kernel rescales.
@@ -147,11 +143,6 @@ def _rescale(total, row_scale, column_scale):
 
 
 @fused("SwiGLU")
-def _swiglu(h):
-    return _activate(h.astype(jnp.float32)).astype(h.dtype)
-
-
-@fused("SwiGLU")
 def _swiglu_int8(total, row_scale, column_scale):
     """Rescale, activate, and quantize again for the second matmul: the values stay on chip."""
-    return quantize_rows(_activate(_rescale(total, row_scale, column_scale)))
+    return quantize_rows(activate(_rescale(total, row_scale, column_scale)))

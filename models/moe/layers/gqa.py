@@ -8,24 +8,24 @@ tensor-parallel group those of the group, with a part of the heads each.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.cache import GroupedCache
+from cmjax.models.moe.layers.heads import cached_heads, is_one_call, rotary_heads
 from cmjax.models.moe.layers.linear import Linear
-from cmjax.models.moe.layers.norm import RMSNorm, rms_norm
-from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
+from cmjax.models.moe.layers.norm import RMSNorm
+from cmjax.models.moe.layers.rope import softmax_scale
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.attention.cached import cached_attention
 from cmjax.primitives.attention.exact import attention, visible_keys
 from cmjax.primitives.attention.pasa import pasa_attention
-from cmjax.program.mark import fused
 
 
 class GQA(nnx.Module):
@@ -62,8 +62,7 @@ class GQA(nnx.Module):
         the tensor-parallel group."""
         positions = lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
-            q, k, v = self._project(x, positions)
-            written = cache.write(k, v, positions)
+            q, written = self._write(self._columns(x), positions, cache)
 
         def attend():
             with jax.named_scope("core"):
@@ -79,18 +78,40 @@ class GQA(nnx.Module):
         """Causal from position 0. Returns the cache entries of the prompt."""
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         with jax.named_scope("prolog"):
-            q, k, v = self._project(x, positions)
+            q, k, v = self._heads(self._columns(x), positions)
             cache = GroupedCache.of(k, v, kind)
         with jax.named_scope("core"):
             found = self._attend(q, k, v, None)
         with jax.named_scope("output"):
             return self._leave(found), cache
 
-    def _project(self, x, positions):
+    def _columns(self, x):
+        return self.qkv(self.parallelism.gather(self.norm(x)))
+
+    def _heads(self, columns, positions):
         q_norm = None if self.q_norm is None else self.q_norm[...]
         k_norm = None if self.k_norm is None else self.k_norm[...]
-        kernel = _heads(self.config, self.parallelism.tensor)
-        return kernel(self.qkv(self.parallelism.gather(self.norm(x))), positions, q_norm, k_norm)
+        return rotary_heads(self.config, self.parallelism.tensor)(
+            columns, positions, q_norm, k_norm
+        )
+
+    def _write(self, columns, positions, cache: GroupedCache):
+        """Queries, and the cache with the new entries."""
+
+        def stages(columns, positions, cache):
+            q, k, v = self._heads(columns, positions)
+            return q, cache.write(k, v, positions)
+
+        def call(columns, positions, cache):
+            gains = (self.q_norm, self.k_norm)
+            norms = tuple(gain[...] for gain in gains if gain is not None)
+            tensor = self.parallelism.tensor
+            q, new = cached_heads(self.config, tensor, columns, positions, norms, cache.kind)
+            return q, cache.put(new, positions)
+
+        if not is_one_call(columns, cache.kind):
+            return stages(columns, positions, cache)
+        return lax.platform_dependent(columns, positions, cache, cpu=call, default=stages)
 
     def _leave(self, found):
         return self.parallelism.scatter(self.out(found.reshape(*found.shape[:2], -1)))
@@ -113,25 +134,3 @@ class GQA(nnx.Module):
         assert visible is not None, "causal attention hides keys"
         mask = jnp.broadcast_to(visible, (q.shape[0], *visible.shape[-2:]))[:, None]
         return pasa_attention(q, k, v, mask=mask, scale=scale)
-
-
-@functools.cache
-def _heads(config: MoEConfig, tensor: int) -> Callable:
-    """From the projection's columns to rotated queries and keys, and values, per head."""
-    sizes = config.attention
-    assert isinstance(sizes, GroupedAttention)
-    heads = config.heads // tensor
-    splits = (heads, heads + sizes.kv_heads_of(tensor))
-
-    @fused("RotaryHeads")
-    def kernel(qkv, positions, q_norm, k_norm):
-        each = qkv.reshape(*qkv.shape[:-1], -1, sizes.head_dim)
-        q, k, v = jnp.split(each, splits, axis=-2)
-        if q_norm is not None:
-            q = rms_norm(q, q_norm, config.norm_eps)
-            k = rms_norm(k, k_norm, config.norm_eps)
-        cos, sin = angles(positions[..., None], config)  # alike for all heads
-        q, k = (rotate(y, cos, sin, interleave=config.rope.interleave) for y in (q, k))
-        return q, k, v
-
-    return kernel

@@ -104,6 +104,11 @@ def observing(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
+def observed() -> bool:
+    """Whether there is an observer."""
+    return _observer.get() is not None
+
+
 def observe(name: str, x: Array) -> None:
     """Tell the observer, if there is one, that `x` goes into the matrix `name`."""
     observer = _observer.get()

@@ -12,16 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
+from cmjax.models.moe.layers.linear import observed
 from cmjax.models.moe.layers.norm import RMSNorm
+from cmjax.models.moe.layers.route import is_one_call as is_routed_at_once
+from cmjax.models.moe.layers.route import route
 from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.layers.sorted import sort_by_slot, unsort
+from cmjax.models.moe.layers.sorted_experts import MOST_TOKENS, sorted_experts
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
+from cmjax.primitives.msd import QuantizedWeight
 from cmjax.primitives.one_device import on_one_device
 from cmjax.primitives.permute import permute, unpermute
 
@@ -83,10 +89,20 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "tokens hidden"]) -> Routed:
         """Normalise, choose experts and a replica of each, the shared one's included."""
-        x = self.norm(x)
         rank = jnp.asarray(self.parallelism.rank, jnp.int32)
-        slots, weights = self.router(x, rank, self.slots_of_expert[...], self.copies[...])
-        return Routed(x, slots, weights)
+
+        def stages(x, rank):
+            x = self.norm(x)
+            return Routed(x, *self.router(x, rank, self.slots_of_expert[...], self.copies[...]))
+
+        def call(x, rank):
+            bias = None if self.router.bias is None else self.router.bias[...]
+            gate = self.router.weight[...], bias, rank, self.slots_of_expert[...], self.copies[...]
+            return Routed(*route(self.router.config, x, self.norm.gain[...], *gate))
+
+        if not is_routed_at_once(x, self.router.weight[...]):
+            return stages(x, rank)
+        return lax.platform_dependent(x, rank, cpu=call, default=stages)
 
     def send(self, routed: Routed) -> Dispatched:
         """Dispatch, in INT8 if the experts are."""
@@ -122,20 +138,38 @@ class MoE(nnx.Module):
 
         def rows(state: Any, routed: Routed) -> Array:
             ranks, tokens = routed.x.shape[:2]
-            state, (x, slots, weights) = jax.tree.map(_without_ranks, (state, routed))
-            with block("dispatch"):
-                count = self.parallelism.table.slots
-                sent = sort_by_slot(x, slots, count, quantize=self.quantize)
-            with block("experts"):
-                y = nnx.merge(graph, state).of_sorted(sent, x.dtype)
-            with block("combine"):
-                return unsort(y, sent, weights).reshape(ranks, tokens, -1)
+            state, together = jax.tree.map(_without_ranks, (state, routed))
+            return self._sorted(nnx.merge(graph, state), together).reshape(ranks, tokens, -1)
 
         return on_one_device(blocks, rows, state, routed, axes=self.parallelism.axes)
 
     def compute_shared(self, routed: Routed) -> Float[Array, "tokens hidden"] | None:
         """The local shared expert on this rank's own tokens, if there is one."""
         return None if self.shared is None else self.shared(routed.x)
+
+    def _sorted(self, experts: Experts, routed: Routed) -> Float[Array, "tokens hidden"]:
+        """Of all slots, for tokens that are on this device; of few tokens one call on a CPU."""
+        block = self.parallelism.schedule.block
+        up, down = experts.gate_up.matrix.value, experts.down.matrix.value
+
+        def stages(x, slots, weights):
+            with block("dispatch"):
+                count = self.parallelism.table.slots
+                sent = sort_by_slot(x, slots, count, quantize=self.quantize)
+            with block("experts"):
+                y = experts.of_sorted(sent, x.dtype)
+            with block("combine"):
+                return unsort(y, sent, weights)
+
+        tokens = routed.x.shape[0]
+        few = isinstance(tokens, int) and tokens <= MOST_TOKENS and not observed()
+        if not few or not isinstance(up, QuantizedWeight) or not isinstance(down, QuantizedWeight):
+            return stages(*routed)
+
+        def call(x, slots, weights):
+            return sorted_experts(x, slots, weights, up, down)
+
+        return lax.platform_dependent(*routed, cpu=call, default=stages)
 
     @property
     def _exchange(self) -> dict:

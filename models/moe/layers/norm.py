@@ -1,11 +1,20 @@
 """RMS normalisation (Zhang and Sennrich 2019):  y = g * x / sqrt(mean(x^2) + eps)."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
+from cmjax import native
+from cmjax.primitives.define import define_call
 from cmjax.program.mark import fused
+
+_MOST_ROWS = 64
 
 
 def rms_norm(
@@ -35,4 +44,31 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return rms_norm(x, self.gain[...], self.eps)
+        stages = functools.partial(rms_norm, eps=self.eps)
+        if not is_few(x):
+            return stages(x, self.gain[...])
+        call = functools.partial(rms_norm_p.bind, eps=self.eps)
+        return lax.platform_dependent(
+            x, self.gain[...], cpu=lambda *operands: call(*operands)[0], default=stages
+        )
+
+
+def is_few(x: Array) -> bool:
+    """Whether the rows of `x` are so few that calls cost more than what they compute, and of a
+    dtype that the kernels of `native` read."""
+    known = all(isinstance(n, int) for n in x.shape) and x.dtype in (jnp.float32, jnp.bfloat16)
+    return known and 0 < math.prod(x.shape[:-1]) <= _MOST_ROWS and x.shape[-1] > 0
+
+
+def _reference(x, gain, *, eps):
+    return [rms_norm(x, gain, eps)]
+
+
+def _native(x, gain, *, eps):
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+    y = native.call("cmjax_rms_norm", out, rows, gain.astype(jnp.float32), eps=np.float32(eps))
+    return [y.reshape(x.shape)]
+
+
+rms_norm_p = define_call("cm_rms_norm", _reference, _native)

@@ -98,9 +98,13 @@ class Router(nnx.Module):
         Where the table has a row for the shared expert (one more than there are routed experts),
         every token gets one more copy, to a replica of it, with weight 1.
         """
-        logits = _scores(x, self.weight[...])
         bias = None if self.bias is None else self.bias[...]
-        return _gating(self.config)(logits, bias, rank, slots_of_expert, copies)
+        return routed(self.config, x, self.weight[...], bias, rank, slots_of_expert, copies)
+
+
+def routed(config: MoEConfig, x, weight, bias, rank, slots_of_expert, copies):
+    """`Router` of these parameters."""
+    return _gating(config)(_scores(x, weight), bias, rank, slots_of_expert, copies)
 
 
 @functools.cache

@@ -164,10 +164,27 @@ def test_one_new_token_needs_no_decode_step(plain):
     assert (found.steps, found.decoded_tokens, found.prompt_tokens) == (0, 0, 9)
 
 
-def test_progress_goes_from_prefill_to_all_that_was_asked_for():
+@pytest.mark.parametrize(
+    ("new", "drafts", "done"), [(4, 0, (3, 12)), (12, 0, (3, 27, 36)), (1, 0, (3,)), (2, 1, (3, 6))]
+)
+def test_progress_goes_from_prefill_to_all_that_was_asked_for(new, drafts, done):
+    """After the prefill and every call: of eight steps, or with drafts of one."""
     seen = []
-    _run(_generator(), PROMPTS, 4, progress=lambda *step: seen.append(step))
-    assert seen == [(done, 12, "generating") for done in (3, 6, 9, 12)]
+    found = _run(_generator(drafts=drafts), PROMPTS, new, progress=lambda *at: seen.append(at))
+    assert seen == [(count, 3 * new, "generating") for count in done]
+    assert found.steps == new - 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_steps_that_share_a_call_give_the_tokens_of_single_ones(temperature):
+    """`continuous` makes a call for every step."""
+    generator, sampler = _generator(), Sampler(temperature=temperature, seed=3)
+    together = generator.generate(PROMPTS, 13, sampler=sampler)
+    batch = generator.continuous(places=len(PROMPTS), context=32, sampler=sampler)
+    for prompt in PROMPTS:
+        batch.put(prompt, 13)
+    single = {found.request: found.completion.tokens for found in batch}
+    assert _tokens(together) == [single[number] for number in range(len(PROMPTS))]
 
 
 @pytest.mark.parametrize(
