@@ -31,7 +31,7 @@ from cmjax.parallelism.plan import Plan, Recompute
 from cmjax.parallelism.pricing import LinkPrices, On, StepTime
 from cmjax.parallelism.result import PricedPlan, priced
 from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
-from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, too_large
+from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, fits_nowhere, too_large
 from cmjax.parallelism.traffic import all_reduce
 from cmjax.program import Program, Size, Work
 
@@ -81,7 +81,7 @@ def search_experts(
         for optimizer in OPTIMIZERS[1:]:  # spread as little as fits
             option = dataclasses.replace(plan, optimizer=optimizer)
             memory = expert_memory(training, option, machine, global_batch)
-            least = memory.peak if least is None else min(least, memory.peak)
+            least = min(least or (memory.peak, option), (memory.peak, option), key=lambda x: x[0])
             if fits(memory, machine):
                 found.append(_priced(training, prices, option, memory, global_batch))
                 break
@@ -91,10 +91,7 @@ def search_experts(
             f"global batch of {global_batch}; try a global batch that the devices divide"
         )
     if not found:
-        raise ValueError(
-            f"the model fits nowhere on {devices} devices: {too_large(least, machine)} with the "
-            "leanest plan; more devices or a device with more memory would help"
-        )
+        raise ValueError(fits_nowhere(devices, machine, *least))
     fastest = sorted(found, key=lambda plan: plan.step_s)
     return Found(plans=tuple(fastest[:top]), considered=considered, feasible=len(found))
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from cmjax.hardware import TIERS, Supernode
+from cmjax.parallelism.plan import DIMENSIONS, Plan
 from cmjax.program import Program, Size
 
 SHARES = tuple(f"{tier}_share" for tier in TIERS)
@@ -42,6 +43,11 @@ def layout(
             free[tier] = max(1, free[tier] // count) if rest == 1 or tier == 2 else 1
         placed[name] = tuple(on)
     return placed
+
+
+def plan_layout(plan: Plan, machine: Supernode) -> dict[str, tuple[int, int, int]]:
+    """Ranks of a plan's dimensions by tier."""
+    return layout(plan.order, {name: getattr(plan, name) for name in DIMENSIONS}, machine)
 
 
 def shares(on: tuple[int, int, int], machine: Supernode) -> tuple[float, float, float]:

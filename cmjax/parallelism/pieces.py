@@ -44,22 +44,14 @@ class Piece:
     passed: Size
 
 
-@functools.lru_cache(maxsize=512)
 def layer(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any = HALF) -> Piece:
     """One transformer layer."""
-    x = _stream(model, split, dtype)
-    run = functools.partial(run_layer, recompute)
-    make = functools.partial(Block, model, split, dtype=dtype)
-    return _piece(make, run, (x,), _keys(model, 3), split)
+    return _layer(model, split, recompute, dtype)
 
 
-@functools.lru_cache(maxsize=512)
 def embedding(model: DenseConfig, split: TensorSplit, dtype: Any = HALF) -> Piece:
     """Words and positions."""
-    tokens = _tokens(model)
-
-    make = functools.partial(Embedding, model, split, dtype=dtype)
-    return _piece(make, run_embedding, (tokens,), _keys(model, 1), split)
+    return _embedding(model, split, dtype)
 
 
 def output(
@@ -67,6 +59,21 @@ def output(
 ) -> Piece:
     """Final norm, query layer if there is one, and the loss."""
     return _output(model, split, recompute if model.query_layer else "none", dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _layer(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any) -> Piece:
+    x = _stream(model, split, dtype)
+    run = functools.partial(run_layer, recompute)
+    make = functools.partial(Block, model, split, dtype=dtype)
+    return _piece(make, run, (x,), _keys(model, 3), split)
+
+
+@functools.lru_cache(maxsize=512)
+def _embedding(model: DenseConfig, split: TensorSplit, dtype: Any) -> Piece:
+    tokens = _tokens(model)
+    make = functools.partial(Embedding, model, split, dtype=dtype)
+    return _piece(make, run_embedding, (tokens,), _keys(model, 1), split)
 
 
 @functools.lru_cache(maxsize=512)

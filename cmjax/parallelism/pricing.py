@@ -8,7 +8,7 @@ of a search at once (`vmap`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,9 @@ from cmjax.hardware import Supernode, relative_slopes
 from cmjax.models.dense import DenseConfig, Recompute, TensorSplit
 from cmjax.parallelism import pieces
 from cmjax.parallelism.layerwise import Counts
-from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallelism.links import SHARES, on_any_links, plan_layout, reach, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
-from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.plan import Optimizer, Plan
 from cmjax.parallelism.schedules import StageTimes, pipeline_s
 from cmjax.parallelism.traffic import copied, exchanged
 from cmjax.program import Program
@@ -119,15 +119,14 @@ class Prices(LinkPrices):
         self.model, self.eager = model, eager
         self.batches = tuple(sorted(set(micro_batches)))
         self._known: dict[tuple, dict[int, float]] = {}
+        self._layouts: dict[tuple, dict[str, On]] = {}
 
     def step(self, plan: Plan, global_batch: int) -> StepTime:
         """Seconds of a step under a plan that divides (`Plan.check`)."""
-        model, machine = self.model, self.machine
-        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-        on = layout(plan.order, degrees, machine)
+        model, on = self.model, self._on(plan)
         split, b, m = split_of(plan), plan.micro_batch, plan.micro_batches(global_batch)
         counts = _counts(model, plan)
-        stages = [self.stage_s(plan, stage, each) for stage, each in enumerate(counts)]
+        stages = _of_stages(counts, functools.partial(self.stage_s, plan))
         slowest, total = functools.reduce(_larger, stages), sum(stages)
         weights = 0.0
         if plan.schedule == "zero_bubble":
@@ -140,7 +139,7 @@ class Prices(LinkPrices):
                     for part in ("both", "inputs")
                 )
                 weights += number * _larger(0.0, both - inputs)
-        layer = pieces.layer(model, split, plan.modes[0])
+        layer = pieces.layer(model, split, "none")
         send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
         times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
         pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
@@ -167,8 +166,7 @@ class Prices(LinkPrices):
         """Seconds of a micro-batch on a stage whose chunks recompute `counts` of their layers;
         `plan.recompute` is not read. An array where counts are."""
         model, split, b = self.model, split_of(plan), plan.micro_batch
-        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-        on = layout(plan.order, degrees, self.machine)["tensor"]
+        on = self._on(plan)["tensor"]
 
         def seconds(piece: pieces.Piece, part: str = "both") -> float:
             return self._piece(piece, part, on)[b]
@@ -191,20 +189,19 @@ class Prices(LinkPrices):
                 taken = taken + here * (end - model.query_layer * each[mode])
         return taken
 
-    def at_least_s(self, plan: Plan, global_batch: int) -> float:
+    def at_least_s(
+        self, plan: Plan, global_batch: int, optimizers: Sequence[Optimizer] | None = None
+    ) -> float:
         """A lower bound of a step's seconds, for which only one rank's pieces are traced: they are
-        split evenly at best, and what is sent takes as long as its bytes."""
+        split evenly at best, and what is sent takes as long as its bytes. `optimizers` are what the
+        plan's may be, by default the one it has."""
         model, t, p, b = self.model, plan.tensor, plan.pipeline, plan.micro_batch
         m, one, whole = plan.micro_batches(global_batch), TensorSplit(), (1, 1, 1)
-        on = layout(plan.order, {"data": plan.data, "tensor": t, "pipeline": p}, self.machine)
+        on = self._on(plan)
         counts = _counts(model, plan)
-        stages = [self.stage_at_least_s(plan, each) for each in counts]
-        last = counts[-1].mode_of(counts[-1].layers - 1)
-        end = self._piece(pieces.output(model, one, last), "both", whole)[b] / t
-        if model.query_layer:
-            end -= self._piece(pieces.layer(model, one, last), "both", whole)[b] / t
-        slowest = max(*stages, stages[-1] + end)
-        idle = (sum(stages) + end - slowest) / plan.interleave
+        stages = _of_stages(counts, functools.partial(self.stage_at_least_s, plan))
+        slowest = max(stages)
+        idle = (sum(stages) - slowest) / plan.interleave
         stream = PARAMETER_BYTES * b * model.sequence * model.hidden
         if plan.schedule == "zero_bubble":
             # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
@@ -222,28 +219,47 @@ class Prices(LinkPrices):
         held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
         whole_s = self._wire_s(2 * held, on["data"])
         gathered = m * (1.5 - 0.5 * model.query_layer / model.layers)
-        reduction = max(0.0, min(  # whatever the optimizer is spread over
-            times * whole_s - passes * slowest * plan.overlap
-            for times, passes in ((1.0, 1), ((m + 1) / 2, m), (gathered, m))
+        layer = pieces.layer(model, one, "none")
+        backward = slowest - model.layers // p * self._piece(layer, "forward", whole)[b] / t
+        rounds = {"zero2": ((m + 1) / 2, m * backward), "zero3": (gathered, m * slowest)}
+        reduction = max(0.0, min(
+            times * whole_s - hidden * plan.overlap
+            for times, hidden in (
+                rounds.get(each, (1.0, backward)) for each in optimizers or (plan.optimizer,)
+            )
         ))  # fmt: skip
         return float((m * slowest + idle + sends + reduction) * 0.98)
 
-    def stage_at_least_s(self, plan: Plan, counts: Counts) -> Any:
-        """A lower bound of a stage's seconds, but for the ends of the model; as `stage_s`."""
+    def stage_at_least_s(self, plan: Plan, stage: int, counts: Counts) -> Any:
+        """A lower bound of a stage's seconds; as `stage_s`."""
+        one, whole, b = TensorSplit(), (1, 1, 1), plan.micro_batch
         used = counts.by_mode
-        return plan.interleave * sum(
+        taken = plan.interleave * sum(
             number * self._layer_at_least_s(plan, mode) for mode, number in used.items()
         )
+        if stage == plan.pipeline - 1:
+            for mode, here in counts.last.items():
+                end = self._piece(pieces.output(self.model, one, mode), "both", whole)[b]
+                if self.model.query_layer:
+                    end -= self._piece(pieces.layer(self.model, one, mode), "both", whole)[b]
+                taken = taken + here * end / plan.tensor
+        return taken
 
     def _layer_at_least_s(self, plan: Plan, mode: Recompute) -> float:
         model, b = self.model, plan.micro_batch
-        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-        on = layout(plan.order, degrees, self.machine)["tensor"]
+        on = self._on(plan)["tensor"]
         layer = pieces.layer(model, TensorSplit(), mode)
         stream = PARAMETER_BYTES * b * model.sequence * model.hidden
         gathers = _GATHERS[plan.sequence_parallel, mode == "full"]
         least = self._piece(layer, "both", (1, 1, 1))[b] / plan.tensor
         return least + self._wire_s(gathers * stream, on)
+
+    def _on(self, plan: Plan) -> dict[str, On]:
+        """Ranks of every dimension by tier."""
+        key = plan.order, *(getattr(plan, name) for name in plan.order)
+        if key not in self._layouts:
+            self._layouts[key] = plan_layout(plan, self.machine)
+        return self._layouts[key]
 
     def _wire_s(self, nbytes: float, on: On) -> float:
         """At least what an all-gather of that many bytes takes."""
@@ -295,6 +311,16 @@ def _counts(model: DenseConfig, plan: Plan) -> list[Counts]:
     """What every stage recomputes of a chunk."""
     layers = model.layers // (plan.pipeline * plan.interleave)
     return [plan.recomputed(stage, layers) for stage in range(plan.pipeline)]
+
+
+def _of_stages(counts: list[Counts], seconds: Callable[[int, Counts], Any]) -> list:
+    """Seconds of every stage; those between the ends take as long where they recompute alike."""
+    inner = {each: seconds(1, each) for each in set(counts[1:-1])}
+    stages = range(len(counts))
+    return [
+        inner[each] if stage in stages[1:-1] else seconds(stage, each)
+        for stage, each in zip(stages, counts, strict=True)
+    ]
 
 
 def _number(x) -> Any:

@@ -12,7 +12,7 @@ from cmjax.hardware import TIERS, Supernode
 from cmjax.models.dense import DenseConfig
 from cmjax.models.dense.model import own_words
 from cmjax.parallelism import pieces
-from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallelism.links import SHARES, on_any_links, plan_layout, reach, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of
 from cmjax.parallelism.plan import Plan
 
@@ -54,8 +54,7 @@ def plan_traffic(
     >>> f"{found.data['supernode'] / 2048 / 1e9:.1f} GB a device between racks"
     '6.1 GB a device between racks'
     """
-    degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-    on = layout(plan.order, degrees, machine)
+    on = plan_layout(plan, machine)
     m, split = plan.micro_batches(global_batch), split_of(plan)
     columns = plan.data * plan.tensor  # ranks of a stage
 
