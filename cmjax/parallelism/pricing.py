@@ -156,7 +156,7 @@ class Prices(LinkPrices):
         tied = 0.0
         if model.tied and plan.pipeline > 1:
             words = model.vocab / plan.tensor * model.hidden / shards
-            tied = self.collective("all_reduce", words, _pair(on["pipeline"]))
+            tied = self.collective("all_reduce", words, pair(on["pipeline"]))
         tied += self.collective("all_reduce", copied(model, plan) / plan.pipeline, on["tensor"])
         return StepTime(
             pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
@@ -360,7 +360,7 @@ def elasticities(
     return relative_slopes(machine, *slopes(machine))
 
 
-def _pair(on: On) -> On:
+def pair(on: On) -> On:
     """Two ranks at the ends of a group."""
     return tuple(2 if tier == reach(on) else 1 for tier in range(3))  # type: ignore[return-value]
 

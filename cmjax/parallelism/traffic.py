@@ -86,7 +86,7 @@ def plan_traffic(
         data=_times(all_reduce(everywhere * PARAMETER_BYTES, on["data"], machine), columns),
         copies=_plus(
             _times(all_reduce(summed, on["tensor"], machine), columns),
-            _times(_between(0, plan.pipeline - 1, on["pipeline"], words), 2 * columns),
+            _times(between(0, plan.pipeline - 1, on["pipeline"], words), 2 * columns),
         ),
     )
 
@@ -152,11 +152,11 @@ def _transfers(model: DenseConfig, plan: Plan, machine: Supernode, on: dict[str,
     for chunk in range(plan.interleave):
         hops = [(s, s + 1) for s in range(p - 1)]
         hops += [(p - 1, 0)] if chunk < plan.interleave - 1 else []
-        found += [_plus(_between(a, b, on["pipeline"], each), gathered) for a, b in hops]
+        found += [_plus(between(a, b, on["pipeline"], each), gathered) for a, b in hops]
     return _times(_plus(*found), 2)
 
 
-def _between(source: int, destination: int, on: On, nbytes: float) -> Bytes:
+def between(source: int, destination: int, on: On, nbytes: float) -> Bytes:
     """One rank's bytes to another of a group, on the links between the two."""
     a, b, _ = on
     if source == destination:
