@@ -76,9 +76,9 @@ class MoETraining:
             raise ValueError(
                 f"plan: expert={share} must divide data={plan.data} and the {experts} experts"
             )
-        if plan.tensor > 1 or plan.interleave > 1 or plan.sequence_parallel:
+        if plan.tensor * plan.interleave * plan.context > 1 or plan.sequence_parallel:
             raise ValueError(
-                "plan: a mixture of experts is priced with tensor=1, interleave=1 and "
+                "plan: a mixture of experts is priced with tensor=1, interleave=1, context=1 and "
                 "sequence_parallel=false"
             )
         _ = plan.recompute_of_all  # refuses what differs from layer to layer

@@ -20,7 +20,7 @@ from cmjax.parallelism.backward import Backward, without_unread
 from cmjax.parallelism.known import choose, take
 from cmjax.parallelism.layerwise import MODES
 from cmjax.parallelism.memory import split_of
-from cmjax.parallelism.pieces import run_embedding, run_layer, run_output
+from cmjax.parallelism.pieces import part_between_layers, run_embedding, run_layer, run_output
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.shards import Graphs, Parts, Tree, axes_of, gathered, graphs, spread
 from cmjax.parallelism.staged import Pass, Staged, add_to_layer
@@ -43,18 +43,29 @@ class RankProgram(Staged):
         self, plan: Plan, model: DenseConfig, global_batch: int, dtype, *, virtual: bool = False
     ):
         axes = axes_of(plan)
-        fill = virtual and axes["pipeline"] != "node"
-        super().__init__(plan, global_batch, dtype, axes["pipeline"], fill=fill)
-        self.model, self.data_axis = model, axes["data"]
-        self.split = dataclasses.replace(split_of(plan), axis=axes["tensor"])
+        stage_axis = axes.get("pipeline", "node")
+        fill = virtual and stage_axis != "node"
+        super().__init__(plan, global_batch, dtype, stage_axis, fill=fill)
+        self.model = model
+        self.data_axis = tuple(axes[name] for name in ("replicas", "context") if name in axes)
+        self.split = split_of(plan)
+        for name, field in (("tensor", "axis"), ("context", "context_axis")):
+            self.split = dataclasses.replace(self.split, **{field: axes.get(name, "node")})
         self.graphs: Graphs = graphs(model, plan, dtype, self.split)
         self.number = len(self.graphs.shapes.layers)
 
     @property
     def stream(self) -> jax.ShapeDtypeStruct:
-        model, split = self.model, self.split
-        part = model.sequence // split.ranks if split.sequence else model.sequence
-        return jax.ShapeDtypeStruct((self.plan.micro_batch, part, model.hidden), self.dtype)
+        part = part_between_layers(self.model, self.split)
+        shape = self.plan.micro_batch, part, self.model.hidden
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def own_tokens(self, tokens: Array) -> Array:
+        if self.split.context == 1:
+            return tokens
+        part = self.model.sequence // self.split.context
+        first = self.split.context_rank * part
+        return lax.dynamic_slice_in_dim(tokens, first, part + 1, axis=1)
 
     @functools.cached_property
     def passes(self) -> list[Pass]:

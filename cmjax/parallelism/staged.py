@@ -73,6 +73,10 @@ class Staged(abc.ABC):
     def passes(self) -> Sequence[Pass]:
         """The layers of a chunk in order, each as often as stages differ in how they run it."""
 
+    def own_tokens(self, tokens: Int[Array, "sequences length"]) -> Array:
+        """Of a replica's sequences, what this rank reads and predicts."""
+        return tokens
+
     @abc.abstractmethod
     def layer(self, params: Parts, part: int, chunk) -> Tree:
         """Parameters of a layer, as it is computed with."""

@@ -33,6 +33,7 @@ def gradients(
     Returns: the loss is 0 on all stages but the last; gradients are float32, spread over the
       replicas with any optimizer but "none".
     """
+    tokens = program.own_tokens(tokens)
     tokens = tokens.reshape(program.micro_batches, program.plan.micro_batch, -1)
     tick = _Ticks(program, params, tokens)
     carry = tick.start()

@@ -12,7 +12,7 @@ from cmjax.hardware import TIERS, Supernode
 from cmjax.models.dense import DenseConfig
 from cmjax.models.dense.model import own_words
 from cmjax.parallelism import pieces
-from cmjax.parallelism.links import SHARES, on_any_links, plan_layout, reach, shares
+from cmjax.parallelism.links import on_any_links, plan_layout, reach, share_sizes, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of
 from cmjax.parallelism.plan import Plan
 
@@ -25,7 +25,8 @@ class PlanTraffic:
     """Bytes of a step, of all ranks, by tier of links (`die`, `node`, `supernode`).
 
     Fields:
-      tensor: inside layers and ends. pipeline: between stages.
+      tensor: inside layers and ends, keys and values of shared sequences too.
+      pipeline: between stages.
       data: gradients, and parameters, over the replicas.
       copies: gradients of words that two stages hold, and of norms that all tensor ranks hold.
     """
@@ -59,12 +60,11 @@ def plan_traffic(
     columns = plan.data * plan.tensor  # ranks of a stage
 
     def inside(piece: pieces.Piece) -> Bytes:
-        if piece.ranks == 1:
+        if not piece.groups:
             return _plus()
-        group = on["tensor"]
-        program = on_any_links(piece.programs["both"](), piece.ranks, reach(group))
-        sizes = {pieces.BATCH: float(plan.micro_batch)}
-        sizes |= dict(zip(SHARES, shares(group, machine), strict=True))
+        groups = {name: (ranks, reach(on[name])) for name, ranks in piece.groups.items()}
+        program = on_any_links(piece.programs["both"](), groups)
+        sizes = {pieces.BATCH: float(plan.micro_batch)} | share_sizes(groups, on, machine)
         totals = program.totals({k: v for k, v in sizes.items() if k in program.symbols})
         return {tier: float(totals[f"{tier}_bytes"]) * m * columns for tier in TIERS}
 
@@ -142,7 +142,7 @@ def _shards(plan: Plan) -> int:
 def _transfers(model: DenseConfig, plan: Plan, machine: Supernode, on: dict[str, On]) -> Bytes:
     """Of a micro-batch and a rank of every stage: each chunk's output, and its gradient."""
     split, p = split_of(plan), plan.pipeline
-    part = model.sequence // split.ranks if split.sequence else model.sequence
+    part = pieces.part_between_layers(model, split)
     nbytes = PARAMETER_BYTES * plan.micro_batch * part * model.hidden
     each, gathered = nbytes, _plus()
     if plan.tensor > 1 and not split.sequence:
