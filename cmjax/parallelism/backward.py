@@ -41,9 +41,8 @@ class Backward:
             self._take_apart(params, kept, y)
 
     def forward(self, params: Tree, x: Array) -> tuple[Array, list[Array]]:
-        """The result, and what `both` needs besides the parameters."""
-        y, leaves, _ = self._residuals(params, x)
-        return y, leaves
+        """The result, and what `both` needs besides the parameters; nothing else is computed."""
+        return without_unread(lambda *given: self._residuals(*given)[:2], params, x)
 
     def both(self, params: Tree, saved: Sequence[Array], g: Array) -> tuple[Tree, Array]:
         """Gradients of the parameters and of the input, from that of the result."""

@@ -111,7 +111,7 @@ class Executed(abc.ABC):
 
         Raises: ValueError: another number of sequences or of tokens.
         """
-        length, share = self.sequence + 1, self.global_batch // self.plan.data
+        length, share = self.sequence + 1, self.global_batch // self.plan.replicas
         if isinstance(tokens, jax.Array) and tokens.ndim == 3:
             return tokens
         if callable(tokens):

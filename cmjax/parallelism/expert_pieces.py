@@ -7,6 +7,7 @@ experts.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,12 @@ class MoETraining:
         """Three times the matrix products of a forward pass, of one token."""
         return _flops_per_token(self)
 
+    def stages(self, pipeline: int) -> list[range]:
+        """The layers of every stage: as many on each, and on the last ones what is left."""
+        layers = self.model.layers
+        each = math.ceil(layers / pipeline)
+        return [range(min(s * each, layers), min((s + 1) * each, layers)) for s in range(pipeline)]
+
     def check(self, plan: Plan, global_batch: int) -> None:
         """Raises: ValueError: a degree that does not divide what it splits."""
         experts, share = self.model.routed_experts, plan.expert
@@ -69,9 +76,9 @@ class MoETraining:
             raise ValueError(
                 f"plan: expert={share} must divide data={plan.data} and the {experts} experts"
             )
-        if plan.tensor > 1 or plan.interleave > 1 or plan.sequence_parallel:
+        if plan.tensor * plan.interleave * plan.context > 1 or plan.sequence_parallel:
             raise ValueError(
-                "plan: a mixture of experts is priced with tensor=1, interleave=1 and "
+                "plan: a mixture of experts is priced with tensor=1, interleave=1, context=1 and "
                 "sequence_parallel=false"
             )
         _ = plan.recompute_of_all  # refuses what differs from layer to layer
@@ -84,6 +91,18 @@ class MoETraining:
                 f"plan: data={plan.data} x micro_batch={plan.micro_batch} does not divide the "
                 f"global batch of {global_batch}"
             )
+
+
+def dimensions(plan: Plan) -> dict[str, int]:
+    """Degrees of a plan's dimensions from neighbours outward: its stages, its replicas, and, of
+    these, those in a row that share experts."""
+    degrees = {
+        "expert": plan.expert,
+        "replicas": plan.data // plan.expert,
+        "pipeline": plan.pipeline,
+    }
+    inner = {"tensor": (), "pipeline": ("pipeline",), "data": ("expert", "replicas")}
+    return {name: degrees[name] for each in plan.order for name in inner[each]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,23 +16,28 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 
 from cmjax.hardware import TIERS, Supernode
 from cmjax.models.moe.config import LayerKind
-from cmjax.parallelism.expert_pieces import ExpertPiece, MoETraining, ends_piece, layer_piece
+from cmjax.parallelism.expert_pieces import (
+    ExpertPiece,
+    MoETraining,
+    dimensions,
+    ends_piece,
+    layer_piece,
+)
 from cmjax.parallelism.links import layout
 from cmjax.parallelism.memory import MIXED, Memory, Precision, fits
 from cmjax.parallelism.pieces import BATCH
 from cmjax.parallelism.plan import Plan, Recompute
-from cmjax.parallelism.pricing import LinkPrices, On, StepTime
+from cmjax.parallelism.pricing import LinkPrices, On, StepTime, pair
 from cmjax.parallelism.result import PricedPlan, priced
 from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
-from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, too_large
-from cmjax.parallelism.traffic import all_reduce
+from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, fits_nowhere, too_large
+from cmjax.parallelism.traffic import all_reduce, between
 from cmjax.program import Program, Size, Work
 
 
@@ -81,7 +86,7 @@ def search_experts(
         for optimizer in OPTIMIZERS[1:]:  # spread as little as fits
             option = dataclasses.replace(plan, optimizer=optimizer)
             memory = expert_memory(training, option, machine, global_batch)
-            least = memory.peak if least is None else min(least, memory.peak)
+            least = min(least or (memory.peak, option), (memory.peak, option), key=lambda x: x[0])
             if fits(memory, machine):
                 found.append(_priced(training, prices, option, memory, global_batch))
                 break
@@ -91,10 +96,7 @@ def search_experts(
             f"global batch of {global_batch}; try a global batch that the devices divide"
         )
     if not found:
-        raise ValueError(
-            f"the model fits nowhere on {devices} devices: {too_large(least, machine)} with the "
-            "leanest plan; more devices or a device with more memory would help"
-        )
+        raise ValueError(fits_nowhere(devices, machine, *least))
     fastest = sorted(found, key=lambda plan: plan.step_s)
     return Found(plans=tuple(fastest[:top]), considered=considered, feasible=len(found))
 
@@ -102,24 +104,22 @@ def search_experts(
 def expert_traffic(
     training: MoETraining, plan: Plan, machine: Supernode, global_batch: int
 ) -> dict[str, float]:
-    """Bytes of a step without a pipeline, of all ranks, by tier of links: dispatch, combine and
-    their transposes, gradients over the ranks that hold the same, and, with a spread optimizer,
-    their parameters, all in half precision; loads of experts, in single.
+    """Bytes of a step, of all ranks, by tier of links: dispatch, combine and their transposes, what
+    stages pass on, gradients over the ranks that hold the same, and, with a spread optimizer, their
+    parameters, all in half precision; loads of experts, in single.
 
     `ExpertStep.traffic` counts the same of a step that runs with as large a `capacity`.
 
-    Raises: ValueError: degrees that do not divide, or a pipeline.
+    Raises: ValueError: degrees that do not divide.
     """
     training.check(plan, global_batch)
-    if plan.pipeline > 1:
-        raise ValueError(f"plan: traffic is counted with pipeline=1, got {plan.pipeline}")
     on, m = _layout(plan, machine), plan.micro_batches(global_batch)
     sent: dict[str, float] = dict.fromkeys(TIERS, 0.0)
-    rounds = _rounds(plan, m)
+    rounds = _rounds(training, plan, m)
 
     def add(nbytes: Mapping[str, float]) -> None:
         for tier in TIERS:
-            sent[tier] += nbytes[tier] * plan.devices
+            sent[tier] += nbytes[tier] * plan.data  # ranks of a stage
 
     for kind, count in training.layers.items():
         layer = layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"])
@@ -129,28 +129,48 @@ def expert_traffic(
         add(all_reduce((layer.shared * count - loads) * times, on["data"], machine))
         add(all_reduce(4 * loads, on["data"], machine))
         add(all_reduce(layer.experts * count * times, on["replicas"], machine))
-    add(
-        all_reduce(ends_piece(training).shared * rounds.ends * MIXED.parameter, on["data"], machine)
-    )
+    add(all_reduce(rounds.ends * MIXED.parameter, on["data"], machine))
+    stream = MIXED.parameter * plan.micro_batch * training.sequence * training.model.hidden_size
+    for stage in range(plan.pipeline - 1):
+        add(between(stage, stage + 1, on["pipeline"], 2 * m * stream))
+    words = MIXED.parameter * _words(training, plan)
+    add(between(0, plan.pipeline - 1, on["pipeline"], 2 * words))
     return sent
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rounds:
-    """How often what a rank holds goes through an all-reduce in a step; a reduce-scatter and an
-    all-gather are half of one."""
+    """What goes through all-reduces in a step; a reduce-scatter and an all-gather are half of one.
+
+    Fields:
+      layers: how often what a rank holds of them does. ends: elements of both ends of the model.
+    """
 
     layers: float
     ends: float
 
 
-def _rounds(plan: Plan, micro_batches: int) -> _Rounds:
+def _rounds(training: MoETraining, plan: Plan, micro_batches: int) -> _Rounds:
     """Once, but for what nobody holds all of: gradients of every micro-batch are reduced (zero2),
-    and parameters are gathered for both passes of a layer, and once for the ends (zero3)."""
-    m = micro_batches
+    and parameters are gathered for both passes of a layer, and once for the ends (zero3). Words
+    that both ends have of one array are then reduced, and gathered, for each of them."""
+    m, ends = micro_batches, ends_piece(training).shared
+    words = training.model.vocab_size * training.model.hidden_size * training.model.tie_embeddings
+    if plan.pipeline > 1:
+        ends, words = ends + words, 0  # each end has a copy
     if plan.optimizer == "zero3":
-        return _Rounds(1.5 * m, m)
-    return _Rounds((m + 1) / 2, (m + 1) / 2) if plan.optimizer == "zero2" else _Rounds(1, 1)
+        return _Rounds(1.5 * m, m * (ends + words))
+    if plan.optimizer == "zero2":
+        return _Rounds((m + 1) / 2, (m + 1) / 2 * ends + m / 2 * words)
+    return _Rounds(1, ends)
+
+
+def _words(training: MoETraining, plan: Plan) -> float:
+    """Gradients of the words that the two ends of a pipeline exchange, of a rank."""
+    if plan.pipeline == 1 or not training.model.tie_embeddings:
+        return 0.0
+    shards = 1 if plan.optimizer == "none" else plan.data
+    return training.model.vocab_size * training.model.hidden_size / shards
 
 
 def _candidates(training: MoETraining, devices: int, overlap: bool) -> Iterator[Plan]:
@@ -198,13 +218,13 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     times = StageTimes(slowest=slowest, total=max(total, slowest), weights=weights, send=send)
     pipeline = pipeline_s(plan.schedule, times, m, p)
     shared, experts = _held(training, plan, on["expert"])
-    rounds, ends_held = _rounds(plan, m), ends_piece(training).shared / (1 if p == 1 else 2)
+    rounds, ends_held = _rounds(training, plan, m), ends_piece(training).shared
     reduced = prices.collective("all_reduce", shared, on["data"])
     reduced += prices.collective("all_reduce", experts, on["replicas"])
     reduced *= rounds.layers
-    if rounds.ends != rounds.layers:
-        of_ends = prices.collective("all_reduce", ends_held, on["data"])
-        reduced -= (rounds.layers - rounds.ends) * of_ends
+    if (of_ends := rounds.ends / ends_held) != rounds.layers:
+        once = prices.collective("all_reduce", ends_held / min(p, 2), on["data"])
+        reduced += (of_ends - rounds.layers) * once
     # Links that exchange carry nothing else.
     free = slowest - stage * seconds["moe"].exchanging
     backward = min(free, slowest - stage * seconds["moe"].forward)
@@ -212,8 +232,9 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     reduction = max(0.0, reduced - (hidden if plan.overlap else 0.0))
     by = (1, 1) if plan.optimizer == "none" else (plan.data, plan.data // plan.expert)
     update = prices.update(shared / by[0] + experts / by[1])
+    tied = prices.collective("all_reduce", _words(training, plan), pair(on["pipeline"]))
     return StepTime(
-        pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=0.0
+        pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
     )
 
 
@@ -306,10 +327,9 @@ def _width(training: MoETraining, kinds: Iterable[LayerKind]) -> int:
 
 
 def _stages(training: MoETraining, plan: Plan) -> tuple[int, int]:
-    """Layers of all stages but the last, which has what is left, and of the last."""
-    layers, p = training.model.layers, plan.pipeline
-    each = math.ceil(layers / p)
-    return each, max(0, layers - (p - 1) * each)
+    """Layers of the first stage, as of most, and of the last."""
+    first, *_, last = 2 * training.stages(plan.pipeline)
+    return len(first), len(last)
 
 
 def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
@@ -324,10 +344,8 @@ def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
 
 def _layout(plan: Plan, machine: Supernode) -> dict[str, On]:
     """Ranks by tier of the stages, the replicas, and, of these, those that share experts."""
-    degrees = {"expert": plan.expert, "replicas": plan.data // plan.expert}
-    inner = {"tensor": (), "pipeline": ("pipeline",), "data": ("expert", "replicas")}
-    order = [name for each in plan.order for name in inner[each]]
-    on = layout(order, {**degrees, "pipeline": plan.pipeline}, machine)
+    degrees = dimensions(plan)
+    on = layout(tuple(degrees), degrees, machine)
     data = layout(
         [name for name in plan.order if name != "tensor"],
         {"data": plan.data, "pipeline": plan.pipeline}, machine,

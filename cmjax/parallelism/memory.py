@@ -103,7 +103,8 @@ def stage_parameters(model: DenseConfig, plan: Plan, *, first: bool) -> int:
 
 
 def split_of(plan: Plan) -> TensorSplit:
-    return TensorSplit(plan.tensor, plan.sequence_parallel and plan.tensor > 1)
+    shared = plan.sequence_parallel and plan.tensor > 1
+    return TensorSplit(plan.tensor, shared, context=plan.context)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -152,7 +153,8 @@ def stage_memory(
     # activation, and makes those of its parameters before they are added up.
     width = max(model.ffn, model.heads * model.sequence) / plan.tensor
     size, layer = jnp.dtype(dtype).itemsize, pieces.layer(model, split, "none", dtype)
-    buffers = size * (2 * plan.micro_batch * model.sequence * width + layer.parameters)
+    tokens = plan.micro_batch * model.sequence / plan.context
+    buffers = size * (2 * tokens * width + layer.parameters)
     again, freed = 0.0, 0.0
     for mode, number in used.items():  # the last layers first, as the backward pass goes
         whole = (number > 0) * (at(layer.kept) - at(layers[mode].kept))

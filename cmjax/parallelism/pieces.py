@@ -17,19 +17,19 @@ from jax.extend.core import Literal
 
 from cmjax.models.dense import Block, DenseConfig, Embedding, Output, Recompute, TensorSplit
 from cmjax.models.dense.model import own_words
+from cmjax.parallelism.links import GROUPS
 from cmjax.program import Operand, Program, Size, trace
 
 BATCH = "micro_batch"
-_AXIS = "tensor"
 HALF = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of the model on one tensor-parallel rank.
+    """A part of the model on one rank.
 
     Fields:
-      ranks: tensor-parallel ranks.
+      groups: ranks of those that its collectives are over (`links.GROUPS`).
       programs: traced when they are asked for. `forward`: its forward pass. `both`: that, its
         backward pass, and the accumulation of gradients. `inputs`: as `both`, without gradients of
         parameters (what a zero-bubble schedule sends on first).
@@ -37,29 +37,21 @@ class Piece:
       passed: bytes of its input, by which it is made again when everything is recomputed.
     """
 
-    ranks: int
+    groups: Mapping[str, int]
     programs: Mapping[str, Callable[[], Program]]
     parameters: int
     kept: Size
     passed: Size
 
 
-@functools.lru_cache(maxsize=512)
 def layer(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any = HALF) -> Piece:
     """One transformer layer."""
-    x = _stream(model, split, dtype)
-    run = functools.partial(run_layer, recompute)
-    make = functools.partial(Block, model, split, dtype=dtype)
-    return _piece(make, run, (x,), _keys(model, 3), split)
+    return _layer(model, split, recompute, dtype)
 
 
-@functools.lru_cache(maxsize=512)
 def embedding(model: DenseConfig, split: TensorSplit, dtype: Any = HALF) -> Piece:
     """Words and positions."""
-    tokens = _tokens(model)
-
-    make = functools.partial(Embedding, model, split, dtype=dtype)
-    return _piece(make, run_embedding, (tokens,), _keys(model, 1), split)
+    return _embedding(model, split, dtype)
 
 
 def output(
@@ -70,9 +62,24 @@ def output(
 
 
 @functools.lru_cache(maxsize=512)
+def _layer(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any) -> Piece:
+    x = _stream(model, split, dtype)
+    run = functools.partial(run_layer, recompute)
+    make = functools.partial(Block, model, split, dtype=dtype)
+    return _piece(make, run, (x,), _keys(model, 3), split)
+
+
+@functools.lru_cache(maxsize=512)
+def _embedding(model: DenseConfig, split: TensorSplit, dtype: Any) -> Piece:
+    tokens = _tokens(model, split)
+    make = functools.partial(Embedding, model, split, dtype=dtype)
+    return _piece(make, run_embedding, (tokens,), _keys(model, 1), split)
+
+
+@functools.lru_cache(maxsize=512)
 def _output(model: DenseConfig, split: TensorSplit, recompute: Recompute, dtype: Any) -> Piece:
     words = jax.ShapeDtypeStruct((own_words(model, split), model.hidden), dtype)
-    arguments = (_stream(model, split, dtype), words, _tokens(model))
+    arguments = (_stream(model, split, dtype), words, _tokens(model, split))
     run = functools.partial(run_output, model, recompute)
     make = functools.partial(Output, model, split, dtype=dtype)
     return _piece(make, run, arguments, _keys(model, 3), split)
@@ -150,12 +157,18 @@ def batch_symbol():
 
 def _stream(model: DenseConfig, split: TensorSplit, dtype) -> jax.ShapeDtypeStruct:
     """Activations between layers."""
-    part = model.sequence // split.ranks if split.sequence else model.sequence
-    return jax.ShapeDtypeStruct((batch_symbol(), part, model.hidden), dtype)
+    shape = batch_symbol(), part_between_layers(model, split), model.hidden
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _tokens(model: DenseConfig) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((batch_symbol(), model.sequence), jnp.int32)
+def part_between_layers(model: DenseConfig, split: TensorSplit) -> int:
+    """Tokens of a sequence that a rank has between layers."""
+    part = model.sequence // split.context
+    return part // split.ranks if split.sequence else part
+
+
+def _tokens(model: DenseConfig, split: TensorSplit) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch_symbol(), model.sequence // split.context), jnp.int32)
 
 
 def _keys(model: DenseConfig, count: int):
@@ -196,22 +209,22 @@ def _piece(make, run, arguments: tuple, keys, split: TensorSplit) -> Piece:
         floats = tuple(arguments[i] for i in moving)
         return jax.tree.leaves(jax.vjp(lambda p, f: by(p, f, arguments, keys), params, floats)[1])
 
+    ranks = {split.axis: split.ranks, split.context_axis: split.context}
+    groups = {name: count for name, count in ranks.items() if count > 1}
+    tiers: Any = {name: GROUPS[name] for name in groups}
+
     def read(fn, *xs):
-        many = split.ranks > 1
-        axes = {_AXIS: split.ranks} if many else None
-        return trace(fn, *xs, axis_sizes=axes, tiers={_AXIS: "node"} if many else None, at=_AT)
+        return trace(fn, *xs, axis_sizes=groups, tiers=tiers, at=_AT)
 
     return Piece(
-        ranks=split.ranks,
+        groups=groups,
         programs={
             "forward": functools.cache(lambda: read(forward, params, arguments, keys)),
             "both": functools.cache(lambda: read(both, params, keep, arguments, keys)),
             "inputs": functools.cache(lambda: read(inputs, params, arguments, keys)),
         },
         parameters=sum(x.size for x in jax.tree.leaves(params)),
-        kept=kept_bytes(
-            kept, [(_AXIS, split.ranks)] if split.ranks > 1 else [], params, arguments, keys
-        ),
+        kept=kept_bytes(kept, list(groups.items()), params, arguments, keys),
         passed=_nbytes(arguments[0]),
     )
 

@@ -31,6 +31,8 @@ class Plan:
         pass.
       expert: of the data-parallel replicas, so many in a row share the experts of a layer; 1 for a
         dense model.
+      context: of the data-parallel replicas, so many in a row share sequences, of which each has a
+        part; they gather the keys and values of all parts.
       order: dimensions from neighbours outward: the first fills a server, the last spans the
         machine.
     """
@@ -46,10 +48,11 @@ class Plan:
     sequence_parallel: bool = False
     overlap: bool = False
     expert: int = 1
+    context: int = 1
     order: tuple[str, ...] = DIMENSIONS
 
     def __post_init__(self):
-        for name in ("data", "tensor", "pipeline", "micro_batch", "interleave", "expert"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"plan: {name} must be a whole number >= 1, got {value!r}")
@@ -74,9 +77,14 @@ class Plan:
     def devices(self) -> int:
         return self.data * self.tensor * self.pipeline
 
+    @property
+    def replicas(self) -> int:
+        """Groups of ranks that have sequences of their own."""
+        return self.data // self.context
+
     def micro_batches(self, global_batch: int) -> int:
         """Micro-batches of a step on one replica."""
-        return global_batch // (self.data * self.micro_batch)
+        return global_batch // (self.replicas * self.micro_batch)
 
     def recomputed(self, stage: int, layers: int) -> Counts:
         """Of a chunk's layers, how many are recomputed in which way."""
@@ -113,8 +121,14 @@ class Plan:
                 f"plan: tensor={t} must divide the {model.heads} heads, {model.key_heads} heads of "
                 f"keys and the feed-forward width {model.ffn}"
             )
-        if self.sequence_parallel and model.sequence % t:
-            raise ValueError(f"plan: tensor={t} does not divide the sequence of {model.sequence}")
+        if self.data % self.context or model.sequence % self.context:
+            raise ValueError(
+                f"plan: context={self.context} must divide data={self.data} and the sequence of "
+                f"{model.sequence}"
+            )
+        if self.sequence_parallel and model.sequence // self.context % t:
+            part = f"{model.sequence // self.context}"
+            raise ValueError(f"plan: tensor={t} does not divide the sequence of {part}")
         if model.layers % chunks:
             raise ValueError(
                 f"plan: pipeline={self.pipeline} x interleave={self.interleave} does not divide "
@@ -122,11 +136,11 @@ class Plan:
             )
         if isinstance(self.recompute, Layerwise):
             self.recompute.check(self.pipeline, model.layers // chunks)
-        per_step = self.data * self.micro_batch
-        if global_batch % per_step:
+        if global_batch % (self.replicas * self.micro_batch):
+            shared = f" / context={self.context}" if self.context > 1 else ""
             raise ValueError(
-                f"plan: data={self.data} x micro_batch={self.micro_batch} does not divide the "
-                f"global batch of {global_batch}"
+                f"plan: data={self.data}{shared} x micro_batch={self.micro_batch} does not divide "
+                f"the global batch of {global_batch}"
             )
         if self.schedule == "interleaved" and self.micro_batches(global_batch) % self.pipeline:
             raise ValueError(
@@ -158,6 +172,7 @@ class Plan:
 
 
 _DEGREES = ("data", "tensor", "pipeline", "micro_batch", "schedule", "recompute", "optimizer")
+_COUNTS = ("data", "tensor", "pipeline", "micro_batch", "interleave", "expert", "context")
 _CHOICES: dict[str, tuple] = {
     "schedule": get_args(Schedule),
     "recompute": MODES,

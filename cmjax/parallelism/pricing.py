@@ -8,7 +8,7 @@ of a search at once (`vmap`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +22,24 @@ from cmjax.hardware import Supernode, relative_slopes
 from cmjax.models.dense import DenseConfig, Recompute, TensorSplit
 from cmjax.parallelism import pieces
 from cmjax.parallelism.layerwise import Counts
-from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallelism.links import (
+    GROUPS,
+    On,
+    on_any_links,
+    plan_layout,
+    reach,
+    share_names,
+    share_sizes,
+    shares,
+)
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
-from cmjax.parallelism.plan import Plan
+from cmjax.parallelism.plan import Optimizer, Plan
 from cmjax.parallelism.schedules import StageTimes, pipeline_s
 from cmjax.parallelism.traffic import copied, exchanged
 from cmjax.program import Program
 
-On = tuple[int, int, int]
-"""Ranks of a group by tier."""
+Groups = tuple[tuple[str, On], ...]
+"""Where the groups of `links.GROUPS` lie."""
 _GATHERS = {(False, False): 8, (False, True): 10, (True, False): 10, (True, True): 13}
 """All-gathers' worth of bytes that a layer sends, by sequence parallelism and full recomputation;
 an all-reduce is two."""
@@ -92,8 +101,8 @@ class LinkPrices:
         if kind == "send":  # to a neighbour, on the furthest links that any of them uses
             part = tuple(1.0 if tier == reach(on) else 0.0 for tier in range(3))
             elements = elements / 2  # `on_any_links` takes a peer for one of two ranks
-        program = _far(pieces.reduction(kind), 2, reach(on))
-        sizes = {"elements": elements, **dict(zip(SHARES, part, strict=True))}
+        program = _far(pieces.reduction(kind), (("tensor", (2, reach(on))),))
+        sizes = {"elements": elements, **dict(zip(share_names("tensor"), part, strict=True))}
         return _time(program, self.machine, sizes)
 
 
@@ -119,15 +128,14 @@ class Prices(LinkPrices):
         self.model, self.eager = model, eager
         self.batches = tuple(sorted(set(micro_batches)))
         self._known: dict[tuple, dict[int, float]] = {}
+        self._layouts: dict[tuple, dict[str, On]] = {}
 
     def step(self, plan: Plan, global_batch: int) -> StepTime:
         """Seconds of a step under a plan that divides (`Plan.check`)."""
-        model, machine = self.model, self.machine
-        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-        on = layout(plan.order, degrees, machine)
+        model, on = self.model, self._on(plan)
         split, b, m = split_of(plan), plan.micro_batch, plan.micro_batches(global_batch)
-        counts = _counts(model, plan)
-        stages = [self.stage_s(plan, stage, each) for stage, each in enumerate(counts)]
+        counts, groups = _counts(model, plan), _groups(on)
+        stages = _of_stages(counts, functools.partial(self.stage_s, plan))
         slowest, total = functools.reduce(_larger, stages), sum(stages)
         weights = 0.0
         if plan.schedule == "zero_bubble":
@@ -136,11 +144,11 @@ class Prices(LinkPrices):
                 if not number:
                     continue
                 both, inputs = (
-                    self._piece(pieces.layer(model, split, mode), part, on["tensor"])[b]
+                    self._piece(pieces.layer(model, split, mode), part, groups)[b]
                     for part in ("both", "inputs")
                 )
                 weights += number * _larger(0.0, both - inputs)
-        layer = pieces.layer(model, split, plan.modes[0])
+        layer = pieces.layer(model, split, "none")
         send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
         times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
         pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
@@ -148,7 +156,7 @@ class Prices(LinkPrices):
         held = float(max(
             stage_parameters(model, plan, first=True), stage_parameters(model, plan, first=False)
         ))  # fmt: skip
-        forward = self._piece(layer, "forward", on["tensor"])[b]
+        forward = self._piece(layer, "forward", groups)[b]
         backward = slowest - model.layers // plan.pipeline * forward
         times = max(exchanged(model, plan, m, stage) for stage in {0, plan.pipeline - 1}) / held
         reduction = self._reduction(plan, held, times, on["data"], m, slowest, backward)
@@ -157,7 +165,7 @@ class Prices(LinkPrices):
         tied = 0.0
         if model.tied and plan.pipeline > 1:
             words = model.vocab / plan.tensor * model.hidden / shards
-            tied = self.collective("all_reduce", words, _pair(on["pipeline"]))
+            tied = self.collective("all_reduce", words, pair(on["pipeline"]))
         tied += self.collective("all_reduce", copied(model, plan) / plan.pipeline, on["tensor"])
         return StepTime(
             pipeline=pipeline, busy=m * slowest, reduction=reduction, optimizer=update, tied=tied
@@ -167,8 +175,7 @@ class Prices(LinkPrices):
         """Seconds of a micro-batch on a stage whose chunks recompute `counts` of their layers;
         `plan.recompute` is not read. An array where counts are."""
         model, split, b = self.model, split_of(plan), plan.micro_batch
-        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-        on = layout(plan.order, degrees, self.machine)["tensor"]
+        on = _groups(self._on(plan))
 
         def seconds(piece: pieces.Piece, part: str = "both") -> float:
             return self._piece(piece, part, on)[b]
@@ -191,28 +198,27 @@ class Prices(LinkPrices):
                 taken = taken + here * (end - model.query_layer * each[mode])
         return taken
 
-    def at_least_s(self, plan: Plan, global_batch: int) -> float:
+    def at_least_s(
+        self, plan: Plan, global_batch: int, optimizers: Sequence[Optimizer] | None = None
+    ) -> float:
         """A lower bound of a step's seconds, for which only one rank's pieces are traced: they are
-        split evenly at best, and what is sent takes as long as its bytes."""
+        split evenly at best, and what is sent takes as long as its bytes. `optimizers` are what the
+        plan's may be, by default the one it has."""
         model, t, p, b = self.model, plan.tensor, plan.pipeline, plan.micro_batch
-        m, one, whole = plan.micro_batches(global_batch), TensorSplit(), (1, 1, 1)
-        on = layout(plan.order, {"data": plan.data, "tensor": t, "pipeline": p}, self.machine)
+        m, one, ranks = plan.micro_batches(global_batch), TensorSplit(), t * plan.context
+        on = self._on(plan)
         counts = _counts(model, plan)
-        stages = [self.stage_at_least_s(plan, each) for each in counts]
-        last = counts[-1].mode_of(counts[-1].layers - 1)
-        end = self._piece(pieces.output(model, one, last), "both", whole)[b] / t
-        if model.query_layer:
-            end -= self._piece(pieces.layer(model, one, last), "both", whole)[b] / t
-        slowest = max(*stages, stages[-1] + end)
-        idle = (sum(stages) + end - slowest) / plan.interleave
-        stream = PARAMETER_BYTES * b * model.sequence * model.hidden
+        stages = _of_stages(counts, functools.partial(self.stage_at_least_s, plan))
+        slowest = max(stages)
+        idle = (sum(stages) - slowest) / plan.interleave
+        stream = PARAMETER_BYTES * b * model.sequence / plan.context * model.hidden
         if plan.schedule == "zero_bubble":
             # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
             most = 0.0
             for mode in plan.modes:
                 layer = pieces.layer(model, one, mode)
-                both, inputs = (self._piece(layer, part, whole)[b] for part in ("both", "inputs"))
-                weights = 1.1 * (both - inputs) / t
+                both, inputs = (self._piece(layer, part)[b] for part in ("both", "inputs"))
+                weights = 1.1 * (both - inputs) / ranks
                 weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
                 weights += 20 * float(self.machine.chip.matrix_startup_s)
                 most = max(most, weights / self._layer_at_least_s(plan, mode))
@@ -222,28 +228,47 @@ class Prices(LinkPrices):
         held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
         whole_s = self._wire_s(2 * held, on["data"])
         gathered = m * (1.5 - 0.5 * model.query_layer / model.layers)
-        reduction = max(0.0, min(  # whatever the optimizer is spread over
-            times * whole_s - passes * slowest * plan.overlap
-            for times, passes in ((1.0, 1), ((m + 1) / 2, m), (gathered, m))
+        layer = pieces.layer(model, one, "none")
+        backward = slowest - model.layers // p * self._piece(layer, "forward")[b] / ranks
+        rounds = {"zero2": ((m + 1) / 2, m * backward), "zero3": (gathered, m * slowest)}
+        reduction = max(0.0, min(
+            times * whole_s - hidden * plan.overlap
+            for times, hidden in (
+                rounds.get(each, (1.0, backward)) for each in optimizers or (plan.optimizer,)
+            )
         ))  # fmt: skip
         return float((m * slowest + idle + sends + reduction) * 0.98)
 
-    def stage_at_least_s(self, plan: Plan, counts: Counts) -> Any:
-        """A lower bound of a stage's seconds, but for the ends of the model; as `stage_s`."""
+    def stage_at_least_s(self, plan: Plan, stage: int, counts: Counts) -> Any:
+        """A lower bound of a stage's seconds; as `stage_s`."""
+        one, b = TensorSplit(), plan.micro_batch
         used = counts.by_mode
-        return plan.interleave * sum(
+        taken = plan.interleave * sum(
             number * self._layer_at_least_s(plan, mode) for mode, number in used.items()
         )
+        if stage == plan.pipeline - 1:
+            for mode, here in counts.last.items():
+                end = self._piece(pieces.output(self.model, one, mode), "both")[b]
+                if self.model.query_layer:
+                    end -= self._piece(pieces.layer(self.model, one, mode), "both")[b]
+                taken = taken + here * end / (plan.tensor * plan.context)
+        return taken
 
     def _layer_at_least_s(self, plan: Plan, mode: Recompute) -> float:
         model, b = self.model, plan.micro_batch
-        degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-        on = layout(plan.order, degrees, self.machine)["tensor"]
+        on = self._on(plan)["tensor"]
         layer = pieces.layer(model, TensorSplit(), mode)
-        stream = PARAMETER_BYTES * b * model.sequence * model.hidden
+        stream = PARAMETER_BYTES * b * model.sequence / plan.context * model.hidden
         gathers = _GATHERS[plan.sequence_parallel, mode == "full"]
-        least = self._piece(layer, "both", (1, 1, 1))[b] / plan.tensor
+        least = self._piece(layer, "both")[b] / (plan.tensor * plan.context)
         return least + self._wire_s(gathers * stream, on)
+
+    def _on(self, plan: Plan) -> dict[str, On]:
+        """Ranks of every dimension by tier."""
+        key = plan.order, plan.context, *(getattr(plan, name) for name in plan.order)
+        if key not in self._layouts:
+            self._layouts[key] = plan_layout(plan, self.machine)
+        return self._layouts[key]
 
     def _wire_s(self, nbytes: float, on: On) -> float:
         """At least what an all-gather of that many bytes takes."""
@@ -269,14 +294,14 @@ class Prices(LinkPrices):
         hidden = every if plan.optimizer in ("zero2", "zero3") else backward_s
         return _larger(0.0, times * whole - (hidden if plan.overlap else 0.0))
 
-    def _piece(self, piece: pieces.Piece, part: str, on: On) -> dict[int, float]:
+    def _piece(self, piece: pieces.Piece, part: str, on: Groups = ()) -> dict[int, float]:
         key = (piece, part, on)
         if key not in self._known:
             program = piece.programs[part]()
-            if piece.ranks > 1:
-                program = _far(program, piece.ranks, reach(on))
+            groups = {name: (n, reach(dict(on)[name])) for name, n in piece.groups.items()}
+            program = _far(program, tuple(groups.items()))
             sizes = {pieces.BATCH: np.array(self.batches, float)}
-            sizes |= dict(zip(SHARES, shares(on, self.machine), strict=True))
+            sizes |= share_sizes(groups, dict(on), self.machine)
             found = _times(program, self.machine, _needed(program, sizes))
             self._known[key] = dict(zip(self.batches, map(_number, found), strict=True))
         return self._known[key]
@@ -295,6 +320,20 @@ def _counts(model: DenseConfig, plan: Plan) -> list[Counts]:
     """What every stage recomputes of a chunk."""
     layers = model.layers // (plan.pipeline * plan.interleave)
     return [plan.recomputed(stage, layers) for stage in range(plan.pipeline)]
+
+
+def _groups(on: Mapping[str, On]) -> Groups:
+    return tuple((name, on[name]) for name in GROUPS)
+
+
+def _of_stages(counts: list[Counts], seconds: Callable[[int, Counts], Any]) -> list:
+    """Seconds of every stage; those between the ends take as long where they recompute alike."""
+    inner = {each: seconds(1, each) for each in set(counts[1:-1])}
+    stages = range(len(counts))
+    return [
+        inner[each] if stage in stages[1:-1] else seconds(stage, each)
+        for stage, each in zip(stages, counts, strict=True)
+    ]
 
 
 def _number(x) -> Any:
@@ -334,7 +373,7 @@ def elasticities(
     return relative_slopes(machine, *slopes(machine))
 
 
-def _pair(on: On) -> On:
+def pair(on: On) -> On:
     """Two ranks at the ends of a group."""
     return tuple(2 if tier == reach(on) else 1 for tier in range(3))  # type: ignore[return-value]
 
@@ -344,8 +383,8 @@ def _needed(program: Program, sizes: Mapping) -> dict:
 
 
 @functools.lru_cache(maxsize=1024)
-def _far(program: Program, ranks: int, furthest: int) -> Program:
-    return on_any_links(program, ranks, furthest)
+def _far(program: Program, groups: tuple[tuple[str, tuple[int, int]], ...]) -> Program:
+    return on_any_links(program, dict(groups)) if groups else program
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,28 +6,31 @@ Parameters that are spread over the replicas (zero3) are gathered as they are us
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
 from cmjax.models.dense import DenseConfig, Recompute
-from cmjax.parallelism.known import choose
+from cmjax.parallelism.backward import Backward, without_unread
+from cmjax.parallelism.known import choose, take
 from cmjax.parallelism.layerwise import MODES
 from cmjax.parallelism.memory import split_of
+from cmjax.parallelism.pieces import part_between_layers, run_embedding, run_layer, run_output
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.shards import Graphs, Parts, Tree, axes_of, gathered, graphs, spread
-from cmjax.parallelism.timetable import Timetable, timetable
-from cmjax.program.mark import permuted
+from cmjax.parallelism.staged import Pass, Staged, add_to_layer
 
 SUMMED = frozenset({"gain", "shift", "output_bias", "ffn_bias"})
 """Parameters that every tensor-parallel rank holds and that with sequence parallelism it applies to
 its own part of the sequence: their gradients are addends."""
 
 
-class RankProgram:
+class RankProgram(Staged):
     """What a rank of a plan runs, where it stands, and what it exchanges with its like.
 
     Args:
@@ -39,17 +42,48 @@ class RankProgram:
     def __init__(
         self, plan: Plan, model: DenseConfig, global_batch: int, dtype, *, virtual: bool = False
     ):
-        self.plan, self.model, self.dtype = plan, model, dtype
         axes = axes_of(plan)
-        self.data_axis, self.stage_axis = axes["data"], axes["pipeline"]
-        self.fill = virtual and self.stage_axis != "node"
-        self.split = dataclasses.replace(split_of(plan), axis=axes["tensor"])
+        stage_axis = axes.get("pipeline", "node")
+        fill = virtual and stage_axis != "node"
+        super().__init__(plan, global_batch, dtype, stage_axis, fill=fill)
+        self.model = model
+        self.data_axis = tuple(axes[name] for name in ("replicas", "context") if name in axes)
+        self.split = split_of(plan)
+        for name, field in (("tensor", "axis"), ("context", "context_axis")):
+            self.split = dataclasses.replace(self.split, **{field: axes.get(name, "node")})
         self.graphs: Graphs = graphs(model, plan, dtype, self.split)
-        self.micro_batches = plan.micro_batches(global_batch)
-        self.table: Timetable = timetable(
-            plan.schedule, self.micro_batches, plan.pipeline, plan.interleave
-        )
         self.number = len(self.graphs.shapes.layers)
+
+    @property
+    def stream(self) -> jax.ShapeDtypeStruct:
+        part = part_between_layers(self.model, self.split)
+        shape = self.plan.micro_batch, part, self.model.hidden
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def own_tokens(self, tokens: Array) -> Array:
+        if self.split.context == 1:
+            return tokens
+        part = self.model.sequence // self.split.context
+        first = self.split.context_rank * part
+        return lax.dynamic_slice_in_dim(tokens, first, part + 1, axis=1)
+
+    @functools.cached_property
+    def passes(self) -> list[Pass]:
+        modes = [self.modes_of(layer) for layer in range(self.number)]
+        backward = {mode: self._backward(mode) for layer in modes for mode in layer}
+        last = self.number - 1 if self.model.query_layer else None
+        return [
+            Pass(layer, stages, backward[mode], in_output=layer == last)
+            for layer, by_mode in enumerate(modes)
+            for mode, stages in by_mode.items()
+        ]
+
+    def _backward(self, mode: Recompute) -> Backward:
+        def layer(p, x):
+            return run_layer(mode, self.graphs.layer, nnx.State(p), x)
+
+        apart = self.plan.schedule == "zero_bubble"
+        return Backward(layer, self.graphs.one, self.stream, apart=apart)
 
     def modes_of(self, layer: int) -> dict[Recompute, list[bool]]:
         """What is recomputed of a layer of a chunk, and on which stages."""
@@ -65,8 +99,93 @@ class RankProgram:
         last = self.plan.recomputed(self.plan.pipeline - 1, self.number)
         return last.mode_of(self.number - 1)
 
+    # --- what a stage computes ------------------------------------------------------------------
+
+    def layer(self, params: Parts, part: int, chunk) -> Tree:
+        own = jax.tree.map(lambda x: take(x, chunk), params.layers[part])
+        return self.whole(0, own, self.graphs.one)
+
+    def embed(self, params: Parts, tokens) -> Array:
+        return run_embedding(self.graphs.embedding, nnx.State(self._embedding(params)), tokens)
+
+    def end(self, params: Parts, y: Array, tokens, scale: float, chunk) -> tuple[Array, Array, Any]:
+        """Its gradients are of the output, of the query layer if there is one, and of the words."""
+        output = self.whole(0, params.output, self.graphs.shapes.output)
+        if words_apart(self):
+            words, output = output["words"], {k: x for k, x in output.items() if k != "words"}
+        else:
+            name = {"words": params.embedding["words"]}
+            like = {"words": self.graphs.shapes.embedding["words"]}
+            words = self.whole(0, name, like)["words"]
+        query = self.layer(params, self.number - 1, chunk) if self.model.query_layer else None
+
+        def loss(output, query, words, y):
+            state = nnx.State(output if query is None else {**output, "query": query})
+            run = functools.partial(run_output, self.model, self.mode_of_last, self.graphs.output)
+            return run(state, y, words, tokens)
+
+        found, back = jax.vjp(loss, output, query, words, y)
+        *sums, g = back(jnp.asarray(scale, found.dtype))
+        return found.astype(jnp.float32), g, [None if d is None else self._sums(d) for d in sums]
+
+    def add_end(self, grads: Parts, sums: Any, chunk) -> Parts:
+        output, query, words = sums
+        if query is not None:
+            grads = add_to_layer(grads, self.number - 1, chunk, query)
+        embedding = dict(grads.embedding)
+        if words_apart(self):
+            output = {**output, "words": words}
+        else:
+            embedding["words"] = embedding["words"] + words
+        output = jax.tree.map(jnp.add, grads.output, output)
+        return dataclasses.replace(grads, embedding=embedding, output=output)
+
+    def embedding_sums(self, params: Parts, tokens, g: Array) -> Tree:
+        def backward(params, tokens, g):
+            run = functools.partial(run_embedding, self.graphs.embedding)
+            return jax.vjp(lambda p: run(nnx.State(p), tokens), params)[1](g)[0]
+
+        return self._sums(without_unread(backward, self._embedding(params), tokens, g))
+
+    def layer_sums(self, d: Tree) -> Tree:
+        return self._sums(d)
+
+    def zeros(self, params: Parts) -> Parts:
+        plan = self.plan
+
+        def sums(lead: int, x):
+            if plan.optimizer in ("zero2", "zero3"):
+                size = -(-math.prod(x.shape[lead:]) // plan.data)
+                if plan.optimizer == "zero3":
+                    size = x.shape[-1]
+                return jnp.zeros((*x.shape[:lead], size), jnp.float32)
+            return jnp.zeros(x.shape, jnp.float32)
+
+        return params.map(sums)
+
+    def pass_on(self, x: Array, pairs: list[tuple[int, int]], here) -> Array:
+        """Ranks of a tensor-parallel group hold the same: each sends its part to its own peer, and
+        they gather it there (arXiv 2104.04473, section 4.1)."""
+        split = self.split
+        if split.ranks == 1 or split.sequence:
+            return self.send(x, pairs)
+        width = x.shape[-1] // split.ranks
+        part = lax.dynamic_slice_in_dim(x, split.rank * width, width, axis=2)
+        part = self.send(part, pairs)
+        return choose(here, lambda: lax.all_gather(part, split.axis, axis=2, tiled=True))
+
+    def _embedding(self, params: Parts) -> Tree:
+        return self.whole(0, params.embedding, self.graphs.shapes.embedding)
+
+    def _sums(self, d: Tree) -> Tree:
+        """Gradients of a micro-batch as they are added up."""
+        if self.plan.optimizer in ("zero2", "zero3"):
+            return self.over_replicas(d, 0)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), d)
+
+    # --- what ranks exchange --------------------------------------------------------------------
+
     def reduced(self, grads: Parts) -> Parts:
-        """The sums of all micro-batches, summed over the ranks that have addends of them."""
         plan = self.plan
         if plan.optimizer in ("none", "zero1"):
             grads = Parts(
@@ -81,15 +200,7 @@ class RankProgram:
                 output=self.at_stage(-1, self._sum_copies, grads.output),
             )
         if plan.pipeline > 1 and self.model.tied:
-            p, mine = plan.pipeline, grads.embedding["words"]
-            at_end = jnp.where(self.stage == p - 1, grads.output["words"], mine)
-            other = self.send(at_end.astype(self.dtype), [(0, p - 1), (p - 1, 0)])
-            total = at_end + other.astype(jnp.float32)
-            grads = dataclasses.replace(
-                grads,
-                embedding={**grads.embedding, "words": total},
-                output={**grads.output, "words": total},
-            )
+            grads = self.words_of_both_ends(grads, "words")
         return grads
 
     def over_replicas(self, grads: Tree, lead: int) -> Tree:
@@ -113,22 +224,6 @@ class RankProgram:
             return lax.psum(g.astype(self.dtype), self.split.axis).astype(jnp.float32)
 
         return jax.tree_util.tree_map_with_path(one, grads)
-
-    # --- where this rank is ---------------------------------------------------------------------
-
-    @property
-    def stage(self) -> Array | int:
-        return lax.axis_index(self.stage_axis) if self.plan.pipeline > 1 else 0
-
-    def send(self, x: Array, pairs: list[tuple[int, int]]) -> Array:
-        """`x` from one stage to another, by (source, destination)."""
-        return permuted(x, self.stage_axis, pairs, fill=self.plan.pipeline if self.fill else None)
-
-    def at_stage(self, stage: int, change: Callable, tree: Tree) -> Tree:
-        """`change(tree)` on one stage; elsewhere nothing is sent, and what comes out is zero."""
-        wanted = stage % self.plan.pipeline
-        here = True if self.plan.pipeline == 1 else self.stage == wanted
-        return choose(here, lambda: change(tree))
 
     def whole(self, lead: int, params: Tree, shapes: Tree) -> Tree:
         """Parameters as the modules take them: gathered, if the replicas share them."""

@@ -23,23 +23,34 @@ StageSeconds = Callable[[int, Counts], np.ndarray]
 
 
 def fewest_recomputed(
-    model: DenseConfig, plan: Plan, global_batch: int, usable: float, seconds: StageSeconds
+    model: DenseConfig,
+    plan: Plan,
+    global_batch: int,
+    usable: float,
+    seconds: StageSeconds,
+    at_least: StageSeconds | None = None,
 ) -> Plan | None:
     """The plan with the fastest recomputation of every stage that fits; `None` if none does.
 
     Args:
       plan: divides (`Plan.check`); its `recompute` is not read.
       usable: bytes of a device.
+      at_least: a lower bound of `seconds`, by which choices are left out unseen.
     """
     layers = model.layers // (plan.pipeline * plan.interleave)
     choices, chosen = _choices(layers), []
     alike = dataclasses.replace(plan, recompute="none", order=Plan().order, overlap=False)
     for stage, held in enumerate(_held(model, alike, global_batch)):
-        taken = np.where(held <= usable, seconds(stage, choices), np.inf)
-        best = int(np.argmin(taken))
-        if np.isinf(taken[best]):
+        fitting = _some(choices, held <= usable)
+        if not len(fitting.full):
             return None
-        chosen.append(Counts(layers, int(choices.full[best]), int(choices.selective[best])))
+        if at_least is not None:
+            bounds = at_least(stage, fitting)
+            likely = int(np.argmin(bounds))
+            known = seconds(stage, _some(fitting, [likely]))
+            fitting = _some(fitting, bounds <= known)
+        best = int(np.argmin(seconds(stage, fitting)))
+        chosen.append(Counts(layers, int(fitting.full[best]), int(fitting.selective[best])))
     return dataclasses.replace(plan, recompute=shortest(chosen))
 
 
@@ -49,6 +60,10 @@ def _choices(layers: int) -> Counts:
     full, selective = np.indices((layers + 1, layers + 1))
     some = full + selective <= layers
     return Counts(layers, full[some], selective[some])
+
+
+def _some(choices: Counts, which) -> Counts:
+    return Counts(choices.layers, choices.full[which], choices.selective[which])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,19 +2,23 @@
 
 It is exhaustive over its space. Three things keep it small: what is recomputed is not tried but
 solved for, layer by layer (`fewest_recomputed`); of plans that differ only in what cannot make a
-step faster one is taken (GPipe never beats 1F1B); and one whose layers alone take longer than the
-last of the best so far, with as little recomputed as fits, is left out.
+step faster one is taken (GPipe never beats 1F1B); and it goes best first. A plan waits in a queue
+by a lower bound of its step, of its layers alone and then with as little recomputed as fits; it is
+priced when its turn comes, and the search ends when the bound of the next one is slower than the
+last of the best (A*, Hart, Nilsson and Raphael 1968).
 """
 
 import dataclasses
 import functools
+import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
-from cmjax.parallelism.links import layout
+from cmjax.parallelism.links import plan_layout
 from cmjax.parallelism.memory import USABLE, fits, memory_of
 from cmjax.parallelism.plan import DIMENSIONS, Optimizer, Plan, Schedule
 from cmjax.parallelism.pricing import Prices
@@ -82,65 +86,82 @@ def search(
     prices = Prices(model, machine, MICRO_BATCHES)
     peak_flops = float(machine.chip.cube_flops_16bit)
     usable = USABLE * float(machine.chip.hbm_bytes)
-    least, considered, feasible = None, 0, 0
-    found: list[PricedPlan] = []
-    bounded = [
-        (prices.at_least_s(placed, global_batch), placed)
+    plans = [
+        placed
         for plan in _candidates(model, devices, global_batch, overlap)
         for placed in _orders(plan, machine)
     ]
-    bounded.sort(key=lambda pair: pair[0])
-    for bound, placed in bounded:
-        considered += 1
-        slowest = found[-1].step_s if len(found) == top else math.inf
-        if bound > slowest:
-            continue  # the rest is slower, and as many plans that fit are known
-        fitting = [
-            priced(
-                model, plan, global_batch, prices.step(plan, global_batch),
-                memory_of(model, plan, global_batch), peak_flops,
-            )
-            for plan in _fitting(prices, placed, global_batch, usable, slowest)
-        ]  # fmt: skip
-        if fitting:
-            feasible += 1
-            found.append(min(fitting, key=lambda plan: plan.step_s))
-            found.sort(key=lambda plan: plan.step_s)
-            del found[top:]
-        elif not found:
-            lean = dataclasses.replace(placed, recompute="full", optimizer=_optimizers(placed)[-1])
-            peak = memory_of(model, lean, global_batch).peak
-            least = min(least or (peak, lean), (peak, lean), key=lambda pair: pair[0])
-    if not considered:
+    if not plans:
         raise ValueError(
             f"no plan divides {devices} devices, {model.layers} layers, {model.heads} heads and a "
             f"global batch of {global_batch}; try {_friendly(devices)} devices, or a global batch "
             "that their data-parallel replicas divide"
         )
+    queue = [
+        (prices.at_least_s(plan, global_batch, _optimizers(plan)), i)
+        for i, plan in enumerate(plans)
+    ]
+    heapq.heapify(queue)
+    feasible, found = 0, list[PricedPlan]()
+    solved: dict[int, list[_Option]] = {}
+    least: tuple[float, Plan] | None = None
+    while queue:
+        bound, i = heapq.heappop(queue)
+        slowest = found[-1].step_s if len(found) == top else math.inf
+        if bound > slowest:
+            break  # the rest is slower, and as many plans that fit are known
+        if i not in solved:
+            solved[i] = _options(prices, plans[i], global_batch, usable)
+            if solved[i]:
+                heapq.heappush(queue, (min(option.bound for option in solved[i]), i))
+            elif not found:
+                last = _optimizers(plans[i])[-1]
+                lean = dataclasses.replace(plans[i], recompute="full", optimizer=last)
+                peak = memory_of(model, lean, global_batch).peak
+                least = min(least or (peak, lean), (peak, lean), key=lambda pair: pair[0])
+            continue
+        feasible += 1
+        fitting = [option.best() for option in solved[i] if option.bound <= slowest]
+        found.append(min(
+            (
+                priced(
+                    model, plan, global_batch, prices.step(plan, global_batch),
+                    memory_of(model, plan, global_batch), peak_flops,
+                )
+                for plan in fitting
+            ),
+            key=lambda plan: plan.step_s,
+        ))  # fmt: skip
+        found.sort(key=lambda plan: plan.step_s)
+        del found[top:]
     if not found:
         assert least is not None, "what does not fit was weighed"
-        peak, plan = least
-        raise ValueError(
-            f"the model fits nowhere on {devices} devices: {too_large(peak, machine)} with the "
-            f"leanest plan ({plan}); more devices, a smaller global batch or a device with more "
-            "memory would help"
-        )
-    return Found(plans=tuple(found), considered=considered, feasible=feasible)
+        raise ValueError(fits_nowhere(devices, machine, *least))
+    return Found(plans=tuple(found), considered=len(plans), feasible=feasible)
 
 
-def _fitting(
-    prices: Prices, plan: Plan, global_batch: int, usable: float, slowest: float
-) -> Iterator[Plan]:
-    """The plan, for every way to spread its optimizer, with as little recomputed as fits; those
-    that take longer than `slowest` by a lower bound are left out."""
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """A plan with its optimizer spread in one way, that fits: a lower bound of its seconds, and the
+    plan itself, with as little recomputed as fits."""
+
+    bound: float
+    best: Callable[[], Plan]
+
+
+def _options(prices: Prices, plan: Plan, global_batch: int, usable: float) -> list[_Option]:
+    """The ways to spread a plan's optimizer with which it fits."""
+    found = []
     for optimizer in _optimizers(plan):
         option = dataclasses.replace(plan, optimizer=optimizer)
         choose = functools.partial(fewest_recomputed, prices.model, option, global_batch, usable)
-        likely = choose(lambda _, counts: prices.stage_at_least_s(plan, counts))
-        if likely is not None and prices.at_least_s(likely, global_batch) <= slowest:
-            best = choose(functools.partial(prices.stage_s, plan))
-            assert best is not None, "as many choices fit"
-            yield best
+        at_least = functools.partial(prices.stage_at_least_s, plan)
+        likely = choose(at_least)
+        if likely is not None:
+            exact = functools.partial(prices.stage_s, plan)
+            best: Any = functools.partial(choose, exact, at_least)  # as many choices fit
+            found.append(_Option(prices.at_least_s(likely, global_batch), best))
+    return found
 
 
 def _optimizers(plan: Plan) -> tuple[Optimizer, ...]:
@@ -161,6 +182,15 @@ def too_large(peak: float, machine: Supernode) -> str:
     return (
         f"a device needs {peak / GIB:.1f} GiB and has {usable / GIB:.1f} to use "
         f"({(peak - usable) / GIB:.1f} GiB are missing)"
+    )
+
+
+def fits_nowhere(devices: int, machine: Supernode, peak: float, leanest: Plan) -> str:
+    """That no plan fits, in words: `peak` bytes are the least that one needs."""
+    return (
+        f"the model fits nowhere on {devices} devices: {too_large(peak, machine)} with the "
+        f"leanest plan ({leanest}); more devices, a smaller global batch or a device with more "
+        "memory would help"
     )
 
 
@@ -201,12 +231,12 @@ def _divides(plan: Plan, model: DenseConfig, global_batch: int) -> bool:
 
 def _orders(plan: Plan, machine: Supernode) -> list[Plan]:
     """The plan with every order of the dimensions that lies differently on the machine."""
-    degrees = {name: getattr(plan, name) for name in DIMENSIONS}
     seen = {}
     for order in itertools.permutations(DIMENSIONS):
-        placed = layout(order, degrees, machine)
-        seen.setdefault(tuple(placed[name] for name in DIMENSIONS), order)
-    return [dataclasses.replace(plan, order=order) for order in seen.values()]
+        option = dataclasses.replace(plan, order=order)
+        placed = plan_layout(option, machine)
+        seen.setdefault(tuple(placed[name] for name in DIMENSIONS), option)
+    return list(seen.values())
 
 
 def _advice(model: DenseConfig, plan: Plan) -> str:

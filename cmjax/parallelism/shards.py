@@ -93,13 +93,35 @@ def copies_words(model: DenseConfig, plan: Plan) -> bool:
 
 def mesh_of(plan: Plan) -> RankMesh:
     """The plan's ranks, its first dimension closest together: dies of an NPU, NPUs of a node."""
-    dies, npus, nodes = (getattr(plan, name) for name in plan.order)
+    dies, npus, nodes = (degree for _, degree in _dimensions(plan))
     return RankMesh(nodes=nodes, npus=npus, dies=dies)
 
 
 def axes_of(plan: Plan) -> dict[str, str]:
-    """The mesh axis that every dimension lies on."""
-    return dict(zip(plan.order, ("die", "npu", "node"), strict=True))
+    """The mesh axis that every dimension lies on; of the data-parallel ranks, those of `replicas`
+    and those of the `context`. What is not split may lie on none."""
+    return dict(zip((name for name, _ in _dimensions(plan)), ("die", "npu", "node"), strict=True))
+
+
+def _dimensions(plan: Plan) -> list[tuple[str, int]]:
+    """Three dimensions and their degrees, from neighbours outward.
+
+    Raises: ValueError: four of them are split.
+    """
+    degrees = {}
+    for name in plan.order:
+        inner = ("context", "replicas") if name == "data" else (name,)
+        degrees |= {each: getattr(plan, each) for each in inner}
+    if plan.context == 1:
+        del degrees["context"]
+    elif (one := next((name for name, degree in degrees.items() if degree == 1), None)) is None:
+        raise ValueError(
+            "plan: three dimensions can be split where a plan is executed; of tensor, pipeline, "
+            "context and the data / context replicas one must be 1"
+        )
+    else:
+        del degrees[one]
+    return list(degrees.items())
 
 
 def place_of(rank: int, plan: Plan) -> dict[str, int]:

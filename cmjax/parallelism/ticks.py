@@ -7,37 +7,33 @@ stages exchange what a tick gave.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cmjax.models.dense import Recompute
-from cmjax.parallelism.backward import Backward, without_unread
 from cmjax.parallelism.known import both, choose, put, take, zeros
-from cmjax.parallelism.pieces import run_embedding, run_layer, run_output
-from cmjax.parallelism.rank_program import RankProgram, words_apart
 from cmjax.parallelism.shards import Parts, Tree
+from cmjax.parallelism.staged import Pass, Staged, add_to_layer
 from cmjax.parallelism.timetable import BACKWARD, FORWARD, WEIGHTS
 
 
 def gradients(
-    program: RankProgram, params: Parts, tokens: Int[Array, "sequences length"]
+    program: Staged, params: Parts, tokens: Int[Array, "sequences length"]
 ) -> tuple[Float[Array, ""], Parts]:
     """This rank's share of the mean loss, and its gradients, summed over the replicas.
 
     Args:
-      params: as `cut` gives them to a rank, spread under zero3.
+      params: what the rank holds, spread under zero3.
       tokens: [sequences of a replica, sequence + 1].
     Returns: the loss is 0 on all stages but the last; gradients are float32, spread over the
       replicas with any optimizer but "none".
     """
+    tokens = program.own_tokens(tokens)
     tokens = tokens.reshape(program.micro_batches, program.plan.micro_batch, -1)
     tick = _Ticks(program, params, tokens)
     carry = tick.start()
@@ -54,15 +50,15 @@ class _Carry:
     Fields:
       x, g: arrived inputs and gradients, by slot; at the end of the model `g` holds the output of
         the last layer, whose backward pass begins with the loss.
-      saved, stashed: by layer and kind of recomputation, what its backward pass needs, and what
-        its gradients of weights need of that (zero_bubble); each array by slot.
+      saved, stashed: by pass of the program, what its backward pass needs, and what its gradients
+        of weights need of that (zero_bubble); each array by slot.
       grads: sums so far. loss: likewise.
     """
 
     x: Array
     g: Array
-    saved: list[dict[Recompute, list]]
-    stashed: list[dict[Recompute, list]]
+    saved: list[list[Array]]
+    stashed: list[list[Array]]
     grads: Parts
     loss: Float[Array, ""]
 
@@ -70,52 +66,26 @@ class _Carry:
 class _Ticks:
     """The ticks of a step, on one rank: they change a `_Carry`."""
 
-    def __init__(self, program: RankProgram, params: Parts, tokens: Array):
+    def __init__(self, program: Staged, params: Parts, tokens: Array):
         self.of, self.params, self.tokens = program, params, tokens
-        self.stage = program.stage
-        model, split, plan = program.model, program.split, program.plan
-        part = model.sequence // split.ranks if split.sequence else model.sequence
-        shape = plan.micro_batch, part, model.hidden
-        self.stream = jax.ShapeDtypeStruct(shape, program.dtype)
-        self.modes = [program.modes_of(layer) for layer in range(program.number)]
-        self.backward: dict[Recompute, Backward] = {
-            mode: self._passes_of(mode) for layer in self.modes for mode in layer
-        }
-
-    def _passes_of(self, mode: Recompute) -> Backward:
-        of, apart = self.of, self.of.plan.schedule == "zero_bubble"
-
-        def layer(p, x):
-            return run_layer(mode, of.graphs.layer, nnx.State(p), x)
-
-        return Backward(layer, of.graphs.one, self.stream, apart=apart)
+        self.stage, self.passes, self.stream = program.stage, program.passes, program.stream
 
     def start(self) -> _Carry:
-        of, table = self.of, self.of.table
+        table = self.of.table
 
         def slots(count: int, like):
             return jnp.zeros((count, *like.shape), like.dtype)
-
-        def sums(lead: int, x):
-            if of.plan.optimizer in ("zero2", "zero3"):
-                size = -(-math.prod(x.shape[lead:]) // of.plan.data)
-                if of.plan.optimizer == "zero3":
-                    size = x.shape[-1]
-                return jnp.zeros((*x.shape[:lead], size), jnp.float32)
-            return jnp.zeros(x.shape, jnp.float32)
 
         return _Carry(
             x=slots(table.x_slots, self.stream),
             g=slots(table.g_slots, self.stream),
             saved=[
-                {m: [slots(table.saved_slots, s) for s in self.backward[m].saved] for m in modes}
-                for modes in self.modes
+                [slots(table.saved_slots, s) for s in each.backward.saved] for each in self.passes
             ],
             stashed=[
-                {m: [slots(table.saved_slots, s) for s in self.backward[m].stashed] for m in modes}
-                for modes in self.modes
+                [slots(table.saved_slots, s) for s in each.backward.stashed] for each in self.passes
             ],
-            grads=self.params.map(sums),
+            grads=self.of.zeros(self.params),
             loss=jnp.zeros((), jnp.float32),
         )
 
@@ -166,183 +136,100 @@ class _Ticks:
     # --- a layer's work -------------------------------------------------------------------------
 
     def _forward(self, carry: _Carry, at: dict, doing) -> Array:
-        of = self.of
         first, last = self._ends(at)
         x = choose(
             both(doing, first),
-            lambda: run_embedding(
-                of.graphs.embedding, nnx.State(self._embedding()), self._tokens(at)[:, :-1]
-            ),
+            lambda: self.of.embed(self.params, self._tokens(at)[:, :-1]),
             lambda: take(carry.x, at["x_slot"]),
         )
-        for layer, mode, backward in self._passes():
-            runs = self._runs(layer, mode, both(doing, self._is_layer(layer, last)))
-            buffers = carry.saved[layer][mode]
+        carry.saved = list(carry.saved)
+        for i, each in enumerate(self.passes):
+            buffers = carry.saved[i]
 
-            def forward(layer=layer, x=x, buffers=buffers, backward=backward):
-                y, saved = backward.forward(self._layer(layer, at), x)
+            def forward(each=each, x=x, buffers=buffers):
+                y, saved = each.backward.forward(self._layer(each, at), x)
                 pairs = zip(buffers, saved, strict=True)
                 return y, [put(buffer, at["saved_slot"], value) for buffer, value in pairs]
 
-            x, buffers = choose(runs, forward, lambda x=x, b=buffers: (x, b))
-            carry.saved[layer] = {**carry.saved[layer], mode: buffers}
+            runs = self._runs(each, doing, last)
+            x, carry.saved[i] = choose(runs, forward, lambda x=x, b=buffers: (x, b))
         carry.g = put(carry.g, at["g_slot"], x, both(doing, last))
         return x
 
     def _backward(self, carry: _Carry, at: dict, doing) -> Array:
         of, scale = self.of, 1.0 / (self.of.micro_batches * self.of.plan.data)
         first, last = self._ends(at)
-        g = take(carry.g, at["g_slot"])
-        loss, g, output, query, words = choose(
-            both(doing, last),
-            lambda: self._output(g, at, scale),
-            lambda: (jnp.zeros(()), g, *zeros(self._output_sums())),
-        )
-        carry.loss = carry.loss + loss
-        for layer, mode, backward in reversed(self._passes()):
-            runs = self._runs(layer, mode, both(doing, self._is_layer(layer, last)))
+        g, tokens = take(carry.g, at["g_slot"]), self._tokens(at)
+
+        def end(g=g):
+            return of.end(self.params, g, tokens[:, 1:], scale, at["chunk"])
+
+        def nothing(g=g):
+            return jnp.zeros(()), g, zeros(jax.eval_shape(end)[2])
+
+        loss, g, sums = choose(both(doing, last), end, nothing)
+        carry.loss, carry.grads = carry.loss + loss, of.add_end(carry.grads, sums, at["chunk"])
+        carry.stashed = list(carry.stashed)
+        for i, each in reversed(list(enumerate(self.passes))):
+            runs = self._runs(each, doing, last)
+            saved, shapes = carry.saved[i], self._sums_of(carry, each)
             g, d, stashed = choose(
                 runs,
-                lambda layer=layer, mode=mode, backward=backward, g=g: self._layer_backward(
-                    layer, backward, at, self._taken(carry.saved[layer][mode], at), g
+                lambda each=each, saved=saved, g=g, s=shapes: self._layer_backward(
+                    each, at, self._taken(saved, at), g, s
                 ),
-                lambda g=g, b=backward: (g, zeros(self._layer_sums()), zeros(b.stashed)),
+                lambda each=each, g=g, s=shapes: (g, zeros(s), zeros(each.backward.stashed)),
             )
-            if backward.apart:
-                buffers = [
+            if each.backward.apart:
+                carry.stashed[i] = [
                     put(buffer, at["saved_slot"], value, runs)
-                    for buffer, value in zip(carry.stashed[layer][mode], stashed, strict=True)
+                    for buffer, value in zip(carry.stashed[i], stashed, strict=True)
                 ]
-                carry.stashed[layer] = {**carry.stashed[layer], mode: buffers}
             else:
-                self._add_layer(carry, layer, at, d)
-        if of.model.query_layer:
-            self._add_layer(carry, of.number - 1, at, query)
+                carry.grads = add_to_layer(carry.grads, each.part, at["chunk"], d)
         embedding = choose(
-            both(doing, first),
-            lambda: self._embedding_sums(g, at),
+            both(doing, first), lambda: of.embedding_sums(self.params, tokens[:, :-1], g)
         )
-        if not words_apart(of):
-            embedding = {**embedding, "words": embedding["words"] + words}
-        else:
-            output = {**output, "words": words}
         carry.grads = dataclasses.replace(
-            carry.grads,
-            embedding=jax.tree.map(jnp.add, carry.grads.embedding, embedding),
-            output=jax.tree.map(jnp.add, carry.grads.output, output),
+            carry.grads, embedding=jax.tree.map(jnp.add, carry.grads.embedding, embedding)
         )
         return g
 
     def _weights(self, carry: _Carry, at: dict, doing) -> None:
         _, last = self._ends(at)
-        for layer, mode, backward in self._passes():
-            runs = self._runs(layer, mode, both(doing, self._is_layer(layer, last)))
+        for i, each in enumerate(self.passes):
+            saved, stashed = carry.saved[i], carry.stashed[i]
             d = choose(
-                runs,
-                lambda layer=layer, mode=mode, backward=backward: self._sums(
-                    backward.weights(
-                        self._layer(layer, at),
-                        self._taken(carry.saved[layer][mode], at),
-                        self._taken(carry.stashed[layer][mode], at),
+                self._runs(each, doing, last),
+                lambda each=each, saved=saved, stashed=stashed: self.of.layer_sums(
+                    each.backward.weights(
+                        self._layer(each, at), self._taken(saved, at), self._taken(stashed, at)
                     )
                 ),
             )
-            self._add_layer(carry, layer, at, d)
+            carry.grads = add_to_layer(carry.grads, each.part, at["chunk"], d)
 
-    def _passes(self) -> list[tuple[int, Recompute, Backward]]:
-        """The layers of a chunk in order, each as often as stages differ in what they recompute."""
-        return [(i, mode, self.backward[mode]) for i, by in enumerate(self.modes) for mode in by]
+    def _layer_backward(self, each: Pass, at: dict, saved: Sequence, g: Array, shapes: Tree):
+        params = self._layer(each, at)
+        if each.backward.apart:
+            g, stashed = each.backward.inputs(params, saved, g)
+            return g, zeros(shapes), stashed
+        d, g = each.backward.both(params, saved, g)
+        return g, self.of.layer_sums(d), []
 
-    def _runs(self, layer: int, mode: Recompute, runs):
-        """Whether a layer runs, on a stage that recomputes this of it."""
-        stages = self.modes[layer][mode]
-        return runs if all(stages) else both(runs, jnp.asarray(stages)[self.stage])
+    def _layer(self, each: Pass, at: dict) -> Tree:
+        return self.of.layer(self.params, each.part, at["chunk"])
 
     def _taken(self, buffers: list, at: dict) -> list:
         """A layer's arrays of the micro-batch that is worked on; where they are not read, no copy
         of them is made."""
         return [take(buffer, at["saved_slot"]) for buffer in buffers]
 
-    def _layer_backward(self, layer: int, backward: Backward, at: dict, saved: Sequence, g: Array):
-        params = self._layer(layer, at)
-        if backward.apart:
-            g, stashed = backward.inputs(params, saved, g)
-            return g, zeros(self._layer_sums()), stashed
-        d, g = backward.both(params, saved, g)
-        return g, self._sums(d), []
-
-    def _output(self, y: Array, at: dict, scale: float):
-        """Loss and gradients of the model's end: (loss, of y, of the output, of the query layer, of
-        the words)."""
-        of = self.of
-        output = of.whole(0, self.params.output, of.graphs.shapes.output)
-        if words_apart(of):
-            words, output = output["words"], {k: x for k, x in output.items() if k != "words"}
-        else:
-            name = {"words": self.params.embedding["words"]}
-            like = {"words": of.graphs.shapes.embedding["words"]}
-            words = of.whole(0, name, like)["words"]
-        query = self._layer(of.number - 1, at) if of.model.query_layer else None
-        targets = self._tokens(at)[:, 1:]
-
-        def loss(output, query, words, y):
-            state = nnx.State(output if query is None else {**output, "query": query})
-            run = functools.partial(run_output, of.model, of.mode_of_last, of.graphs.output)
-            return run(state, y, words, targets)
-
-        found, back = jax.vjp(loss, output, query, words, y)
-        d_output, d_query, d_words, g = back(jnp.asarray(scale, found.dtype))
-        d_query = None if d_query is None else self._sums(d_query)
-        return (
-            found.astype(jnp.float32), g, self._sums(d_output), d_query, self._sums(d_words)
-        )  # fmt: skip
-
-    def _embedding_sums(self, g: Array, at: dict) -> Tree:
-        def backward(params, tokens, g):
-            run = functools.partial(run_embedding, self.of.graphs.embedding)
-            return jax.vjp(lambda p: run(nnx.State(p), tokens), params)[1](g)[0]
-
-        tokens = self._tokens(at)[:, :-1]
-        return self._sums(without_unread(backward, self._embedding(), tokens, g))
-
-    # --- parameters and sums --------------------------------------------------------------------
-
-    def _layer(self, layer: int, at: dict) -> Tree:
-        """Parameters of a layer of the chunk that is worked on."""
-        own = jax.tree.map(lambda x: take(x, at["chunk"]), self.params.layers[layer])
-        return self.of.whole(0, own, self.of.graphs.one)
-
-    def _embedding(self) -> Tree:
-        return self.of.whole(0, self.params.embedding, self.of.graphs.shapes.embedding)
-
-    def _sums(self, d: Tree) -> Tree:
-        """Gradients of a micro-batch as they are added up."""
-        if self.of.plan.optimizer in ("zero2", "zero3"):
-            return self.of.over_replicas(d, 0)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), d)
-
-    def _layer_sums(self) -> Tree:
+    def _sums_of(self, carry: _Carry, each: Pass) -> Tree:
+        """Shapes of a layer's gradients as they are added up."""
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self._abstract_sums().layers[0]
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), carry.grads.layers[each.part]
         )
-
-    def _output_sums(self) -> tuple:
-        sums = self._abstract_sums()
-        output = {name: x for name, x in sums.output.items() if name != "words"}
-        words = sums.output["words"] if words_apart(self.of) else sums.embedding["words"]
-        return output, self._layer_sums() if self.of.model.query_layer else None, words
-
-    @functools.cache  # noqa: B019
-    def _abstract_sums(self) -> Parts:
-        return jax.eval_shape(lambda: self.start().grads)
-
-    def _add_layer(self, carry: _Carry, layer: int, at: dict, d: Tree) -> None:
-        def add(total, g):
-            return put(total, at["chunk"], take(total, at["chunk"]) + g)
-
-        layers = list(carry.grads.layers)
-        layers[layer] = jax.tree.map(add, layers[layer], d)
-        carry.grads = dataclasses.replace(carry.grads, layers=tuple(layers))
 
     # --- where and when -------------------------------------------------------------------------
 
@@ -358,11 +245,11 @@ class _Ticks:
             both(chunk == plan.interleave - 1, stage == plan.pipeline - 1),
         )
 
-    def _is_layer(self, layer: int, last):
-        """Whether it is one, and not the query layer, which belongs to the output."""
-        if not self.of.model.query_layer or layer < self.of.number - 1:
-            return True
-        return not last if isinstance(last, bool) else ~last
+    def _runs(self, each: Pass, doing, last):
+        """Whether a pass runs on this stage, and not as a part of the output."""
+        if each.in_output:
+            doing = both(doing, not last if isinstance(last, bool) else ~last)
+        return doing if all(each.stages) else both(doing, jnp.asarray(each.stages)[self.stage])
 
     def _tokens(self, at: dict) -> Array:
         return take(self.tokens, at["micro_batch"])
@@ -385,17 +272,7 @@ class _Ticks:
         return put(buffer, slot, found, slot >= 0)
 
     def _sent(self, x: Array, pairs: list[tuple[int, int]], here) -> Array:
-        """`x` from neighbouring stages. Ranks of a tensor-parallel group hold the same: each sends
-        its part to its own peer, and they gather it there (arXiv 2104.04473, section 4.1)."""
-        of, split = self.of, self.of.split
-        if not pairs:
-            return jnp.zeros_like(x)
-        if split.ranks == 1 or split.sequence:
-            return of.send(x, pairs)
-        width = x.shape[-1] // split.ranks
-        part = lax.dynamic_slice_in_dim(x, split.rank * width, width, axis=2)
-        part = of.send(part, pairs)
-        return choose(here, lambda: lax.all_gather(part, split.axis, axis=2, tiled=True))
+        return self.of.pass_on(x, pairs, here) if pairs else jnp.zeros_like(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from cmjax.hardware import TIERS, Supernode
 from cmjax.models.dense import DenseConfig
 from cmjax.models.dense.model import own_words
 from cmjax.parallelism import pieces
-from cmjax.parallelism.links import SHARES, layout, on_any_links, reach, shares
+from cmjax.parallelism.links import on_any_links, plan_layout, reach, share_sizes, shares
 from cmjax.parallelism.memory import PARAMETER_BYTES, split_of
 from cmjax.parallelism.plan import Plan
 
@@ -25,7 +25,8 @@ class PlanTraffic:
     """Bytes of a step, of all ranks, by tier of links (`die`, `node`, `supernode`).
 
     Fields:
-      tensor: inside layers and ends. pipeline: between stages.
+      tensor: inside layers and ends, keys and values of shared sequences too.
+      pipeline: between stages.
       data: gradients, and parameters, over the replicas.
       copies: gradients of words that two stages hold, and of norms that all tensor ranks hold.
     """
@@ -54,18 +55,16 @@ def plan_traffic(
     >>> f"{found.data['supernode'] / 2048 / 1e9:.1f} GB a device between racks"
     '6.1 GB a device between racks'
     """
-    degrees = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-    on = layout(plan.order, degrees, machine)
+    on = plan_layout(plan, machine)
     m, split = plan.micro_batches(global_batch), split_of(plan)
     columns = plan.data * plan.tensor  # ranks of a stage
 
     def inside(piece: pieces.Piece) -> Bytes:
-        if piece.ranks == 1:
+        if not piece.groups:
             return _plus()
-        group = on["tensor"]
-        program = on_any_links(piece.programs["both"](), piece.ranks, reach(group))
-        sizes = {pieces.BATCH: float(plan.micro_batch)}
-        sizes |= dict(zip(SHARES, shares(group, machine), strict=True))
+        groups = {name: (ranks, reach(on[name])) for name, ranks in piece.groups.items()}
+        program = on_any_links(piece.programs["both"](), groups)
+        sizes = {pieces.BATCH: float(plan.micro_batch)} | share_sizes(groups, on, machine)
         totals = program.totals({k: v for k, v in sizes.items() if k in program.symbols})
         return {tier: float(totals[f"{tier}_bytes"]) * m * columns for tier in TIERS}
 
@@ -87,7 +86,7 @@ def plan_traffic(
         data=_times(all_reduce(everywhere * PARAMETER_BYTES, on["data"], machine), columns),
         copies=_plus(
             _times(all_reduce(summed, on["tensor"], machine), columns),
-            _times(_between(0, plan.pipeline - 1, on["pipeline"], words), 2 * columns),
+            _times(between(0, plan.pipeline - 1, on["pipeline"], words), 2 * columns),
         ),
     )
 
@@ -143,7 +142,7 @@ def _shards(plan: Plan) -> int:
 def _transfers(model: DenseConfig, plan: Plan, machine: Supernode, on: dict[str, On]) -> Bytes:
     """Of a micro-batch and a rank of every stage: each chunk's output, and its gradient."""
     split, p = split_of(plan), plan.pipeline
-    part = model.sequence // split.ranks if split.sequence else model.sequence
+    part = pieces.part_between_layers(model, split)
     nbytes = PARAMETER_BYTES * plan.micro_batch * part * model.hidden
     each, gathered = nbytes, _plus()
     if plan.tensor > 1 and not split.sequence:
@@ -153,11 +152,11 @@ def _transfers(model: DenseConfig, plan: Plan, machine: Supernode, on: dict[str,
     for chunk in range(plan.interleave):
         hops = [(s, s + 1) for s in range(p - 1)]
         hops += [(p - 1, 0)] if chunk < plan.interleave - 1 else []
-        found += [_plus(_between(a, b, on["pipeline"], each), gathered) for a, b in hops]
+        found += [_plus(between(a, b, on["pipeline"], each), gathered) for a, b in hops]
     return _times(_plus(*found), 2)
 
 
-def _between(source: int, destination: int, on: On, nbytes: float) -> Bytes:
+def between(source: int, destination: int, on: On, nbytes: float) -> Bytes:
     """One rank's bytes to another of a group, on the links between the two."""
     a, b, _ = on
     if source == destination:

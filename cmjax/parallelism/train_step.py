@@ -104,7 +104,7 @@ class TrainStep(Executed):
         return self.model.sequence
 
     def replica_of(self, rank: int) -> int:
-        return place_of(rank, self.plan)["data"]
+        return place_of(rank, self.plan)["data"] // self.plan.context
 
     def random(self, seed: int) -> Tree:
         return nnx.to_pure_dict(nnx.split(DenseModel(self.model, rngs=nnx.Rngs(seed)))[1])

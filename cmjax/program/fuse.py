@@ -181,7 +181,7 @@ def _operation(nodes: list[Node], group_of, needed_outside, place, choices: Choi
     if head.region is None and anchor.kind == "anchor":
         read = read if anchor.work.read_bytes is None else Size.of(anchor.work.read_bytes)
         write = write if anchor.work.write_bytes is None else Size.of(anchor.work.write_bytes)
-    totals = {f: sum((n.work.column(f) for n in nodes), Size()) for f in FIELDS}
+    totals = {f: _total(nodes, f) for f in FIELDS}
     totals |= {"read_bytes": read, "write_bytes": write, "launches": _launches(nodes, anchor)}
     kinds = [n.work.kind for n in nodes if n.work.kind != "compute"]
     work = Work(
@@ -203,6 +203,11 @@ def _operation(nodes: list[Node], group_of, needed_outside, place, choices: Choi
         sources -= set(carries)
     ordered = tuple(sorted(sources, key=lambda s: (-1 if s.op is None else s.op, s.index)))
     return Operation(name or "const", scope, head.stream, work, ordered, loop, head.ahead)
+
+
+def _total(nodes: list[Node], field: str) -> Size:
+    """The sum of a column of work; most are nothing but zeros."""
+    return sum((Size.of(x) for n in nodes if (x := getattr(n.work, field))), Size())
 
 
 def _is_prefix(scope: tuple[str, ...], nodes: list[Node]) -> bool:
@@ -242,7 +247,7 @@ def _launches(nodes: list[Node], anchor: Node) -> Size:
     operands = [v.operand for n in nodes for v in (*n.inputs, *n.outputs) if v is not None]
     if all(_is_integer(operand.dtype) for operand in operands):
         return Size()
-    moved = sum((n.work.column("vector_bytes") for n in nodes), Size())
+    moved = _total(nodes, "vector_bytes")
     return Size(1.0) if moved.terms else Size()
 
 

@@ -22,12 +22,12 @@ class Size:
 
     __slots__ = ("_hash", "terms")
 
-    def __init__(self, terms: Mapping[Monomial, float] | float = 0.0):
-        if isinstance(terms, Mapping):
+    def __init__(self, terms: dict[Monomial, float] | float = 0.0):
+        if isinstance(terms, dict):
             self.terms = {m: c for m, c in terms.items() if c != 0}
         else:
             self.terms = {(): float(terms)} if terms else {}
-        self._hash = hash(frozenset(self.terms.items()))
+        self._hash: int | None = None  # few are ever looked up
 
     @staticmethod
     def symbol(name: str) -> "Size":
@@ -84,6 +84,8 @@ class Size:
 
     def __add__(self, other):
         other = Size.of(other)
+        if not other.terms or not self.terms:
+            return self if self.terms else other
         terms = dict(self.terms)
         for monomial, coefficient in other.terms.items():
             terms[monomial] = terms.get(monomial, 0.0) + coefficient
@@ -121,7 +123,12 @@ class Size:
         return isinstance(other, Size | int | float) and self.terms == Size.of(other).terms
 
     def __hash__(self):
+        if self._hash is None:
+            self._hash = hash(frozenset(self.terms.items()))
         return self._hash
+
+    def __reduce__(self):
+        return Size, (self.terms,)  # hashes of strings differ from process to process
 
     def __repr__(self):
         if not self.terms:
@@ -251,6 +258,8 @@ def evaluate_monomial(monomial: Monomial, values: Mapping[str, Any]):
 
 
 def _times(left: Monomial, right: Monomial) -> Monomial:
+    if not left or not right:
+        return left or right
     powers: dict[Any, int] = dict(left)
     for atom, power in right:
         powers[atom] = powers.get(atom, 0) + power

@@ -88,24 +88,33 @@ class Attention(nnx.Module):
             return y.reshape(batch, sequence, count, size)
 
         q, k, v = heads(q, self.heads), heads(k, self.kv_heads), heads(v, self.kv_heads)
+        first = self.split.context_rank * sequence
         if config.positions == "rotary":
-            q, k = rotate(q), rotate(k)
-        core = _core if recompute == "none" else jax.checkpoint(_core, static_argnums=(3,))
-        return core(q, k, v, config.dropout, key).reshape(batch, sequence, self.heads * size)
+            q, k = rotate(q, first), rotate(k, first)
+        k, v = self.split.whole_context(k), self.split.whole_context(v)
+        known = (3, 4) if self.split.context == 1 else (4,)
+        core = _core if recompute == "none" else jax.checkpoint(_core, static_argnums=known)
+        found = core(q, k, v, first, config.dropout, key)
+        return found.reshape(batch, sequence, self.heads * size)
 
 
-def _core(q, k, v, rate: float, key):
-    """softmax(q k^T / sqrt(size)) v, later positions masked; keys may serve groups of queries."""
+def _core(q, k, v, first, rate: float, key):
+    """softmax(q k^T / sqrt(size)) v, later positions masked; keys may serve groups of queries. The
+    queries' positions begin at `first`."""
     batch, sequence, heads, size = q.shape
     grouped = q.reshape(batch, sequence, k.shape[2], heads // k.shape[2], size)
     scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k)
 
-    def softmax(scores):
+    def softmax(scores, *first):
         scores = scores.astype(jnp.float32) * size**-0.5
-        past = jnp.tril(jnp.ones((sequence, sequence), bool))
+        if first:
+            past = jnp.arange(k.shape[1]) <= jnp.arange(sequence)[:, None] + first[0]
+        else:
+            past = jnp.tril(jnp.ones((sequence, sequence), bool))
         return jax.nn.softmax(jnp.where(past, scores, -1e30), axis=-1).astype(q.dtype)
 
-    weights = dropout(fused("softmax")(softmax)(scores), rate, key)
+    later = () if isinstance(first, int) else (first,)
+    weights = dropout(fused("softmax")(softmax)(scores, *later), rate, key)
     return jnp.einsum("bngqk,bknd->bqngd", weights, v).reshape(batch, sequence, heads, size)
 
 
@@ -207,15 +216,17 @@ def _drop(x, kept, rate: float):
     return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def rotate(x: Float[Array, "batch sequence heads size"]) -> Array:
-    """Rotary position embedding (arXiv 2104.09864), halves of the head size paired; one kernel."""
+def rotate(x: Float[Array, "batch sequence heads size"], first=0) -> Array:
+    """Rotary position embedding (arXiv 2104.09864) of positions from `first` on, halves of the head
+    size paired; one kernel."""
 
-    def turn(x):
+    def turn(x, *first):
         half = x.shape[-1] // 2
         rate = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * rate[None, None, :]
+        place = jnp.arange(x.shape[1], dtype=jnp.float32) + sum(first)
+        angle = place[:, None, None] * rate[None, None, :]
         cos, sin = jnp.cos(angle)[None], jnp.sin(angle)[None]
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
-    return fused("rotate")(turn)(x)
+    return fused("rotate")(turn)(x, *(() if isinstance(first, int) else (first,)))

@@ -70,6 +70,9 @@ class Output(nnx.Module):
 def own_positions(table, part, split: TensorSplit) -> Float[Array, "part hidden"]:
     """Rows of a table of positions for the part of the sequence that this rank has. With sequence
     parallelism every rank reads its own rows, and their gradients are added up."""
+    if split.context > 1:
+        length = len(table) // split.context
+        table = jax.lax.dynamic_slice_in_dim(table, split.context_rank * length, length, axis=0)
     if split.ranks == 1 or not split.sequence:
         return table[:part]
     table = split.enter_whole(table)

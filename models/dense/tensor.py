@@ -1,4 +1,6 @@
 """Splitting a layer over tensor-parallel ranks: Megatron's f and g, with sequence parallelism.
+A sequence may be split over further ranks, which gather each other's keys and values (context
+parallelism as Llama 3 has it, arXiv 2407.21783, section 3.3.2).
 
     f: identity forward, all-reduce backward        g: all-reduce forward, identity backward
     with sequence parallelism (arXiv 2205.05198): all-gather and reduce-scatter in their place
@@ -18,16 +20,19 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class TensorSplit:
-    """How the ranks of a mesh axis share a layer.
+    """How the ranks of a mesh axis share a layer, and those of another one its sequences.
 
     Fields:
       ranks: of the axis. sequence: whether they also share the sequence between blocks.
       axis: name of the mesh axis; unused with one rank.
+      context: ranks that have a part each of every sequence. context_axis: name of their axis.
     """
 
     ranks: int = 1
     sequence: bool = False
     axis: str = "tensor"
+    context: int = 1
+    context_axis: str = "context"
 
     def enter(self, x: Float[Array, "batch part hidden"]) -> Float[Array, "batch sequence hidden"]:
         """What a column-parallel map reads: the whole sequence."""
@@ -62,9 +67,17 @@ class TensorSplit:
         x = lax.stop_gradient(x)
         return x if self.ranks == 1 else lax.pmax(x, self.axis)
 
+    def whole_context(self, x: Float[Array, "batch part *rest"]) -> Array:
+        """The keys, or values, of all parts of the sequence; the gradients of a part are summed."""
+        return x if self.context == 1 else _gather(x, self.context_axis)
+
     @property
     def rank(self) -> Array | int:
         return 0 if self.ranks == 1 else lax.axis_index(self.axis)
+
+    @property
+    def context_rank(self) -> Array | int:
+        return 0 if self.context == 1 else lax.axis_index(self.context_axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

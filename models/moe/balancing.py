@@ -15,7 +15,7 @@ import optax
 
 def is_load(path: tuple) -> bool:
     """Whether a leaf of parameters or gradients is a balancing bias, or its load."""
-    return [str(entry.key) for entry in path][-2:] == ["router", "bias"]
+    return [getattr(entry, "key", None) for entry in path[-2:]] == ["router", "bias"]
 
 
 def balanced(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:

@@ -40,8 +40,15 @@ PLANS = [
     "data=2,recompute=selective",
     "data=4,expert=2,optimizer=zero2",
     "data=4,expert=2,optimizer=zero3,recompute=none",
+    "data=2,expert=2,pipeline=2,recompute=none",
+    "data=2,expert=2,pipeline=3,optimizer=zero1",
+    "data=4,expert=2,pipeline=2,optimizer=zero2,recompute=selective",
+    "data=2,pipeline=2,optimizer=zero3,schedule=zero_bubble",
+    "data=2,expert=2,pipeline=2,optimizer=zero1,schedule=gpipe,micro_batch=2,"
+    "order=tensor-data-pipeline",
 ]
-"""Between them: experts alone, replicas alone, both; every optimizer and way to recompute."""
+"""Between them: experts alone, replicas alone, both, with stages (of which some have fewer layers,
+or a dense one); every optimizer, way to recompute and schedule."""
 
 
 def _tokens(training):
@@ -92,6 +99,11 @@ def test_one_device_computes_what_the_model_does():
         (PLANS[4], LATENT),
         (PLANS[5], LATENT),
         (PLANS[5], GROUPED),
+        (PLANS[6], LATENT),
+        (PLANS[7], LATENT),
+        (PLANS[8], GROUPED),
+        (PLANS[9], LATENT),
+        (PLANS[10], GROUPED),
     ],
 )
 def test_a_plan_gives_one_devices_loss_and_gradients(plan, training):
@@ -111,7 +123,7 @@ def test_a_plan_gives_one_devices_loss_and_gradients(plan, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [*PLANS[:2], *PLANS[4:]])
+@pytest.mark.parametrize("plan", [*PLANS[:2], *PLANS[4:6], PLANS[7]])
 def test_steps_of_the_optimizer_are_those_of_one_device(plan):
     """Three of them, clipped: what a rank has of a parameter is updated as the whole is."""
     params, *_ = _one_device(LATENT)
@@ -151,6 +163,10 @@ def test_steps_of_the_optimizer_are_those_of_one_device(plan):
         (PLANS[2], GROUPED),
         (PLANS[4], LATENT),
         (PLANS[5], GROUPED),
+        (PLANS[6], GROUPED),
+        (PLANS[7], LATENT),
+        (PLANS[8], GROUPED),
+        (PLANS[9], LATENT),
     ],
 )
 def test_counted_bytes_are_the_priced_ones(plan, training):
@@ -186,6 +202,7 @@ def test_counted_bytes_are_the_priced_ones(plan, training):
         ("data=4,expert=2,micro_batch=2,optimizer=zero1,recompute=none", LATENT),
         ("data=4,micro_batch=2,optimizer=zero2,recompute=none", LATENT),
         ("data=4,expert=2,micro_batch=2,optimizer=zero3", LATENT),
+        ("data=2,expert=2,pipeline=2,micro_batch=2,optimizer=zero1", GROUPED),
     ],
 )
 def test_memory_is_what_xla_assigns(plan, training):
@@ -214,7 +231,7 @@ def test_memory_is_what_xla_assigns(plan, training):
     [
         ("data=4,expert=3", {}, "expert=3 must divide data=4"),
         ("data=3", {}, "does not divide the global batch of 8"),
-        ("pipeline=2", {}, "executed with pipeline=1, got pipeline=2"),
+        ("pipeline=3", {}, "pipeline=3 is more than the 2 layers"),
         ("recompute=full:1", {}, "recompute=full:1 goes layer by layer"),
         ("data=2", {"dtype": jnp.float16}, "dtype must be float32 or bfloat16, got float16"),
     ],
