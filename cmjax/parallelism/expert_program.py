@@ -6,6 +6,7 @@
 exchanges too. Parameters are those of `cmjax.models.moe.layers.transformer.Transformer`.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,9 +63,9 @@ class LayerProgram:
 
     def _attend(self, attention, number, x, cache):
         def run(x):
-            return self._prompt(attention, number, x, cache)
+            return self._prompt(attention, number, x, cache)()
 
-        return (jax.checkpoint(run) if self._recompute == "selective" else run)(x)
+        return partial(jax.checkpoint(run) if self._recompute == "selective" else run, x)
 
 
 class EndsProgram:
