@@ -8,6 +8,7 @@ tensor-parallel group those of the group, with a part of the heads each.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
