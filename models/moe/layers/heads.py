@@ -21,7 +21,7 @@ from cmjax.models.moe.layers.rope import angles, rotate
 from cmjax.primitives.define import define_call
 from cmjax.program.mark import fused
 
-MOST_TOKENS = 64  # more have enough to compute
+_MOST_TOKENS = 64  # more have enough to compute
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def cached_heads(
 
 def is_one_call(qkv: Array, kind: KVCache) -> bool:
     """Whether the kernel reads these columns and gives such entries."""
-    few = all(isinstance(n, int) for n in qkv.shape) and qkv.shape[0] * qkv.shape[1] <= MOST_TOKENS
+    few = all(isinstance(n, int) for n in qkv.shape) and qkv.shape[0] * qkv.shape[1] <= _MOST_TOKENS
     return few and qkv.dtype in (jnp.float32, jnp.bfloat16) and kind in ("int8", qkv.dtype.name)
 
 

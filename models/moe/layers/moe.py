@@ -24,10 +24,10 @@ from cmjax.models.moe.layers.route import is_one_call as is_routed_at_once
 from cmjax.models.moe.layers.route import route
 from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.layers.sorted import sort_by_slot, unsort
-from cmjax.models.moe.layers.sorted_experts import MOST_TOKENS, sorted_experts
+from cmjax.models.moe.layers.sorted_experts import is_one_call as is_mixed_at_once
+from cmjax.models.moe.layers.sorted_experts import sorted_experts
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
-from cmjax.primitives.msd import QuantizedWeight
 from cmjax.primitives.one_device import on_one_device
 from cmjax.primitives.permute import permute, unpermute
 
@@ -161,14 +161,11 @@ class MoE(nnx.Module):
             with block("combine"):
                 return unsort(y, sent, weights)
 
-        tokens = routed.x.shape[0]
-        few = isinstance(tokens, int) and tokens <= MOST_TOKENS and not observed()
-        if not few or not isinstance(up, QuantizedWeight) or not isinstance(down, QuantizedWeight):
-            return stages(*routed)
-
         def call(x, slots, weights):
             return sorted_experts(x, slots, weights, up, down)
 
+        if observed() or not is_mixed_at_once(routed.x, up, down):
+            return stages(*routed)
         return lax.platform_dependent(*routed, cpu=call, default=stages)
 
     @property

@@ -5,6 +5,8 @@ dear as it computes little. The numbers are those of the stages, which the NPU r
 priced.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -16,7 +18,7 @@ from cmjax.primitives.define import define_call
 from cmjax.primitives.grouped import grouped_msd_dot
 from cmjax.primitives.msd import QuantizedWeight
 
-MOST_TOKENS = 64  # more have enough to compute
+_MOST_TOKENS = 64  # more have enough to compute
 
 
 def sorted_experts(
@@ -37,6 +39,12 @@ def sorted_experts(
     """
     operands = x, slots, weights, up.values, up.scale, down.values, down.scale
     return sorted_experts_p.bind(*operands, format=up.format)[0]
+
+
+def is_one_call(x: Array, up: Any, down: Any) -> bool:
+    """Whether a CPU has one call for these tokens: few, and matrices in formats that it reads."""
+    few = isinstance(x.shape[0], int) and x.shape[0] <= _MOST_TOKENS
+    return few and isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight)
 
 
 def _weight(values, scale, format):

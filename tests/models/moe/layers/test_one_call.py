@@ -189,7 +189,7 @@ def test_the_price_of_a_step_is_that_of_its_stages(monkeypatch, config, arithmet
 
     with_calls = program()
     for module, name in (
-        (moe.MoE, "is_one_call"),
+        (moe, "is_mixed_at_once"),
         (moe, "is_routed_at_once"),
         (gqa, "is_one_call"),
         (norm, "is_few"),
