@@ -18,12 +18,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from rich.table import Table
 
@@ -153,7 +152,8 @@ def _products(closed: ClosedJaxpr | Jaxpr, times: int = 1) -> Iterator[Product]:
     for equation in getattr(closed, "jaxpr", closed).eqns:
         name, params = equation.primitive.name, equation.params
         if name in _PRODUCTS:
-            operands = tuple((v.aval.shape, v.aval.dtype.name) for v in equation.invars)
+            avals = [cast(Any, v.aval) for v in equation.invars]
+            operands = tuple((aval.shape, aval.dtype.name) for aval in avals)
             product = Product(equation.primitive, operands, tuple(sorted(params.items())))
             yield from [product] * times
         elif equation.primitive is on_one_device_p:
