@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -147,19 +147,21 @@ def _prefill(
     return lambda: program(generator.used_params, inputs), collections.Counter(_products(closed))
 
 
-def _products(closed: ClosedJaxpr | Jaxpr, times: int = 1) -> Iterator[Product]:
+def _products(jaxpr: ClosedJaxpr | Jaxpr, times: int = 1) -> Iterator[Product]:
     """Every product that running a jaxpr computes, as often as it does."""
-    for equation in getattr(closed, "jaxpr", closed).eqns:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
         if name in _PRODUCTS:
-            operands = tuple((v.aval.shape, v.aval.dtype.name) for v in equation.invars)
+            avals = [cast(Any, v.aval) for v in equation.invars]
+            operands = tuple((aval.shape, aval.dtype.name) for aval in avals)
             product = Product(equation.primitive, operands, tuple(sorted(params.items())))
             yield from [product] * times
         elif equation.primitive is on_one_device_p:
-            together = functools.partial(reference_of(on_one_device_p), **params)
-            yield from _products(
-                jax.make_jaxpr(together)(*(v.aval for v in equation.invars)), times
-            )
+            form = reference_of(on_one_device_p)
+            assert form is not None, "it is defined by one"
+            sorted_rows = functools.partial(form, **params)
+            closed = jax.make_jaxpr(sorted_rows)(*(v.aval for v in equation.invars))
+            yield from _products(closed, times)
         else:
             inner = times * (params["length"] if name == "scan" else 1)
             leaves = jax.tree.leaves(

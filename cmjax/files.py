@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, and where they are kept between runs."""
 
 import contextlib
 import os
@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+import platformdirs
 
 
 def replace_text(path: str | Path, text: str) -> None:
@@ -75,3 +77,26 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"cannot write {path}: it is a folder")
     if not os.access(path, os.W_OK):
         raise ValueError(f"cannot write {path}: no right to write it")
+
+
+def cache_folder() -> Path | None:
+    """The user's folder for what is kept between runs, made if it is not there.
+
+    The environment variable `CMJAX_CACHE` names another one, or is `off`.
+
+    Returns: `None` where nothing is kept: it is off, cannot be made, or others may write there.
+    """
+    named = os.environ.get("CMJAX_CACHE", "")
+    if named == "off":
+        return None
+    folder = Path(named) if named else Path(platformdirs.user_cache_dir("cmjax")) / "programs"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except OSError:
+        return None
+    if hasattr(os, "getuid") and (
+        about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        return None
+    return folder

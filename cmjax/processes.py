@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+from cmjax.cores import keep_to_cores, name_of_cores, share_of_cores, usable_cores
 from cmjax.mesh import RANKED, RankMesh, Spec, prepare_devices
 
 PATIENCE_S = 60
@@ -89,7 +90,8 @@ class ProcessGroup:
 
     def _meet(self, processes: int) -> None:
         if self.coordinator is not None and self.process_id is not None:
-            roll_call(self.coordinator, processes, self.process_id, PATIENCE_S)
+            place, count = roll_call(self.coordinator, processes, self.process_id, PATIENCE_S)
+            keep_to_cores(share_of_cores(usable_cores(), place, count))
         _keep_stdout_for_python()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # A mesh takes the first devices that there are: each process has its share of it, no more.
@@ -166,18 +168,21 @@ def on_host(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def roll_call(coordinator: str, processes: int, process_id: int, patience_s: float) -> None:
-    """Return once all processes are there: each says its number to the first one, at the address
-    that JAX's own service takes afterwards. JAX's client ends a process that waits in vain.
+def roll_call(
+    coordinator: str, processes: int, process_id: int, patience_s: float
+) -> tuple[int, int]:
+    """Return once all processes are there: each says its number and its cores to the first one, at
+    the address that JAX's own service takes afterwards. JAX's client ends a process that waits in
+    vain.
 
+    Returns: this process's place among those that may use the same cores, and how many these are.
     Raises: ValueError: nobody answers, somebody else does, a process does not come, or another has
       its number.
     """
     until = time.monotonic() + patience_s
     if process_id:
-        _answer(coordinator, processes, process_id, until, patience_s)
-    else:
-        _call(coordinator, processes, until, patience_s)
+        return _answer(coordinator, processes, process_id, until, patience_s)
+    return _call(coordinator, processes, until, patience_s)
 
 
 def _keep_stdout_for_python() -> None:
@@ -206,11 +211,12 @@ def _check(coordinator: str, processes: int, process_id: int) -> None:
         )
 
 
-def _call(coordinator: str, processes: int, until: float, patience_s: float) -> None:
+def _call(coordinator: str, processes: int, until: float, patience_s: float) -> tuple[int, int]:
     port = int(coordinator.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     there: dict[int, socket.socket] = {}
+    cores = {0: name_of_cores()}
     with contextlib.ExitStack() as opened:
         try:
             server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
@@ -231,26 +237,33 @@ def _call(coordinator: str, processes: int, until: float, patience_s: float) -> 
                     "the same --coordinator and --processes"
                 ) from None
             said = _line(caller, _BRIEF_S).split()
-            if said[:1] != [_GREETING] or len(said) != 3 or not "".join(said[1:]).isdecimal():
+            if said[:1] != [_GREETING] or len(said) != 4 or not "".join(said[1:3]).isdecimal():
                 continue  # somebody else, such as a port scan
-            number, count = map(int, said[1:])
+            number, count = map(int, said[1:3])
             if count != processes or number in there:
                 why = f"there are {processes} processes" if count != processes else "it is taken"
                 caller.sendall(f"no {why}\n".encode())
                 continue
-            there[number] = caller
-        for caller in there.values():
-            caller.sendall(b"go\n")
+            there[number], cores[number] = caller, said[3]
+        for number, caller in there.items():
+            caller.sendall("go {} {}\n".format(*_place(number, cores)).encode())
+    return _place(0, cores)
+
+
+def _place(number: int, cores: dict[int, str]) -> tuple[int, int]:
+    """The place of a process among those whose cores have the same name, and their number."""
+    same = sorted(other for other, name in cores.items() if name == cores[number])
+    return same.index(number), len(same)
 
 
 def _answer(
     coordinator: str, processes: int, process_id: int, until: float, patience_s: float
-) -> None:
+) -> tuple[int, int]:
     host, _, port = coordinator.rpartition(":")
     while True:
         try:
             with socket.create_connection((host, int(port)), timeout=_BRIEF_S) as first:
-                first.sendall(f"{_GREETING} {process_id} {processes}\n".encode())
+                first.sendall(f"{_GREETING} {process_id} {processes} {name_of_cores()}\n".encode())
                 said = _line(first, max(_BRIEF_S, until - time.monotonic()))
             break
         except OSError as error:
@@ -266,11 +279,13 @@ def _answer(
             f"--process-id {process_id} of --processes {processes}: the first process says that "
             f"{said[3:]}"
         )
-    if said != "go":
+    told = said.split()
+    if told[:1] != ["go"] or len(told) != 3 or not "".join(told[1:]).isdecimal():
         raise ValueError(
             f"--coordinator {coordinator}: what answers there is no process with --process-id 0, "
             "or it has given up; name another address"
         )
+    return int(told[1]), int(told[2])
 
 
 def _line(peer: socket.socket, patience_s: float) -> str:

@@ -9,13 +9,13 @@ where.
 import dataclasses
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 
 from cmjax.console import Progress
+from cmjax.cores import usable_cores
 from cmjax.interrupt import leave_to_parent
 
 _ANSWERS_WITHIN_S = 5
@@ -125,10 +125,9 @@ def executor_of(scheduler: str | None = None, workers: int | None = None) -> Ite
         return
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # JAX has threads, which a fork would leave in the middle of what they do.
     context = multiprocessing.get_context("spawn")
-    count = workers or cores or 1
+    count = workers or len(usable_cores())
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, mp_context=context, initializer=leave_to_parent) as pool:
         try:

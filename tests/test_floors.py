@@ -12,7 +12,9 @@ PROJECT = {"cmjax", "models", "train", "studies", "tests", "benchmarks"}
 FOLDERS = ("cmjax", "models", "train", "studies", "benchmarks")
 FLOORS = {
     "inputs": -1,
+    "cores": 0,
     "files": 0,
+    "executables": 1,
     "interrupt": 0,
     "version": 0,
     "occupancy": 0,

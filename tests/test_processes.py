@@ -1,5 +1,6 @@
 """What several processes need to come together, and what is said if they do not."""
 
+import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from cmjax import processes
+from cmjax.cores import share_of_cores, usable_cores
 from cmjax.mesh import RANKED, REPLICATED, RankMesh
 from cmjax.processes import (
     ProcessGroup,
@@ -19,7 +21,7 @@ from cmjax.processes import (
     own_rows,
     roll_call,
 )
-from tests.together import free_address
+from tests.together import free_address, run_together
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,13 @@ def test_a_coordinator_that_nobody_answers_at_is_one_line(monkeypatch):
         _group(address, 2, 1).join(4)
 
 
-def _calls(address: str, *numbers: int, of: int, patience_s: float = 5.0) -> list[str | None]:
-    """What each process is told: nothing, if all come together."""
+def _calls(address: str, *numbers: int, of: int, patience_s: float = 5.0) -> list:
+    """What each process is told: its place and how many it shares cores with, if all come
+    together; else why not."""
 
-    def one(number: int) -> str | None:
+    def one(number: int):
         try:
-            roll_call(address, of, number, patience_s)
+            return roll_call(address, of, number, patience_s)
         except ValueError as error:
             return str(error)
 
@@ -64,7 +67,36 @@ def _calls(address: str, *numbers: int, of: int, patience_s: float = 5.0) -> lis
 
 
 def test_processes_go_on_once_all_are_there():
-    assert _calls(free_address(), 2, 0, 1, of=3) == [None] * 3
+    assert _calls(free_address(), 2, 0, 1, of=3) == [(2, 3), (0, 3), (1, 3)]
+
+
+def test_processes_of_other_machines_or_cores_are_not_counted(monkeypatch):
+    names = iter(["a", "b", "a", "b"])
+    monkeypatch.setattr(processes, "name_of_cores", lambda: next(names))
+    found = _calls(free_address(), 0, 1, 2, 3, of=4)
+    assert sorted(found) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
+def test_processes_of_one_machine_share_its_cores_out():
+    """Those that this test may use; the same again with one core, which all of them take."""
+    cores = usable_cores()
+    said = run_together("tests.print_cores", [])
+    first, second = (json.loads(line) for line in said)
+    if len(cores) == 1:
+        assert first == second == cores
+    else:
+        assert first + second == cores and min(len(first), len(second)) == len(cores) // 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("cores", [[0], [0, 1], list(range(3, 19))])
+def test_shares_are_as_even_as_can_be_and_leave_no_core_idle(cores, count):
+    shares = [share_of_cores(cores, place, count) for place in range(count)]
+    sizes = {len(share) for share in shares}
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+    assert {core for share in shares for core in share} == set(cores)
+    if count <= len(cores):
+        assert [core for share in shares for core in share] == cores
 
 
 def test_processes_that_do_not_come_are_named():

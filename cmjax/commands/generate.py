@@ -12,6 +12,8 @@ from rich.console import Console
 
 from cmjax.console import check_target, emit, show_progress
 from cmjax.console import log as to_stderr
+from cmjax.cores import keep_to_cores, usable_cores
+from cmjax.executables import keep_executables
 from cmjax.inputs import check_count, parse_json, read_text
 from cmjax.mesh import MOST_EMULATED, RankMesh
 from cmjax.models.moe.checkpoint.generation_config import GenerationDefaults
@@ -71,7 +73,8 @@ class Generate:
     group: tyro.conf.OmitArgPrefixes[ProcessGroup] = dataclasses.field(default_factory=ProcessGroup)
     """Which processes generate together."""
     threads: int | None = None
-    """Cores to compute on (default: all that this process may use)."""
+    """Cores to compute on (default: all that this process may use); several processes on a machine
+    share them out."""
     new_tokens: int = 64
     """Most tokens to add to each prompt."""
     context: int | None = None
@@ -115,6 +118,7 @@ class Generate:
         check_prompts(config, prompts, self.new_tokens, self.context)
         limit_threads(self.threads)
         prepare_mesh(mesh, self.mesh, self.group)
+        keep_executables()
         started = time.perf_counter()
         with show_progress("loading", quiet=not first) as progress:
             generator = open_generator(
@@ -247,13 +251,13 @@ def limit_threads(threads: int | None) -> None:
         return
     if not hasattr(os, "sched_setaffinity"):
         raise ValueError("--threads: this system cannot keep a process to some of its cores")
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     if not 1 <= threads <= len(cores):
         raise ValueError(
             f"--threads must be 1 to {len(cores)}, the cores that this process may use; got "
             f"{threads}"
         )
-    os.sched_setaffinity(0, cores[:threads])
+    keep_to_cores(cores[:threads])
 
 
 def prepare_mesh(mesh: RankMesh, given: str, group: ProcessGroup | None = None) -> None:

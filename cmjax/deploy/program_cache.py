@@ -2,8 +2,8 @@
 
 They depend on the deployment, the machine's counts and the code, not on batch or context: the next
 prediction of the same one, at any size, starts without the model and traces nothing. A file is
-named by what it depends on, so that nothing is ever out of date. `CMJAX_CACHE` names another
-folder, or is `off`. A file that cannot be read or written is as good as none.
+named by what it depends on, so that nothing is ever out of date. A file that cannot be read or
+written is as good as none.
 """
 
 import functools
@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import pickle
-import stat
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import platformdirs
 
-from cmjax.files import replace_bytes
+from cmjax.files import cache_folder, replace_bytes
 
 _KEPT = 512
 """Most files in the folder; the least recently used go first."""
@@ -73,19 +71,9 @@ class _Reader(pickle.Unpickler):
 
 def _path(key: tuple) -> Path | None:
     """The file of a key; `None` where nothing is kept."""
-    named = os.environ.get("CMJAX_CACHE", "")
-    if named == "off":
+    folder = cache_folder()
+    if folder is None:
         return None
-    folder = Path(named) if named else Path(platformdirs.user_cache_dir("cmjax")) / "programs"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-    except OSError:
-        return None
-    if hasattr(os, "getuid") and (
-        about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
-        return None  # anyone might have written there
     text = repr((_code(), jax.__version__, sys.version_info[:2], key))
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.program"
 
