@@ -159,6 +159,22 @@ def test_the_bound_of_the_search_is_one():
         assert prices.at_least_s(each.plan, batch) <= each.step_s
 
 
+def test_long_sequences_are_shared_where_there_are_more_replicas_than_sequences():
+    """Which no other dimension but tensor and pipeline could use; bounds hold of such plans too."""
+    model = dataclasses.replace(SMALL, layers=2, sequence=8192)
+    machine, devices, batch = load_machine("ascend910-2048"), 64, 16
+    found = search(model, machine, devices, batch, top=100_000).plans
+    assert found[0].plan.context > 1
+    prices = Prices(model, machine, MICRO_BATCHES)
+    for each in found:
+        assert prices.at_least_s(each.plan, batch) <= each.step_s
+        assert each.plan.data // each.plan.context * each.plan.micro_batch <= batch
+    whole = Plan(data=4, micro_batch=2)
+    half = dataclasses.replace(whole, context=2, micro_batch=2)
+    kept = [memory_of(model, plan, batch).activations for plan in (whole, half)]
+    assert 0.5 < kept[1] / kept[0] < 0.75
+
+
 def test_a_stage_sends_its_output_in_parts():
     machine = load_machine("selene")
     base = Plan(tensor=8, pipeline=4, order=("tensor", "data", "pipeline"))
