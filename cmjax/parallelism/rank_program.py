@@ -24,6 +24,7 @@ from cmjax.parallelism.pieces import part_between_layers, run_embedding, run_lay
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.shards import Graphs, Parts, Tree, axes_of, gathered, graphs, spread
 from cmjax.parallelism.staged import Pass, Staged, add_to_layer
+from cmjax.primitives.tensor import gather_group, scatter_sum
 
 SUMMED = frozenset({"gain", "shift", "output_bias", "ffn_bias"})
 """Parameters that every tensor-parallel rank holds and that with sequence parallelism it applies to
@@ -214,7 +215,7 @@ class RankProgram(Staged):
         if self.plan.optimizer == "none":
             return lax.psum(g, self.data_axis).astype(jnp.float32)
         g = spread(lead, g, self.plan.data)
-        g = lax.psum_scatter(g, self.data_axis, scatter_dimension=lead, tiled=True)
+        g = scatter_sum(g.swapaxes(0, lead), self.data_axis).swapaxes(0, lead)
         return g.astype(jnp.float32)
 
     def _sum_copies(self, grads: Tree) -> Tree:
@@ -230,12 +231,13 @@ class RankProgram(Staged):
         if self.plan.optimizer != "zero3":
             return params
 
-        def one(x, like):
-            if self.plan.data > 1:
-                x = lax.all_gather(x, self.data_axis, axis=lead, tiled=True)
-            return gathered(lead, x, like)
+        return jax.tree.map(functools.partial(self.of_replicas, lead), params, shapes)
 
-        return jax.tree.map(one, params, shapes)
+    def of_replicas(self, lead: int, x: Array, like) -> Array:
+        """All of a leaf of which the replicas have parts; `like` has its shape behind `lead`."""
+        if self.plan.data > 1:
+            x = gather_group(x.swapaxes(0, lead), self.data_axis).swapaxes(0, lead)
+        return gathered(lead, x, like)
 
 
 def name_of(path) -> str:

@@ -27,6 +27,8 @@ from cmjax.parallelism.result import GIB, PricedPlan, priced
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 CHUNKS = (2, 3, 4, 6, 8)
+LONG = 8192
+"""Tokens of a sequence from which on a search shares sequences among replicas."""
 OPTIMIZERS: tuple[Optimizer, ...] = ("none", "zero1", "zero2", "zero3")
 
 
@@ -200,19 +202,27 @@ def _candidates(
     for tensor in _divisors(devices):
         for pipeline in _divisors(devices // tensor):
             data = devices // tensor // pipeline
-            if model.layers % pipeline or global_batch % data:
+            if model.layers % pipeline:
                 continue
-            for micro_batch, sequence in itertools.product(MICRO_BATCHES, (False, True)):
-                if sequence and tensor == 1:
+            options = itertools.product(_parts(model, data), (False, True), _schedules(pipeline))
+            for (micro_batch, context), sequence, (schedule, chunks) in options:
+                if global_batch % (data // context) or (sequence and tensor == 1):
                     continue
-                for schedule, chunks in _schedules(pipeline):
-                    plan = Plan(
-                        data=data, tensor=tensor, pipeline=pipeline, micro_batch=micro_batch,
-                        recompute="none", sequence_parallel=sequence, schedule=schedule,
-                        interleave=chunks, overlap=overlap and data > 1,
-                    )  # fmt: skip
-                    if _divides(plan, model, global_batch):
-                        yield plan
+                plan = Plan(
+                    data=data, tensor=tensor, pipeline=pipeline, micro_batch=micro_batch,
+                    recompute="none", sequence_parallel=sequence, schedule=schedule,
+                    interleave=chunks, overlap=overlap and data > 1, context=context,
+                )  # fmt: skip
+                if _divides(plan, model, global_batch):
+                    yield plan
+
+
+def _parts(model: DenseConfig, data: int) -> Iterator[tuple[int, int]]:
+    """Micro-batches, and replicas that share their sequences: half the sequences on half as many
+    ranks each are as many tokens, without an exchange, so only single ones are shared."""
+    yield from ((micro_batch, 1) for micro_batch in MICRO_BATCHES)
+    if model.sequence >= LONG:
+        yield from ((1, context) for context in _divisors(data)[1:])
 
 
 def _schedules(pipeline: int) -> list[tuple[Schedule, int]]:
@@ -235,7 +245,7 @@ def _orders(plan: Plan, machine: Supernode) -> list[Plan]:
     for order in itertools.permutations(DIMENSIONS):
         option = dataclasses.replace(plan, order=order)
         placed = plan_layout(option, machine)
-        seen.setdefault(tuple(placed[name] for name in DIMENSIONS), option)
+        seen.setdefault(tuple(placed[name] for name in sorted(placed)), option)
     return list(seen.values())
 
 

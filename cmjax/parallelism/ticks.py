@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from cmjax.parallelism.backward import without_unread
 from cmjax.parallelism.known import both, choose, put, take, zeros
 from cmjax.parallelism.shards import Parts, Tree
 from cmjax.parallelism.staged import Pass, Staged, add_to_layer
@@ -199,14 +200,17 @@ class _Ticks:
         _, last = self._ends(at)
         for i, each in enumerate(self.passes):
             saved, stashed = carry.saved[i], carry.stashed[i]
-            d = choose(
-                self._runs(each, doing, last),
-                lambda each=each, saved=saved, stashed=stashed: self.of.layer_sums(
-                    each.backward.weights(
-                        self._layer(each, at), self._taken(saved, at), self._taken(stashed, at)
-                    )
-                ),
-            )
+
+            def weights(each=each, saved=saved, stashed=stashed):
+                def sums(params, saved, stashed):
+                    params = self.of.layer(params, each.part, at["chunk"])
+                    return self.of.layer_sums(each.backward.weights(params, saved, stashed))
+
+                # Most of a layer's parameters are not read again, and not gathered (zero3).
+                taken = self._taken(saved, at), self._taken(stashed, at)
+                return without_unread(sums, self.params, *taken)
+
+            d = choose(self._runs(each, doing, last), weights)
             carry.grads = add_to_layer(carry.grads, each.part, at["chunk"], d)
 
     def _layer_backward(self, each: Pass, at: dict, saved: Sequence, g: Array, shapes: Tree):

@@ -30,7 +30,6 @@ from cmjax.parallelism.shards import (
     Parts,
     Tree,
     cut,
-    gathered,
     join,
     mesh_of,
     place_of,
@@ -146,11 +145,8 @@ class TrainStep(Executed):
         if spreads and self.plan.optimizer != "zero3":
 
             def everyone(lead, x, like):
-                if self.plan.data > 1:
-                    axis = program.data_axis
-                    x = lax.all_gather(x, axis, axis=lead, tiled=True)
                 shape = jax.ShapeDtypeStruct(like.shape[lead:], like.dtype)
-                return gathered(lead, x, shape)
+                return program.of_replicas(lead, x, shape)
 
             def at_ends(name, stage):
                 mine, old = getattr(params, name), getattr(state.params, name)

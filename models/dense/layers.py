@@ -216,7 +216,7 @@ def _drop(x, kept, rate: float):
     return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def rotate(x: Float[Array, "batch sequence heads size"], first=0) -> Array:
+def rotate(x: Float[Array, "batch sequence heads size"], first: Array | int = 0) -> Array:
     """Rotary position embedding (arXiv 2104.09864) of positions from `first` on, halves of the head
     size paired; one kernel."""
 

@@ -159,6 +159,20 @@ def test_the_bound_of_the_search_is_one():
         assert prices.at_least_s(each.plan, batch) <= each.step_s
 
 
+def test_a_long_sequence_is_shared_by_replicas():
+    """One sequence on two devices; bounds hold of such plans too, and each rank keeps half of most
+    arrays, but all keys and values."""
+    model = dataclasses.replace(SMALL, layers=1, sequence=8192, heads=1, ffn=1024)
+    machine = load_machine("ascend910-2048")
+    found = search(model, machine, 2, 1).plans
+    assert {each.plan.context for each in found} == {2}
+    prices = Prices(model, machine, MICRO_BATCHES)
+    assert all(prices.at_least_s(each.plan, 1) <= each.step_s for each in found)
+    plans = Plan(recompute="none"), Plan(data=2, context=2, recompute="none")
+    kept = [memory_of(model, plan, 1).activations for plan in plans]
+    assert 0.5 < kept[1] / kept[0] < 0.75
+
+
 def test_a_stage_sends_its_output_in_parts():
     machine = load_machine("selene")
     base = Plan(tensor=8, pipeline=4, order=("tensor", "data", "pipeline"))

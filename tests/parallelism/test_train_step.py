@@ -44,6 +44,8 @@ PLANS = [
     "data=2,recompute=full:1",
     "data=2,tensor=2,pipeline=2,recompute=full:1-0/selective:1-0,optimizer=zero1",
     "pipeline=2,schedule=zero_bubble,recompute=full:0-2/selective:1-0",
+    "data=4,context=2,tensor=2,optimizer=zero1,sequence_parallel=true",
+    "data=2,context=2,tensor=2,pipeline=2,optimizer=zero3,schedule=zero_bubble",
 ]
 COUNTED = [
     "data=2,recompute=selective",
@@ -57,6 +59,9 @@ COUNTED = [
     "data=2,tensor=2,pipeline=2,interleave=2,optimizer=zero2,recompute=selective,"
     "order=tensor-data-pipeline",
     "tensor=2,pipeline=2,recompute=full:1-2/selective:1-0,sequence_parallel=true",
+    "data=4,context=2,tensor=2,optimizer=zero3,recompute=selective",
+    "data=2,context=2,tensor=2,pipeline=2,optimizer=zero1,sequence_parallel=true,"
+    "order=tensor-data-pipeline",
 ]
 
 
@@ -113,7 +118,13 @@ def test_virtual_ranks_give_them_too(plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["data=2,tensor=2,pipeline=2,optimizer=zero3", "tensor=2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "data=2,tensor=2,pipeline=2,optimizer=zero3", "tensor=2",
+        "data=4,context=4,recompute=selective,optimizer=zero2",
+    ],
+)  # fmt: skip
 def test_a_llama_is_split_likewise(plan):
     """Words that are not tied, keys that serve several queries, no biases, no query layer."""
     _check(plan, LLAMA, virtual=False)
