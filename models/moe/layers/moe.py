@@ -16,13 +16,14 @@ from jaxtyping import Array, Float, Float32, Int32
 from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.layers.experts import Experts, SwiGLU
+from cmjax.models.moe.layers.few import is_few
 from cmjax.models.moe.layers.linear import observed
 from cmjax.models.moe.layers.norm import RMSNorm
 from cmjax.models.moe.layers.route import is_one_call as is_routed_at_once
 from cmjax.models.moe.layers.route import route
 from cmjax.models.moe.layers.router import Router
 from cmjax.models.moe.layers.sorted import SortedRows, sort_by_slot, unsort
-from cmjax.models.moe.layers.sorted_experts import MOST_TOKENS, sorted_experts
+from cmjax.models.moe.layers.sorted_experts import sorted_experts
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.exchange import Dispatched, combine, dispatch
 from cmjax.primitives.msd import QuantizedWeight
@@ -132,8 +133,7 @@ class MoE(nnx.Module):
 
     def is_one_call(self, routed: Routed) -> bool:
         """Whether a CPU has `mix` for these tokens: few, and experts in formats that it reads."""
-        few = isinstance(routed.x.shape[0], int) and routed.x.shape[0] <= MOST_TOKENS
-        mixed = few and self.parallelism.sorts_rows and not observed()
+        mixed = is_few(routed.x) and self.parallelism.sorts_rows and not observed()
         matrices = self.experts.gate_up.matrix.value, self.experts.down.matrix.value
         return mixed and all(isinstance(w, QuantizedWeight) for w in matrices)
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax import native
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.layers.norm import is_few, rms_norm
+from cmjax.models.moe.layers.few import is_few
+from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.router import routed
 from cmjax.primitives.define import define_call
 

@@ -16,8 +16,6 @@ from cmjax.primitives.define import define_call
 from cmjax.primitives.grouped import grouped_msd_dot
 from cmjax.primitives.msd import QuantizedWeight
 
-MOST_TOKENS = 64  # more have enough to compute
-
 
 def sorted_experts(
     x: Float[Array, "tokens hidden"],
