@@ -25,8 +25,8 @@ def route(
     weight: Float32[Array, "hidden experts"],
     bias: Float32[Array, "experts"] | None,
     rank: Int32[Array, ""],
-    slots_of_expert: Int32[Array, "experts copies"],
-    copies: Int32[Array, "experts"],
+    slots_of_expert: Int32[Array, "experts_and_shared copies"],
+    copies: Int32[Array, "experts_and_shared"],
 ) -> tuple[Array, Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
     """Normalised tokens, the slots that each goes to, and their weights: see `Router`."""
     operands = x, gain, weight, rank, slots_of_expert, copies
