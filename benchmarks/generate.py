@@ -36,7 +36,15 @@ from cmjax.models import moe
 from cmjax.options import run_program
 from cmjax.report.figure_path import checked_path
 
-OWN = ("float32", "bfloat16", "int8", "msd_w8a16", "msd_w4a16")
+OWN = (
+    "float32",
+    "bfloat16",
+    "int8",
+    "msd_w8a16",
+    "msd_w4a16",
+    "msd_w8a16_head8",
+    "msd_w4a16_head8",
+)
 PEERS = ("transformers float32", "transformers bfloat16", "llama.cpp Q8_0", "llama.cpp Q4_0")
 HERE = Path(__file__).parent
 

@@ -107,8 +107,7 @@ bool fits(ffi::AnyBuffer& x, ffi::Buffer<ffi::S32>& slots, ffi::Buffer<ffi::F32>
   const auto xs = x.dimensions(), ss = slots.dimensions(), ws = weights.dimensions();
   const auto us = up.dimensions(), ds = down.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ss.size() != 2 || ws.size() != 2 || us.size() != 3 || ds.size() != 3 ||
-      ys.size() != 2 || x.element_type() != y->element_type() || !msd::read_values(x, values) ||
-      !msd::read_values(*y, results)) {
+      ys.size() != 2 || !read_pair(x, *y, values, results)) {
     return false;
   }
   const int64_t hidden = xs[1], ffn = us[1] / 2, total = us[0];

@@ -4,8 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
-#include "rows.h"
-#include "xla/ffi/api/ffi.h"
+#include "values.h"
 
 namespace cmjax {
 namespace {
@@ -35,12 +34,6 @@ ffi::Error shape_error() {
       "new, dim / 2], and keys and values [requests, new, kv_heads, dim]");
 }
 
-bool reads(ffi::AnyBuffer& buffer, Values& values) {
-  const auto type = buffer.element_type();
-  values = {buffer.untyped_data(), type == ffi::BF16};
-  return values.half || type == ffi::F32;
-}
-
 ffi::Error heads(ffi::ThreadPool pool, ffi::AnyBuffer columns, ffi::Buffer<ffi::F32> cos,
                  ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::F32> q_norm,
                  ffi::Buffer<ffi::F32> k_norm, ffi::Result<ffi::AnyBuffer> q,
@@ -49,8 +42,7 @@ ffi::Error heads(ffi::ThreadPool pool, ffi::AnyBuffer columns, ffi::Buffer<ffi::
                  float eps, bool interleaved) {
   const auto cs = columns.dimensions(), ks = key->dimensions(), qs = q->dimensions();
   Values from, to;
-  if (cs.size() != 3 || ks.size() != 4 || qs.size() != 4 || !reads(columns, from) ||
-      !reads(*q, to) || from.half != to.half) {
+  if (cs.size() != 3 || ks.size() != 4 || qs.size() != 4 || !read_pair(columns, *q, from, to)) {
     return shape_error();
   }
   const int64_t tokens = cs[0] * cs[1], kv_heads = ks[2], dim = ks[3], half = dim / 2;

@@ -34,12 +34,6 @@ std::vector<Span> spans_of(const Sizes& n) {
   return spans;
 }
 
-// Rows and results of one dtype that is read.
-bool read_pair(ffi::AnyBuffer x, ffi::AnyBuffer y, Values& values, Values& results) {
-  return x.element_type() == y.element_type() && msd::read_values(x, values) &&
-         msd::read_values(y, results);
-}
-
 ffi::Error dtype_error() {
   return ffi::Error::InvalidArgument("msd_dot: x and the result must be float32 or bfloat16, both");
 }

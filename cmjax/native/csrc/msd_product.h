@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "msd.h"
-#include "rows.h"
+#include "values.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace cmjax::msd {
@@ -31,13 +31,5 @@ xla::ffi::Error int8_product(xla::ffi::ThreadPool& pool, const Sizes& n,
 xla::ffi::Error mxfp4_product(xla::ffi::ThreadPool& pool, const Sizes& n,
                               const std::vector<Span>& spans, int64_t all_rows, const Values& x,
                               const uint8_t* w, const uint8_t* scale, const Values& y);
-
-// A buffer of float32 or bfloat16; false of anything else.
-template <typename Buffer>
-bool read_values(Buffer& buffer, Values& values) {
-  const auto type = buffer.element_type();
-  values = {buffer.untyped_data(), type == xla::ffi::BF16};
-  return values.half || type == xla::ffi::F32;
-}
 
 }  // namespace cmjax::msd

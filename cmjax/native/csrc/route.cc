@@ -7,8 +7,7 @@
 #include <vector>
 
 #include "grouped.h"
-#include "rows.h"
-#include "xla/ffi/api/ffi.h"
+#include "values.h"
 
 namespace cmjax {
 namespace {
@@ -90,9 +89,8 @@ ffi::Error route(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::
                  int64_t best, int64_t chosen, bool sigmoid, bool normalizes, float scale) {
   const auto xs = x.dimensions(), ws = weight.dimensions(), ss = slots_of_expert.dimensions();
   const auto outs = slots->dimensions();
-  const auto type = x.element_type();
-  const bool known = type == ffi::F32 || type == ffi::BF16;
-  if (!known || normed->element_type() != type || xs.size() != 2 || ws.size() != 2 ||
+  Values from, to;
+  if (!read_pair(x, *normed, from, to) || xs.size() != 2 || ws.size() != 2 ||
       ss.size() != 2 || outs.size() != 2 || ws[0] != xs[1] || outs[0] != xs[0] ||
       gain.element_count() != static_cast<size_t>(xs[1]) || rank.element_count() != 1 ||
       copies.element_count() != static_cast<size_t>(ss[0]) || ss[0] < ws[1] || groups < 1 ||
@@ -108,8 +106,6 @@ ffi::Error route(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::
   const auto product = lines_kernel();
   const int64_t tokens = xs[0], hidden = xs[1], experts = ws[1], all = outs[1];
   const Gate gate{experts, groups, kept, best, chosen, sigmoid, normalizes, scale};
-  const Values from{x.untyped_data(), type == ffi::BF16};
-  const Values to{normed->untyped_data(), from.half};
   std::vector<float> wide(hidden), scores(experts + 64), biased(experts);
   std::vector<int64_t> places(std::max(experts, groups)), found(all);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -137,31 +133,6 @@ ffi::Error route(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::
   return ffi::Error::Success();
 }
 
-// Rows of activations, normalised.
-ffi::Error rms_norm(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> gain, ffi::Result<ffi::AnyBuffer> y,
-                    float eps) {
-  const auto xs = x.dimensions();
-  const auto type = x.element_type();
-  const bool known = type == ffi::F32 || type == ffi::BF16;
-  if (!known || y->element_type() != type || xs.size() != 2 ||
-      y->element_count() != x.element_count() ||
-      gain.element_count() != static_cast<size_t>(xs[1])) {
-    return ffi::Error::InvalidArgument(
-        "rms_norm: x and the result must be [rows, dim], float32 or bfloat16, gain [dim]");
-  }
-  const RowKernels kernel = row_kernels();
-  const int64_t size = xs[1];
-  const Values from{x.untyped_data(), type == ffi::BF16}, to{y->untyped_data(), from.half};
-  std::vector<float> wide(size);
-  for (int64_t r = 0; r < xs[0]; ++r) {
-    const float* row = from.read(kernel, r * size, size, wide.data());
-    float* out = to.place(r * size, wide.data());
-    kernel.rms_norm(row, gain.typed_data(), size, eps, out);
-    to.write(kernel, out, size, r * size);
-  }
-  return ffi::Error::Success();
-}
-
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_route, route,
@@ -184,12 +155,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_route, route,
                                   .Attr<bool>("sigmoid")
                                   .Attr<bool>("normalizes")
                                   .Attr<float>("scale"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_rms_norm, rms_norm,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("eps"));
 
 }  // namespace cmjax

@@ -314,10 +314,10 @@ class _Batch:
         """`whole`, a program of one rank's parameters and more, for all ranks; or `lift` of it. The
         last arguments have `specs`."""
         fn = lift(_of_layers(whole) if self.sizes.layered else whole)
-        specs = (self.specs, *(RANKED,) * (len(args) - 1 - len(specs)), *specs)
-        lifted = on_every_rank(fn, self.mesh, specs, RANKED)
+        every = (self.specs, *(RANKED,) * (len(args) - 1 - len(specs)), *specs)
+        lifted = on_every_rank(fn, self.mesh, every, RANKED)
         executable = jax.jit(lifted, donate_argnums=donate).lower(*args).compile()
-        return RankProgram(fn, specs, executable)
+        return RankProgram(fn, every, executable)
 
     def empty(self) -> Any:
         """A cache of zeros."""

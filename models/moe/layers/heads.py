@@ -16,12 +16,11 @@ from cmjax import native
 from cmjax.models.moe.arithmetic import KVCache
 from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.cache import GroupedCache
+from cmjax.models.moe.layers.few import is_few
 from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate
 from cmjax.primitives.define import define_call
 from cmjax.program.mark import fused
-
-_MOST_TOKENS = 64  # more have enough to compute
 
 
 @functools.cache
@@ -67,8 +66,7 @@ def cached_heads(
 
 def is_one_call(qkv: Array, kind: KVCache) -> bool:
     """Whether the kernel reads these columns and gives such entries."""
-    few = all(isinstance(n, int) for n in qkv.shape) and qkv.shape[0] * qkv.shape[1] <= _MOST_TOKENS
-    return few and qkv.dtype in (jnp.float32, jnp.bfloat16) and kind in ("int8", qkv.dtype.name)
+    return is_few(qkv) and kind in ("int8", qkv.dtype.name)
 
 
 def _reference(qkv, positions, *norms, config, tensor, kind):
@@ -77,8 +75,6 @@ def _reference(qkv, positions, *norms, config, tensor, kind):
 
 
 def _native(qkv, positions, *norms, config, tensor, kind):
-    if min(qkv.shape) == 0:
-        return _reference(qkv, positions, *norms, config=config, tensor=tensor, kind=kind)
     sizes, rows = config.attention, qkv.shape[:2]
     heads, kv_heads, dim = config.heads // tensor, sizes.kv_heads_of(tensor), sizes.head_dim
     entry = jax.ShapeDtypeStruct((*rows, kv_heads, dim), kind)

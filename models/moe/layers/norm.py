@@ -1,7 +1,6 @@
 """RMS normalisation (Zhang and Sennrich 2019):  y = g * x / sqrt(mean(x^2) + eps)."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cmjax import native
+from cmjax.models.moe.layers.few import is_few
 from cmjax.primitives.define import define_call
 from cmjax.program.mark import fused
-
-_MOST_ROWS = 64
 
 
 def rms_norm(
@@ -51,13 +49,6 @@ class RMSNorm(nnx.Module):
         return lax.platform_dependent(
             x, self.gain[...], cpu=lambda *operands: call(*operands)[0], default=stages
         )
-
-
-def is_few(x: Array) -> bool:
-    """Whether the rows of `x` are so few that calls cost more than what they compute, and of a
-    dtype that the kernels of `native` read."""
-    known = all(isinstance(n, int) for n in x.shape) and x.dtype in (jnp.float32, jnp.bfloat16)
-    return known and 0 < math.prod(x.shape[:-1]) <= _MOST_ROWS and x.shape[-1] > 0
 
 
 def _reference(x, gain, *, eps):

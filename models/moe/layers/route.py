@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax import native
 from cmjax.models.moe.config import MoEConfig
-from cmjax.models.moe.layers.norm import is_few, rms_norm
+from cmjax.models.moe.layers.few import is_few
+from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.router import routed
 from cmjax.primitives.define import define_call
 
@@ -24,8 +25,8 @@ def route(
     weight: Float32[Array, "hidden routed"],
     bias: Float32[Array, "routed"] | None,
     rank: Int32[Array, ""],
-    slots_of_expert: Int32[Array, "experts copies"],
-    copies: Int32[Array, "experts"],
+    slots_of_expert: Int32[Array, "experts_and_shared copies"],
+    copies: Int32[Array, "experts_and_shared"],
 ) -> tuple[Array, Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
     """Normalised tokens, the slots that each goes to, and their weights: see `Router`."""
     operands = x, gain, weight, rank, slots_of_expert, copies

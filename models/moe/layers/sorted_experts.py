@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from cmjax import native
+from cmjax.models.moe.layers.few import is_few
 from cmjax.models.moe.layers.sorted import sort_by_slot, unsort
 from cmjax.models.moe.layers.swiglu import swiglu
 from cmjax.primitives.define import define_call
 from cmjax.primitives.grouped import grouped_msd_dot
 from cmjax.primitives.msd import QuantizedWeight
-
-_MOST_TOKENS = 64  # more have enough to compute
 
 
 def sorted_experts(
@@ -43,8 +42,7 @@ def sorted_experts(
 
 def is_one_call(x: Array, up: Any, down: Any) -> bool:
     """Whether a CPU has one call for these tokens: few, and matrices in formats that it reads."""
-    few = isinstance(x.shape[0], int) and x.shape[0] <= _MOST_TOKENS
-    return few and isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight)
+    return is_few(x) and isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight)
 
 
 def _weight(values, scale, format):
