@@ -38,9 +38,12 @@ def rotary_heads(config: MoEConfig, tensor: int) -> Callable:
         if q_norm is not None:
             q = rms_norm(q, q_norm, config.norm_eps)
             k = rms_norm(k, k_norm, config.norm_eps)
+        return *rotated(q, k, positions), v
+
+    @fused("RotaryEmbedding")
+    def rotated(q, k, positions):
         cos, sin = angles(positions[..., None], config)  # alike for all heads
-        q, k = (rotate(y, cos, sin, interleave=config.rope.interleave) for y in (q, k))
-        return q, k, v
+        return tuple(rotate(y, cos, sin, interleave=config.rope.interleave) for y in (q, k))
 
     return kernel
 
