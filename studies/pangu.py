@@ -236,6 +236,7 @@ def _word(value: object) -> str:
 def main(options: Options, console: Console) -> None:
     """Search, price, and write tables and picture."""
     of_plans, of_orders, of_mixtures = (options.out / f"tables/{name}.md" for name in TABLES)
+    of_plans.parent.mkdir(parents=True, exist_ok=True)
     machine, columns = load_machine(MACHINE), []
     for training in track(TRAININGS, "searching"):
         columns += [

@@ -180,7 +180,9 @@ def main(options: Options) -> int:
     )  # fmt: skip
     table = markdown(heads, rows)
     print(table)
-    replace_text(options.out / "tables" / f"{TABLES[0]}.md", table + "\n")
+    tables = options.out / "tables"
+    tables.mkdir(parents=True, exist_ok=True)
+    replace_text(tables / f"{TABLES[0]}.md", table + "\n")
     return 0
 
 
