@@ -10,6 +10,7 @@ import pytest
 import cmjax
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic
+from cmjax.models.moe.layers import moe, norm
 from cmjax.models.moe.model import from_config
 from cmjax.models.moe.model import parameters as parameters_of
 from cmjax.models.moe.parallelism import Parallelism, one_rank
@@ -44,7 +45,11 @@ def test_logits_stay_close_to_the_float_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sorts", [False, True])
-def test_a_mesh_gives_the_logits_of_one_rank(sorts):
+def test_a_mesh_gives_the_logits_of_one_rank(monkeypatch, sorts):
+    # of few rows a CPU rounds norms to bfloat16 in a kernel of its own: a rank here has few, the
+    # whole batch has not
+    monkeypatch.setattr(norm, "is_few", lambda *_: False)
+    monkeypatch.setattr(moe, "is_routed_at_once", lambda *_: False)
     prompts = _prompts()
     params = parameters_of(from_config(CONFIG).with_arithmetic("w4a8"))
     alone = dataclasses.replace(one_rank(CONFIG), sort_rows=sorts)
