@@ -215,12 +215,8 @@ def run_moe(
     moe: MoE, x: Float[Array, "tokens hidden"], routed: Routed
 ) -> Float[Array, "tokens hidden"]:
     """All stages of `moe_stages`, one after another."""
-    stages = moe_stages(moe, x, routed)
-    while True:
-        try:
-            next(stages)
-        except StopIteration as end:
-            return end.value
+    (y,) = moe.parallelism.schedule.issue([moe_stages(moe, x, routed)])
+    return y
 
 
 def _without_ranks(x: Array) -> Array:
