@@ -147,7 +147,8 @@ def define_call(name: str, reference: Callable, native: Callable) -> Primitive:
             out = jax.vmap(functools.partial(reference, **params), in_axes=tuple(dims))(*args)
         return out, [0] * len(out)
 
-    return define(name, reference, jvp=jvp, batch=batch, native=native, multiple_results=True)
+    p = define(name, reference, jvp=jvp, batch=batch, native=native, multiple_results=True)
+    return p
 
 
 def straight_through(exact: Callable, p, primals, tangents, params) -> tuple[Any, Any]:

@@ -48,7 +48,7 @@ def parse_stream(part: str) -> tuple[str, int | None, int | None] | None:
     return found["name"], int(cube) if cube else None, int(vector) if vector else None
 
 
-def ahead() -> contextlib.AbstractContextManager[None]:
+def ahead() -> contextlib.AbstractContextManager:
     """Let a loop issue what is traced inside an iteration ahead: once what it reads of the one
     before is there, and before its stream would wait for another (`cmjax.program.pipelining`)."""
     return jax.named_scope(AHEAD)

@@ -150,7 +150,7 @@ class MoE(nnx.Module):
     def _sorted(self, experts: Experts, routed: Routed) -> Float[Array, "tokens hidden"]:
         """Of all slots, for tokens that are on this device; of few tokens one call on a CPU."""
         block = self.parallelism.schedule.block
-        up, down = experts.gate_up.matrix.value, experts.down.matrix.value
+        matrices = experts.gate_up.matrix.value, experts.down.matrix.value
 
         def stages(x, slots, weights):
             with block("dispatch"):
@@ -161,11 +161,12 @@ class MoE(nnx.Module):
             with block("combine"):
                 return unsort(y, sent, weights)
 
-        def call(x, slots, weights):
-            return sorted_experts(x, slots, weights, up, down)
-
-        if observed() or not is_mixed_at_once(routed.x, up, down):
+        if observed() or not is_mixed_at_once(matrices, routed.x):
             return stages(*routed)
+
+        def call(x, slots, weights):
+            return sorted_experts(x, slots, weights, *matrices)
+
         return lax.platform_dependent(*routed, cpu=call, default=stages)
 
     @property

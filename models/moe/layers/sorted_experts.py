@@ -5,7 +5,7 @@ dear as it computes little. The numbers are those of the stages, which the NPU r
 priced.
 """
 
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ def sorted_experts(
     return sorted_experts_p.bind(*operands, format=up.format)[0]
 
 
-def is_one_call(x: Array, up: Any, down: Any) -> bool:
+def is_one_call(matrices: tuple, x: Array) -> TypeGuard[tuple[QuantizedWeight, QuantizedWeight]]:
     """Whether a CPU has one call for these tokens: few, and matrices in formats that it reads."""
-    return is_few(x) and isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight)
+    return is_few(x) and all(isinstance(matrix, QuantizedWeight) for matrix in matrices)
 
 
 def _weight(values, scale, format):
