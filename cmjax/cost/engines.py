@@ -2,11 +2,14 @@
 
 A compute kernel's time is
 
-    t = startup * launches + max(cube, vector, hbm) + min(cube, vector) / PIPELINE_TILES
+    t = startup * launches + max(cube, vector, hbm, inner) + min(cube, vector) / PIPELINE_TILES
+        + exposed * (cube + hbm + inner - max(cube, hbm, inner))
 
 with the start-up of its class (with matrix products, attention, or neither) and
-cube = FLOP / (peak * share * efficiency), and so on. The last term is the hand-over between cube
-and vector cores: they work on tiles in turn, so the shorter one is exposed for one tile. Of a stack
+cube = FLOP / (peak * share * efficiency), and so on; inner is the time of the inner blocks, which a
+core takes in order however small its tile. The last term is the hand-over between cube
+and vector cores: they work on tiles in turn, so the shorter one is exposed for one tile. The last
+is of matrix products: tiles that are not full, or do not fill the last wave of cores. Of a stack
 of experts HBM reads those that have rows.
 A collective's time is given in `fabric.py`, and how long it waits for other ranks in `waiting.py`.
 """
@@ -103,6 +106,7 @@ def seconds(
         + work["cube_flops_16bit"] / chip.cube_flops_16bit
         + work["cube_flops_32bit"] / chip.cube_flops_32bit
     ) / (static.cube_share * matrix_efficiency)
+    inner = work["inner_blocks"] * chip.inner_block_s
     vector = work["vector_bytes"] / (chip.vector_bytes_per_s * static.vector_share)
     hbm_rate = chip.hbm_bytes_per_s * efficiency.hbm
     unread = _unread_bytes(work["stack_bytes"], work["stack_row_bytes"])
@@ -124,17 +128,22 @@ def seconds(
         )
     )
     factor = _factor(static, machine)
+    exposed = efficiency.exposed * (static.matrix & ~static.attention)
 
     def longest(*engines):
         return largest(jnp.stack(jnp.broadcast_arrays(*engines)), temperature)
 
     def combined(cube, vector, hbm):
-        kernel = longest(cube, vector, hbm, wire, chain)
-        return factor * (kernel + jnp.minimum(cube, vector) / PIPELINE_TILES + startup + fixed)
+        kernel = longest(cube, vector, hbm, inner, wire, chain)
+        product = cube + hbm + inner - longest(cube, hbm, inner)
+        shown = jnp.minimum(cube, vector) / PIPELINE_TILES + exposed * product
+        return factor * (kernel + shown + startup + fixed)
 
     total = combined(cube, vector, hbm)
     if period_s is not None and len(static.stream) > 1:
-        hbm_left, interference = _contention(static, hbm, total, disturbing, period_s)
+        hbm_left, interference = _contention(
+            static, hbm, total, disturbing, period_s, parted=machine.exchange.bulk_kernels
+        )
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
     # of the most loaded rank's work rows are more, and the experts' matrices are not
@@ -175,12 +184,15 @@ def _factor(static: _Static, machine: Supernode):
     )
 
 
-def _contention(static: _Static, hbm, total, disturbing, period_s):
+def _contention(static: _Static, hbm, total, disturbing, period_s, *, parted: bool):
     """What the streams of a level take from one another while they overlap.
 
     Streams a and b, busy for D_a and D_b of a period P, overlap for O = D_a + D_b - P. For that
     part of its time a compute kernel finds HBM busy with the other stream's kernels, and bytes on
-    the wire that slow it down; both are averaged over the stream.
+    the wire that slow it down; both are averaged over the stream. Where exchanges hold cores
+    (`parted`), matrix products beside a stream with one are started on what is left, whether bytes
+    move or not: their persistent kernels are given a number of cores for as long as the streams run
+    (SGLang's two-batch overlap and `deep_gemm.set_num_sms`, recalled).
 
     Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
       an exchange (both trivial for exchanges themselves).
@@ -195,9 +207,14 @@ def _contention(static: _Static, hbm, total, disturbing, period_s):
     hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 0.9)
     beside = jnp.minimum(overlap @ exchanging, 1.0)
     stream_of = static.stream.T
+    beside = stream_of @ beside
+    if parted:
+        others = (1.0 - np.eye(len(static.stream))) @ (static.stream @ disturbing)
+        products = static.matrix & ~static.attention
+        beside = jnp.where(products & (stream_of @ others > 0), 1.0, beside)
     return (
         jnp.where(static.compute, stream_of @ hbm_left, 1.0),
-        jnp.where(static.compute, stream_of @ beside, 0.0),
+        jnp.where(static.compute, beside, 0.0),
     )
 
 

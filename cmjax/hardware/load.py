@@ -40,6 +40,7 @@ _SCHEMA: dict[str, Any] = {
         "attention_startup_s": "s",
         "vector_startup_s": "s",
         "collective_startup_s": "s",
+        "inner_block_s": "s",
         "l2_bytes": "bytes",
         "cube_cores": "count",
         "vector_cores": "count",
@@ -66,7 +67,12 @@ _SCHEMA: dict[str, Any] = {
         "copies_in_flight": "flag",
         "bulk_kernels": "flag",
     },
-    "efficiency": {"gemm": "fraction", "attention": "fraction", "hbm": "fraction"},
+    "efficiency": {
+        "gemm": "fraction",
+        "attention": "fraction",
+        "hbm": "fraction",
+        "exposed": "fraction",
+    },
     "nodes": "count",
     "npus_per_node": "count",
     "dies_per_npu": "count",
@@ -75,7 +81,9 @@ _ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s", "unfused": "names"}
 _MAY_BE_ZERO = {
     *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
     *("matrix_startup_s", "attention_startup_s", "vector_startup_s", "collective_startup_s"),
+    *("inner_block_s", "exposed"),
 }
+_NOT_GIVEN = "not given: the longer of cube and memory bounds a matrix product"
 _MOST_BYTES = 1_000_000
 _MOST_RANKS = 2**20
 _MOST_QUANTITY = 1e30
@@ -204,7 +212,8 @@ def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
 
 def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """A machine's TOML as it is written, and where it is from, for messages. Attention that names
-    no start-up of its own has that of matrix products.
+    no start-up of its own has that of matrix products. Of these, where a file does not
+    say, inner blocks take no time of their own and nothing of cube or memory is exposed.
 
     Raises: ValueError: unknown name, unreadable file, or no TOML.
     """
@@ -214,6 +223,9 @@ def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     if isinstance(chip, dict) and isinstance(like := chip.get("matrix_startup_s"), dict):
         same = {"source": "assumed: as matrix_startup_s", "value": like.get("value")}
         chip.setdefault("attention_startup_s", same)
+    for section, key, unit in (("chip", "inner_block_s", "us"), ("efficiency", "exposed", "%")):
+        if isinstance(found := tree.get(section), dict):
+            found.setdefault(key, {"source": _NOT_GIVEN, "value": f"0 {unit}"})
     return tree, origin
 
 

@@ -42,6 +42,8 @@ class Chip:
         kernel's end to the next one's first useful cycle on a stream, by what starts: a kernel with
         matrix products, attention (where it takes several kernels, all of them), a kernel of
         neither, a plain collective (dispatch and combine have start-ups of their own).
+      inner_block_s: what a matrix product takes for every 128 bytes along its inner dimension,
+        however small the tile that a core has of the result.
       l2_bytes: on-chip memory shared by the die's cores.
       cube_cores, vector_cores: AIC and AIV counts (streaming multiprocessors on a GPU).
       separate_vector_cores: True where cube and vector cores are different cores, which streams
@@ -58,6 +60,7 @@ class Chip:
     attention_startup_s: Scalar
     vector_startup_s: Scalar
     collective_startup_s: Scalar
+    inner_block_s: Scalar
     l2_bytes: Scalar
     cube_cores: int = static()
     vector_cores: int = static()
@@ -130,11 +133,18 @@ class Exchange:
 
 @_pytree
 class Efficiency:
-    """Fraction of a peak that well-written kernels reach; fitted to micro-benchmarks."""
+    """What well-written kernels reach; fitted to micro-benchmarks.
+
+    Fields:
+      gemm, attention: fraction of the cube's peak. hbm: of the memory's.
+      exposed: of matrix products, the share of the shorter of cube and memory time that the longer
+        one does not hide.
+    """
 
     gemm: Scalar
     attention: Scalar
     hbm: Scalar
+    exposed: Scalar
 
 
 @_pytree

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 
 from cmjax.primitives.define import define
 from cmjax.primitives.grouped import grouped_dot
-from cmjax.program import Work, cost_rule
+from cmjax.program import Work, cost_rule, matmul_flops
 from cmjax.program.work import stack_bytes
 
 GROUP = 256
@@ -160,7 +160,7 @@ def _cost(x, packed, scale, *, out, **_) -> Work:
     groups = scale.shape[-2]
     return Work(
         flops=flops * 2.0,
-        cube_flops_8bit=flops,
         vector_bytes=x.size * 3.0 + out[0].size * groups * 8.0,
+        **matmul_flops(jnp.int8, flops, x.shape[-1]),
         **stack_bytes(x, packed),
     )

@@ -24,13 +24,16 @@ TRAFFIC = (
 )
 COUNTED = ("flops", "transcendentals", "read_bytes", "write_bytes", "launches")
 STACKED = ("stack_bytes", "stack_row_bytes")
-FIELDS = ENGINES + TRAFFIC + COUNTED + STACKED
+FIELDS = ENGINES + TRAFFIC + COUNTED + STACKED + ("inner_blocks",)
 """The columns of a priced program's work table, all additive."""
 
 KINDS = ("compute", "attention", "permute", "collective", "dispatch", "combine")
 """How an operation's time follows from its work; set by its cost rule. `compute` is a kernel that
 runs on its engines at once, whatever they do; an attention kernel has an efficiency of its own; a
 kernel that permutes rows only runs where the exchange before or after it leaves that to it."""
+INNER_BLOCK = 128.0
+"""Bytes of a row of either operand that a matrix product's loop takes at a time: the width of a
+swizzle of tensor cores (DeepGEMM: 128 numbers of 8 bits)."""
 COMPUTE = ("compute", "attention", "permute")
 """Kinds that stay on their die."""
 
@@ -74,6 +77,8 @@ class Work:
 
     Fields:
       cube_flops_8bit, cube_flops_16bit, cube_flops_32bit: matrix FLOP by operand width.
+      inner_blocks: steps that a core takes one after another along the inner dimensions of matrix
+        products, of `INNER_BLOCK` bytes each.
       vector_bytes: operand bytes through the vector cores (elements x bytes x instructions).
       die_bytes, node_bytes, supernode_bytes: bytes sent to ranks of each tier.
       once_per_node_bytes: as supernode_bytes, if a token crosses to a node once however many of
@@ -94,6 +99,7 @@ class Work:
     cube_flops_8bit: Size | float = 0.0
     cube_flops_16bit: Size | float = 0.0
     cube_flops_32bit: Size | float = 0.0
+    inner_blocks: Size | float = 0.0
     vector_bytes: Size | float = 0.0
     die_bytes: Size | float = 0.0
     node_bytes: Size | float = 0.0
@@ -130,8 +136,14 @@ def stack_bytes(x: Operand, stack: Operand) -> dict[str, Any]:
     return {"stack_bytes": stack.nbytes, "stack_row_bytes": stack.nbytes * x.shape[-2]}
 
 
-def matmul_flops(dtype: Any, flops: Size) -> dict[str, Any]:
-    """The engine field on which a matrix product of operands of `dtype` is charged."""
-    bits = jnp.dtype(dtype).itemsize * 8  # complex: two numbers of at least 32 bits
+def matmul_flops(dtype: Any, flops: Size, inner: Size | float = 0.0) -> dict[str, Any]:
+    """The fields on which a matrix product of operands of `dtype` is charged.
+
+    Args:
+      inner: numbers in its inner dimension, along which the loop of a tile runs; 0 where tiles are
+        made in another way.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    bits = itemsize * 8  # complex: two numbers of at least 32 bits
     width = 8 if bits <= 8 else 16 if bits == 16 else 32
-    return {f"cube_flops_{width}bit": flops}
+    return {f"cube_flops_{width}bit": flops, "inner_blocks": inner * (itemsize / INNER_BLOCK)}

@@ -1,5 +1,6 @@
 """Time of one kernel and of one exchange, by hand."""
 
+import functools
 import re
 
 import jax
@@ -61,6 +62,36 @@ def test_a_matrix_product_takes_its_slower_engine_and_a_start(dtype, peak, m):
     assert (cube > hbm) == (m == 4096)
     got = time_of(product, array(m, k, dtype=dtype), array(k, n, dtype=dtype))
     assert got == pytest.approx(CHIP.matrix_startup_s + max(cube, hbm), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "m, k, n, longest",
+    [(4096, 7168, 36864, "cube"), (64, 7168, 36864, "hbm"), (64, 65536, 128, "inner")],
+)
+def test_of_a_matrix_product_a_share_of_what_the_longest_part_could_hide_is_exposed(
+    m, k, n, longest
+):
+    machine = load_machine("h800-pod")
+    chip, efficiency = machine.chip, machine.efficiency
+    parts = {
+        "cube": 2 * m * k * n / (chip.cube_flops_8bit * efficiency.gemm),
+        "hbm": (m * k + k * n + 4 * m * n) / (chip.hbm_bytes_per_s * efficiency.hbm),
+        "inner": k / 128 * chip.inner_block_s,  # of 128 bytes
+    }
+    assert max(parts, key=parts.get) == longest
+    rest = sum(parts.values()) - parts[longest]
+    want = chip.matrix_startup_s + parts[longest] + efficiency.exposed * rest
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.int32)
+    x, w = array(m, k, dtype=jnp.int8), array(k, n, dtype=jnp.int8)
+    assert time_of(product, x, w, machine=machine) == pytest.approx(want, rel=1e-12)
+
+
+def test_an_inner_block_is_as_many_bytes_in_every_width():
+    machine = replace_leaf(M, "chip.inner_block_s", 1.0)
+    one = {"int8": 128, "bfloat16": 64, "float32": 32}
+    for dtype, k in one.items():
+        x, w = array(16, 3 * k, dtype=dtype), array(3 * k, 16, dtype=dtype)
+        assert time_of(lambda x, w: x @ w, x, w, machine=machine) == pytest.approx(3.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("rows", [0.02, 0.5, 8])

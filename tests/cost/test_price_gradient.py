@@ -67,7 +67,7 @@ def test_gradients_are_central_differences_in_every_constant_size_and_load(decod
             # Rates save time; delays, work and disturbance cost it.
             delay = leaf.endswith("_s") and "_per_s" not in leaf
             costs = delay or any(
-                x in leaf for x in (*SIZES, "saturation", "interference", "factors")
+                x in leaf for x in (*SIZES, "saturation", "interference", "exposed", "factors")
             )
             assert slope >= 0 if costs else slope <= 0, leaf
     assert len(leaves) == len(jax.tree.leaves(machine)) + len(SIZES)

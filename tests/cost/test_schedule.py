@@ -201,6 +201,33 @@ def _without_contention(machine):
     return replace_leaf(machine, "chip.hbm_bytes_per_s", 1e18)
 
 
+@pytest.mark.parametrize("name", ["h800-pod", "cloudmatrix384"])
+def test_beside_exchanges_that_hold_cores_products_run_on_the_others_throughout(name):
+    machine = _without_contention(load_machine(name))
+    comm, compute = ("exchange", None, None), ("compute", None, None)
+    rows, n = 1 << 19, 1 << 14
+
+    def step(sent, x, w):
+        move = lambda sent: lax.all_to_all(sent, "node", 0, 0, tiled=True)  # noqa: E731
+        return on(comm, move, sent), on(compute, jnp.matmul, x, w)
+
+    def seconds(rows):
+        program = trace(step, array(rows, 64), array(n, n), array(n, n), axis_sizes={"node": 4})
+        timeline = price(program, machine, {})
+        return {op.stream.name: float(t) for op, t in zip(
+            timeline.program.operations, timeline.parts[0].total, strict=True
+        )}  # fmt: skip
+
+    small, large = seconds(4 * 64), seconds(rows)
+    assert small["exchange"] < large["exchange"] < 0.5 * large["compute"]
+    slow = large["compute"] / small["compute"]
+    throughout = 1 + machine.exchange.interference
+    if machine.exchange.bulk_kernels:
+        assert slow == pytest.approx(throughout, rel=1e-2)
+    else:
+        assert 1 < slow < 1 + machine.exchange.interference / 2
+
+
 def test_streams_that_share_hbm_slow_one_another():
     left, right = ("left", 12, 24), ("right", 12, 24)
 

@@ -28,7 +28,7 @@ from cmjax.primitives.convolution.tiles import (
 )
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 from cmjax.primitives.define import define
-from cmjax.program import Work, cost_rule
+from cmjax.program import Work, cost_rule, matmul_flops
 
 
 @jax.tree_util.register_dataclass
@@ -177,5 +177,5 @@ def _cost(x, *filters, out, mesh, algorithm, taps, padding, transformed, groups,
     return Work(
         vector_bytes=instructions * 4.0,
         flops=flops + instructions,
-        cube_flops_32bit=flops,
+        **matmul_flops(jnp.float32, flops, cin / groups * float(blocks)),
     )

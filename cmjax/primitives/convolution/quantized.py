@@ -55,7 +55,7 @@ from cmjax.primitives.convolution.tiles import (
 )
 from cmjax.primitives.convolution.toom_cook import ALGORITHMS
 from cmjax.primitives.define import clamp, define, straight_through
-from cmjax.program import Work, cost_rule
+from cmjax.program import Work, cost_rule, matmul_flops
 
 _RANGE = 6  # which operand the valid range is, if there
 
@@ -404,9 +404,9 @@ def _cost(
     )
     if groups > 1 and cin == groups * params["reach"].frames:
         return Work(vector_bytes=(instructions + macs) * 4.0, flops=macs * 2.0)
-    width = "8bit" if params["operand_limit"] <= 127 else "16bit"
+    operand = jnp.int8 if params["operand_limit"] <= 127 else jnp.int16
     return Work(
         vector_bytes=instructions * 4.0,
         flops=macs * 2.0,
-        **{f"cube_flops_{width}": macs * 2.0},
+        **matmul_flops(operand, macs * 2.0, depth),
     )

@@ -20,7 +20,7 @@ from cmjax.primitives.grouped.tiles import by_tiles
 from cmjax.primitives.msd.decompose import check_activations, check_finite, decompose_instructions
 from cmjax.primitives.msd.product import msd_dot, recombine_instructions
 from cmjax.primitives.msd.weight import QuantizedWeight, dequantize
-from cmjax.program import Work, cost_rule
+from cmjax.program import Work, cost_rule, matmul_flops
 
 
 def grouped_msd_dot(
@@ -118,6 +118,6 @@ def _cost(x, values, scale, sizes, *, out, mesh, format) -> Work:
     vector = x.size * decompose_instructions(2) + out[0].size * recombine_instructions(2)
     return Work(
         flops=products,
-        cube_flops_8bit=products * (0.5 if format == "mxfp4" else 1.0),
         vector_bytes=vector * 4.0,
+        **matmul_flops(jnp.int8, products * (0.5 if format == "mxfp4" else 1.0), x.shape[-1]),
     )

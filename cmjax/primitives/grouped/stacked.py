@@ -142,4 +142,4 @@ def _cost(x: Operand, w: Operand, *, out, skip_zeros, **_) -> Work:
     the kernel skips matrices without rows."""
     flops = out[0].size * x.shape[-1] * 2.0
     skipped = stack_bytes(x, w) if skip_zeros else {}
-    return Work(flops=flops, **matmul_flops(x.dtype, flops), **skipped)
+    return Work(flops=flops, **matmul_flops(x.dtype, flops, x.shape[-1]), **skipped)

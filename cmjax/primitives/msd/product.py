@@ -36,7 +36,7 @@ from cmjax.primitives.msd.decompose import (
 )
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.weight import QuantizedWeight, WeightFormat, dequantize
-from cmjax.program import Work, cost_rule
+from cmjax.program import Work, cost_rule, matmul_flops
 from cmjax.program.work import stack_bytes
 
 MOST_INNER = (2**31 - 1) // (127 * 128)
@@ -410,7 +410,7 @@ def _cost(x, w, *others, out, mesh, format, passes, **_) -> Work:
     vector = x.size * decompose_instructions(passes) + out[0].size * recombine_instructions(passes)
     return Work(
         flops=products,
-        cube_flops_8bit=products * (0.5 if format == "mxfp4" else 1.0),
         vector_bytes=vector * 4.0,
+        **matmul_flops(jnp.int8, products * (0.5 if format == "mxfp4" else 1.0), inner),
         **stack_bytes(x, w),
     )

@@ -17,14 +17,14 @@ def _dot_general(lhs: Operand, rhs: Operand, *scales: Operand, dimension_numbers
     outer = product(lhs.shape[d] for d in batch)
     rows = product(d for i, d in enumerate(lhs.shape) if i not in (*contract, *batch))
     columns = product(d for i, d in enumerate(rhs.shape) if i not in (*contract_rhs, *batch_rhs))
-    return _multiply_add(lhs, rhs, outer * rows * columns * inner)
+    return _multiply_add(lhs, rhs, outer * rows * columns * inner, inner)
 
 
 @cost_rule("scaled_matmul", "scaled_matmul_wrapper")
 def _scaled_matmul(lhs: Operand, rhs: Operand, *scales: Operand, **_) -> Work:
     """`jax.nn.scaled_matmul` of [batch, M, K] and [batch, N, K], as `scaled_dot`."""
     batch, rows, inner = lhs.shape
-    return _multiply_add(lhs, rhs, product((batch, rows, inner, rhs.shape[1])))
+    return _multiply_add(lhs, rhs, product((batch, rows, inner, rhs.shape[1])), inner)
 
 
 @cost_rule("ragged_dot_general")
@@ -42,7 +42,7 @@ def _ragged_dot_general(
     rows = product(d for i, d in enumerate(lhs.shape) if i not in (*contract, *batch))
     other = (*contract_rhs, *batch_rhs, *numbers.rhs_group_dimensions)
     columns = product(d for i, d in enumerate(rhs.shape) if i not in other)
-    return _multiply_add(lhs, rhs, outer * rows * columns * inner)
+    return _multiply_add(lhs, rhs, outer * rows * columns * inner, inner)
 
 
 @cost_rule("conv_general_dilated")
@@ -66,13 +66,14 @@ def _convolution(
     """
     spatial_rhs = dimension_numbers.rhs_spec[2:]
     spatial_out = dimension_numbers.out_spec[2:]
-    pairs = out[0].size * (rhs.size / rhs.shape[dimension_numbers.rhs_spec[0]])
+    inner = rhs.size / rhs.shape[dimension_numbers.rhs_spec[0]]
+    pairs = out[0].size * inner
     geometry = zip(window_strides, lhs_dilation, rhs_dilation, padding, strict=True)
     for i, (stride, spread, dilation, (before, _)) in enumerate(geometry):
         if spread > 1:
             length, taps = out[0].shape[spatial_out[i]], rhs.shape[spatial_rhs[i]]
             pairs = pairs * _share_met(length, taps, stride, spread, dilation, before)
-    return _multiply_add(lhs, rhs, pairs)
+    return _multiply_add(lhs, rhs, pairs, inner)
 
 
 def _share_met(length: Size, taps: Size, stride: int, spread: int, dilation: int, before) -> float:
@@ -91,8 +92,8 @@ def _share_met(length: Size, taps: Size, stride: int, spread: int, dilation: int
     return met / (outputs * kernel)
 
 
-def _multiply_add(lhs: Operand, rhs: Operand, pairs: Size) -> Work:
+def _multiply_add(lhs: Operand, rhs: Operand, pairs: Size, inner: Size) -> Work:
     """Work of `pairs` multiply-adds: two FLOP each, times the real products of a complex one."""
     flops = pairs * (2.0 * math.prod(2.0 if x.is_complex else 1.0 for x in (lhs, rhs)))
     wider = lhs.dtype if lhs.itemsize >= rhs.itemsize else rhs.dtype
-    return Work(flops=flops, **matmul_flops(wider, flops))
+    return Work(flops=flops, **matmul_flops(wider, flops, inner))
