@@ -17,7 +17,7 @@ class Micro:
     """Price one kernel or exchange: `cmjax micro dispatch --ep 8 --tokens 128`."""
 
     operator: tyro.conf.Positional[str]
-    """dispatch, combine, gemm, latent-attention or attention."""
+    """dispatch, combine, gemm, latent-attention, decode-attention or attention."""
     on: str = "cloudmatrix384"
     """Machine: a name of the catalog, or a .toml file."""
     json: str | None = None
@@ -50,10 +50,12 @@ class Micro:
     """Requests of an attention."""
     heads: int | None = None
     """Query heads of an attention."""
+    kv_heads: int | None = None
+    """Key and value heads of a decode-attention."""
     q_len: int | None = None
-    """New tokens per request of a latent-attention."""
+    """New tokens per request of a latent-attention or decode-attention (there 1 by default)."""
     context: int | None = None
-    """Cached tokens per request of a latent-attention."""
+    """Cached tokens per request of a latent-attention or decode-attention."""
     kv_cache: str | None = None
     """bf16 (default) or int8 latent cache."""
     length: int | None = None

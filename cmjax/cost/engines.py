@@ -7,10 +7,10 @@ A compute kernel's time is
 
 with the start-up of its class (with matrix products, attention, or neither) and
 cube = FLOP / (peak * share * efficiency), and so on; inner is the time of the inner blocks, which a
-core takes in order however small its tile. The last term is the hand-over between cube
-and vector cores: they work on tiles in turn, so the shorter one is exposed for one tile. The last
-is of matrix products: tiles that are not full, or do not fill the last wave of cores. Of a stack
-of experts HBM reads those that have rows.
+core takes in order however small its tile. The term behind it is the hand-over between cube and
+vector cores: they work on tiles in turn, so the shorter one is exposed for one tile. The last one
+is of kernels with matrix products: tiles that are not full, or do not fill the last wave of cores.
+Of a stack of experts HBM reads those that have rows.
 A collective's time is given in `fabric.py`, and how long it waits for other ranks in `waiting.py`.
 """
 
@@ -128,7 +128,9 @@ def seconds(
         )
     )
     factor = _factor(static, machine)
-    exposed = efficiency.exposed * (static.matrix & ~static.attention)
+    exposed = static.matrix * jnp.where(
+        static.attention, efficiency.attention_exposed, efficiency.exposed
+    )
 
     def longest(*engines):
         return largest(jnp.stack(jnp.broadcast_arrays(*engines)), temperature)

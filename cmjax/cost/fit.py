@@ -63,6 +63,7 @@ _KIND = {
     "combine": "exchange",
     "gemm": "matrix",
     "latent-attention": "attention",
+    "decode-attention": "attention",
     "attention": "attention",
 }
 Measure = Callable[[Supernode], Float[ArrayLike, ""]]

@@ -158,6 +158,34 @@ def micro_latent_attention(
     return MicroBenchmark(program, flops, float(kv_bytes))
 
 
+def micro_decode_attention(
+    machine: Supernode,
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    context: int,
+    q_len: int = 1,
+    d: int = 128,
+) -> MicroBenchmark:
+    """Grouped-query attention of new tokens over a bfloat16 cache of `context` tokens a request.
+
+    Raises: ValueError: heads that share no whole number of query heads.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"{kv_heads} KV heads do not share {heads} query heads evenly")
+    q = jax.ShapeDtypeStruct((batch, q_len, heads, d), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((batch, context, kv_heads, d), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def decode(q, k, v, lengths):
+        return attention(q, k, v, scale=1.0, causal=True, lengths=lengths)
+
+    program = _traced(machine, decode, q, k, k, lengths)
+    flops = 4.0 * batch * q_len * heads * context * d
+    return MicroBenchmark(program, flops, 4.0 * batch * context * kv_heads * d)
+
+
 def micro_attention(
     machine: Supernode, *, batch: int, length: int, heads: int, d: int = 192, dv: int = 128
 ) -> MicroBenchmark:
@@ -186,6 +214,7 @@ MICROS: dict[str, Callable[..., MicroBenchmark]] = {
     "combine": functools.partial(micro_exchange, operator="combine"),
     "gemm": micro_gemm,
     "latent-attention": micro_latent_attention,
+    "decode-attention": micro_decode_attention,
     "attention": micro_attention,
 }
 

@@ -72,6 +72,7 @@ _SCHEMA: dict[str, Any] = {
         "attention": "fraction",
         "hbm": "fraction",
         "exposed": "fraction",
+        "attention_exposed": "fraction",
     },
     "nodes": "count",
     "npus_per_node": "count",
@@ -81,9 +82,13 @@ _ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s", "unfused": "names"}
 _MAY_BE_ZERO = {
     *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
     *("matrix_startup_s", "attention_startup_s", "vector_startup_s", "collective_startup_s"),
-    *("inner_block_s", "exposed"),
+    *("inner_block_s", "exposed", "attention_exposed"),
 }
-_NOT_GIVEN = "not given: the longer of cube and memory bounds a matrix product"
+_NOT_GIVEN = {
+    "chip": {"inner_block_s": "0 us"},
+    "efficiency": {"exposed": "0 %", "attention_exposed": "0 %"},
+}
+"""Where a file does not say, the longer of cube and memory bounds a kernel."""
 _MOST_BYTES = 1_000_000
 _MOST_RANKS = 2**20
 _MOST_QUANTITY = 1e30
@@ -212,8 +217,8 @@ def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
 
 def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """A machine's TOML as it is written, and where it is from, for messages. Attention that names
-    no start-up of its own has that of matrix products. Of these, where a file does not
-    say, inner blocks take no time of their own and nothing of cube or memory is exposed.
+    no start-up of its own has that of matrix products. What else may be
+    left out is `_NOT_GIVEN`.
 
     Raises: ValueError: unknown name, unreadable file, or no TOML.
     """
@@ -223,9 +228,10 @@ def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     if isinstance(chip, dict) and isinstance(like := chip.get("matrix_startup_s"), dict):
         same = {"source": "assumed: as matrix_startup_s", "value": like.get("value")}
         chip.setdefault("attention_startup_s", same)
-    for section, key, unit in (("chip", "inner_block_s", "us"), ("efficiency", "exposed", "%")):
+    for section, names in _NOT_GIVEN.items():
         if isinstance(found := tree.get(section), dict):
-            found.setdefault(key, {"source": _NOT_GIVEN, "value": f"0 {unit}"})
+            for key, zero in names.items():
+                found.setdefault(key, {"source": "not given", "value": zero})
     return tree, origin
 
 

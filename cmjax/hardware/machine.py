@@ -42,7 +42,7 @@ class Chip:
         kernel's end to the next one's first useful cycle on a stream, by what starts: a kernel with
         matrix products, attention (where it takes several kernels, all of them), a kernel of
         neither, a plain collective (dispatch and combine have start-ups of their own).
-      inner_block_s: what a matrix product takes for every 128 bytes along its inner dimension,
+      inner_block_s: what a matrix product takes for every 128 numbers of its inner dimension,
         however small the tile that a core has of the result.
       l2_bytes: on-chip memory shared by the die's cores.
       cube_cores, vector_cores: AIC and AIV counts (streaming multiprocessors on a GPU).
@@ -137,14 +137,15 @@ class Efficiency:
 
     Fields:
       gemm, attention: fraction of the cube's peak. hbm: of the memory's.
-      exposed: of matrix products, the share of the shorter of cube and memory time that the longer
-        one does not hide.
+      exposed, attention_exposed: of matrix products and of attention, the share of the shorter of
+        cube and memory time that the longer one does not hide.
     """
 
     gemm: Scalar
     attention: Scalar
     hbm: Scalar
     exposed: Scalar
+    attention_exposed: Scalar
 
 
 @_pytree

@@ -32,8 +32,7 @@ KINDS = ("compute", "attention", "permute", "collective", "dispatch", "combine")
 runs on its engines at once, whatever they do; an attention kernel has an efficiency of its own; a
 kernel that permutes rows only runs where the exchange before or after it leaves that to it."""
 INNER_BLOCK = 128.0
-"""Bytes of a row of either operand that a matrix product's loop takes at a time: the width of a
-swizzle of tensor cores (DeepGEMM: 128 numbers of 8 bits)."""
+"""Numbers of the inner dimension that a matrix product's loop takes at a time (DeepGEMM's)."""
 COMPUTE = ("compute", "attention", "permute")
 """Kinds that stay on their die."""
 
@@ -78,7 +77,7 @@ class Work:
     Fields:
       cube_flops_8bit, cube_flops_16bit, cube_flops_32bit: matrix FLOP by operand width.
       inner_blocks: steps that a core takes one after another along the inner dimensions of matrix
-        products, of `INNER_BLOCK` bytes each.
+        products, of `INNER_BLOCK` numbers each.
       vector_bytes: operand bytes through the vector cores (elements x bytes x instructions).
       die_bytes, node_bytes, supernode_bytes: bytes sent to ranks of each tier.
       once_per_node_bytes: as supernode_bytes, if a token crosses to a node once however many of
@@ -143,7 +142,6 @@ def matmul_flops(dtype: Any, flops: Size, inner: Size | float = 0.0) -> dict[str
       inner: numbers in its inner dimension, along which the loop of a tile runs; 0 where tiles are
         made in another way.
     """
-    itemsize = jnp.dtype(dtype).itemsize
-    bits = itemsize * 8  # complex: two numbers of at least 32 bits
+    bits = jnp.dtype(dtype).itemsize * 8  # complex: two numbers of at least 32 bits
     width = 8 if bits <= 8 else 16 if bits == 16 else 32
-    return {f"cube_flops_{width}bit": flops, "inner_blocks": inner * (itemsize / INNER_BLOCK)}
+    return {f"cube_flops_{width}bit": flops, "inner_blocks": inner / INNER_BLOCK}

@@ -76,7 +76,7 @@ def test_of_a_matrix_product_a_share_of_what_the_longest_part_could_hide_is_expo
     parts = {
         "cube": 2 * m * k * n / (chip.cube_flops_8bit * efficiency.gemm),
         "hbm": (m * k + k * n + 4 * m * n) / (chip.hbm_bytes_per_s * efficiency.hbm),
-        "inner": k / 128 * chip.inner_block_s,  # of 128 bytes
+        "inner": k / 128 * chip.inner_block_s,
     }
     assert max(parts, key=parts.get) == longest
     rest = sum(parts.values()) - parts[longest]
@@ -86,12 +86,29 @@ def test_of_a_matrix_product_a_share_of_what_the_longest_part_could_hide_is_expo
     assert time_of(product, x, w, machine=machine) == pytest.approx(want, rel=1e-12)
 
 
-def test_an_inner_block_is_as_many_bytes_in_every_width():
+def test_an_inner_block_is_as_many_numbers_of_every_width():
     machine = replace_leaf(M, "chip.inner_block_s", 1.0)
-    one = {"int8": 128, "bfloat16": 64, "float32": 32}
-    for dtype, k in one.items():
-        x, w = array(16, 3 * k, dtype=dtype), array(3 * k, 16, dtype=dtype)
+    for dtype in ("int8", "bfloat16", "float32"):
+        x, w = array(16, 3 * 128, dtype=dtype), array(3 * 128, 16, dtype=dtype)
         assert time_of(lambda x, w: x @ w, x, w, machine=machine) == pytest.approx(3.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("heads, longest", [(512, "cube"), (16, "hbm")])
+def test_of_attention_a_share_of_its_own_is_exposed(heads, longest):
+    machine = load_machine("h800-pod")
+    chip, efficiency = machine.chip, machine.efficiency
+    batch, context, kv_heads, d = 64, 8192, 2, 128
+    cube = 4 * batch * heads * context * d / (chip.cube_flops_16bit * efficiency.attention)
+    vector = batch * heads * context * 9 * 4 / chip.vector_bytes_per_s
+    moved = 2 * batch * d * (2 * context * kv_heads + 2 * heads)  # and the lengths
+    hbm = moved / (chip.hbm_bytes_per_s * efficiency.hbm)
+    shorter, longer = sorted((cube, hbm))
+    assert longer == {"cube": cube, "hbm": hbm}[longest]
+    want = chip.attention_startup_s + longer + efficiency.attention_exposed * shorter
+    want += min(cube, vector) / PIPELINE_TILES
+    options = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "context": context, "d": d}
+    got = float(micro("decode-attention", machine, **options).measure(machine)["us"])
+    assert got == pytest.approx(want * 1e6, rel=1e-4)  # the last key is seen by half
 
 
 @pytest.mark.parametrize("rows", [0.02, 0.5, 8])

@@ -79,6 +79,7 @@ micro dispatch --ep 8 --tokens 8 --copies 257
 micro gemm --m 0 --k 128 --n 128
 micro gemm --m 1000000000 --k 1000000000 --n 1000000000 --groups 1000000000
 micro attention --batch 1000000000 --heads 128 --length 1000000000
+micro decode-attention --batch 1 --heads 3 --kv-heads 2 --context 1
 micro latent-attention --batch 1 --heads 1 --q-len 1 --context 1 --kv-cache x
 micro [/b]
 place LOADS --ranks 4 --tokens 10000000000000000000000000000000
@@ -156,11 +157,13 @@ VALUES = st.sampled_from(
      "int8", "bf16", "$\\frac$", "../x", "µ", "a\nb", "1,2", "None", "True", "{}", "("]
 )  # fmt: skip
 MICRO = st.tuples(
-    st.sampled_from(["dispatch", "combine", "gemm", "latent-attention", "attention"]),
+    st.sampled_from(
+        ["dispatch", "combine", "gemm", "latent-attention", "decode-attention", "attention"]
+    ),
     st.dictionaries(
         st.sampled_from(
             ["ep", "tokens", "copies", "hidden", "experts", "quant", "m", "k", "n", "groups",
-             "batch", "heads", "q-len", "context", "kv-cache", "length", "on"]
+             "batch", "heads", "kv-heads", "q-len", "context", "kv-cache", "length", "on"]
         ),
         VALUES,
         max_size=5,
