@@ -128,6 +128,11 @@ class System:
         )
         self.loaded = self._answer()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def turn(self, prompts: np.ndarray, steps: int) -> dict[str, Any]:
         """A prefill and `steps` decode steps."""
         assert self._process.stdin is not None

@@ -2,7 +2,7 @@
 
 It speaks the protocol of `benchmarks.generate_peers`:
 
-    python -m benchmarks.generate_worker ARITHMETIC FOLDER REQUESTS PROMPT_TOKENS
+    python -m benchmarks.generate_worker ARITHMETIC FOLDER REQUESTS PROMPT_TOKENS [PACKED]
 """
 
 import sys
@@ -19,7 +19,7 @@ from cmjax.models.moe.huge_pages import use_huge_pages
 
 
 def main() -> None:
-    arithmetic, folder, requests, prompt = sys.argv[1:]
+    arithmetic, folder, requests, prompt, *packed = sys.argv[1:]
     answers = private_output()
     if arithmetic == "reads":
         answer(answers, {"bytes_per_s": read_rate()})
@@ -27,7 +27,9 @@ def main() -> None:
     started = time.perf_counter()
     generator = moe.open_generator(
         Path(folder),
-        options=GeneratorOptions(arithmetic=arithmetic, drafts=0),
+        options=GeneratorOptions(
+            arithmetic=arithmetic, drafts=0, packed=Path(packed[0]) if packed else None
+        ),
         requests=int(requests),
         prompt_tokens=int(prompt),
     )

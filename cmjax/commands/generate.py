@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,10 @@ class Generate:
         prepare_mesh(mesh, self.mesh, self.group)
         keep_executables()
         started = time.perf_counter()
-        with show_progress("loading", quiet=not first) as progress:
+        with (
+            warnings.catch_warnings(record=True) as warned,
+            show_progress("loading", quiet=not first) as progress,
+        ):
             generator = open_generator(
                 model,
                 mesh,
@@ -131,6 +135,8 @@ class Generate:
                 progress=progress,
             )
         load_s = time.perf_counter() - started
+        for warning in warned:
+            log.print(f"{warning.message}", markup=False, highlight=False)
         log.print(f"weights in place on {mesh.ranks} ranks: {load_s:.1f} s")
         with show_progress("compiling", quiet=not first) as progress:
             found = generator.generate(

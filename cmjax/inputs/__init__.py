@@ -14,6 +14,7 @@ from cmjax.inputs.documents import (
     read_json_lines,
     read_toml,
 )
+from cmjax.inputs.maps import map_bytes
 from cmjax.inputs.numbers import (
     MOST_SEED,
     MOST_SIZE,
@@ -36,6 +37,7 @@ __all__ = [
     "check_seed",
     "in_one_line",
     "listed",
+    "map_bytes",
     "parse_csv",
     "parse_json",
     "parse_row",

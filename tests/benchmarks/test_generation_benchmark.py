@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generate
+from benchmarks import generate, packed
 from benchmarks.generate_models import QWEN, step_bytes, write_model
 from benchmarks.generate_plot import plot_decode
 from cmjax.models import moe
@@ -67,6 +67,19 @@ def test_bad_options_are_refused(options, message):
             options = options | {name: Path(options[name])}
     with pytest.raises(ValueError, match=message):
         generate.Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"places": (Path("no/such"),)}, "--places no/such: no such folder"),
+        ({"rounds": 0}, "must be positive, got 0, 48 and 3"),
+        ({"arithmetic": "int3"}, "arithmetic must be one of"),
+    ],
+)
+def test_bad_options_of_starts_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        packed.Options(**options)
 
 
 def test_a_peer_that_is_not_installed_says_so(tmp_path):

@@ -2,18 +2,20 @@
 
 A file is 8 bytes of header length, a JSON header (name -> dtype, shape, offsets), and the tensors'
 bytes. Reading goes into a buffer of one tensor: neither the whole file nor a map of it
-ever counts as this process's memory. A map would save nothing: matrices are transposed or rounded
-on their way to the model, and lie unaligned, so that JAX would copy them first. The format's own
-library reads NumPy arrays through a map and knows no FP8 in NumPy; the tests compare with it.
+ever counts as this process's memory. A map of a published checkpoint would save nothing: matrices
+are transposed or rounded on their way to the model, and lie unaligned, so that JAX would copy them
+first (`cmjax.models.moe.generation.packed` maps what is aligned). The format's own library reads
+NumPy arrays through a map and knows no FP8 in NumPy; the tests compare with it.
 """
 
 import dataclasses
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 
 import ml_dtypes
 import msgspec
@@ -36,7 +38,8 @@ DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
-_ALIGNMENT = 64  # JAX takes an aligned array of the host as it is, and copies any other
+ALIGNMENT = 64
+"""JAX takes an array of the host that lies at a multiple as it is, and copies any other."""
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
@@ -61,8 +64,8 @@ class StoredTensor:
         Raises:
           ValueError: the file ends early; names it.
         """
-        buffer = np.empty(self.nbytes + _ALIGNMENT, np.uint8)
-        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][: self.nbytes]
+        buffer = np.empty(self.nbytes + ALIGNMENT, np.uint8)
+        buffer = buffer[-buffer.ctypes.data % ALIGNMENT :][: self.nbytes]
         view, done = memoryview(buffer), 0
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -82,8 +85,28 @@ def list_tensors(path: str | Path) -> dict[str, StoredTensor]:
         this reader does not know; names file, tensor and sizes.
     """
     path = Path(path)
-    header, start, size = _header(path)
-    header.pop("__metadata__", None)
+    try:
+        with path.open("rb") as file:
+            return read_header(file, path).tensors
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: Any  # a dictionary of texts, in a file of the format's own library; or nothing
+
+
+def read_header(file: IO[bytes], path: Path) -> Header:
+    """The header of an open file.
+
+    Args: path: of the tensors, and in messages.
+    Raises: ValueError: see `list_tensors`. OSError: it cannot be read.
+    """
+    header, start, size = _read_object(file, path)
+    metadata = header.pop("__metadata__", None)
     tensors = {}
     for name, raw in header.items():
         entry = convert(raw, _Entry, path, f"tensor {name!r}")
@@ -108,7 +131,7 @@ def list_tensors(path: str | Path) -> dict[str, StoredTensor]:
             )
         tensors[name] = tensor
     _check_order(path, tensors, start, size)
-    return tensors
+    return Header(tensors, metadata)
 
 
 class _Entry(msgspec.Struct):
@@ -119,18 +142,15 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[_Offset, _Offset]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_object(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's object, the byte after it, and the bytes of the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(size - 8, _MOST_HEADER_BYTES):
-                raise ValueError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
-            text = file.read(length)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - 8, _MOST_HEADER_BYTES):
+        raise ValueError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
+    text = file.read(length)
     try:
         header = parse_json(text, "")
     except ValueError as error:
@@ -170,10 +190,14 @@ def write_tensors(
     path: str | Path,
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one file; `tensors` come in the order of `specs` and are not kept.
 
-    The file appears under its name when it is whole.
+    The file appears under its name when it is whole. The first tensor lies at a multiple of
+    `ALIGNMENT`.
+
+    Args: metadata: what else the header is to say.
     """
     path, header, offset = Path(path), {}, 0
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -184,8 +208,9 @@ def write_tensors(
             "data_offsets": [offset, offset + spec.nbytes],
         }
         offset += spec.nbytes
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    about = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    text = json.dumps(about | header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with replaced(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, spec), (given, tensor) in zip(specs.items(), tensors, strict=True):

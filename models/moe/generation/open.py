@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cmjax.console import Progress
 from cmjax.inputs import check_count
@@ -21,14 +21,19 @@ from cmjax.models.moe.checkpoint.load import Checkpoint, load_params, open_check
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.generator import Generator
 from cmjax.models.moe.generation.memory import check_memory, chunk_that_fits
+from cmjax.models.moe.generation.packed import identity_of, packed_params
 from cmjax.models.moe.generation.placed import padded_length
-from cmjax.models.moe.generation.programs import check_prefill, place_params
+from cmjax.models.moe.generation.programs import (
+    check_prefill,
+    place_params,
+    placed_shapes,
+)
 from cmjax.models.moe.huge_pages import use_huge_pages
 from cmjax.models.moe.layered import split_layers
 from cmjax.models.moe.parallelism import Parallelism
-from cmjax.models.moe.sharding import shard_params
+from cmjax.models.moe.sharding import layer_tables, shard_params
 from cmjax.models.moe.slots import SlotTable, plan_tables, published_table
-from cmjax.models.moe.steps import init_params
+from cmjax.models.moe.steps import abstract_params, init_params
 from cmjax.placement import read_plan
 
 _MOST_DRAFTS = 64
@@ -52,6 +57,9 @@ class GeneratorOptions:
     prefill_chunk: int | None = None
     """Run prompts this many tokens at a time (default: whole, or in chunks where dispatching whole
     prompts would not fit this machine's memory)."""
+    packed: Path | None = None
+    """Keep the weights in this file as the arithmetic has them, of the size that they have in
+    memory: the first start writes it, later ones map it, at once and sharing its pages."""
     drafts: int | None = None
     """Tokens drafted per step by multi-token prediction (default: 1 if the model can)."""
 
@@ -88,11 +96,17 @@ def open_generator(
     Raises:
       ValueError: a folder that is no checkpoint of a known family; a plan of another model or mesh;
         drafts without the weights to draft; an arithmetic that does not fit the model's widths;
-        parameters or exchange buffers that this machine has no memory for.
+        parameters or exchange buffers that this machine has no memory for; a `packed` file that is
+        none, or of random parameters.
     """
     mesh, options = mesh or RankMesh(1, 1), options or GeneratorOptions()
     model = open_checkpoint(source) if isinstance(source, str | Path) else source
     config = model.config if isinstance(model, Checkpoint) else model
+    if options.packed is not None and not isinstance(model, Checkpoint):
+        raise ValueError(
+            f"packed {options.packed}: a file keeps the weights of a checkpoint folder; random "
+            "parameters are made, not kept"
+        )
     drafts = _drafts(model, options.drafts)
     mtp = drafts > 0
     parallelism, tables = _placed_experts(config, mesh, options.plan, mtp)
@@ -110,22 +124,22 @@ def open_generator(
     check_prefill(config, parallelism, chunk, sequence_parallel)
     split = mesh.nodes == 1 if split is None else split
     if isinstance(model, Checkpoint):
-        params = load_params(
+        params, mapped = _read_params(
             model,
             parallelism,
-            precision=arithmetic,
+            mesh,
+            tables,
+            arithmetic,
             mtp=mtp,
-            mesh=mesh,
-            tables=tables,
             split=split,
+            packed=options.packed,
             progress=progress,
         )
     else:
         one = init_params(config, arithmetic, mtp=mtp, seed=seed)
         params = place_params(shard_params(one, parallelism, tables), parallelism, mesh)
-        if split:
-            params = split_layers(params, parallelism)
-    if split:  # layers that are scanned are copied before they are read
+        params, mapped = (split_layers(params, parallelism) if split else params), False
+    if split and not mapped:  # layers that are scanned are copied before they are read
         use_huge_pages(params)
     return Generator(
         config=config,
@@ -137,6 +151,40 @@ def open_generator(
         drafts=drafts,
         prefill_chunk=chunk,
         sequence_parallel=sequence_parallel,
+    )
+
+
+def _read_params(
+    checkpoint: Checkpoint,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    tables: Sequence[SlotTable] | None,
+    arithmetic: Arithmetic,
+    *,
+    mtp: bool,
+    split: bool,
+    packed: Path | None,
+    progress: Progress | None,
+) -> tuple[Any, bool]:
+    """The parameters of a checkpoint, and whether they are mapped from a file that keeps them."""
+    load = functools.partial(
+        load_params,
+        checkpoint,
+        parallelism,
+        precision=arithmetic,
+        mtp=mtp,
+        mesh=mesh,
+        tables=tables,
+        split=split,
+        progress=progress,
+    )
+    if packed is None:
+        return load(), False
+    whole = abstract_params(checkpoint.config, parallelism, arithmetic, mtp=mtp)
+    shapes = placed_shapes(whole, parallelism, mesh, split=split)
+    each = layer_tables(parallelism, checkpoint.config.moe_layers + mtp, tables)
+    return packed_params(
+        packed, shapes, identity_of(checkpoint, arithmetic, each, shapes), load, progress
     )
 
 

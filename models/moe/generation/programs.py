@@ -109,6 +109,18 @@ def place_params(
     return jax.tree.map(lambda spec, x: on_mesh(x, mesh, spec), specs, params)
 
 
+def placed_shapes(
+    shapes: dict[str, Any], parallelism: Parallelism, mesh: RankMesh, *, split: bool
+) -> dict[str, Any]:
+    """Shapes and shardings of the parameters on a mesh, of those of one rank (`abstract_params`).
+
+    Args: split: layers have arrays of their own, as `split_layers` gives them.
+    """
+    specs = param_specs(shapes, parallelism)
+    shapes = split_shapes(shapes) if split else shapes
+    return jax.tree.map(lambda spec, sub: _placed(spec, sub, mesh), specs, shapes)
+
+
 def compile_programs(
     config: MoEConfig,
     parallelism: Parallelism,
@@ -278,26 +290,15 @@ class _Batch:
     def __init__(self, config, parallelism, mesh, precision, kv_cache, sizes: BatchShape):
         self.mesh, self.sizes = mesh, sizes
         mtp = sizes.drafts > 0
-        where = _shardings(mesh)
         whole = abstract_params(config, parallelism, precision, mtp=mtp)
         self.specs = param_specs(whole, parallelism)
-        shapes = split_shapes(whole) if sizes.layered else whole
-
-        def on_mesh(spec, leaf):
-            shape = (parallelism.ranks, *leaf.shape) if spec is RANKED else leaf.shape
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where[spec])
-
-        self.params = jax.tree.map(
-            lambda spec, sub: jax.tree.map(functools.partial(on_mesh, spec), sub),
-            self.specs,
-            shapes,
-        )
+        self.params = placed_shapes(whole, parallelism, mesh, split=sizes.layered)
 
         def empty_of_rank():
             cache = empty_cache(config, sizes.requests, sizes.room, kv_cache, mtp=mtp)
             return split_cache(cache) if sizes.layered else cache
 
-        self.cache = jax.tree.map(functools.partial(on_mesh, RANKED), jax.eval_shape(empty_of_rank))
+        self.cache = _placed(RANKED, jax.eval_shape(empty_of_rank), mesh)
         ranks = mesh.ranks
         sampler = Sampler(temperature=0.0 if sizes.greedy else 1.0)
         prompts = [[0]] * (ranks * sizes.requests)
@@ -366,9 +367,11 @@ def check_prefill(
     return prefill_parallelism
 
 
-def _shardings(mesh: RankMesh) -> dict[Spec, NamedSharding]:
-    devices = mesh.concrete()
-    return {
-        RANKED: NamedSharding(devices, PartitionSpec("node")),
-        REPLICATED: NamedSharding(devices, PartitionSpec()),
-    }
+def _placed(spec: Spec, tree: Any, mesh: RankMesh) -> Any:
+    """Shapes on a mesh, of those of one rank."""
+    lead = (mesh.ranks,) if spec is RANKED else ()
+    where = PartitionSpec("node") if spec is RANKED else PartitionSpec()
+    sharding = NamedSharding(mesh.concrete(), where)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding), tree
+    )
