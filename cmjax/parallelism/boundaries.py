@@ -9,7 +9,7 @@ tried that could not be better than the best one yet. It is exact.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,20 +35,19 @@ class Waits:
 
 
 def divisions(
-    layers: int, stages: int, waits: Waits, best: Best, lightest: Callable[[int], float]
+    layers: int, stages: int, waits: Waits, best: Best, layer_s: float
 ) -> list[tuple[int, ...]]:
     """Layers of every stage: the fastest division with the fewest layers on the fullest stage, then
     those with more of them that are faster still.
 
     Args:
-      lightest: at least what a stage takes that has so many layers.
+      layer_s: at least what a stage takes for each of its layers.
     Returns: none, if none fits.
     """
     least, found = math.inf, []
-    floor = waits.total * stages * lightest(1) * layers / stages
     for most in range(-(-layers // stages), layers - stages + 2):
-        if least < math.inf and waits.slowest * lightest(most) + floor >= least:
-            break
+        if waits.seconds(most * layer_s, layers * layer_s) >= least:
+            break  # a stage that is as full takes too long
         few = max(1, layers - (stages - 1) * most)
         times = np.array(
             [[best(stage, n)[0] for n in range(few, most + 1)] for stage in range(stages)]
@@ -113,5 +112,3 @@ def _least_sum(times: np.ndarray, more: int, slowest: float) -> tuple[float, np.
         division[stage] = chosen[stage, rest]
         rest -= division[stage]
     return float(times[np.arange(stages), division].sum()), division
-
-

@@ -164,7 +164,9 @@ class Plan:
         if self.sequence_parallel and model.sequence // self.context % t:
             part = f"{model.sequence // self.context}"
             raise ValueError(f"plan: tensor={t} does not divide the sequence of {part}")
-        self._check_stages(model.layers)
+        self.check_stages(model.layers)
+        if isinstance(self.recompute, Layerwise):
+            self.recompute.check(self.stages(model.layers))
         if global_batch % (self.replicas * self.micro_batch):
             shared = f" / context={self.context}" if self.context > 1 else ""
             raise ValueError(
@@ -177,7 +179,8 @@ class Plan:
                 f"got {self.micro_batches(global_batch)}"
             )
 
-    def _check_stages(self, layers: int) -> None:
+    def check_stages(self, layers: int) -> None:
+        """Raises: ValueError: stages and chunks that cannot share so many layers."""
         p, v = self.pipeline, self.interleave
         if layers % v:
             raise ValueError(f"plan: interleave={v} does not divide the {layers} layers")
@@ -190,8 +193,6 @@ class Plan:
                 f"plan: layers={runs_text(self.layers)}{chunks} makes {found}; the model has "
                 f"{layers}"
             )
-        if isinstance(self.recompute, Layerwise):
-            self.recompute.check(self.stages(layers))
 
     def heads_apart(self, model: DenseConfig) -> bool:
         """Whether the tensor degree cannot split the model's layers."""

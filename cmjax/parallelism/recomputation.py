@@ -3,10 +3,10 @@ memory within its device's.
 
     min  f t_full + s t_selective     over  f + s <= n,  held(f, s) <= usable
 
-Layers of a kind cost alike, and a step grows with the time of every stage: what n layers of a stage
-recompute is chosen by itself, and trying all numbers is exact. Stages differ by the micro-batches
-that they hold in flight, and by what else they compute (AdaPipe, ASPLOS 2024, chooses both alike, by
-dynamic programming); how many layers they have is `boundaries.divisions`.
+Layers of a kind cost alike, and a step grows with the time of every stage: what n layers of a
+stage recompute is chosen by itself, and trying all numbers is exact. Stages differ by the
+micro-batches that they hold in flight, and by what else they compute; how many layers they have is
+for `boundaries.divisions` to say (AdaPipe, ASPLOS 2024, chooses both, by dynamic programming).
 """
 
 import dataclasses
@@ -62,14 +62,10 @@ def fastest_stages(
     plan = dataclasses.replace(plan, layers=(), recompute="none")
     bounds = None if seconds is None else at_least
     best = _Best(model, plan, global_batch, usable, seconds or at_least, bounds)
-    ends = {0, min(1, plan.pipeline - 1), plan.pipeline - 1}
-
-    def lightest(layers: int) -> float:
-        return min(float(at_least(stage, Counts(layers, 0, 0))) for stage in ends)
-
+    one, two = (float(at_least(0, Counts(n, 0, 0))) for n in (1, 2))
     waits = Waits(slowest=plan.micro_batches(global_batch) - waited, total=waited)
     chunk = model.layers // plan.interleave
-    return [best.of(n) for n in divisions(chunk, plan.pipeline, waits, best, lightest)]
+    return [best.of(n) for n in divisions(chunk, plan.pipeline, waits, best, two - one)]
 
 
 class _Best:

@@ -1,11 +1,11 @@
 """The search: every plan that divides and fits, priced; the fastest first.
 
-It is exhaustive over its space. Three things keep it small: what is recomputed is not tried but
-solved for, layer by layer, and where stages begin with it (`fastest_stages`); of plans that differ only in what cannot make a
-step faster one is taken (GPipe never beats 1F1B); and it goes best first. A plan waits in a queue
-by a lower bound of its step, of its layers alone and then with as little recomputed as fits; it is
-priced when its turn comes, and the search ends when the bound of the next one is slower than the
-last of the best (A*, Hart, Nilsson and Raphael 1968).
+It is exhaustive over its space. Three things keep it small: what is recomputed, layer by layer,
+and where stages begin are not tried but solved for (`fastest_stages`); of plans that differ only in
+what cannot make a step faster one is taken (GPipe never beats 1F1B); and it goes best first. A plan
+waits in a queue by a lower bound of its step, of its layers alone and then with as little
+recomputed as fits; it is priced when its turn comes, and the search ends when the bound of the next
+one is slower than the last of the best (A*, Hart, Nilsson and Raphael 1968).
 """
 
 import dataclasses

@@ -51,7 +51,10 @@ PLANS = [
     "data=2,tensor=2,pipeline=2,layers=3-1,optimizer=zero1,sequence_parallel=true",
     "data=2,pipeline=3,layers=1-2-1,optimizer=zero2,schedule=zero_bubble,recompute=none",
     "data=2,tensor=2,pipeline=2,layers=1-3,optimizer=zero3,order=data-pipeline-tensor",
+    "data=2,pipeline=2,interleave=2,layers=2-1,optimizer=zero1,recompute=full:1-0",
 ]
+DEEP = dataclasses.replace(PANGU, layers=6)
+"""For two chunks on each of two stages, of which one has a layer more."""
 COUNTED = [
     "data=2,recompute=selective",
     "tensor=4,recompute=none",
@@ -71,6 +74,7 @@ COUNTED = [
     "data=2,pipeline=2,layers=1-3,optimizer=none,recompute=selective:0-1,order=pipeline-data-tensor",
     "data=2,tensor=2,pipeline=2,layers=1-3,optimizer=zero3,order=tensor-data-pipeline",
     "data=2,pipeline=3,optimizer=zero2,schedule=zero_bubble",
+    "data=2,pipeline=2,interleave=2,layers=1-2,optimizer=zero1,order=pipeline-data-tensor",
 ]
 
 
@@ -79,6 +83,8 @@ def _tokens(config, batch=BATCH):
 
 
 def _pangu(plan):
+    if "interleave=2,layers" in plan:
+        return DEEP
     return SHALLOW if "pipeline" not in plan else PANGU
 
 
