@@ -7,6 +7,7 @@ experts.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -63,11 +64,13 @@ class MoETraining:
         """Three times the matrix products of a forward pass, of one token."""
         return _flops_per_token(self)
 
-    def stages(self, pipeline: int) -> list[range]:
-        """The layers of every stage: as many on each, and on the last ones what is left."""
-        layers = self.model.layers
-        each = math.ceil(layers / pipeline)
-        return [range(min(s * each, layers), min((s + 1) * each, layers)) for s in range(pipeline)]
+    def stages(self, plan: Plan) -> list[range]:
+        """The layers of every stage: where a plan does not say, as many on each, and on the last
+        ones what is left."""
+        layers, p = self.model.layers, plan.pipeline
+        numbers = plan.layers or [math.ceil(layers / p)] * p
+        ends = [min(sum(numbers[:stage]), layers) for stage in range(p + 1)]
+        return [range(*pair) for pair in itertools.pairwise(ends)]
 
     def check(self, plan: Plan, global_batch: int) -> None:
         """Raises: ValueError: a degree that does not divide what it splits."""
@@ -82,10 +85,7 @@ class MoETraining:
                 "sequence_parallel=false"
             )
         _ = plan.recompute_of_all  # refuses what differs from layer to layer
-        if plan.pipeline > self.model.layers:
-            raise ValueError(
-                f"plan: pipeline={plan.pipeline} is more than the {self.model.layers} layers"
-            )
+        plan.check_stages(self.model.layers)
         if global_batch % (plan.data * plan.micro_batch):
             raise ValueError(
                 f"plan: data={plan.data} x micro_batch={plan.micro_batch} does not divide the "

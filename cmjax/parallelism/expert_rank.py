@@ -57,7 +57,7 @@ class ExpertRank(Staged):
         model, self.training = training.model, training
         self.replicas, self.ranks = axes["replicas"], axes["expert"]
         self.copies_words = plan.pipeline > 1 and model.tie_embeddings
-        self.parts = layer_parts(training, plan.pipeline)
+        self.parts = layer_parts(training, plan)
         self.ends = EndsProgram(model, arithmetic)
         self.layers: dict[LayerKind, LayerProgram] = {
             kind: LayerProgram(model, parallelism, kind, plan.recompute_of_all, arithmetic)

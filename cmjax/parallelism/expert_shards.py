@@ -46,16 +46,16 @@ class LayerPart:
         return [number is not None for number in self.numbers]
 
 
-def layer_parts(training: MoETraining, pipeline: int) -> list[LayerPart]:
+def layer_parts(training: MoETraining, plan: Plan) -> list[LayerPart]:
     """The places of a stage in order, each for every kind that a stage has there."""
-    model, stages, parts = training.model, training.stages(pipeline), []
-    for place in range(len(stages[0])):
+    model, stages, parts = training.model, training.stages(plan), []
+    for place in range(max(map(len, stages))):
         found: dict[LayerKind, list[int | None]] = {}
         for stage, layers in enumerate(stages):
             if place < len(layers):
                 kind = model.kind(layers[place])
                 before = [model.kind(layer) for layer in range(layers[place])]
-                found.setdefault(kind, [None] * pipeline)[stage] = before.count(kind)
+                found.setdefault(kind, [None] * plan.pipeline)[stage] = before.count(kind)
         parts += [LayerPart(kind, tuple(numbers)) for kind, numbers in found.items()]
     return parts
 
@@ -112,7 +112,7 @@ def cut(
 
     at_end = [name for name in spread if name not in (EMBEDDING, *training.layers)]
     return Parts(
-        layers=tuple(map(layer, layer_parts(training, p))),
+        layers=tuple(map(layer, layer_parts(training, plan))),
         embedding=end([EMBEDDING]),
         output=end([*at_end, *[EMBEDDING] * words]),
     )
@@ -138,7 +138,7 @@ def join(parts: Parts, training: MoETraining, plan: Plan, shapes: Parts) -> Tree
         return gathered(1, x.swapaxes(1, 2).reshape(p, -1), like)
 
     layers: dict[str, dict[int, Tree]] = {kind: {} for kind in training.layers}
-    places = layer_parts(training, p)
+    places = layer_parts(training, plan)
     for place, tree, like in zip(places, parts.layers, shapes.layers, strict=True):
         found = jax.tree_util.tree_map_with_path(lambda q, s, x: own(q, s, x[:, 0]), like, tree)
         for stage, number in enumerate(place.numbers):

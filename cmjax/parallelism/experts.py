@@ -208,7 +208,8 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
         for kind in training.layers
     }  # fmt: skip
     ends = _seconds(ends_piece(training), prices, b, hidden=False)
-    stage, last = _stages(training, plan)
+    numbers = list(map(len, training.stages(plan)))
+    stage, last = max(numbers), numbers[-1]
     slowest = max(stage * seconds["moe"].both, last * seconds["moe"].both + ends.both)
     total = sum(n * seconds[kind].both for kind, n in training.layers.items()) + ends.both
     # A third of the computation gives gradients of weights, as of products (2401.10241).
@@ -245,15 +246,15 @@ def expert_memory(
     global_batch: int,
     precision: Precision = MIXED,
 ) -> Memory:
-    """Of the first or the last stage, whichever needs more.
+    """Of the stage that needs most: where a plan does not say how many layers stages have, the
+    first or the last.
 
     Raises: ValueError: degrees that do not divide.
     """
     training.check(plan, global_batch)
-    stages = [_stage(training, plan, machine, global_batch, precision, first=True)]
-    if plan.pipeline > 1:
-        stages.append(_stage(training, plan, machine, global_batch, precision, first=False))
-    return max(stages, key=lambda memory: memory.peak)
+    stages = range(plan.pipeline) if plan.layers else {0, plan.pipeline - 1}
+    found = [_stage(training, plan, machine, global_batch, precision, stage) for stage in stages]
+    return max(found, key=lambda memory: memory.peak)
 
 
 def _stage(
@@ -262,13 +263,11 @@ def _stage(
     machine: Supernode,
     global_batch: int,
     precision: Precision,
-    *,
-    first: bool,
+    stage: int,
 ) -> Memory:
     model, m, on = training.model, plan.micro_batches(global_batch), _layout(plan, machine)
-    each, last = _stages(training, plan)
-    numbers = range(each) if first else range(model.layers - last, model.layers)
-    counts = collections.Counter[LayerKind](map(model.kind, numbers))
+    counts = collections.Counter[LayerKind](map(model.kind, training.stages(plan)[stage]))
+    at_ends = (stage == 0) + (stage == plan.pipeline - 1)
     dtype = jnp.dtype(precision.dtype)
 
     def layer(kind: LayerKind, recompute: Recompute) -> ExpertPiece:
@@ -280,14 +279,14 @@ def _stage(
     layers = {kind: layer(kind, plan.recompute_of_all) for kind in counts}
     ends = ends_piece(training, dtype.name)
     shared = sum(n * layers[kind].shared for kind, n in counts.items())
-    shared += ends.shared if plan.pipeline == 1 else ends.shared / 2
+    shared += ends.shared * at_ends / 2
     experts = sum(n * layers[kind].experts for kind, n in counts.items())
-    flying = in_flight(plan.schedule, m, plan.pipeline, stage=0 if first else plan.pipeline - 1)
+    flying = in_flight(plan.schedule, m, plan.pipeline, stage=stage)
     keeping = [layers]
     if plan.schedule == "zero_bubble":  # gradients of weights wait, with what they are made of
         keeping.append({kind: layer(kind, "selective") for kind in counts})
     kept = sum(n * max(at(each[kind].kept) for each in keeping) for kind, n in counts.items())
-    at_end = at(ends.kept) if not first or plan.pipeline == 1 else 0.0
+    at_end = at(ends.kept) if stage == plan.pipeline - 1 else 0.0
     # The loss is differentiated as soon as it is there, but under GPipe.
     at_end *= flying if plan.schedule == "gpipe" else 1.0
     # A layer's backward pass has the gradients of its widest array, before and after an
@@ -326,20 +325,14 @@ def _width(training: MoETraining, kinds: Iterable[LayerKind]) -> int:
     return max([model.heads * training.sequence, *(blocks[kind] for kind in kinds)])
 
 
-def _stages(training: MoETraining, plan: Plan) -> tuple[int, int]:
-    """Layers of the first stage, as of most, and of the last."""
-    first, *_, last = 2 * training.stages(plan.pipeline)
-    return len(first), len(last)
-
-
 def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
     """Parameters of a device of the fullest stage: what every replica holds, and experts."""
     layer = layer_piece(training, "moe", plan.recompute_of_all, plan.expert, on)
-    stage, last = _stages(training, plan)
-    ends = ends_piece(training).shared
-    first = stage * layer.shared + ends / 2
-    shared = max(first, last * layer.shared + ends / 2) if plan.pipeline > 1 else first + ends / 2
-    return float(shared), float(max(stage, last) * layer.experts)
+    numbers, ends = list(map(len, training.stages(plan))), ends_piece(training).shared
+    most, outer = max(numbers), max(numbers[0], numbers[-1])
+    of_ends = ends / min(plan.pipeline, 2)
+    shared = max(most * layer.shared, outer * layer.shared + of_ends)
+    return float(shared), float(most * layer.experts)
 
 
 def _layout(plan: Plan, machine: Supernode) -> dict[str, On]:

@@ -73,25 +73,26 @@ class Layerwise:
         """Of a stage whose chunks have so many layers."""
         return Counts(layers, _of(self.full, stage), _of(self.selective, stage))
 
-    def check(self, stages: int, layers: int) -> None:
-        """Raises: ValueError: numbers for other stages, or of more layers than a chunk has."""
+    def check(self, layers: Sequence[int]) -> None:
+        """Raises: ValueError: numbers for other stages than those whose chunks have `layers`, or of
+        more layers than that."""
         for name in ("full", "selective"):
-            if len(getattr(self, name)) not in (1, stages):
+            if len(getattr(self, name)) not in (1, len(layers)):
                 raise ValueError(
                     f"plan: recompute={self} has {len(getattr(self, name))} numbers of {name} "
-                    f"layers; one for each of the {stages} stages, or one for all, would do"
+                    f"layers; one for each of the {len(layers)} stages, or one for all, would do"
                 )
-        for stage in range(stages):
-            counts = self.of(stage, layers)
-            if counts.full + counts.selective > layers:
+        for stage, number in enumerate(layers):
+            counts = self.of(stage, number)
+            if counts.full + counts.selective > number:
                 raise ValueError(
                     f"plan: recompute={self} names {counts.full + counts.selective} layers of "
-                    f"stage {stage}, whose chunks have {layers}"
+                    f"stage {stage}, whose chunks have {number}"
                 )
 
     def __str__(self) -> str:
         parts = {"full": self.full, "selective": self.selective}
-        said = [f"{name}:{_text(counts)}" for name, counts in parts.items() if any(counts)]
+        said = [f"{name}:{runs_text(counts)}" for name, counts in parts.items() if any(counts)]
         return "/".join(said) or "full:0"
 
 
@@ -105,16 +106,14 @@ def parse_layerwise(text: str) -> Layerwise:
     """
     found: dict[str, tuple[int, ...]] = {}
     for part in text.split("/"):
-        name, _, numbers = part.partition(":")
-        runs = [_RUN.fullmatch(run) for run in numbers.split("-")]
-        if name not in ("full", "selective") or name in found or not all(runs):
+        name, _, written = part.partition(":")
+        numbers = read_runs(written)
+        if name not in ("full", "selective") or name in found or numbers is None:
             raise ValueError(
                 "plan: recompute takes numbers of layers as full:2 or full:3-2-0x6/selective:1x8 "
                 f"(one for every stage, or one for all), got {text!r}"
             )
-        found[name] = tuple(
-            int(run["layers"]) for run in runs if run for _ in range(int(run["stages"] or 1))
-        )
+        found[name] = numbers
     return Layerwise(**found)
 
 
@@ -138,10 +137,22 @@ def _of(counts: tuple[int, ...], stage: int) -> int:
     return counts[0] if len(counts) == 1 else counts[stage]
 
 
-_RUN = re.compile(r"(?P<layers>\d+)(x(?P<stages>\d+))?")
+_RUN = re.compile(r"(?P<layers>[0-9]{1,9})(x(?P<stages>[1-9][0-9]{0,4}))?")
 
 
-def _text(counts: tuple[int, ...]) -> str:
+def read_runs(text: str) -> tuple[int, ...] | None:
+    """The inverse of `runs_text`; `None` of another form.
+
+    >>> read_runs("3-2x4")
+    (3, 2, 2, 2, 2)
+    """
+    runs = [_RUN.fullmatch(run) for run in text.split("-")]
+    if not all(runs):
+        return None
+    return tuple(int(run["layers"]) for run in runs if run for _ in range(int(run["stages"] or 1)))
+
+
+def runs_text(counts: Sequence[int]) -> str:
     """Numbers in a row, those that repeat as 2x14."""
     runs = [(number, len(list(run))) for number, run in itertools.groupby(counts)]
     return "-".join(f"{number}x{times}" if times > 1 else str(number) for number, times in runs)

@@ -71,10 +71,9 @@ def memory_of(
     model: DenseConfig, plan: Plan, global_batch: int, precision: Precision = MIXED
 ) -> Memory:
     """Of the stage that needs most."""
-    number = model.layers // (plan.pipeline * plan.interleave)
     stages = [
-        stage_memory(model, plan, global_batch, stage, plan.recomputed(stage, number), precision)
-        for stage in range(plan.pipeline)
+        stage_memory(model, plan, global_batch, stage, counts, precision)
+        for stage, counts in enumerate(plan.counts(model.layers))
     ]
     return max(stages, key=lambda memory: memory.peak)
 
@@ -84,22 +83,20 @@ def fits(memory: Memory, machine: Supernode) -> bool:
     return memory.peak <= USABLE * float(machine.chip.hbm_bytes)
 
 
-@functools.lru_cache(maxsize=4096)
-def stage_parameters(model: DenseConfig, plan: Plan, *, first: bool) -> int:
-    """Parameters of a device of the first or the last stage; with one stage, all of its rank."""
+def stage_parameters(model: DenseConfig, plan: Plan, stage: int, layers: int) -> int:
+    """Parameters of a device of a stage, whose chunks have so many layers."""
     split = split_of(plan)
     words = own_words(model, split) * model.hidden
     layer = pieces.layer(model, split, "none").parameters
-    layers = model.layers // plan.pipeline * layer
     ends = 0
-    if first:
+    if stage == 0:
         ends += pieces.embedding(model, split).parameters
-    if not first or plan.pipeline == 1:
+    if stage == plan.pipeline - 1:
         ends += pieces.output(model, split, "none").parameters
         ends -= int(model.query_layer) * layer
         # The last stage has a copy of the words, which a single one shares.
         ends += words if plan.pipeline > 1 or not model.tied else 0
-    return layers + ends
+    return plan.interleave * layers * layer + ends
 
 
 def split_of(plan: Plan) -> TensorSplit:
@@ -124,7 +121,7 @@ def stage_memory(
     is not read, and where counts are arrays, so are activations and buffers."""
     split, micro_batches = split_of(plan), plan.micro_batches(global_batch)
     first, last = stage == 0, stage == plan.pipeline - 1
-    replicas, count = plan.data, float(stage_parameters(model, plan, first=first))
+    replicas, count = plan.data, float(stage_parameters(model, plan, stage, counts.layers))
     dtype = precision.dtype
     used = counts.by_mode
     layers = {mode: pieces.layer(model, split, mode, dtype) for mode in used}

@@ -5,14 +5,23 @@ devices = data x tensor x pipeline,        micro-batches = global batch / (data 
 
 import dataclasses
 import difflib
+import itertools
 from typing import Any, Literal, get_args
 
 from cmjax.models.dense import DenseConfig, Recompute
-from cmjax.parallelism.layerwise import MODES, Counts, Layerwise, parse_layerwise
+from cmjax.parallelism.layerwise import (
+    MODES,
+    Counts,
+    Layerwise,
+    parse_layerwise,
+    read_runs,
+    runs_text,
+)
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 Optimizer = Literal["none", "zero1", "zero2", "zero3"]
 DIMENSIONS = ("tensor", "pipeline", "data")
+EVEN = "even"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,7 @@ class Plan:
       data, tensor, pipeline: degrees; their product is the number of devices.
       micro_batch: sequences of a micro-batch on one data-parallel replica.
       schedule: order of micro-batches in the pipeline. interleave: model chunks of a stage.
+      layers: of every stage, or of each of its chunks; empty for numbers as even as there are.
       recompute: what the backward pass computes again, of all layers or `Layerwise`.
       optimizer: what is spread over the replicas: nothing, the optimizer's state (zero1), the
         gradients too (zero2), the parameters too (zero3).
@@ -43,6 +53,7 @@ class Plan:
     micro_batch: int = 1
     schedule: Schedule = "1f1b"
     interleave: int = 1
+    layers: tuple[int, ...] = ()
     recompute: Recompute | Layerwise = "full"
     optimizer: Optimizer = "none"
     sequence_parallel: bool = False
@@ -72,6 +83,15 @@ class Plan:
             )
         if self.interleave > 1 and self.pipeline == 1:
             raise ValueError("plan: interleave needs pipeline of at least 2")
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.layers):
+            raise ValueError(
+                f"plan: layers must be at least 1 on every stage, got {runs_text(self.layers)}"
+            )
+        if self.layers and len(self.layers) != self.pipeline:
+            raise ValueError(
+                f"plan: layers={runs_text(self.layers)} has {len(self.layers)} numbers; one for "
+                f"each of the pipeline={self.pipeline} stages would do"
+            )
 
     @property
     def devices(self) -> int:
@@ -86,12 +106,27 @@ class Plan:
         """Micro-batches of a step on one replica."""
         return global_batch // (self.replicas * self.micro_batch)
 
-    def recomputed(self, stage: int, layers: int) -> Counts:
-        """Of a chunk's layers, how many are recomputed in which way."""
+    def stages(self, layers: int) -> tuple[int, ...]:
+        """Layers of every stage's chunks, of a model with so many: `layers`, or as PanGu-alpha's
+        code divides them, layer i of n being on stage floor(i p / n).
+
+        >>> Plan(pipeline=3).stages(8)
+        (3, 3, 2)
+        """
+        if self.layers:
+            return self.layers
+        n, p = layers // self.interleave, self.pipeline
+        first = [-(-stage * n // p) for stage in range(p + 1)]
+        return tuple(b - a for a, b in itertools.pairwise(first))
+
+    def counts(self, layers: int) -> list[Counts]:
+        """Of every stage's chunks, of a model with so many layers, how many are recomputed in which
+        way."""
+        stages = self.stages(layers)
         if isinstance(self.recompute, Layerwise):
-            return self.recompute.of(stage, layers)
-        full, selective = (layers * (self.recompute == mode) for mode in ("full", "selective"))
-        return Counts(layers, full, selective)
+            return [self.recompute.of(stage, number) for stage, number in enumerate(stages)]
+        full, selective = (self.recompute == mode for mode in ("full", "selective"))
+        return [Counts(number, number * full, number * selective) for number in stages]
 
     @property
     def modes(self) -> tuple[Recompute, ...]:
@@ -113,7 +148,7 @@ class Plan:
 
     def check(self, model: DenseConfig, global_batch: int) -> None:
         """Raises: ValueError: a degree that does not divide what it splits."""
-        t, chunks = self.tensor, self.pipeline * self.interleave
+        t = self.tensor
         if self.expert > 1:
             raise ValueError(f"plan: expert={self.expert} needs a mixture of experts")
         if self.heads_apart(model):
@@ -129,13 +164,9 @@ class Plan:
         if self.sequence_parallel and model.sequence // self.context % t:
             part = f"{model.sequence // self.context}"
             raise ValueError(f"plan: tensor={t} does not divide the sequence of {part}")
-        if model.layers % chunks:
-            raise ValueError(
-                f"plan: pipeline={self.pipeline} x interleave={self.interleave} does not divide "
-                f"the {model.layers} layers"
-            )
+        self.check_stages(model.layers)
         if isinstance(self.recompute, Layerwise):
-            self.recompute.check(self.pipeline, model.layers // chunks)
+            self.recompute.check(self.stages(model.layers))
         if global_batch % (self.replicas * self.micro_batch):
             shared = f" / context={self.context}" if self.context > 1 else ""
             raise ValueError(
@@ -148,6 +179,21 @@ class Plan:
                 f"got {self.micro_batches(global_batch)}"
             )
 
+    def check_stages(self, layers: int) -> None:
+        """Raises: ValueError: stages and chunks that cannot share so many layers."""
+        p, v = self.pipeline, self.interleave
+        if layers % v:
+            raise ValueError(f"plan: interleave={v} does not divide the {layers} layers")
+        if p * v > layers:
+            chunks = f" x interleave={v}" if v > 1 else ""
+            raise ValueError(f"plan: pipeline={p}{chunks} is more than the {layers} layers")
+        if (found := sum(self.stages(layers)) * v) != layers:
+            chunks = f" in each of {v} chunks" if v > 1 else ""
+            raise ValueError(
+                f"plan: layers={runs_text(self.layers)}{chunks} makes {found}; the model has "
+                f"{layers}"
+            )
+
     def heads_apart(self, model: DenseConfig) -> bool:
         """Whether the tensor degree cannot split the model's layers."""
         return any(n % self.tensor for n in (model.heads, model.key_heads, model.ffn))
@@ -155,7 +201,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; `parse_plan` takes the same names."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"order": "-".join(self.order), "recompute": str(self.recompute)}
+        layers = runs_text(self.layers) if self.layers else EVEN
+        words = {"order": "-".join(self.order), "recompute": str(self.recompute), "layers": layers}
+        return values | words
 
     def __str__(self) -> str:
         """Its degrees and what differs from the defaults, as `parse_plan` reads it."""
@@ -222,4 +270,12 @@ def _read(name: str, value: str, kind: object) -> object:
         return words[value.lower()]
     if name == "recompute" and ":" in value:
         return parse_layerwise(value)
+    if name == "layers":
+        layers = () if value == EVEN else read_runs(value)
+        if layers is None:
+            raise ValueError(
+                "plan: layers takes numbers for every stage as 15-16-16-17 or 15-16x2-17, or "
+                f"{EVEN}; got {value!r}"
+            )
+        return layers
     return tuple(value.split("-")) if name == "order" else value

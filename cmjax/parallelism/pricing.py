@@ -43,6 +43,8 @@ Groups = tuple[tuple[str, On], ...]
 _GATHERS = {(False, False): 8, (False, True): 10, (True, False): 10, (True, True): 13}
 """All-gathers' worth of bytes that a layer sends, by sequence parallelism and full recomputation;
 an all-reduce is two."""
+_PASSES = ("both", "inputs")
+"""Programs of a piece: all of it, and what a zero-bubble schedule does first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,31 +136,24 @@ class Prices(LinkPrices):
         """Seconds of a step under a plan that divides (`Plan.check`)."""
         model, on = self.model, self._on(plan)
         split, b, m = split_of(plan), plan.micro_batch, plan.micro_batches(global_batch)
-        counts, groups = _counts(model, plan), _groups(on)
+        counts, groups = plan.counts(model.layers), _groups(on)
         stages = _of_stages(counts, functools.partial(self.stage_s, plan))
         slowest, total = functools.reduce(_larger, stages), sum(stages)
         weights = 0.0
-        if plan.schedule == "zero_bubble":
-            for mode in plan.modes:
-                number = plan.interleave * sum(each.by_mode.get(mode, 0) for each in counts)
-                if not number:
-                    continue
-                both, inputs = (
-                    self._piece(pieces.layer(model, split, mode), part, groups)[b]
-                    for part in ("both", "inputs")
-                )
-                weights += number * _larger(0.0, both - inputs)
+        for mode in plan.modes if plan.schedule == "zero_bubble" else ():
+            if number := plan.interleave * sum(each.by_mode.get(mode, 0) for each in counts):
+                weights += number * self._weights_s(plan, mode)
         layer = pieces.layer(model, split, "none")
         send = self._send(plan, float(layer.passed.evaluate({pieces.BATCH: float(b)})) / 2, on)
         times = StageTimes(slowest=slowest, total=total, weights=weights, send=send)
         pipeline = pipeline_s(plan.schedule, times, m, plan.pipeline, plan.interleave)
 
-        held = float(max(
-            stage_parameters(model, plan, first=True), stage_parameters(model, plan, first=False)
-        ))  # fmt: skip
+        numbers = [each.layers for each in counts]
+        unlike = {0, plan.pipeline - 1, numbers.index(max(numbers))}
+        held = float(max(stage_parameters(model, plan, s, numbers[s]) for s in unlike))
         forward = self._piece(layer, "forward", groups)[b]
-        backward = slowest - model.layers // plan.pipeline * forward
-        times = max(exchanged(model, plan, m, stage) for stage in {0, plan.pipeline - 1}) / held
+        backward = slowest - plan.interleave * max(numbers) * forward
+        times = max(exchanged(model, plan, m, stage) for stage in unlike) / held
         reduction = self._reduction(plan, held, times, on["data"], m, slowest, backward)
         shards = 1 if plan.optimizer == "none" else plan.data
         update = self.update(held / shards)
@@ -198,38 +193,58 @@ class Prices(LinkPrices):
                 taken = taken + here * (end - model.query_layer * each[mode])
         return taken
 
+    def _weights_s(self, plan: Plan, mode: Recompute) -> Any:
+        """Seconds of the gradients of a layer's weights."""
+        piece, on = pieces.layer(self.model, split_of(plan), mode), _groups(self._on(plan))
+        both, inputs = (self._piece(piece, part, on)[plan.micro_batch] for part in _PASSES)
+        return _larger(0.0, both - inputs)
+
+    def waited_at_least(self, plan: Plan) -> float:
+        """Of the seconds of stages but the slowest, what a step waits for; of zero_bubble, at least
+        that, whatever is recomputed."""
+        if plan.schedule != "zero_bubble":
+            return 1 / plan.interleave
+        # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
+        most, b, ranks = 0.0, plan.micro_batch, plan.tensor * plan.context
+        for mode in plan.modes:
+            layer = pieces.layer(self.model, TensorSplit(), mode)
+            both, inputs = (self._piece(layer, part)[b] for part in _PASSES)
+            weights = 1.1 * (both - inputs) / ranks
+            gathers = 2 * self._stream_bytes(plan) * plan.sequence_parallel
+            weights += self._wire_s(gathers, self._on(plan)["tensor"])
+            weights += 20 * float(self.machine.chip.matrix_startup_s)
+            most = max(most, weights / self._layer_at_least_s(plan, mode))
+        return max(0.0, 1 - 2 * most)
+
     def at_least_s(
-        self, plan: Plan, global_batch: int, optimizers: Sequence[Optimizer] | None = None
+        self,
+        plan: Plan,
+        global_batch: int,
+        optimizers: Sequence[Optimizer] | None = None,
+        *,
+        divided: bool = True,
     ) -> float:
         """A lower bound of a step's seconds, for which only one rank's pieces are traced: they are
         split evenly at best, and what is sent takes as long as its bytes. `optimizers` are what the
-        plan's may be, by default the one it has."""
+        plan's may be, by default the one it has. Not `divided`, wherever its stages begin."""
         model, t, p, b = self.model, plan.tensor, plan.pipeline, plan.micro_batch
-        m, one, ranks = plan.micro_batches(global_batch), TensorSplit(), t * plan.context
-        on = self._on(plan)
-        counts = _counts(model, plan)
+        m, ranks, on = plan.micro_batches(global_batch), t * plan.context, self._on(plan)
+        counts, stream = plan.counts(model.layers), self._stream_bytes(plan)
         stages = _of_stages(counts, functools.partial(self.stage_at_least_s, plan))
-        slowest = max(stages)
-        idle = (sum(stages) - slowest) / plan.interleave
-        stream = PARAMETER_BYTES * b * model.sequence / plan.context * model.hidden
-        if plan.schedule == "zero_bubble":
-            # At most: not split evenly, after gathering the layer's inputs again, in 20 kernels.
-            most = 0.0
-            for mode in plan.modes:
-                layer = pieces.layer(model, one, mode)
-                both, inputs = (self._piece(layer, part)[b] for part in ("both", "inputs"))
-                weights = 1.1 * (both - inputs) / ranks
-                weights += self._wire_s(2 * stream * plan.sequence_parallel, on["tensor"])
-                weights += 20 * float(self.machine.chip.matrix_startup_s)
-                most = max(most, weights / self._layer_at_least_s(plan, mode))
-            idle *= max(0.0, 1 - 2 * most)
+        slowest, total, most = max(stages), sum(stages), max(each.layers for each in counts)
+        if not divided:
+            layer_s = plan.interleave * self._layer_at_least_s(plan, "none")
+            most, last = -(-model.layers // (p * plan.interleave)), counts[-1].layers
+            slowest = max(total / p, most * layer_s, stages[-1] - (last - 1) * layer_s)
+        idle = (total - slowest) * self.waited_at_least(plan)
         send = self._furthest_s(stream / t, on["pipeline"])
         sends = 2 * (m * plan.interleave + p - 1) * send
         held = PARAMETER_BYTES * model.layers * model.layer_parameters / (t * p)
         whole_s = self._wire_s(2 * held, on["data"])
         gathered = m * (1.5 - 0.5 * model.query_layer / model.layers)
-        layer = pieces.layer(model, one, "none")
-        backward = slowest - model.layers // p * self._piece(layer, "forward")[b] / ranks
+        layer = pieces.layer(model, TensorSplit(), "none")
+        forward = self._piece(layer, "forward")[b] / ranks
+        backward = slowest - plan.interleave * most * forward
         rounds = {"zero2": ((m + 1) / 2, m * backward), "zero3": (gathered, m * slowest)}
         reduction = max(0.0, min(
             times * whole_s - hidden * plan.overlap
@@ -258,10 +273,14 @@ class Prices(LinkPrices):
         model, b = self.model, plan.micro_batch
         on = self._on(plan)["tensor"]
         layer = pieces.layer(model, TensorSplit(), mode)
-        stream = PARAMETER_BYTES * b * model.sequence / plan.context * model.hidden
         gathers = _GATHERS[plan.sequence_parallel, mode == "full"]
         least = self._piece(layer, "both")[b] / (plan.tensor * plan.context)
-        return least + self._wire_s(gathers * stream, on)
+        return least + self._wire_s(gathers * self._stream_bytes(plan), on)
+
+    def _stream_bytes(self, plan: Plan) -> float:
+        """Of a micro-batch between layers."""
+        tokens = plan.micro_batch * self.model.sequence / plan.context
+        return PARAMETER_BYTES * tokens * self.model.hidden
 
     def _on(self, plan: Plan) -> dict[str, On]:
         """Ranks of every dimension by tier."""
@@ -314,12 +333,6 @@ class Prices(LinkPrices):
         part = elements / plan.tensor
         sent = self.collective("send", part, on["pipeline"])
         return sent + self.collective("all_gather", elements / 2, on["tensor"])  # of two traced
-
-
-def _counts(model: DenseConfig, plan: Plan) -> list[Counts]:
-    """What every stage recomputes of a chunk."""
-    layers = model.layers // (plan.pipeline * plan.interleave)
-    return [plan.recomputed(stage, layers) for stage in range(plan.pipeline)]
 
 
 def _groups(on: Mapping[str, On]) -> Groups:

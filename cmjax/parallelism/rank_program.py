@@ -7,6 +7,7 @@ Parameters that are spread over the replicas (zero3) are gathered as they are us
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ class RankProgram(Staged):
         for name, field in (("tensor", "axis"), ("context", "context_axis")):
             self.split = dataclasses.replace(self.split, **{field: axes.get(name, "node")})
         self.graphs: Graphs = graphs(model, plan, dtype, self.split)
-        self.number = len(self.graphs.shapes.layers)
+        self.counts = plan.counts(model.layers)
+        self.last = self.counts[-1].layers - 1  # of the last stage's places in a chunk
 
     @property
     def stream(self) -> jax.ShapeDtypeStruct:
@@ -70,9 +72,9 @@ class RankProgram(Staged):
 
     @functools.cached_property
     def passes(self) -> list[Pass]:
-        modes = [self.modes_of(layer) for layer in range(self.number)]
+        modes = [self.modes_of(layer) for layer in range(len(self.graphs.shapes.layers))]
         backward = {mode: self._backward(mode) for layer in modes for mode in layer}
-        last = self.number - 1 if self.model.query_layer else None
+        last = self.last if self.model.query_layer else None
         return [
             Pass(layer, stages, backward[mode], in_output=layer == last)
             for layer, by_mode in enumerate(modes)
@@ -87,18 +89,14 @@ class RankProgram(Staged):
         return Backward(layer, self.graphs.one, self.stream, apart=apart)
 
     def modes_of(self, layer: int) -> dict[Recompute, list[bool]]:
-        """What is recomputed of a layer of a chunk, and on which stages."""
-        stages = [
-            self.plan.recomputed(stage, self.number).mode_of(layer)
-            for stage in range(self.plan.pipeline)
-        ]
+        """What is recomputed of a layer of a chunk, and on which stages, if they have it."""
+        stages = [n.mode_of(layer) if layer < n.layers else None for n in self.counts]
         return {mode: [each == mode for each in stages] for mode in MODES if mode in stages}
 
     @property
     def mode_of_last(self) -> Recompute:
         """What is recomputed of the model's last layer."""
-        last = self.plan.recomputed(self.plan.pipeline - 1, self.number)
-        return last.mode_of(self.number - 1)
+        return self.counts[-1].mode_of(self.last)
 
     # --- what a stage computes ------------------------------------------------------------------
 
@@ -118,7 +116,7 @@ class RankProgram(Staged):
             name = {"words": params.embedding["words"]}
             like = {"words": self.graphs.shapes.embedding["words"]}
             words = self.whole(0, name, like)["words"]
-        query = self.layer(params, self.number - 1, chunk) if self.model.query_layer else None
+        query = self.layer(params, self.last, chunk) if self.model.query_layer else None
 
         def loss(output, query, words, y):
             state = nnx.State(output if query is None else {**output, "query": query})
@@ -132,7 +130,7 @@ class RankProgram(Staged):
     def add_end(self, grads: Parts, sums: Any, chunk) -> Parts:
         output, query, words = sums
         if query is not None:
-            grads = add_to_layer(grads, self.number - 1, chunk, query)
+            grads = add_to_layer(grads, self.last, chunk, query)
         embedding = dict(grads.embedding)
         if words_apart(self):
             output = {**output, "words": words}
@@ -190,19 +188,26 @@ class RankProgram(Staged):
         plan = self.plan
         if plan.optimizer in ("none", "zero1"):
             grads = Parts(
-                layers=self.over_replicas(grads.layers, 1),
+                layers=self.where_they_are(lambda x: self.over_replicas(x, 1), grads.layers),
                 embedding=self.at_stage(0, lambda x: self.over_replicas(x, 0), grads.embedding),
                 output=self.at_stage(-1, lambda x: self.over_replicas(x, 0), grads.output),
             )
         if self.split.sequence:
             grads = Parts(
-                layers=self._sum_copies(grads.layers),
+                layers=self.where_they_are(self._sum_copies, grads.layers),
                 embedding=grads.embedding,
                 output=self.at_stage(-1, self._sum_copies, grads.output),
             )
         if plan.pipeline > 1 and self.model.tied:
             grads = self.words_of_both_ends(grads, "words")
         return grads
+
+    def where_they_are(self, change: Callable, layers: Sequence[Tree]) -> tuple[Tree, ...]:
+        """`change(layer)` of every place for a layer, on the stages that have one there."""
+        return tuple(
+            self.at_stages([place < n.layers for n in self.counts], change, layer)
+            for place, layer in enumerate(layers)
+        )
 
     def over_replicas(self, grads: Tree, lead: int) -> Tree:
         """Sums over the replicas, spread over them with any optimizer but "none"."""

@@ -1,11 +1,11 @@
 """The search: every plan that divides and fits, priced; the fastest first.
 
-It is exhaustive over its space. Three things keep it small: what is recomputed is not tried but
-solved for, layer by layer (`fewest_recomputed`); of plans that differ only in what cannot make a
-step faster one is taken (GPipe never beats 1F1B); and it goes best first. A plan waits in a queue
-by a lower bound of its step, of its layers alone and then with as little recomputed as fits; it is
-priced when its turn comes, and the search ends when the bound of the next one is slower than the
-last of the best (A*, Hart, Nilsson and Raphael 1968).
+It is exhaustive over its space. Three things keep it small: what is recomputed, layer by layer,
+and where stages begin are not tried but solved for (`fastest_stages`); of plans that differ only in
+what cannot make a step faster one is taken (GPipe never beats 1F1B); and it goes best first. A plan
+waits in a queue by a lower bound of its step, of its layers alone and then with as little
+recomputed as fits; it is priced when its turn comes, and the search ends when the bound of the next
+one is slower than the last of the best (A*, Hart, Nilsson and Raphael 1968).
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
@@ -22,7 +21,7 @@ from cmjax.parallelism.links import plan_layout
 from cmjax.parallelism.memory import USABLE, fits, memory_of
 from cmjax.parallelism.plan import DIMENSIONS, Optimizer, Plan, Schedule
 from cmjax.parallelism.pricing import Prices
-from cmjax.parallelism.recomputation import fewest_recomputed
+from cmjax.parallelism.recomputation import fastest_stages
 from cmjax.parallelism.result import GIB, PricedPlan, priced
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -100,7 +99,7 @@ def search(
             "that their data-parallel replicas divide"
         )
     queue = [
-        (prices.at_least_s(plan, global_batch, _optimizers(plan)), i)
+        (prices.at_least_s(plan, global_batch, _optimizers(plan), divided=False), i)
         for i, plan in enumerate(plans)
     ]
     heapq.heapify(queue)
@@ -123,7 +122,8 @@ def search(
                 least = min(least or (peak, lean), (peak, lean), key=lambda pair: pair[0])
             continue
         feasible += 1
-        fitting = [option.best() for option in solved[i] if option.bound <= slowest]
+        options = (option for option in solved[i] if option.bound <= slowest)
+        fitting = [plan for option in options for plan in option.best()]
         found.append(min(
             (
                 priced(
@@ -145,10 +145,10 @@ def search(
 @dataclasses.dataclass(frozen=True)
 class _Option:
     """A plan with its optimizer spread in one way, that fits: a lower bound of its seconds, and the
-    plan itself, with as little recomputed as fits."""
+    plan itself, with as little recomputed as fits and its fastest boundaries, which may be some."""
 
     bound: float
-    best: Callable[[], Plan]
+    best: Callable[[], list[Plan]]
 
 
 def _options(prices: Prices, plan: Plan, global_batch: int, usable: float) -> list[_Option]:
@@ -156,13 +156,15 @@ def _options(prices: Prices, plan: Plan, global_batch: int, usable: float) -> li
     found = []
     for optimizer in _optimizers(plan):
         option = dataclasses.replace(plan, optimizer=optimizer)
-        choose = functools.partial(fewest_recomputed, prices.model, option, global_batch, usable)
-        at_least = functools.partial(prices.stage_at_least_s, plan)
-        likely = choose(at_least)
-        if likely is not None:
-            exact = functools.partial(prices.stage_s, plan)
-            best: Any = functools.partial(choose, exact, at_least)  # as many choices fit
-            found.append(_Option(prices.at_least_s(likely, global_batch), best))
+        choose = functools.partial(
+            fastest_stages, prices.model, option, global_batch, usable,
+            at_least=functools.partial(prices.stage_at_least_s, plan),
+            waited=prices.waited_at_least(plan),
+        )  # fmt: skip
+        if likely := choose():
+            bound = min(prices.at_least_s(each, global_batch) for each in likely)
+            best = functools.partial(choose, functools.partial(prices.stage_s, plan))
+            found.append(_Option(bound, best))  # as many choices fit
     return found
 
 
@@ -202,7 +204,7 @@ def _candidates(
     for tensor in _divisors(devices):
         for pipeline in _divisors(devices // tensor):
             data = devices // tensor // pipeline
-            if model.layers % pipeline:
+            if pipeline > model.layers:
                 continue
             options = itertools.product(_parts(model, data), (False, True), _schedules(pipeline))
             for (micro_batch, context), sequence, (schedule, chunks) in options:

@@ -3,8 +3,9 @@
     rank (d, s, t):  layers of stage s, columns and rows of tensor rank t; with a spread optimizer
                      also its 1/D of every layer's elements, d = 0 ... D-1
 
-Every stage has both ends of the model, since one program runs on all of them; the first stage's
-embedding and the last one's output are those that count.
+Every stage has both ends of the model, and room for as many layers as any has, since one program
+runs on all of them; the first stage's embedding and the last one's output are those that count, and
+what a stage never runs is of no meaning.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -82,8 +84,19 @@ def graphs(model: DenseConfig, plan: Plan, dtype, split: TensorSplit) -> Graphs:
     if copies_words(model, plan):
         words = own_words(model, split), model.hidden
         outputs["words"] = jax.ShapeDtypeStruct(words, dtype)
-    number = model.layers // (plan.pipeline * plan.interleave)
+    number = max(plan.stages(model.layers))
     return Graphs(layer, embedding, output, Parts((layers,) * number, embeddings, outputs))
+
+
+def layer_numbers(model: DenseConfig, plan: Plan) -> np.ndarray:
+    """The model's layers by [stage, place in a chunk, chunk]; -1 where a stage has none there."""
+    stages = plan.stages(model.layers)
+    found = np.full((plan.pipeline, max(stages), plan.interleave), -1)
+    first = np.arange(plan.interleave) * sum(stages)  # of every chunk
+    for stage, number in enumerate(stages):
+        found[stage, :number] = first + np.arange(number)[:, None]
+        first = first + number
+    return found
 
 
 def copies_words(model: DenseConfig, plan: Plan) -> bool:
@@ -135,16 +148,13 @@ def place_of(rank: int, plan: Plan) -> dict[str, int]:
 def cut(whole: Tree, model: DenseConfig, plan: Plan, shapes: Parts) -> Parts:
     """One device's tree of parameters (`nnx.to_pure_dict` of a `DenseModel`) as all ranks hold it:
     every leaf with a leading axis of ranks. Leaves are not yet spread over the replicas."""
-    p, v = plan.pipeline, plan.interleave
-    n = model.layers // (p * v)
-    layers = _all_layers(whole, model)
-    layers = jax.tree.map(  # layer (c p + s) n + l -> [stage, l, chunk]
-        lambda x: x.reshape(v, p, n, *x.shape[1:]).transpose(1, 2, 0, *range(3, x.ndim + 2)), layers
-    )
+    p, numbers = plan.pipeline, np.maximum(layer_numbers(model, plan), 0)
+    layers = jax.tree.map(lambda x: x[numbers], _all_layers(whole, model))
     output = {name: tree for name, tree in whole["output"].items() if name != "query"}
     if copies_words(model, plan):
         output["words"] = whole["embedding"]["words"] if model.tied else whole["words"]
-    by_layer = tuple(jax.tree.map(lambda x, i=i: x[:, i], layers) for i in range(n))
+    places = range(numbers.shape[1])
+    by_layer = tuple(jax.tree.map(lambda x, i=i: x[:, i], layers) for i in places)
     whole_parts = Parts(by_layer, whole["embedding"], output)
 
     def ranks(lead: int, own, x) -> Array:
@@ -202,9 +212,9 @@ def join(parts: Parts, model: DenseConfig, plan: Plan, shapes: Parts) -> Tree:
         for layer in cut_parts.layers
     ]  # fmt: skip
     layers = jax.tree.map(lambda *xs: jnp.stack(xs, 1), *by_layer)
-    layers = jax.tree.map(  # [stage, l, chunk, ...] -> [layers, ...]
-        lambda x: x.transpose(2, 0, 1, *range(3, x.ndim)).reshape(-1, *x.shape[3:]), layers
-    )
+    numbers = layer_numbers(model, plan)
+    at = np.unravel_index(np.argsort(numbers, axis=None)[-model.layers :], numbers.shape)
+    layers = jax.tree.map(lambda x: x[at], layers)  # [stage, place, chunk, ...] -> [layers, ...]
     whole: Tree = {}
     if model.blocks:
         whole["blocks"] = jax.tree.map(lambda x: x[: model.blocks], layers)

@@ -68,9 +68,8 @@ def plan_traffic(
         totals = program.totals({k: v for k, v in sizes.items() if k in program.symbols})
         return {tier: float(totals[f"{tier}_bytes"]) * m * columns for tier in TIERS}
 
-    number = model.layers // (plan.pipeline * plan.interleave)
-    counts = [plan.recomputed(stage, number) for stage in range(plan.pipeline)]
-    last = counts[-1].mode_of(number - 1)
+    counts = plan.counts(model.layers)
+    last = counts[-1].mode_of(counts[-1].layers - 1)
     ends = pieces.embedding(model, split), pieces.output(model, split, last)
     layers = []
     for mode in plan.modes:
@@ -104,7 +103,7 @@ def exchanged(model: DenseConfig, plan: Plan, micro_batches: int, stage: int) ->
     words = own_words(model, split) * model.hidden
     first, last = stage == 0, stage == plan.pipeline - 1
     query = layer if last and model.query_layer else 0
-    layers = model.layers // plan.pipeline * layer - query
+    layers = plan.stages(model.layers)[stage] * plan.interleave * layer - query
     embedding = pieces.embedding(model, split).parameters if first else 0
     output = 0
     if last:

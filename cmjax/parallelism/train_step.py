@@ -154,10 +154,12 @@ class TrainStep(Executed):
                     stage, lambda _: jax.tree.map(functools.partial(everyone, 0), mine, old), mine
                 )
 
+            def of_layer(pair):
+                return jax.tree.map(functools.partial(everyone, 1), *pair)
+
+            pairs = list(zip(params.layers, state.params.layers, strict=True))
             params = Parts(
-                layers=jax.tree.map(
-                    functools.partial(everyone, 1), params.layers, state.params.layers
-                ),
+                layers=program.where_they_are(of_layer, pairs),
                 embedding=at_ends("embedding", 0),
                 output=at_ends("output", -1),
             )

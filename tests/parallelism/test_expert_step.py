@@ -46,6 +46,7 @@ PLANS = [
     "data=2,pipeline=2,optimizer=zero3,schedule=zero_bubble",
     "data=2,expert=2,pipeline=2,optimizer=zero1,schedule=gpipe,micro_batch=2,"
     "order=tensor-data-pipeline",
+    "data=2,expert=2,pipeline=2,layers=1-2,optimizer=zero1",
 ]
 """Between them: experts alone, replicas alone, both, with stages (of which some have fewer layers,
 or a dense one); every optimizer, way to recompute and schedule."""
@@ -104,6 +105,7 @@ def test_one_device_computes_what_the_model_does():
         (PLANS[8], GROUPED),
         (PLANS[9], LATENT),
         (PLANS[10], GROUPED),
+        (PLANS[11], LATENT),
     ],
 )
 def test_a_plan_gives_one_devices_loss_and_gradients(plan, training):
@@ -167,6 +169,7 @@ def test_steps_of_the_optimizer_are_those_of_one_device(plan):
         (PLANS[7], LATENT),
         (PLANS[8], GROUPED),
         (PLANS[9], LATENT),
+        (PLANS[11], LATENT),
     ],
 )
 def test_counted_bytes_are_the_priced_ones(plan, training):

@@ -88,6 +88,19 @@ def test_what_is_recomputed_is_not_kept_and_takes_time(machine):
     assert max(kinds, key=lambda each: each.step_s) is kinds[2]
 
 
+def test_stages_may_have_unlike_numbers_of_layers(machine):
+    """What is said of even ones is what goes without saying; the last stage, which computes the
+    loss, is waited for if it is fuller, and a fuller first one holds more."""
+    steps = []
+    for layers in ("", ",layers=3-3", ",layers=4-2", ",layers=2-4"):
+        plan = parse_plan(f"data=16,pipeline=2,expert=16,optimizer=zero1,recompute=none{layers}")
+        found = price_experts(SMALL, machine, plan, BATCH)
+        steps.append((found.step_s, found.memory.peak))
+    assert steps[0] == steps[1]
+    assert steps[3][0] > max(steps[0][0], steps[2][0])
+    assert steps[2][1] > steps[0][1]
+
+
 @pytest.mark.parametrize(
     "plan, says",
     [
@@ -95,6 +108,7 @@ def test_what_is_recomputed_is_not_kept_and_takes_time(machine):
         ("data=32,expert=32", "expert=32 must divide data=32 and the 16 experts"),
         ("data=16,tensor=2", "is priced with tensor=1"),
         ("data=8,pipeline=8", "pipeline=8 is more than the 6 layers"),
+        ("data=8,pipeline=2,layers=2-3", "layers=2-3 makes 5; the model has 6"),
         ("data=96", "data=96 x micro_batch=1 does not divide the global batch of 256"),
         ("data=256,pipeline=2", "512 devices are asked for; h800-pod has 384"),
         ("expert=0", "expert must be a whole number >= 1"),

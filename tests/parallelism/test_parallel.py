@@ -151,12 +151,16 @@ def test_the_bound_of_the_search_is_one():
     """No plan is faster than the bound by which it may be left out."""
     machine, batch = load_machine("ascend910-2048"), 64
     machine = replace_leaf(machine, "chip.hbm_bytes", 2.5e9)
-    found = search(SMALL, machine, 64, batch, top=100_000).plans
-    prices = Prices(SMALL, machine, MICRO_BATCHES)
+    model = dataclasses.replace(SMALL, layers=9)
+    found = search(model, machine, 64, batch, top=100_000).plans
+    prices = Prices(model, machine, MICRO_BATCHES)
+    assert len({each.plan.layers for each in found}) >= 3
     assert len({each.plan.tensor for each in found}) >= 3
     assert len({each.plan.optimizer for each in found}) >= 2
     for each in found:
         assert prices.at_least_s(each.plan, batch) <= each.step_s
+        anyhow = dataclasses.replace(each.plan, layers=(), recompute="none")
+        assert prices.at_least_s(anyhow, batch, divided=False) <= each.step_s
 
 
 def test_a_long_sequence_is_shared_by_replicas():
@@ -205,7 +209,7 @@ def test_a_row_that_cannot_be_priced_is_named_and_the_rest_is_priced(tmp_path):
 @pytest.mark.parametrize(
     "given, says",
     [
-        ({"devices": 7}, "no plan divides 7 devices"),
+        ({"devices": 67}, "no plan divides 67 devices"),
         ({"devices": 4096}, "4096 devices are asked for; ascend910-2048 has 2048"),
         ({"devices": 8, "global_batch": 8}, "GiB are missing.*more devices"),
         ({"plan": "tensor=8,pipeline=16"}, "GiB are missing.*optimizer|GiB are missing.*larger"),

@@ -46,7 +46,15 @@ PLANS = [
     "pipeline=2,schedule=zero_bubble,recompute=full:0-2/selective:1-0",
     "data=4,context=2,tensor=2,optimizer=zero1,sequence_parallel=true",
     "data=2,context=2,tensor=2,pipeline=2,optimizer=zero3,schedule=zero_bubble",
+    "pipeline=3",
+    "pipeline=2,layers=1-3,recompute=full:1-2/selective:0-1,schedule=gpipe",
+    "data=2,tensor=2,pipeline=2,layers=3-1,optimizer=zero1,sequence_parallel=true",
+    "data=2,pipeline=3,layers=1-2-1,optimizer=zero2,schedule=zero_bubble,recompute=none",
+    "data=2,tensor=2,pipeline=2,layers=1-3,optimizer=zero3,order=data-pipeline-tensor",
+    "data=2,pipeline=2,interleave=2,layers=2-1,optimizer=zero1,recompute=full:1-0",
 ]
+DEEP = dataclasses.replace(PANGU, layers=6)
+"""For two chunks on each of two stages, of which one has a layer more."""
 COUNTED = [
     "data=2,recompute=selective",
     "tensor=4,recompute=none",
@@ -62,6 +70,11 @@ COUNTED = [
     "data=4,context=2,tensor=2,optimizer=zero3,recompute=selective",
     "data=2,context=2,tensor=2,pipeline=2,optimizer=zero1,sequence_parallel=true,"
     "order=tensor-data-pipeline",
+    "data=2,tensor=2,pipeline=2,layers=3-1,optimizer=zero1,sequence_parallel=true",
+    "data=2,pipeline=2,layers=1-3,optimizer=none,recompute=selective:0-1,order=pipeline-data-tensor",
+    "data=2,tensor=2,pipeline=2,layers=1-3,optimizer=zero3,order=tensor-data-pipeline",
+    "data=2,pipeline=3,optimizer=zero2,schedule=zero_bubble",
+    "data=2,pipeline=2,interleave=2,layers=1-2,optimizer=zero1,order=pipeline-data-tensor",
 ]
 
 
@@ -70,6 +83,8 @@ def _tokens(config, batch=BATCH):
 
 
 def _pangu(plan):
+    if "interleave=2,layers" in plan:
+        return DEEP
     return SHALLOW if "pipeline" not in plan else PANGU
 
 
@@ -223,7 +238,8 @@ def test_steps_of_the_optimizer_are_those_of_one_device(plan):
     "plan, batch, says",
     [
         ("tensor=3", 8, "tensor=3 must divide the 4 heads"),
-        ("pipeline=8", 8, "does not divide the 4 layers"),
+        ("pipeline=8", 8, "pipeline=8 is more than the 4 layers"),
+        ("pipeline=2,layers=2-3", 8, "layers=2-3 makes 5; the model has 4"),
         ("data=3", 8, "does not divide the global batch of 8"),
         ("data=2", 0, "global_batch must be a whole number >= 1, got 0"),
     ],
