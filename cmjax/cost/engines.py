@@ -180,7 +180,9 @@ def _contention(static: _Static, hbm, total, disturbing, period_s):
 
     Streams a and b, busy for D_a and D_b of a period P, overlap for O = D_a + D_b - P. For that
     part of its time a compute kernel finds HBM busy with the other stream's kernels, and bytes on
-    the wire that slow it down; both are averaged over the stream.
+    the wire that slow it down; both are averaged over the stream. Two kernels that read at once
+    get half of HBM each, so that a kernel which finds it busy for a part u of its time has the
+    share 1 - u/2: two streams that do nothing else take twice as long, as bytes are conserved.
 
     Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
       an exchange (both trivial for exchanges themselves).
@@ -192,7 +194,7 @@ def _contention(static: _Static, hbm, total, disturbing, period_s):
     overlap = overlap * (1.0 - np.eye(len(static.stream))) / safe[:, None]
     hbm_busy = static.stream @ jnp.where(static.compute, jnp.minimum(hbm, total), 0.0) / safe
     exchanging = static.stream @ disturbing / safe
-    hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 0.9)
+    hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 1.0) / 2
     beside = jnp.minimum(overlap @ exchanging, 1.0)
     stream_of = static.stream.T
     return (
