@@ -191,10 +191,13 @@ def _contention(static: _Static, hbm, total, disturbing, period_s, *, parted: bo
 
     Streams a and b, busy for D_a and D_b of a period P, overlap for O = D_a + D_b - P. For that
     part of its time a compute kernel finds HBM busy with the other stream's kernels, and bytes on
-    the wire that slow it down; both are averaged over the stream. Where exchanges hold cores
-    (`parted`), matrix products beside a stream with one are started on what is left, whether bytes
-    move or not: their persistent kernels are given a number of cores for as long as the streams run
-    (SGLang's two-batch overlap and `deep_gemm.set_num_sms`, recalled).
+    the wire that slow it down; both are averaged over the stream. Two kernels that read at once
+    get half of HBM each, so that a kernel which finds it busy for a part u of its time has the
+    share 1 - u/2: two streams that do nothing else take twice as long, as bytes are conserved.
+    Where exchanges hold cores (`parted`), matrix products beside a stream with one are started on
+    what is left, whether bytes move or not: their persistent kernels are given a number of cores
+    for as long as the streams run (SGLang's two-batch overlap and `deep_gemm.set_num_sms`,
+    recalled).
 
     Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
       an exchange (both trivial for exchanges themselves).
@@ -206,7 +209,7 @@ def _contention(static: _Static, hbm, total, disturbing, period_s, *, parted: bo
     overlap = overlap * (1.0 - np.eye(len(static.stream))) / safe[:, None]
     hbm_busy = static.stream @ jnp.where(static.compute, jnp.minimum(hbm, total), 0.0) / safe
     exchanging = static.stream @ disturbing / safe
-    hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 0.9)
+    hbm_left = 1.0 - jnp.minimum(overlap @ hbm_busy, 1.0) / 2
     beside = jnp.minimum(overlap @ exchanging, 1.0)
     stream_of = static.stream.T
     beside = stream_of @ beside

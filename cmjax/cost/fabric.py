@@ -41,7 +41,7 @@ def exchange_s(work: Work, static, machine: Supernode):
       static: per-operation constants (`engines._Static`).
     Returns: (wire, chain, fixed, disturbing), each [operations] in seconds, zero for compute
       kernels: moving bytes, sending copies one by one, what overlaps with neither, and the part
-      that slows kernels beside it.
+      that slows kernels beside it, which is how long it moves bytes, whatever limits that.
     """
     tiers, exchange = machine.fabric, machine.exchange
     fused = np.isin(static.kind, ["dispatch", "combine"])
@@ -77,7 +77,8 @@ def exchange_s(work: Work, static, machine: Supernode):
     fixed = latency + startup + flags + local
     if exchange.copies_in_flight or not fused.any():
         return wire, jnp.zeros_like(wire), fixed, disturbing
-    return wire, _chain_s(work, static, machine, spilled), fixed, disturbing
+    chain = _chain_s(work, static, machine, spilled)
+    return wire, chain, fixed, jnp.maximum(disturbing, chain)
 
 
 def overflow(received_bytes, machine: Supernode):

@@ -4,7 +4,8 @@
     scatter: y_r = part r of sum over ranks of x
 
 A pair of them does what an all-reduce does, with as many bytes, and leaves every rank its own part
-of the tokens between the two (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
+of the tokens between the two (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2). Where
+nothing but a norm lies between the two they may be one kernel, which is launched once: `joined`.
 """
 
 from jax import lax
@@ -15,19 +16,23 @@ from cmjax.primitives.exchange import gather_ranks
 from cmjax.program import Work, cost_rule, exchange
 
 
-def gather_group(x: Num[Array, "own *rest"], axes: tuple[str, ...]) -> Num[Array, "gathered *rest"]:
+def gather_group(
+    x: Num[Array, "own *rest"], axes: tuple[str, ...], *, joined: bool = False
+) -> Num[Array, "gathered *rest"]:
     """Every rank's `x`, concatenated on axis 0 in rank order.
 
     Args:
       x: this rank's part.
       axes: mesh axes that enumerate the group's ranks; `()` gives `x` back.
+      joined: it is the second half of an all-reduce whose first half was a `scatter_sum`, so that
+        no kernel is launched for it. Changes no number.
     Gradient: that of the concatenation, a sum over the ranks.
 
     >>> import jax.numpy as jnp
     >>> gather_group(jnp.array([1.0, 2.0]), ()).tolist()
     [1.0, 2.0]
     """
-    return gather_group_p.bind(x, axes=tuple(axes)) if axes else x
+    return gather_group_p.bind(x, axes=tuple(axes), joined=joined) if axes else x
 
 
 def scatter_sum(
@@ -55,7 +60,7 @@ def _scatter_reference(x, *, axes):
     return x
 
 
-def _gather_reference(x, *, axes):
+def _gather_reference(x, *, axes, joined):
     return gather_ranks(x, axes)
 
 
@@ -64,9 +69,10 @@ scatter_sum_p = define("cm_scatter_sum", _scatter_reference, collective=True)
 
 
 @cost_rule(gather_group_p)
-def _gather_cost(x, *, out, mesh, axes) -> Work:
+def _gather_cost(x, *, out, mesh, axes, joined) -> Work:
     """Each rank sends its part to every other directly (full mesh)."""
-    return Work(kind="collective", **exchange(out[0].nbytes, axes, mesh))
+    moves = exchange(out[0].nbytes, axes, mesh)
+    return Work(kind="collective", **moves | ({"launches": 0.0} if joined else {}))
 
 
 @cost_rule(scatter_sum_p)

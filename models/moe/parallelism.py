@@ -49,6 +49,10 @@ class Parallelism:
     """Ranks of a tensor-parallel group."""
     tensor_axes: tuple[str, ...] = ()
     """Of `axes`, the innermost ones that enumerate such a group."""
+    all_reduces: bool = False
+    """A gather follows a sum over the group with nothing but a norm between them, so that one
+    kernel is both. Serving engines do so between dense blocks (`tensor_model_parallel_all_reduce`
+    of vLLM's `RowParallelLinear`)."""
 
     def __post_init__(self):
         if self.tensor > 1 and (not self.tensor_axes or self.ranks % self.tensor):
@@ -91,7 +95,7 @@ class Parallelism:
     def gather(self, x: Num[Array, "own *rest"]) -> Num[Array, "group *rest"]:
         """The group's rows, of which this rank has `x`."""
         with jax.named_scope(SCOPE):
-            return gather_group(x, self.tensor_axes)
+            return gather_group(x, self.tensor_axes, joined=self.all_reduces)
 
     def scatter(self, x: Float[Array, "group *rest"]) -> Float[Array, "own *rest"]:
         """This rank's rows of the sum over the group's ranks."""

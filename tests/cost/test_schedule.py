@@ -228,10 +228,10 @@ def test_beside_exchanges_that_hold_cores_products_run_on_the_others_throughout(
         assert 1 < slow < 1 + machine.exchange.interference / 2
 
 
-def test_streams_that_share_hbm_slow_one_another():
-    left, right = ("left", 12, 24), ("right", 12, 24)
+def copies_on(left, right, layers):
+    """Layers of one copy on each of two streams, and what a copy takes of HBM alone."""
 
-    def copies(a, b, layers):
+    def copies(a, b):
         def layer(carry, _):
             a, b = carry
             return (on(left, jnp.negative, a), on(right, jnp.negative, b)), None
@@ -239,10 +239,23 @@ def test_streams_that_share_hbm_slow_one_another():
         return lax.scan(layer, (a, b), length=layers)[0]
 
     big = array(4096, 4096)
-    both = price(trace(functools.partial(copies, layers=4), big, big), M, {})
     alone = 2 * 4096 * 4096 * 2 / (M.chip.hbm_bytes_per_s * M.efficiency.hbm)
-    # Each kernel finds the other stream on HBM for most of its time, but never gets less than half.
-    assert 4 * alone * 1.5 < float(both.total_s) < 4 * (2 * alone + 2 * M.chip.vector_startup_s) * 6
+    return trace(copies, big, big), alone
+
+
+def test_streams_that_do_nothing_but_read_hbm_take_what_they_take_one_after_another():
+    left, right = ("left", 24, 48), ("right", 24, 48)
+    at_once = replace_leaf(M, "chip.vector_startup_s", 0.0)
+    program, alone = copies_on(left, right, 4)
+    assert float(price(program, at_once, {}).total_s) == pytest.approx(4 * 2 * alone, rel=1e-6)
+
+
+def test_a_kernel_never_gets_less_than_half_of_hbm():
+    left, right = ("left", 12, 24), ("right", 12, 24)
+    program, alone = copies_on(left, right, 4)
+    both = float(price(program, M, {}).total_s)
+    # launched apart, so that they do not meet all the time
+    assert 4 * alone * 1.5 < both < 4 * (2 * alone + M.chip.vector_startup_s)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 61])

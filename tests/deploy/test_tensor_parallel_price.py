@@ -72,7 +72,9 @@ def test_sharing_requests_makes_few_of_them_faster_and_has_a_line_of_its_own():
     alone, shared = found(1), found(4)
     assert shared.tpot_s < 0.6 * alone.tpot_s
     between = {k: v for k, v in shared.breakdown_s.items() if "tensor_parallel" in k.split("/")}
-    assert sum(between.values()) > 36 * 4 * float(M.chip.collective_startup_s)
+    # two all-reduces a layer, each launched once
+    launches = 36 * 2 * float(M.chip.collective_startup_s)
+    assert launches < sum(between.values()) < 1.5 * launches
     assert shared.to_dict()["deployment"]["tp"] == 4
 
 

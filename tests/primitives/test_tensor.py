@@ -75,6 +75,21 @@ def test_a_rank_sends_its_part_to_every_neighbour_directly(mesh, die, node):
     assert total["launches"] == 2
 
 
+def test_the_second_half_of_an_all_reduce_moves_as_much_and_launches_nothing():
+    mesh = RankMesh(2, 4, 2, tensor=4)
+
+    def total(joined):
+        def step(x):
+            return gather_group(scatter_sum(x, mesh.tensor_axes), mesh.tensor_axes, joined=joined)
+
+        fn = on_every_rank(step, mesh, RANKED, RANKED, abstract=True)
+        return trace(fn, jax.ShapeDtypeStruct((mesh.ranks, 8, 7), jnp.bfloat16)).totals({})
+
+    apart, together = total(False), total(True)
+    assert (apart.pop("launches"), together.pop("launches")) == (2, 1)
+    assert apart == together
+
+
 def test_without_a_group_nothing_moves():
     x = jnp.arange(3.0)
     assert gather_group(x, ()) is x and scatter_sum(x, ()) is x

@@ -22,12 +22,11 @@ def test_ranks_and_queries_are_those_of_the_rows():
 
 
 @pytest.mark.slow
-def test_three_of_the_four_steps_are_nearer_than_its_simulation():
-    better = [
-        abs(step.predicted_ms() / step.baseline_ms - 1) < abs(step.simulated_error)
-        for step in STEPS
-    ]
-    assert better == [True, True, False, True]
+def test_the_steps_are_nearer_on_average_than_its_simulation_and_none_is_as_far_off():
+    ours = [abs(step.predicted_ms() / step.baseline_ms - 1) for step in STEPS]
+    theirs = [abs(step.simulated_error) for step in STEPS]
+    assert sum(ours) < sum(theirs)
+    assert max(ours) < max(theirs)
 
 
 def test_the_last_line_is_the_mean_of_absolute_errors(monkeypatch):

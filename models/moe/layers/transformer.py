@@ -8,6 +8,7 @@ grouped-query, as the config says.
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -60,12 +61,16 @@ class DenseLayer(nnx.Module):
         self, config: MoEConfig, parallelism: Parallelism, *, arithmetic: Arithmetic, rngs: nnx.Rngs
     ):
         self.parallelism = parallelism
-        self.attention = _attention(config, parallelism, arithmetic=arithmetic, rngs=rngs)
+        whole = dataclasses.replace(parallelism, all_reduces=True)
+        # latent attention projects its part of the tokens down before it gathers
+        latent = isinstance(config.attention, LatentAttention)
+        attending = parallelism if latent else whole
+        self.attention = _attention(config, attending, arithmetic=arithmetic, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
         self.ffn = SwiGLU(
             config.hidden_size,
             config.ffn_size,
-            parallelism,
+            whole,
             format=arithmetic.dense,
             rngs=rngs,
             bias=config.ffn_bias,
