@@ -64,6 +64,7 @@ class _Static:
     vector_cores: np.ndarray
     vector_share: np.ndarray
     attention: np.ndarray
+    grouped: np.ndarray
     compute: np.ndarray
     permutes: np.ndarray
     kind: np.ndarray
@@ -100,7 +101,8 @@ def seconds(
     static = _static(program, machine.chip.cube_cores, machine.chip.vector_cores)
     chip, efficiency = machine.chip, machine.efficiency
 
-    matrix_efficiency = jnp.where(static.attention, efficiency.attention, efficiency.gemm)
+    matrix_efficiency = jnp.where(static.grouped, efficiency.grouped, efficiency.gemm)
+    matrix_efficiency = jnp.where(static.attention, efficiency.attention, matrix_efficiency)
     cube = (
         work["cube_flops_8bit"] / chip.cube_flops_8bit
         + work["cube_flops_16bit"] / chip.cube_flops_16bit
@@ -243,6 +245,7 @@ def _static(program: Program, cube_cores: int, vector_cores: int) -> _Static:
         vector_cores=vector,
         vector_share=vector / vector_cores,
         attention=kinds == "attention",
+        grouped=kinds == "grouped",
         compute=np.isin(kinds, COMPUTE),
         permutes=kinds == "permute",
         kind=kinds,

@@ -69,6 +69,7 @@ _SCHEMA: dict[str, Any] = {
     },
     "efficiency": {
         "gemm": "fraction",
+        "grouped": "fraction",
         "attention": "fraction",
         "hbm": "fraction",
         "exposed": "fraction",
@@ -84,10 +85,13 @@ _MAY_BE_ZERO = {
     *("matrix_startup_s", "attention_startup_s", "vector_startup_s", "collective_startup_s"),
     *("inner_block_s", "exposed", "attention_exposed"),
 }
-_NOT_GIVEN = {
-    "chip": {"inner_block_s": "0 us"},
-    "efficiency": {"exposed": "0 %", "attention_exposed": "0 %"},
-}
+_AS = (("chip", "attention_startup_s", "matrix_startup_s"), ("efficiency", "grouped", "gemm"))
+"""What is taken from another constant where a file does not say."""
+_NOT_GIVEN = (
+    ("chip", "inner_block_s", "0 us"),
+    ("efficiency", "exposed", "0 %"),
+    ("efficiency", "attention_exposed", "0 %"),
+)
 """Where a file does not say, the longer of cube and memory bounds a kernel."""
 _MOST_BYTES = 1_000_000
 _MOST_RANKS = 2**20
@@ -216,22 +220,20 @@ def replace_leaf(machine: Supernode, dotted: str, value) -> Supernode:
 
 
 def read_tree(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
-    """A machine's TOML as it is written, and where it is from, for messages. Attention that names
-    no start-up of its own has that of matrix products. What else may be
-    left out is `_NOT_GIVEN`.
+    """A machine's TOML as it is written, and where it is from, for messages. What
+    it may leave out is filled in (`_AS`, `_NOT_GIVEN`).
 
     Raises: ValueError: unknown name, unreadable file, or no TOML.
     """
     text, origin = _read(str(name_or_path))
     tree = parse_toml(text, origin)
-    chip = tree.get("chip")
-    if isinstance(chip, dict) and isinstance(like := chip.get("matrix_startup_s"), dict):
-        same = {"source": "assumed: as matrix_startup_s", "value": like.get("value")}
-        chip.setdefault("attention_startup_s", same)
-    for section, names in _NOT_GIVEN.items():
+    for section, key, other in _AS:
+        found = tree.get(section)
+        if isinstance(found, dict) and isinstance(like := found.get(other), dict):
+            found.setdefault(key, {"source": f"assumed: as {other}", "value": like.get("value")})
+    for section, key, zero in _NOT_GIVEN:
         if isinstance(found := tree.get(section), dict):
-            for key, zero in names.items():
-                found.setdefault(key, {"source": "not given", "value": zero})
+            found.setdefault(key, {"source": "not given", "value": zero})
     return tree, origin
 
 

@@ -136,12 +136,14 @@ class Efficiency:
     """What well-written kernels reach; fitted to micro-benchmarks.
 
     Fields:
-      gemm, attention: fraction of the cube's peak. hbm: of the memory's.
+      gemm, grouped, attention: fraction of the cube's peak, of a matrix product, of products of a
+        stack of matrices (experts), and of attention. hbm: of the memory's.
       exposed, attention_exposed: of matrix products and of attention, the share of the shorter of
         cube and memory time that the longer one does not hide.
     """
 
     gemm: Scalar
+    grouped: Scalar
     attention: Scalar
     hbm: Scalar
     exposed: Scalar

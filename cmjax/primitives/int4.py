@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 from cmjax.primitives.define import define
 from cmjax.primitives.grouped import grouped_dot
 from cmjax.program import Work, cost_rule, matmul_flops
-from cmjax.program.work import stack_bytes
+from cmjax.program.work import of_stack
 
 GROUP = 256
 """Inner elements that share a scale; a narrower matrix has one group."""
@@ -162,5 +162,5 @@ def _cost(x, packed, scale, *, out, **_) -> Work:
         flops=flops * 2.0,
         vector_bytes=x.size * 3.0 + out[0].size * groups * 8.0,
         **matmul_flops(jnp.int8, flops, x.shape[-1]),
-        **stack_bytes(x, packed),
+        **of_stack(x, packed),
     )

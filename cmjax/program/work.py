@@ -27,13 +27,14 @@ STACKED = ("stack_bytes", "stack_row_bytes")
 FIELDS = ENGINES + TRAFFIC + COUNTED + STACKED + ("inner_blocks",)
 """The columns of a priced program's work table, all additive."""
 
-KINDS = ("compute", "attention", "permute", "collective", "dispatch", "combine")
+KINDS = ("compute", "grouped", "attention", "permute", "collective", "dispatch", "combine")
 """How an operation's time follows from its work; set by its cost rule. `compute` is a kernel that
-runs on its engines at once, whatever they do; an attention kernel has an efficiency of its own; a
-kernel that permutes rows only runs where the exchange before or after it leaves that to it."""
+runs on its engines at once, whatever they do; products of a stack of matrices (experts), each with
+rows of its own, and attention have efficiencies of their own; a kernel that permutes rows only runs
+where the exchange before or after it leaves that to it."""
 INNER_BLOCK = 128.0
 """Numbers of the inner dimension that a matrix product's loop takes at a time (DeepGEMM's)."""
-COMPUTE = ("compute", "attention", "permute")
+COMPUTE = ("compute", "grouped", "attention", "permute")
 """Kinds that stay on their die."""
 
 
@@ -127,12 +128,13 @@ class Work:
         return Size.of(0.0 if value is None else value)
 
 
-def stack_bytes(x: Operand, stack: Operand) -> dict[str, Any]:
+def of_stack(x: Operand, stack: Operand) -> dict[str, Any]:
     """The fields of a stack of matrices, `[*stack, n, k]`, that multiply rows `[*stack, rows, k]`;
     none of a single matrix."""
     if len(stack.shape) < 3:
         return {}
-    return {"stack_bytes": stack.nbytes, "stack_row_bytes": stack.nbytes * x.shape[-2]}
+    rows = stack.nbytes * x.shape[-2]
+    return {"kind": "grouped", "stack_bytes": stack.nbytes, "stack_row_bytes": rows}
 
 
 def matmul_flops(dtype: Any, flops: Size, inner: Size | float = 0.0) -> dict[str, Any]:

@@ -93,6 +93,17 @@ def test_an_inner_block_is_as_many_numbers_of_every_width():
         assert time_of(lambda x, w: x @ w, x, w, machine=machine) == pytest.approx(3.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("groups, kind", [(1, "gemm"), (8, "grouped")])
+def test_products_of_a_stack_have_an_efficiency_of_their_own(groups, kind):
+    slower = replace_leaf(M, "efficiency.grouped", 0.5)
+    peak = CHIP.cube_flops_8bit * getattr(slower.efficiency, kind)
+    m = k = n = 8192
+    found = micro("gemm", slower, groups=groups, m=m, k=k, n=n).measure(slower)
+    cube, vector = 2 * groups * m * k * n / peak, groups * m * n * 4 / CHIP.vector_bytes_per_s
+    want = CHIP.matrix_startup_s + cube + vector / PIPELINE_TILES
+    assert float(found["us"]) == pytest.approx(want * 1e6, rel=1e-9)
+
+
 @pytest.mark.parametrize("heads, longest", [(512, "cube"), (16, "hbm")])
 def test_of_attention_a_share_of_its_own_is_exposed(heads, longest):
     machine = load_machine("h800-pod")

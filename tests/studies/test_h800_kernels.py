@@ -13,13 +13,13 @@ def test_kernels_that_nothing_was_fitted_to_are_priced_as_well_as_their_interval
     assert {kind: of.rows for kind, of in unseen.items()} == {
         "dense products": 90,
         "experts, decode": 78,
-        "experts, prefill": 46,
+        "experts, prefill": 38,
         "latent attention": 37,
         "grouped-query attention": 279,
     }
-    for kind, most in zip(unseen, (0.10, 0.14, 0.08, 0.06, 0.09), strict=True):
+    for kind, most in zip(unseen, (0.10, 0.13, 0.06, 0.06, 0.09), strict=True):
         assert unseen[kind].mean_error < most, kind
-        assert unseen[kind].coverage > 0.75, kind
+        assert unseen[kind].coverage > 0.7, kind
 
 
 def test_absent_data_is_said(tmp_path):

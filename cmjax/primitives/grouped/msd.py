@@ -117,6 +117,7 @@ def _cost(x, values, scale, sizes, *, out, mesh, format) -> Work:
     products = (out[0].size * x.shape[-1]) * 4.0
     vector = x.size * decompose_instructions(2) + out[0].size * recombine_instructions(2)
     return Work(
+        kind="grouped",
         flops=products,
         vector_bytes=vector * 4.0,
         **matmul_flops(jnp.int8, products * (0.5 if format == "mxfp4" else 1.0), x.shape[-1]),

@@ -141,4 +141,4 @@ def _cost(x: Operand, w: Operand, sizes: Operand, *, out, **_) -> Work:
     """2 M N K FLOP on the cube cores whatever the groups are; HBM reads the matrices of all groups
     once, as with `ragged_dot`."""
     flops = out[0].size * x.shape[-1] * 2.0
-    return Work(flops=flops, **matmul_flops(x.dtype, flops, x.shape[-1]))
+    return Work(kind="grouped", flops=flops, **matmul_flops(x.dtype, flops, x.shape[-1]))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int8, Int32
 from cmjax import native
 from cmjax.primitives.define import define
 from cmjax.program import Work, cost_rule
-from cmjax.program.work import Operand, matmul_flops, stack_bytes
+from cmjax.program.work import Operand, matmul_flops, of_stack
 
 _MOST_ROWS = {"avx2": {"bfloat16": 256, "int8": 12}}
 
@@ -141,5 +141,5 @@ def _cost(x: Operand, w: Operand, *, out, skip_zeros, **_) -> Work:
     """That of `dot_general`: 2 M N K FLOP on the cube cores; zeros are multiplied there. Of a stack
     the kernel skips matrices without rows."""
     flops = out[0].size * x.shape[-1] * 2.0
-    skipped = stack_bytes(x, w) if skip_zeros else {}
+    skipped = of_stack(x, w) if skip_zeros else {}
     return Work(flops=flops, **matmul_flops(x.dtype, flops, x.shape[-1]), **skipped)

@@ -37,7 +37,7 @@ from cmjax.primitives.msd.decompose import (
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.weight import QuantizedWeight, WeightFormat, dequantize
 from cmjax.program import Work, cost_rule, matmul_flops
-from cmjax.program.work import stack_bytes
+from cmjax.program.work import of_stack
 
 MOST_INNER = (2**31 - 1) // (127 * 128)
 """Longest row, 132,104, whose int8 products cannot overflow an int32 sum."""
@@ -412,5 +412,5 @@ def _cost(x, w, *others, out, mesh, format, passes, **_) -> Work:
         flops=products,
         vector_bytes=vector * 4.0,
         **matmul_flops(jnp.int8, products * (0.5 if format == "mxfp4" else 1.0), inner),
-        **stack_bytes(x, w),
+        **of_stack(x, w),
     )

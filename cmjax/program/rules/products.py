@@ -42,7 +42,7 @@ def _ragged_dot_general(
     rows = product(d for i, d in enumerate(lhs.shape) if i not in (*contract, *batch))
     other = (*contract_rhs, *batch_rhs, *numbers.rhs_group_dimensions)
     columns = product(d for i, d in enumerate(rhs.shape) if i not in other)
-    return _multiply_add(lhs, rhs, outer * rows * columns * inner, inner)
+    return _multiply_add(lhs, rhs, outer * rows * columns * inner, inner, kind="grouped")
 
 
 @cost_rule("conv_general_dilated")
@@ -92,8 +92,10 @@ def _share_met(length: Size, taps: Size, stride: int, spread: int, dilation: int
     return met / (outputs * kernel)
 
 
-def _multiply_add(lhs: Operand, rhs: Operand, pairs: Size, inner: Size) -> Work:
+def _multiply_add(
+    lhs: Operand, rhs: Operand, pairs: Size, inner: Size, kind: str = "compute"
+) -> Work:
     """Work of `pairs` multiply-adds: two FLOP each, times the real products of a complex one."""
     flops = pairs * (2.0 * math.prod(2.0 if x.is_complex else 1.0 for x in (lhs, rhs)))
     wider = lhs.dtype if lhs.itemsize >= rhs.itemsize else rhs.dtype
-    return Work(flops=flops, **matmul_flops(wider, flops, inner))
+    return Work(kind=kind, flops=flops, **matmul_flops(wider, flops, inner))
