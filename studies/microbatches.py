@@ -3,9 +3,9 @@
     python -m studies.microbatches
 
 CloudMatrix-Infer gains from two microbatches, and the prediction does not. Each line changes one
-thing of the machine or the requests, and says what the layer of DeepSeek-R1 at a batch of 96 per NPU
-and 4K tokens then takes, which stream is the longer one, and what time per output token (TPOT) small
-batches and that one have. Nothing is fitted to it.
+thing of the machine or the requests, and says what the layer of DeepSeek-R1 then takes at a batch
+of 96 per NPU and 4K tokens, which stream is the longer one, and the time per output token (TPOT)
+of small batches and of that one. Nothing is fitted to it.
 """
 
 import dataclasses
