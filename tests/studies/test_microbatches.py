@@ -1,4 +1,4 @@
-"""The table of one microbatch and two: its changes are made, and its first row is the prediction."""
+"""The table of one and two microbatches: its changes are made, its first row is the prediction."""
 
 import jax
 import pytest
