@@ -4,7 +4,8 @@
 
 `end_to_end` and `kernels` are what `cmjax validate` prints, `machines` what the catalog holds,
 `counted` what XLA, `jax.experimental.roofline` and cmjax count in the same programs, `mindstudio`
-the steps of another simulator beside its own errors. A test holds the files against a fresh run.
+the steps of another simulator beside its own errors, `microbatches` what one and two microbatches
+take if something were otherwise. A test holds the files against a fresh run.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from cmjax.hardware import catalog, load_machine
 from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.program import trace, trip_count
-from studies import mindstudio
+from studies import microbatches, mindstudio
 
 Rows = Iterable[Sequence[str]]
 _UNITS = {
@@ -162,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "machines": machines,
     "counted": counted,
     "mindstudio": lambda: markdown(mindstudio.HEADS, mindstudio.cells()),
+    "microbatches": lambda: markdown(microbatches.HEADS, microbatches.cells()),
 }
 
 

@@ -8,6 +8,8 @@ of the tokens between the two (Korthikanti et al. 2022, arXiv:2205.05198, sectio
 nothing but a norm lies between the two they may be one kernel, which is launched once: `joined`.
 """
 
+import dataclasses
+
 from jax import lax
 from jaxtyping import Array, Float, Num
 
@@ -71,8 +73,8 @@ scatter_sum_p = define("cm_scatter_sum", _scatter_reference, collective=True)
 @cost_rule(gather_group_p)
 def _gather_cost(x, *, out, mesh, axes, joined) -> Work:
     """Each rank sends its part to every other directly (full mesh)."""
-    moves = exchange(out[0].nbytes, axes, mesh)
-    return Work(kind="collective", **moves | ({"launches": 0.0} if joined else {}))
+    work = Work(kind="collective", **exchange(out[0].nbytes, axes, mesh))
+    return dataclasses.replace(work, launches=0.0) if joined else work
 
 
 @cost_rule(scatter_sum_p)

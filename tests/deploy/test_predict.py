@@ -47,6 +47,13 @@ def test_a_larger_batch_or_context_takes_longer_and_more_memory(decode):
         assert steps == sorted(set(steps)) and memory == sorted(set(memory)), name
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_every_batch_takes_longer_than_the_one_before_however_little_computes(microbatches):
+    whole = predictor(model="deepseek-r1", npus=160, mtp=True, microbatches=microbatches)
+    steps = whole.step_times_s(dataclasses.replace(REQUESTS, context=4096.0), np.arange(4, 132, 4))
+    assert (np.diff(steps) > 0).all()
+
+
 def test_a_longer_prompt_takes_longer_to_prefill(prefill):
     found = [
         prefill.predict(Requests(batch=4, prompt=p)).to_dict()["ttft_ms"] for p in (256, 1024, 4096)

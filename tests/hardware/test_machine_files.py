@@ -77,7 +77,7 @@ BAD_FILES = {
     ),
     "unknown key like no other": (
         _changed("[efficiency]", "[efficiency]\nzzz = 1"),
-        'unknown key "efficiency.zzz"; known: gemm, attention, hbm',
+        'unknown key "efficiency.zzz"; known: gemm, grouped, attention, hbm',
     ),
     "no engines": (
         TEXT[: TEXT.index("[engines.")],
