@@ -33,6 +33,7 @@ TARGETS = (
     "cmjax_route",
     "cmjax_sorted_experts_int8",
     "cmjax_sorted_experts_mxfp4",
+    "cmjax_sorted_experts_w8a8",
     "cmjax_sum_words",
 )
 

@@ -10,6 +10,7 @@
 
 #include "msd_product.h"
 #include "parallel.h"
+#include "sorted_rows.h"
 
 namespace cmjax {
 namespace {
@@ -18,45 +19,15 @@ namespace ffi = xla::ffi;
 using msd::Sizes;
 using msd::Span;
 
-// Copies of tokens in the order of their slots.
-struct Sorted {
-  std::vector<int32_t> copy;   // of each row, token * copies + number
-  std::vector<int32_t> row;    // of each copy
-  std::vector<Span> spans;     // of each slot
-  bool valid = true;
-};
-
-Sorted sort(const int32_t* slots, int64_t count, int64_t total) {
-  Sorted found;
-  found.spans.assign(total, {0, 0});
-  for (int64_t i = 0; i < count; ++i) {
-    if (slots[i] < 0 || slots[i] >= total) {
-      found.valid = false;
-      return found;
-    }
-    ++found.spans[slots[i]].count;
-  }
-  for (int64_t s = 1; s < total; ++s) {
-    found.spans[s].start = found.spans[s - 1].start + found.spans[s - 1].count;
-  }
-  found.copy.resize(count);
-  found.row.resize(count);
-  std::vector<int64_t> next(total);
-  for (int64_t s = 0; s < total; ++s) next[s] = found.spans[s].start;
-  for (int64_t i = 0; i < count; ++i) {
-    found.row[i] = static_cast<int32_t>(next[slots[i]]++);
-    found.copy[found.row[i]] = static_cast<int32_t>(i);
-  }
-  return found;
-}
-
 // up(spans, rows, x, y) and down(...) are the products of all rows with the matrices of their slots.
 template <typename Up, typename Down>
 ffi::Error mix(ffi::ThreadPool& pool, int64_t tokens, int64_t copies, int64_t hidden, int64_t ffn,
                int64_t total, const Values& x, const int32_t* slots, const float* weights,
                const Values& y, const Up& up, const Down& down) {
   const int64_t count = tokens * copies, bytes = x.bytes();
-  const Sorted sorted = sort(slots, count, total);
+  const Sorted sorted = sort_by_slot(slots, count, total);
+  std::vector<Span> spans;
+  for (const SlotRows& rows : sorted.slots) spans.push_back({rows.start, rows.count});
   if (!sorted.valid) {
     return ffi::Error::InvalidArgument("sorted_experts: a slot lies outside of those that there are");
   }
@@ -70,7 +41,7 @@ ffi::Error mix(ffi::ThreadPool& pool, int64_t tokens, int64_t copies, int64_t hi
   for (int64_t r = 0; r < count; ++r) {
     std::memcpy(rows.at(r * hidden), x.at(sorted.copy[r] / copies * hidden), hidden * bytes);
   }
-  if (ffi::Error e = up(sorted.spans, count, rows, wide); e.failure()) return e;
+  if (ffi::Error e = up(spans, count, rows, wide); e.failure()) return e;
   parallel_for(pool, count, worker_count(pool, count), [&](int64_t r, int64_t) {
     std::vector<float> room(x.half ? 3 * ffn : 0);
     const float* both = wide.read(kernel, r * 2 * ffn, 2 * ffn, room.data());
@@ -78,18 +49,8 @@ ffi::Error mix(ffi::ThreadPool& pool, int64_t tokens, int64_t copies, int64_t hi
     kernel.swiglu(both, both + ffn, ffn, to);
     narrow.write(kernel, to, ffn, r * ffn);
   });
-  if (ffi::Error e = down(sorted.spans, count, narrow, outs); e.failure()) return e;
-  std::vector<float> sum(hidden), room(x.half ? hidden : 0);
-  for (int64_t t = 0; t < tokens; ++t) {
-    float* to = y.place(t * hidden, sum.data());
-    std::memset(to, 0, hidden * sizeof(float));
-    for (int64_t c = 0; c < copies; ++c) {
-      const int64_t row = sorted.row[t * copies + c];
-      const float* from = outs.read(kernel, row * hidden, hidden, room.data());
-      kernel.add_scaled(from, weights[t * copies + c], hidden, to);
-    }
-    y.write(kernel, to, hidden, t * hidden);
-  }
+  if (ffi::Error e = down(spans, count, narrow, outs); e.failure()) return e;
+  weigh(kernel, sorted, weights, tokens, copies, hidden, outs, y);
   return ffi::Error::Success();
 }
 

@@ -9,9 +9,9 @@
 #include <new>
 #include <vector>
 
+#include "int8_dot.h"
 #include "isa.h"
 #include "parallel.h"
-#include "row_groups.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace cmjax {
@@ -361,6 +361,20 @@ ffi::Error widened_integers(ffi::ThreadPool& pool, const Sizes& n, const RowGrou
 }
 #endif
 
+}  // namespace
+
+ffi::Error int8_dot(ffi::ThreadPool& pool, int64_t inner, int64_t features, const RowGroups& lists,
+                    const int8_t* x, const int8_t* w, int32_t* y) {
+#if defined(__x86_64__)
+  const Sizes n{static_cast<int64_t>(lists.rows.size()), inner, lists.groups(), features};
+  if (isa() == Isa::kAvx512Vnni) return integers(pool, n, lists, x, w, y);
+  if (isa() == Isa::kAvx2) return widened_integers(pool, n, lists, x, w, y);
+#endif
+  return ffi::Error::InvalidArgument("no kernel multiplies int8 on this machine");
+}
+
+namespace {
+
 ffi::Error grouped_dot(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
                        ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> counts,
                        ffi::Result<ffi::AnyBuffer> y, bool skip_zeros) {
@@ -406,13 +420,10 @@ ffi::Error grouped_dot(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
 #endif
     return floats(pool, n, lists, from, weights, to);
   }
-#if defined(__x86_64__)
-  if (type == ffi::S8 && y->element_type() == ffi::S32 && isa() != Isa::kScalar) {
-    const auto product = isa() == Isa::kAvx2 ? &widened_integers : &integers;
-    return product(pool, n, lists, x.typed_data<int8_t>(), w.typed_data<int8_t>(),
-                   y->typed_data<int32_t>());
+  if (type == ffi::S8 && y->element_type() == ffi::S32) {
+    return int8_dot(pool, n.inner, n.features, lists, x.typed_data<int8_t>(),
+                    w.typed_data<int8_t>(), y->typed_data<int32_t>());
   }
-#endif
   return ffi::Error::InvalidArgument("grouped_dot: no kernel for these dtypes on this machine");
 }
 

@@ -200,8 +200,11 @@ inline void add_int8_lines(const int8_t* const* x, int64_t k, int64_t apart, int
     }
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
+      const int8_t* from = w + (k + 4 * u * apart) * stride + c;
+#pragma GCC unroll 4
+      for (int i = 0; U > 1 && i < 4; ++i) __builtin_prefetch(from + i * apart * stride + kAhead);
       __m512i fours[4];
-      interleave(w + (k + 4 * u * apart) * stride + c, apart * stride, depth, valid, fours);
+      interleave(from, apart * stride, depth, valid, fours);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

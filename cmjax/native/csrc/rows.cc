@@ -5,7 +5,7 @@ namespace cmjax {
 RowKernels row_kernels() {
 #define CMJAX_KERNELS_OF(space)                                                             \
   {&space::to_float, &space::to_half, &space::rms_norm, &space::rotate, &space::quantize,   \
-   &space::swiglu, &space::add_scaled}
+   &space::swiglu, &space::rescale, &space::add_scaled}
 #if defined(__x86_64__)
   if (isa() == Isa::kAvx512Vnni) return CMJAX_KERNELS_OF(rows::avx512);
   if (isa() == Isa::kAvx2) return CMJAX_KERNELS_OF(rows::avx2);

@@ -25,6 +25,8 @@ namespace rows {
   float quantize(const float* x, int64_t size, int8_t* steps);                                     \
   /* y = gate / (1 + exp(-gate)) up */                                                             \
   void swiglu(const float* gate, const float* up, int64_t size, float* y);                         \
+  /* y = x factor scale */                                                                         \
+  void rescale(const int32_t* x, float factor, const float* scale, int64_t size, float* y);        \
   /* y += factor x */                                                                              \
   void add_scaled(const float* x, float factor, int64_t size, float* y);
 
@@ -49,6 +51,7 @@ struct RowKernels {
   decltype(&rows::scalar::rotate) rotate;
   decltype(&rows::scalar::quantize) quantize;
   decltype(&rows::scalar::swiglu) swiglu;
+  decltype(&rows::scalar::rescale) rescale;
   decltype(&rows::scalar::add_scaled) add_scaled;
 };
 

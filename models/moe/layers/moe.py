@@ -150,7 +150,7 @@ class MoE(nnx.Module):
     def _sorted(self, experts: Experts, routed: Routed) -> Float[Array, "tokens hidden"]:
         """Of all slots, for tokens that are on this device; of few tokens one call on a CPU."""
         block = self.parallelism.schedule.block
-        matrices = experts.gate_up.matrix.value, experts.down.matrix.value
+        matrices = experts.gate_up.matrix, experts.down.matrix
 
         def stages(x, slots, weights):
             with block("dispatch"):
@@ -161,7 +161,7 @@ class MoE(nnx.Module):
             with block("combine"):
                 return unsort(y, sent, weights)
 
-        if observed() or not is_mixed_at_once(matrices, routed.x):
+        if observed() or not is_mixed_at_once(*matrices, routed.x):
             return stages(*routed)
 
         def call(x, slots, weights):

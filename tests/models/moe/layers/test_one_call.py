@@ -16,6 +16,7 @@ from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import GroupedAttention
 from cmjax.models.moe.layers import gqa, heads, latent_rows, mla, moe, norm, route, sorted_experts
 from cmjax.models.moe.layers.cache import empty_cache
+from cmjax.models.moe.layers.linear import quantize_columns
 from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.slots import ep_table
@@ -81,6 +82,26 @@ def test_experts_are_those_of_their_stages(rng, dtype, format, tokens, copies):
     )
     # steps of the second product change where the activation is rounded otherwise
     _assert_close(got, wanted, "bfloat16" if dtype == "bfloat16" else "float32")
+
+
+@needs_kernels
+@pytest.mark.skipif(native.status().isa == "scalar", reason="no kernel multiplies int8 here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens, copies", [(1, 1), (1, 4), (5, 2), (64, 3)])
+@pytest.mark.parametrize("hidden, ffn", [(64, 96), (70, 33)])
+def test_experts_of_w8a8_are_those_of_their_stages(rng, dtype, tokens, copies, hidden, ffn):
+    count = 7
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    up, up_scale = quantize_columns(draw(count, hidden, 2 * ffn))
+    down, down_scale = quantize_columns(draw(count, ffn, hidden))
+    slots = rng.permuted(np.tile(np.arange(count), (tokens, 1)), axis=1)[:, :copies]
+    slots[: tokens // 2] = slots[0]  # some slots get many rows, others none
+    x, weights = draw(tokens, hidden).astype(dtype), draw(tokens, copies)
+    operands = x, jnp.asarray(slots, jnp.int32), weights, up, up_scale, down, down_scale
+    (got,), (wanted,) = _both(sorted_experts.sorted_w8a8_p, operands)
+    # one between two steps of 127 may go to either where the activation is rounded otherwise
+    np.testing.assert_allclose(got, wanted, atol=np.abs(wanted).max() / 64, rtol=2**-7)
+    assert np.median(np.abs(got - wanted)) <= _steps(dtype) * np.abs(wanted).max()
 
 
 @needs_kernels
@@ -233,7 +254,7 @@ def test_equal_scores_go_to_the_first_experts():
     assert (chosen == wanted).all() and (chosen == np.arange(config.experts_per_token)).all()
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "msd_w8a16", "msd_w4a16"])
+@pytest.mark.parametrize("arithmetic", ["float32", "int8", "msd_w8a16", "msd_w4a16"])
 @pytest.mark.parametrize("config", [GROUPED, tiny()], ids=["grouped", "latent"])
 def test_the_price_of_a_step_is_that_of_its_stages(monkeypatch, config, arithmetic):
     """The traced program is equal, operation by operation."""
