@@ -2,15 +2,18 @@
 
     y, saved = forward(params, x)        d params, d x = both(params, saved, d y)
 
-`saved` are the residuals of `jax.vjp` that are no parameters. The backward pass may be taken apart
+`saved` are the residuals of `jax.vjp` that are no parameters, nor made of nothing, as zeros are:
+these are made again. The backward pass may be taken apart
 (ZB-H1, arXiv 2401.10241): first what gives the gradient of the input, then, from what that left in
 `stashed`, the gradients of the parameters. Between them every operation runs once.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Literal, jaxpr_as_fun
 from jaxtyping import Array
 
@@ -35,20 +38,33 @@ class Backward:
             return y, leaves
 
         y, kept = jax.eval_shape(forward, params, x)
-        self.saved: list[jax.ShapeDtypeStruct] = kept
+        self._constants = _constants(lambda *given: self._residuals(*given)[1], params, x)
+        self.saved: list[jax.ShapeDtypeStruct] = self._held(kept)
         self.stashed: list[jax.ShapeDtypeStruct] = []
         if apart:
-            self._take_apart(params, kept, y)
+            self._take_apart(params, self.saved, y)
 
     def forward(self, params: Tree, x: Array) -> tuple[Array, list[Array]]:
         """The result, and what `both` needs besides the parameters; nothing else is computed."""
-        return without_unread(lambda *given: self._residuals(*given)[:2], params, x)
+
+        def needed(params, x):
+            y, kept, _ = self._residuals(params, x)
+            return y, self._held(kept)
+
+        y, saved = without_unread(needed, params, x)
+        return y, list(lax.optimization_barrier(saved))  # else XLA may keep what they are made of
 
     def both(self, params: Tree, saved: Sequence[Array], g: Array) -> tuple[Tree, Array]:
         """Gradients of the parameters and of the input, from that of the result."""
         known, places, tree = jax.tree.leaves(params), *self._from
-        rest = iter(saved)
-        leaves = [next(rest) if place is None else known[place] for place in places]
+        rest, number = iter(saved), itertools.count()
+        leaves = []
+        for place in places:
+            if place is not None:
+                leaves.append(known[place])
+            else:
+                made = self._constants.get(next(number))
+                leaves.append(next(rest) if made is None else made())
         return jax.tree.unflatten(tree, leaves)(g)
 
     def inputs(self, params: Tree, saved: Sequence[Array], g: Array) -> tuple[Array, list[Array]]:
@@ -68,6 +84,10 @@ class Backward:
         places = [known.get(id(leaf)) for leaf in leaves]
         kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
         return y, kept, (places, tree)
+
+    def _held(self, kept: list) -> list:
+        """Of all residuals that are no parameters, those that are saved."""
+        return [leaf for i, leaf in enumerate(kept) if i not in self._constants]
 
     def _take_apart(self, params: Tree, saved: list, y: jax.ShapeDtypeStruct) -> None:
         closed = jax.make_jaxpr(self.both)(params, saved, y)
@@ -105,6 +125,26 @@ def without_unread(fn: Callable, *args: Any) -> Any:
     )
     found = jaxpr_as_fun(closed.replace(jaxpr=used))(*jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _constants(fn: Callable, *args: Any) -> dict[int, Callable[[], Array]]:
+    """Which of the arrays that `fn(*args)` lists depend on no argument, and what makes them."""
+    closed = jax.make_jaxpr(fn)(*args)
+    jaxpr = closed.jaxpr
+    given, found = {*jaxpr.invars, *jaxpr.constvars}, {}
+    for eqn in jaxpr.eqns:
+        if given.intersection(v for v in eqn.invars if not isinstance(v, Literal)):
+            given.update(eqn.outvars)
+    for i, out in enumerate(jaxpr.outvars):
+        if isinstance(out, Literal) or out in given:
+            continue
+        part = jaxpr.replace(
+            invars=[], constvars=[], eqns=_needed(jaxpr.eqns, [out]), outvars=[out],
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )  # fmt: skip
+        make = jaxpr_as_fun(closed.replace(jaxpr=part, consts=[]))
+        found[i] = lambda make=make: make()[0]
+    return found
 
 
 def _needed(equations: Sequence, outputs: Sequence) -> list:

@@ -14,7 +14,6 @@ out.
 
 import collections
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 
 from cmjax.hardware import TIERS, Supernode
 from cmjax.models.moe.config import LayerKind
+from cmjax.parallelism.eager import only
 from cmjax.parallelism.expert_pieces import (
     ExpertPiece,
     MoETraining,
@@ -38,7 +38,7 @@ from cmjax.parallelism.result import PricedPlan, priced
 from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
 from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, fits_nowhere, too_large
 from cmjax.parallelism.traffic import all_reduce, between
-from cmjax.program import Program, Size, Work
+from cmjax.program import Operation, Program, Size
 
 
 def price_experts(
@@ -360,7 +360,7 @@ def _seconds(piece: ExpertPiece, prices: LinkPrices, batch: int, *, hidden: bool
 
     def parts(program: Program) -> tuple[float, float]:
         total = prices.run(program, BATCH, float(batch))
-        computing = prices.run(_without_exchanges(program), BATCH, float(batch))
+        computing = prices.run(only(program, _computes), BATCH, float(batch))
         return computing, total - computing
 
     taken = max if hidden else lambda computing, exchanging: computing + exchanging
@@ -368,11 +368,5 @@ def _seconds(piece: ExpertPiece, prices: LinkPrices, batch: int, *, hidden: bool
     return _Seconds(taken(*forward), taken(*both), both[1])
 
 
-@functools.lru_cache(maxsize=512)
-def _without_exchanges(program: Program) -> Program:
-    nothing = Work(launches=0.0)
-    operations = tuple(
-        op if op.work.kind in ("compute", "attention") else dataclasses.replace(op, work=nothing)
-        for op in program.operations
-    )
-    return Program(operations, program.outputs, program.inputs)
+def _computes(operation: Operation) -> bool:
+    return operation.work.kind in ("compute", "attention")

@@ -20,6 +20,7 @@ from scipy.stats import kendalltau
 from cmjax.hardware import Supernode
 from cmjax.inputs import check_count, read_csv, shown
 from cmjax.models.dense import DenseConfig
+from cmjax.parallelism.eager import Eager
 from cmjax.parallelism.memory import fits, memory_of
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.search import CHUNKS, MICRO_BATCHES, check_devices, price_anyway
@@ -143,10 +144,11 @@ def _priced(line: int, row: Mapping[str, str], machine: Supernode) -> Iterator[M
             f"data {data} x tensor {tensor} x pipeline {pipeline} is not {devices} GPUs"
         )
     check_devices(devices, machine)
+    eager = Eager(overlaps=not row.get("iteration_ms") and not row.get("tflops_per_gpu"))
     for plan, measured in _measured(row, model, batch, devices, data, tensor, pipeline):
         options = list(_completed(plan, row, model, batch, machine))
         found = min(
-            (price_anyway(model, machine, option, batch, eager=True) for option in options),
+            (price_anyway(model, machine, option, batch, eager=eager) for option in options),
             key=lambda priced: priced.step_s,
         )
         yield MeasuredRow(

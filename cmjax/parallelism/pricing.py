@@ -18,9 +18,10 @@ from jax.core import Tracer
 
 from cmjax.cost import price
 from cmjax.cost.host import on_host
-from cmjax.hardware import Supernode, relative_slopes
+from cmjax.hardware import Supernode, relative_slopes, replace_leaf
 from cmjax.models.dense import DenseConfig, Recompute, TensorSplit
 from cmjax.parallelism import pieces
+from cmjax.parallelism.eager import CORE_HBM, Eager, of_core, of_exchange, only
 from cmjax.parallelism.layerwise import Counts
 from cmjax.parallelism.links import (
     GROUPS,
@@ -36,7 +37,7 @@ from cmjax.parallelism.memory import PARAMETER_BYTES, split_of, stage_parameters
 from cmjax.parallelism.plan import Optimizer, Plan
 from cmjax.parallelism.schedules import StageTimes, pipeline_s
 from cmjax.parallelism.traffic import copied, exchanged
-from cmjax.program import Program
+from cmjax.program import Operation, Program
 
 Groups = tuple[tuple[str, On], ...]
 """Where the groups of `links.GROUPS` lie."""
@@ -114,8 +115,7 @@ class Prices(LinkPrices):
     Args:
       model, machine: what is trained, where.
       micro_batches: all that will be asked for, so that a piece is priced for them together.
-      eager: the recomputed pass computes what nobody reads too, the last product and the last
-        all-reduce of a layer, as PyTorch's checkpoint does; JAX leaves that out.
+      eager: the framework, where it is PyTorch's.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Prices(LinkPrices):
         machine: Supernode,
         micro_batches: tuple[int, ...],
         *,
-        eager: bool = False,
+        eager: Eager | None = None,
     ):
         super().__init__(machine)
         self.model, self.eager = model, eager
@@ -176,10 +176,15 @@ class Prices(LinkPrices):
             return self._piece(piece, part, on)[b]
 
         def of_layer(mode: Recompute) -> float:
-            if self.eager and mode == "full":
-                whole = pieces.layer(model, split, "none")
-                return seconds(whole, "forward") + seconds(whole)
-            return seconds(pieces.layer(model, split, mode))
+            if self.eager is None:
+                return seconds(pieces.layer(model, split, mode))
+            whole = pieces.layer(model, split, "none")
+            again = seconds(whole, "forward") if mode == "full" else 0.0
+            piece = whole if mode == "full" else pieces.layer(model, split, mode)
+            sent = [self._piece(one, part, on, of_exchange)[b]
+                    for one, part in ((piece, "both"), (whole, "forward"))]  # fmt: skip
+            hidden = self.eager.hidden_s(model, plan, self.machine, sent[0] - sent[1])
+            return again + seconds(piece) - hidden
 
         used = counts.by_mode
         each = {mode: of_layer(mode) for mode in used}
@@ -313,15 +318,26 @@ class Prices(LinkPrices):
         hidden = every if plan.optimizer in ("zero2", "zero3") else backward_s
         return _larger(0.0, times * whole - (hidden if plan.overlap else 0.0))
 
-    def _piece(self, piece: pieces.Piece, part: str, on: Groups = ()) -> dict[int, float]:
-        key = (piece, part, on)
+    def _piece(
+        self,
+        piece: pieces.Piece,
+        part: str,
+        on: Groups = (),
+        keep: Callable[[Operation], bool] | None = None,
+    ) -> dict[int, float]:
+        """Seconds by micro-batch, of some operations or of all."""
+        key = (piece, part, on, keep)
         if key not in self._known:
             program = piece.programs[part]()
             groups = {name: (n, reach(dict(on)[name])) for name, n in piece.groups.items()}
             program = _far(program, tuple(groups.items()))
             sizes = {pieces.BATCH: np.array(self.batches, float)}
             sizes |= share_sizes(groups, dict(on), self.machine)
-            found = _times(program, self.machine, _needed(program, sizes))
+            found = _times(only(program, keep) if keep else program, self.machine, sizes)
+            if self.eager and keep is None:
+                core = only(program, of_core)
+                slow = replace_leaf(self.machine, "efficiency.hbm", CORE_HBM)
+                found += _times(core, slow, sizes) - _times(core, self.machine, sizes)
             self._known[key] = dict(zip(self.batches, map(_number, found), strict=True))
         return self._known[key]
 
@@ -416,6 +432,9 @@ def _time(program: Program, machine: Supernode, sizes: Mapping[str, float]) -> A
     return _number(_pricer(program, False)(machine, _needed(program, sizes)))
 
 
-def _times(program: Program, machine: Supernode, sizes: dict):
-    batch = sizes.pop(pieces.BATCH)
+def _times(program: Program, machine: Supernode, sizes: Mapping):
+    batch, sizes = sizes[pieces.BATCH], _needed(program, sizes)
+    if pieces.BATCH not in sizes:
+        return np.full(len(batch), _time(program, machine, sizes))
+    del sizes[pieces.BATCH]
     return _pricer(program, True)(machine, batch, sizes)

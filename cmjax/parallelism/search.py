@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from cmjax.hardware import Supernode
 from cmjax.models.dense import DenseConfig
+from cmjax.parallelism.eager import Eager
 from cmjax.parallelism.links import plan_layout
 from cmjax.parallelism.memory import USABLE, fits, memory_of
 from cmjax.parallelism.plan import DIMENSIONS, Optimizer, Plan, Schedule
@@ -56,7 +57,12 @@ def price_plan(model: DenseConfig, machine: Supernode, plan: Plan, global_batch:
 
 
 def price_anyway(
-    model: DenseConfig, machine: Supernode, plan: Plan, global_batch: int, *, eager: bool = False
+    model: DenseConfig,
+    machine: Supernode,
+    plan: Plan,
+    global_batch: int,
+    *,
+    eager: Eager | None = None,
 ) -> PricedPlan:
     """One plan that divides, priced whether it fits or not; `eager` as `Prices` takes it."""
     time = Prices(model, machine, (plan.micro_batch,), eager=eager).step(plan, global_batch)

@@ -21,6 +21,8 @@ from cmjax.program.mark import fused
 Recompute = Literal["none", "selective", "full"]
 """What the backward pass computes again: nothing, the core of attention (its scores and what is
 made of them), or the whole layer."""
+CORE = "core"
+"""Scope of the core of attention."""
 
 
 class Columns(nnx.Module):
@@ -94,7 +96,8 @@ class Attention(nnx.Module):
         k, v = self.split.whole_context(k), self.split.whole_context(v)
         known = (3, 4) if self.split.context == 1 else (4,)
         core = _core if recompute == "none" else jax.checkpoint(_core, static_argnums=known)
-        found = core(q, k, v, first, config.dropout, key)
+        with jax.named_scope(CORE):
+            found = core(q, k, v, first, config.dropout, key)
         return found.reshape(batch, sequence, self.heads * size)
 
 

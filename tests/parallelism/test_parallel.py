@@ -9,6 +9,8 @@ from cmjax.cost import price
 from cmjax.hardware import load_machine, replace_leaf
 from cmjax.models.dense import DenseConfig, TensorSplit, preset
 from cmjax.parallelism import Plan, Prices, compare, memory_of, pieces, price_plan, search
+from cmjax.parallelism.eager import CORE_HBM, Eager
+from cmjax.parallelism.layerwise import Counts
 from cmjax.parallelism.links import layout, shares
 from cmjax.parallelism.memory import USABLE
 from cmjax.parallelism.search import MICRO_BATCHES, price_anyway
@@ -120,22 +122,22 @@ def test_published_rows_are_predicted(data):
     folder = data / "measurements_training"
     vtrain = compare(folder / "vtrain_multi_node.csv", load_machine("a100-pod"))
     assert len(vtrain.rows) == 41 and not vtrain.skipped
-    assert vtrain.mean_error < 0.115
+    assert vtrain.mean_error < 0.075
     assert vtrain.kendall_tau is not None and vtrain.kendall_tau > 0.78
     megatron = compare(folder / "megatron_2021.csv", load_machine("selene"))
-    assert len(megatron.rows) == 5 and megatron.mean_error < 0.075
+    assert len(megatron.rows) == 5 and megatron.mean_error < 0.03
     korthikanti = compare(folder / "korthikanti_2022.csv", load_machine("selene"))
-    assert len(korthikanti.rows) == 4 and korthikanti.mean_error < 0.02
+    assert len(korthikanti.rows) == 4 and korthikanti.mean_error < 0.015
 
 
 def test_a_measured_run_is_priced_as_pytorch_recomputes():
     """The whole forward pass once more: a third of the products of a step without recomputation,
     where JAX leaves out W_2's."""
-    machine = load_machine("a100-pod")
+    machine = replace_leaf(load_machine("a100-pod"), "efficiency.hbm", CORE_HBM)
     plan = Plan(data=8, micro_batch=4)
-    prices = {
-        eager: price_anyway(SMALL, machine, plan, 64, eager=eager).step_s for eager in (False, True)
-    }
+    jax_s, eager_s = (
+        price_anyway(SMALL, machine, plan, 64, eager=eager).step_s for eager in (None, Eager())
+    )
     layer = pieces.layer(SMALL, TensorSplit(), "none")
     full = pieces.layer(SMALL, TensorSplit(), "full")
 
@@ -144,7 +146,42 @@ def test_a_measured_run_is_priced_as_pytorch_recomputes():
 
     more = seconds(layer, "both") + seconds(layer, "forward") - seconds(full, "both")
     assert more > 0
-    assert prices[True] - prices[False] == pytest.approx(2 * SMALL.layers * more, rel=1e-4)
+    assert eager_s - jax_s == pytest.approx(2 * SMALL.layers * more, rel=1e-4)
+
+
+def test_the_core_of_attention_in_pytorch_moves_its_bytes_at_the_measured_rate():
+    """On a machine that waits for nothing but its memory: the bytes of the scores, over what
+    FlashAttention's figure 2 has of standard attention."""
+    machine, plan = load_machine("a100-pod"), Plan(micro_batch=4)
+    for rate in ("cube_flops_16bit", "cube_flops_32bit", "vector_bytes_per_s"):
+        machine = replace_leaf(machine, f"chip.{rate}", 1e30)
+    prices = [Prices(SMALL, machine, (4,), eager=eager) for eager in (None, Eager())]
+    counts = Counts(1, 0, 0)
+    times = [each.stage_s(plan, 0, counts) for each in prices]
+    scores = 4 * SMALL.heads * SMALL.sequence**2 * 2
+    peak = float(machine.chip.hbm_bytes_per_s)
+    passes = (times[1] - times[0]) * peak / (1 / CORE_HBM - 1 / float(machine.efficiency.hbm))
+    # Forward: two products, softmax twice; backward: four products, softmax three times. Each of
+    # the products has two arrays of the size of the queries as well.
+    assert passes / scores == pytest.approx(2 + 2 + 4 + 3 + 6 * 2 * 64 / 512, rel=1e-4)
+
+
+def test_exchanges_of_the_backward_pass_hide_behind_gradients_of_weights():
+    """No longer than either takes; of shared sequences, those of what comes in are waited for."""
+    machine, framework = load_machine("selene"), Eager(overlaps=True)
+    plan, shared = Plan(tensor=8), Plan(tensor=8, sequence_parallel=True)
+    flops = 2 * 512 * 1024 * (3 * 1024 + 4096) / 8
+    products = flops / (312e12 * float(machine.efficiency.gemm))
+    assert framework.hidden_s(SMALL, plan, machine, 1.0) == pytest.approx(products)
+    assert framework.hidden_s(SMALL, plan, machine, 1e-9) == pytest.approx(1e-9)
+    assert framework.hidden_s(SMALL, shared, machine, 6e-9) == pytest.approx(4e-9)
+    assert framework.hidden_s(SMALL, Plan(), machine, 1.0) == 0.0
+    assert Eager().hidden_s(SMALL, plan, machine, 1.0) == 0.0
+    waited, hidden = (
+        price_anyway(SMALL, machine, plan, 64, eager=Eager(overlaps=overlaps)).step_s
+        for overlaps in (False, True)
+    )
+    assert hidden < waited
 
 
 def test_the_bound_of_the_search_is_one():
