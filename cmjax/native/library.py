@@ -27,8 +27,6 @@ TARGETS = (
     "cmjax_msd_int8",
     "cmjax_msd_mxfp4",
     "cmjax_rms_norm",
-    "cmjax_latent_entries",
-    "cmjax_latent_heads",
     "cmjax_rotary_heads",
     "cmjax_route",
     "cmjax_sorted_experts_int8",

@@ -48,11 +48,7 @@ class LatentCache:
         positions: Int[Array, "requests new"],
     ) -> "LatentCache":
         """The cache with new tokens at `positions`; beyond `max_len` they are dropped."""
-        return self.put(LatentCache.of(latent, rope, self.kind), positions)
-
-    def put(self, new: "LatentCache", positions: Int[Array, "requests new"]) -> "LatentCache":
-        """`write` of entries in the cache's format."""
-        return _written(self, new, positions)
+        return _written(self, LatentCache.of(latent, rope, self.kind), positions)
 
     def read(self, dtype: Any) -> Float[Array, "requests max_len c"]:
         """The latent in floating point."""

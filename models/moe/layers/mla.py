@@ -24,14 +24,8 @@ from cmjax.models.moe.arithmetic import Arithmetic, AttentionCore, KVCache
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import LatentCache
 from cmjax.models.moe.layers.initial import normal
-from cmjax.models.moe.layers.latent_rows import (
-    LATENT_NORM_EPS,
-    is_one_call,
-    latent_entries,
-    latent_heads,
-)
 from cmjax.models.moe.layers.linear import Linear, Weight, matmul, products
-from cmjax.models.moe.layers.norm import rms_norm, rms_norm_p
+from cmjax.models.moe.layers.norm import rms_norm
 from cmjax.models.moe.layers.rope import angles, rotate, softmax_scale
 from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.attention.exact import attention, latent_attention, visible_keys
@@ -39,6 +33,9 @@ from cmjax.primitives.attention.pasa import pasa_attention
 from cmjax.primitives.exchange import gather_ranks
 from cmjax.primitives.grouped import stacked_dot
 from cmjax.program.mark import fused
+
+# DeepSeek's own code and transformers build these two norms without the config's epsilon.
+_LATENT_NORM_EPS = 1e-6
 
 
 class MLA(nnx.Module):
@@ -86,12 +83,8 @@ class MLA(nnx.Module):
             if self.parallelism.tensor > 1:
                 low = self._gathered(*_down_prolog(self.config)(x, None, self._down))
                 q_latent, q_rope, written = _absorbed_up(self.config)(*low, *up)
-            elif not is_one_call(x, cache.kind):
-                q_latent, q_rope, written = _absorbed_prolog(self.config)(x, self._down, *up)
             else:
-                q_latent, q_rope, written = lax.platform_dependent(
-                    x, self._down, *up, cpu=self._calls, default=_absorbed_prolog(self.config)
-                )
+                q_latent, q_rope, written = _absorbed_prolog(self.config)(x, self._down, *up)
 
         def attend():
             with jax.named_scope("core"):
@@ -103,17 +96,6 @@ class MLA(nnx.Module):
                 return self._leave(_per_head(found, self.up_value[...])), written
 
         return attend
-
-    def _calls(self, x, down, positions, q_b, up_key, cache):
-        """`_absorbed_prolog` as products and what a CPU does between them in few calls."""
-        config, (norm, q_a, q_norm, kv_a, kv_norm) = self.config, down
-        (h,) = rms_norm_p.bind(x, norm, eps=config.norm_eps)
-        query, columns = (None, *products(h, kv_a)) if q_a is None else products(h, q_a, kv_a)
-        gains = q_norm, kv_norm
-        low, new = latent_entries(config, query, columns, positions, gains, cache.kind)
-        plain, turned = latent_heads(config, matmul(h if low is None else low, q_b), positions)
-        y = stacked_dot(plain, up_key, skip_zeros=False)
-        return jnp.moveaxis(y, 0, 2), turned, cache.put(new, positions)
 
     def prefill(
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
@@ -179,10 +161,10 @@ def _project_down(config, x, positions, down):
         q_low, (kv,) = h, products(h, kv_a)
     else:
         q_low, kv = products(h, q_a, kv_a)
-        q_low = rms_norm(q_low, q_norm, LATENT_NORM_EPS)
+        q_low = rms_norm(q_low, q_norm, _LATENT_NORM_EPS)
     latent, rope = jnp.split(kv, [_sizes(config).kv_lora_rank], axis=-1)
     rope = rope if positions is None else _rotary(config)(rope, positions)
-    return q_low, rms_norm(latent, kv_norm, LATENT_NORM_EPS), rope
+    return q_low, rms_norm(latent, kv_norm, _LATENT_NORM_EPS), rope
 
 
 @functools.cache

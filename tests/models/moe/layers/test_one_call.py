@@ -12,12 +12,9 @@ from flax import nnx
 from cmjax import native
 from cmjax.mesh import RankMesh, on_every_rank
 from cmjax.models.moe import from_config, presets, tiny
-from cmjax.models.moe.arithmetic import Arithmetic
 from cmjax.models.moe.config import GroupedAttention
-from cmjax.models.moe.layers import gqa, heads, latent_rows, mla, moe, norm, route, sorted_experts
-from cmjax.models.moe.layers.cache import empty_cache
+from cmjax.models.moe.layers import gqa, heads, moe, norm, route, sorted_experts
 from cmjax.models.moe.layers.linear import quantize_columns
-from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.schedule import Schedule
 from cmjax.models.moe.slots import ep_table
 from cmjax.models.moe.steps import abstract_decode
@@ -144,74 +141,6 @@ def test_heads_and_entries_are_those_of_their_stages(rng, dtype, interleave, nor
         _assert_close(x, y, dtype)
 
 
-@needs_kernels
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("interleave", [False, True])
-@pytest.mark.parametrize("q_rank", [0, 24])
-@pytest.mark.parametrize("int8", [False, True])
-def test_latent_entries_are_those_of_their_stages(rng, dtype, interleave, q_rank, int8):
-    config = tiny()
-    config = dataclasses.replace(
-        config, rope=dataclasses.replace(config.rope, interleave=interleave)
-    )
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    positions = jnp.asarray(rng.integers(0, 90, (3, 2)), jnp.int32)
-    operands = draw(3, 2, q_rank).astype(dtype), draw(3, 2, 16 + 8).astype(dtype), positions
-    kind = "int8" if int8 else dtype
-    p = latent_rows.latent_entries_p
-    got, wanted = _both(p, (*operands, draw(q_rank), draw(16)), config=config, kind=kind)
-    assert len(got) == len(wanted) == (4 if int8 else 3)
-    if q_rank:
-        _assert_close(got[0], wanted[0], dtype)
-    _assert_close(got[-1], wanted[-1], "bfloat16" if int8 else dtype)
-    if not int8:
-        return _assert_close(got[1], wanted[1], dtype)
-    step = wanted[2][..., None]
-    difference = np.abs(got[1] * got[2][..., None] - wanted[1] * step)
-    assert (difference <= (1.01 + 127 * _steps(dtype)) * step).all()
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("interleave", [False, True])
-def test_rows_of_latent_heads_are_those_of_their_stages(rng, dtype, interleave):
-    config = tiny()
-    config = dataclasses.replace(
-        config, rope=dataclasses.replace(config.rope, interleave=interleave)
-    )
-    columns = jnp.asarray(rng.standard_normal((3, 2, config.heads * (16 + 8))), dtype)
-    positions = jnp.asarray(rng.integers(0, 90, (3, 2)), jnp.int32)
-    got, wanted = _both(latent_rows.latent_heads_p, (columns, positions), config=config)
-    np.testing.assert_array_equal(got[0], wanted[0])
-    _assert_close(got[1], wanted[1], dtype)
-
-
-@pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize("q_rank", [None, 24])
-def test_a_latent_decode_step_is_that_of_its_stages(monkeypatch, kind, q_rank):
-    sizes = dataclasses.replace(tiny().attention, q_lora_rank=q_rank)
-    config = dataclasses.replace(tiny(), attention=sizes)
-    layer = mla.MLA(
-        config, one_rank(config), arithmetic=Arithmetic.of("float32"), rngs=nnx.Rngs(params=0)
-    )
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((2, 1, config.hidden_size)), jnp.float32)
-    cache = jax.tree.map(lambda leaf: leaf[0], empty_cache(config, 2, 8, kind).moe)
-    lengths = jnp.array([0, 3], jnp.int32)
-    graph, state = nnx.split(layer)
-
-    def step():
-        run = jax.jit(lambda state: nnx.merge(graph, state).begin_decode(x, cache, lengths)())
-        return jax.tree.leaves(run(state))
-
-    got = step()
-    monkeypatch.setattr(mla, "is_one_call", lambda *_: False)
-    for one, other in zip(got, step(), strict=True):
-        atol = 1 if one.dtype == jnp.int8 else 2e-5
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        np.testing.assert_allclose(one, other, atol=atol, rtol=2e-2)
-
-
 ROUTERS = {
     "softmax": {"scoring": "softmax", "score_bias": False, "expert_groups": 1},
     "sigmoid": {"scoring": "sigmoid", "score_bias": True, "expert_groups": 4},
@@ -284,7 +213,6 @@ def test_the_price_of_a_step_is_that_of_its_stages(monkeypatch, config, arithmet
         (moe, "is_mixed_at_once"),
         (moe, "is_routed_at_once"),
         (gqa, "is_one_call"),
-        (mla, "is_one_call"),
         (norm, "is_few"),
     ):
         monkeypatch.setattr(module, name, lambda *_: False)
