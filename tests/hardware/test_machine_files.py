@@ -53,13 +53,23 @@ def test_cloudmatrix384_is_the_published_machine():
     assert machine.fabric.rdma.bandwidth_bytes_per_s * 2 * 8 == pytest.approx(400e9)
 
 
-def test_attention_without_a_start_up_has_that_of_matrix_products(tmp_path):
-    """A file written before the two were told apart."""
+@pytest.mark.parametrize(
+    "key, like",
+    [
+        ("chip.attention_startup_s", "matrix_startup_s"),
+        ("efficiency.grouped", "gemm"),
+        ("chip.inner_block_s", None),
+        ("efficiency.exposed", None),
+        ("efficiency.attention_exposed", None),
+    ],
+)
+def test_a_file_written_before_a_constant_was_there_is_read_as_it_was_meant(tmp_path, key, like):
     path = tmp_path / "mine.toml"
-    path.write_text(_without("attention_startup_s"), encoding="utf-8")
-    chip = load_machine(path).chip
-    assert chip.attention_startup_s == chip.matrix_startup_s
-    assert sources(path)["chip.attention_startup_s"] == "assumed: as matrix_startup_s"
+    section, name = key.split(".")
+    path.write_text(_without(name), encoding="utf-8")
+    found = getattr(load_machine(path), section)
+    assert getattr(found, name) == (getattr(found, like) if like else 0.0)
+    assert sources(path)[key] == (f"assumed: as {like}" if like else "not given")
 
 
 def test_a_users_own_file_is_read_by_its_path(tmp_path):
