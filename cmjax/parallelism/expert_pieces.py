@@ -30,7 +30,7 @@ from cmjax.parallelism.plan import Plan, Recompute
 from cmjax.parallelism.pricing import On
 from cmjax.program import Program, Size, trace
 
-_AXIS = "expert"
+_AXIS, _CONTEXT = "expert", "context"
 _HALF = jnp.dtype(MIXED.dtype).name
 
 
@@ -57,7 +57,7 @@ class MoETraining:
     @property
     def parameters(self) -> int:
         """Of the model, without its modules that predict further tokens."""
-        layers = [(n, layer_piece(self, k, "none", 1, (1, 1, 1))) for k, n in self.layers.items()]
+        layers = [(n, layer_piece(self, k, "none")) for k, n in self.layers.items()]
         return sum(n * (each.shared + each.experts) for n, each in [*layers, (1, ends_piece(self))])
 
     def flops_per_token(self) -> float:
@@ -74,35 +74,78 @@ class MoETraining:
 
     def check(self, plan: Plan, global_batch: int) -> None:
         """Raises: ValueError: a degree that does not divide what it splits."""
-        experts, share = self.model.routed_experts, plan.expert
+        experts, share, context = self.model.routed_experts, plan.expert, plan.context
         if plan.data % share or experts % share:
             raise ValueError(
                 f"plan: expert={share} must divide data={plan.data} and the {experts} experts"
             )
-        if plan.tensor * plan.interleave * plan.context > 1 or plan.sequence_parallel:
+        if plan.data % context or self.sequence % context or (share > 1 and share % context):
             raise ValueError(
-                "plan: a mixture of experts is priced with tensor=1, interleave=1, context=1 and "
+                f"plan: context={context} must divide data={plan.data}, the sequence of "
+                f"{self.sequence} tokens and, but for expert=1, expert={share}"
+            )
+        if plan.tensor * plan.interleave > 1 or plan.sequence_parallel:
+            raise ValueError(
+                "plan: a mixture of experts is priced with tensor=1, interleave=1 and "
                 "sequence_parallel=false"
             )
         _ = plan.recompute_of_all  # refuses what differs from layer to layer
         plan.check_stages(self.model.layers)
-        if global_batch % (plan.data * plan.micro_batch):
+        if global_batch % (plan.replicas * plan.micro_batch):
+            shared = f" / context={context}" if context > 1 else ""
             raise ValueError(
-                f"plan: data={plan.data} x micro_batch={plan.micro_batch} does not divide the "
-                f"global batch of {global_batch}"
+                f"plan: data={plan.data}{shared} x micro_batch={plan.micro_batch} does not divide "
+                f"the global batch of {global_batch}"
             )
 
 
 def dimensions(plan: Plan) -> dict[str, int]:
     """Degrees of a plan's dimensions from neighbours outward: its stages, its replicas, and, of
-    these, those in a row that share experts."""
+    these, those in a row that share experts, and of those, or without any, those that share
+    sequences (`context`, where they do)."""
+    group, context = max(plan.expert, plan.context), plan.context
     degrees = {
-        "expert": plan.expert,
-        "replicas": plan.data // plan.expert,
+        "context": context,
+        "expert": group // context,
+        "replicas": plan.data // group,
         "pipeline": plan.pipeline,
     }
-    inner = {"tensor": (), "pipeline": ("pipeline",), "data": ("expert", "replicas")}
+    own = ("context", "expert", "replicas") if context > 1 else ("expert", "replicas")
+    inner = {"tensor": (), "pipeline": ("pipeline",), "data": own}
     return {name: degrees[name] for each in plan.order for name in inner[each]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Ranks that have a part each of a layer's experts, and of sequences.
+
+    Fields:
+      expert, context: how many. on, context_on: by tier, of those that differ in the one but not in
+        the other, and of those that share sequences.
+    """
+
+    expert: int = 1
+    context: int = 1
+    on: On = (1, 1, 1)
+    context_on: On = (1, 1, 1)
+
+    @property
+    def axes(self) -> dict[str, On]:
+        """Mesh axes of what is split, from outside inward, and where their ranks are."""
+        both = {_AXIS: self.on, _CONTEXT: self.context_on}
+        return {name: on for name, on in both.items() if math.prod(on) > 1}
+
+    @property
+    def parallelism(self) -> dict[str, Any]:
+        """The fields of a `Parallelism`."""
+        return {
+            "axes": tuple(self.axes) if self.expert > 1 else (),
+            "context": self.context,
+            "context_axes": (_CONTEXT,) if self.context > 1 else (),
+        }
+
+
+ALONE = Sharing()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,8 +165,8 @@ class ExpertPiece:
 @functools.lru_cache(maxsize=64)
 def _flops_per_token(training: MoETraining) -> float:
     """Three times the matrix products of a forward pass on one rank."""
-    on, whole = (1, 1, 1), {BATCH: 1.0}
-    programs = [(n, layer_piece(training, k, "none", 1, on)) for k, n in training.layers.items()]
+    whole = {BATCH: 1.0}
+    programs = [(n, layer_piece(training, k, "none")) for k, n in training.layers.items()]
     flops = 0.0
     for count, piece in [*programs, (1, ends_piece(training))]:
         totals = piece.forward().totals(whole)
@@ -136,39 +179,39 @@ def layer_piece(
     training: MoETraining,
     kind: LayerKind,
     recompute: Recompute,
-    share: int,
-    on: On,
+    sharing: Sharing = ALONE,
     dtype: str = _HALF,
 ) -> ExpertPiece:
-    """A layer on one of `share` ranks that have a part of the experts each, `on` these tiers."""
+    """A layer on one of the ranks that share it."""
     arithmetic = Arithmetic.of(dtype)
     model, batch = training.model, batch_symbol()
+    length = training.sequence // sharing.context
     parallelism = Parallelism(
-        table=ep_table(model.routed_experts, share),
-        axes=(_AXIS,) if share > 1 else (),
+        table=ep_table(model.routed_experts, sharing.expert),
         # As many rows as tokens send on average: nobody is busier than others.
-        capacity=batch * training.sequence * model.experts_per_token // model.routed_experts,
+        capacity=batch * length * model.experts_per_token // model.routed_experts,
+        **sharing.parallelism,
     )
     run = LayerProgram(model, parallelism, kind, recompute, arithmetic)
-    x = jax.ShapeDtypeStruct((batch, training.sequence, model.hidden_size), arithmetic.dtype)
-    return _piece(run, run.shapes, x, share, on)
+    x = jax.ShapeDtypeStruct((batch, length, model.hidden_size), arithmetic.dtype)
+    return _piece(run, run.shapes, x, sharing)
 
 
 @functools.lru_cache(maxsize=64)
-def ends_piece(training: MoETraining, dtype: str = _HALF) -> ExpertPiece:
-    """Embedding, final norm, head and loss, as one piece on one rank."""
+def ends_piece(training: MoETraining, context: int = 1, dtype: str = _HALF) -> ExpertPiece:
+    """Embedding, final norm, head and loss, as one piece on one rank, of its part of sequences."""
     batch, arithmetic = batch_symbol(), Arithmetic.of(dtype)
     ends = EndsProgram(training.model, arithmetic)
-    tokens = jax.ShapeDtypeStruct((batch, training.sequence), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, training.sequence // context), jnp.int32)
 
     def run(params, x, tokens):
         return ends.loss(params, x + ends.embed(params, tokens), tokens)
 
     x = jax.ShapeDtypeStruct((*tokens.shape, training.model.hidden_size), arithmetic.dtype)
-    return _piece(run, ends.shapes, x, 1, (1, 1, 1), tokens)
+    return _piece(run, ends.shapes, x, ALONE, tokens)
 
 
-def _piece(run: Callable, params: Any, x, share: int, on: On, *fixed) -> ExpertPiece:
+def _piece(run: Callable, params: Any, x, sharing: Sharing, *fixed) -> ExpertPiece:
     floats = trained(params)
     sums = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), floats)
 
@@ -186,8 +229,11 @@ def _piece(run: Callable, params: Any, x, share: int, on: On, *fixed) -> ExpertP
         grads, sent = back(jnp.ones_like(y) if y.ndim == 0 else y)
         return jax.tree.map(lambda a, g: a + jnp.asarray(g, a.dtype), sums, grads), sent
 
-    axes = {_AXIS: share} if share > 1 else None
-    tiers: Any = {_AXIS: {t: n for t, n in zip(TIERS, on, strict=True) if n > 1}} if axes else None
+    axes = {name: math.prod(on) for name, on in sharing.axes.items()} or None
+    tiers: Any = axes and {
+        name: {tier: n for tier, n in zip(TIERS, on, strict=True) if n > 1}
+        for name, on in sharing.axes.items()
+    }
 
     def read(fn, *args):
         return trace(fn, *args, axis_sizes=axes, tiers=tiers, at={BATCH: 1.0})

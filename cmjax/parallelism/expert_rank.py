@@ -23,7 +23,7 @@ from cmjax.models.moe.trained import trained, with_tables
 from cmjax.parallelism.backward import Backward
 from cmjax.parallelism.expert_pieces import MoETraining
 from cmjax.parallelism.expert_program import EndsProgram, LayerProgram, of_experts
-from cmjax.parallelism.expert_shards import EMBEDDING, expert_axes, layer_parts
+from cmjax.parallelism.expert_shards import EMBEDDING, expert_axes, group_axes, layer_parts
 from cmjax.parallelism.known import take
 from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.shards import Parts, Tree, gathered, spread
@@ -52,10 +52,12 @@ class ExpertRank(Staged):
         virtual: bool,
     ):
         axes = expert_axes(plan)
-        fill = virtual and axes["pipeline"] != "node"
-        super().__init__(plan, global_batch, arithmetic.dtype, axes["pipeline"], fill=fill)
+        stages = axes.get("pipeline", "")  # of one stage it may lie on none
+        fill = virtual and stages != "node"
+        super().__init__(plan, global_batch, arithmetic.dtype, stages, fill=fill)
         model, self.training = training.model, training
-        self.replicas, self.ranks = axes["replicas"], axes["expert"]
+        self.replicas, self.group = axes["replicas"], group_axes(plan)
+        self.parallelism = parallelism
         self.copies_words = plan.pipeline > 1 and model.tie_embeddings
         self.parts = layer_parts(training, plan)
         self.ends = EndsProgram(model, arithmetic)
@@ -85,8 +87,16 @@ class ExpertRank(Staged):
 
     @property
     def stream(self) -> jax.ShapeDtypeStruct:
-        shape = self.plan.micro_batch, self.training.sequence, self.training.model.hidden_size
+        part = self.training.sequence // self.plan.context
+        shape = self.plan.micro_batch, part, self.training.model.hidden_size
         return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def own_tokens(self, tokens: Array) -> Array:
+        if self.plan.context == 1:
+            return tokens
+        part = self.training.sequence // self.plan.context
+        first = self.parallelism.positions(part)[0]
+        return lax.dynamic_slice_in_dim(tokens, first, part + 1, axis=1)
 
     @functools.cached_property
     def passes(self) -> list[Pass]:
@@ -246,8 +256,8 @@ class ExpertRank(Staged):
 
     def _axes(self, path) -> tuple[str, ...]:
         """Mesh axes of the ranks that hold the same."""
-        alone = of_experts(path) or self.plan.expert == 1
-        return (self.replicas,) if alone else (self.replicas, self.ranks)
+        alone = self.plan.expert > 1 and of_experts(path)
+        return (self.replicas,) if alone else (self.replicas, *self.group)
 
     def _used(self, params: Tree, shapes: Tree) -> Tree:
         """Parameters as the modules take them: gathered, if the replicas share them."""

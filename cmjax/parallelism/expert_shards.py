@@ -2,6 +2,9 @@
 
     rank (r, s, e):  layers of stage s, of whose experts e has a part; replica r of that
 
+Ranks that share sequences are some of those that share experts, or, where each has all of them,
+replicas.
+
 A layer's place on a stage may hold another kind of layer on another stage: every stage has room for
 the kinds that any of them has there (`LayerPart`), and what it never runs is of no meaning.
 """
@@ -24,7 +27,7 @@ from cmjax.parallelism.plan import Plan
 from cmjax.parallelism.shards import Parts, Tree, gathered
 
 EMBEDDING = "embed"
-_DIMENSIONS = ("replicas", "pipeline", "expert")
+_DIMENSIONS = ("replicas", "pipeline", "expert", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +64,17 @@ def layer_parts(training: MoETraining, plan: Plan) -> list[LayerPart]:
 
 
 def expert_axes(plan: Plan) -> dict[str, str]:
-    """The mesh axis that every dimension lies on."""
+    """The mesh axis that every dimension lies on; what is not split may lie on none.
+
+    Raises: ValueError: four of them are split.
+    """
     return dict(zip(_order(plan), ("die", "npu", "node"), strict=True))
+
+
+def group_axes(plan: Plan) -> tuple[str, ...]:
+    """Those that enumerate the ranks which share experts or sequences."""
+    axes, degrees = expert_axes(plan), dimensions(plan)
+    return tuple(axes[name] for name in ("expert", "context") if degrees.get(name, 1) > 1)
 
 
 def expert_mesh(plan: Plan) -> RankMesh:
@@ -73,11 +85,12 @@ def expert_mesh(plan: Plan) -> RankMesh:
 
 
 def replica_of(rank: int, plan: Plan) -> int:
-    """Which of the data-parallel replicas a rank is a part of."""
+    """Which of the replicas that have sequences of their own a rank is a part of."""
     degrees, place = dimensions(plan), {}
     for name in _order(plan):
         rank, place[name] = divmod(rank, degrees[name])
-    return place["replicas"] * plan.expert + place["expert"]
+    group = place.get("expert", 0) * plan.context + place.get("context", 0)
+    return (place["replicas"] * max(plan.expert, plan.context) + group) // plan.context
 
 
 def cut(
@@ -88,9 +101,12 @@ def cut(
     spread, p, share = trained(shard_params(whole, parallelism)), plan.pipeline, plan.expert
 
     def ranked(x: Array) -> Array:  # [stages, experts' ranks, ...] -> [ranks, ...]
-        x = jnp.broadcast_to(x, (plan.data // share, *x.shape))
-        axes = [_DIMENSIONS.index(name) for name in reversed(_order(plan))]
-        return x.transpose(*axes, *range(3, x.ndim)).reshape(plan.devices, *x.shape[3:])
+        rest, group = x.shape[2:], max(share, plan.context)
+        x = jnp.broadcast_to(x, (p, group, *rest))
+        x = x.reshape(p, group // plan.context, plan.context, *rest)
+        x = jnp.broadcast_to(x, (plan.data // group, *x.shape))
+        axes = [_DIMENSIONS.index(name) for name in _major(plan)]
+        return x.transpose(*axes, *range(4, x.ndim)).reshape(plan.devices, *rest)
 
     def layer(part: LayerPart) -> Tree:
         numbers = jnp.asarray([number or 0 for number in part.numbers])
@@ -127,15 +143,18 @@ def join(parts: Parts, training: MoETraining, plan: Plan, shapes: Parts) -> Tree
 
     def own(path, like, x) -> Array:
         """[stages, (experts' ranks,) ...], of a leaf with a leading axis of ranks."""
-        major, degrees = tuple(reversed(_order(plan))), dimensions(plan)
-        x = x.reshape(*(degrees[name] for name in major), *x.shape[1:])
-        x = x.transpose(*map(major.index, ("pipeline", "expert", "replicas")), *range(3, x.ndim))
+        major, degrees = _major(plan), dimensions(plan)
+        x = x.reshape(*(degrees.get(name, 1) for name in major), *x.shape[1:])
+        inner = ("pipeline", "expert", "context", "replicas")
+        x = x.transpose(*map(major.index, inner), *range(4, x.ndim))
+        x = x.reshape(p, -1, *x.shape[3:])  # [stages, experts' or sequences' ranks, replicas, ...]
         if x.shape[3:] == like.shape:
             x = x[:, :, 0]
-            return x if of_experts(path) else x[:, 0]
-        if of_experts(path):  # every replica has a part
+            return x[:, :share] if of_experts(path) else x[:, 0]
+        if of_experts(path) and share > 1:  # every replica has a part
             return gathered(2, x.reshape(p, share, -1), like)
-        return gathered(1, x.swapaxes(1, 2).reshape(p, -1), like)
+        x = gathered(1, x.swapaxes(1, 2).reshape(p, -1), like)
+        return x[:, None] if of_experts(path) else x
 
     layers: dict[str, dict[int, Tree]] = {kind: {} for kind in training.layers}
     places = layer_parts(training, plan)
@@ -162,6 +181,22 @@ def join(parts: Parts, training: MoETraining, plan: Plan, shapes: Parts) -> Tree
 
 
 def _order(plan: Plan) -> tuple[str, ...]:
-    """Dimensions from neighbours outward; a pipeline of one stage lies outside."""
-    names = tuple(dimensions(plan))
-    return names if plan.pipeline > 1 else tuple(sorted(names, key="pipeline".__eq__))
+    """Three dimensions from neighbours outward; a pipeline of one stage lies outside."""
+    degrees = dimensions(plan)
+    names = tuple(degrees)
+    names = names if plan.pipeline > 1 else tuple(sorted(names, key="pipeline".__eq__))
+    if len(names) == 3:
+        return names
+    left_out = next((name for name in ("expert", "pipeline") if degrees[name] == 1), None)
+    if left_out is None:
+        raise ValueError(
+            "plan: three dimensions can be split where a plan is executed; of pipeline and the "
+            "expert / context ranks one must be 1"
+        )
+    return tuple(name for name in names if name != left_out)
+
+
+def _major(plan: Plan) -> tuple[str, ...]:
+    """All dimensions from the one that lies outside inward; those that are not split come last."""
+    order = _order(plan)[::-1]
+    return (*order, *(name for name in _DIMENSIONS if name not in order))

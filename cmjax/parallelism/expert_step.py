@@ -29,7 +29,14 @@ from cmjax.models.moe.slots import ep_table
 from cmjax.parallelism.executed import Executed, TrainState
 from cmjax.parallelism.expert_pieces import MoETraining
 from cmjax.parallelism.expert_rank import ExpertRank
-from cmjax.parallelism.expert_shards import cut, expert_axes, expert_mesh, join, replica_of
+from cmjax.parallelism.expert_shards import (
+    cut,
+    expert_axes,
+    expert_mesh,
+    group_axes,
+    join,
+    replica_of,
+)
 from cmjax.parallelism.plan import Plan, parse_plan
 from cmjax.parallelism.shards import Parts, Tree
 from cmjax.parallelism.ticks import gradients
@@ -50,7 +57,8 @@ def expert_step(
     """A training step of a mixture of experts under a plan.
 
     Args:
-      plan: `data`, `expert`, `pipeline`, `micro_batch`, `schedule`, `recompute`, and `optimizer`.
+      plan: `data`, `expert`, `context`, `pipeline`, `micro_batch`, `schedule`, `recompute`, and
+        `optimizer`.
       training: the model, without the modules that predict further tokens, and its sequences.
       global_batch: sequences of a step.
       optimizer: works element by element (`optax.adamw(1e-4)` by default).
@@ -162,9 +170,11 @@ class ExpertStep(Executed):
 
     @functools.cached_property
     def _parallelism(self) -> Parallelism:
-        share = self.plan.expert
+        share, context = self.plan.expert, self.plan.context
         return Parallelism(
             table=ep_table(self.training.model.routed_experts, share),
-            axes=(expert_axes(self.plan)["expert"],) if share > 1 else (),
+            axes=group_axes(self.plan) if share > 1 else (),
             capacity=self.capacity,
+            context=context,
+            context_axes=(expert_axes(self.plan)["context"],) if context > 1 else (),
         )

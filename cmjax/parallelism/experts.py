@@ -25,6 +25,7 @@ from cmjax.parallelism.eager import only
 from cmjax.parallelism.expert_pieces import (
     ExpertPiece,
     MoETraining,
+    Sharing,
     dimensions,
     ends_piece,
     layer_piece,
@@ -36,7 +37,7 @@ from cmjax.parallelism.plan import Plan, Recompute
 from cmjax.parallelism.pricing import LinkPrices, On, StepTime, pair
 from cmjax.parallelism.result import PricedPlan, priced
 from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
-from cmjax.parallelism.search import OPTIMIZERS, Found, check_devices, fits_nowhere, too_large
+from cmjax.parallelism.search import LONG, OPTIMIZERS, Found, check_devices, fits_nowhere, too_large
 from cmjax.parallelism.traffic import all_reduce, between
 from cmjax.program import Operation, Program, Size
 
@@ -122,15 +123,15 @@ def expert_traffic(
             sent[tier] += nbytes[tier] * plan.data  # ranks of a stage
 
     for kind, count in training.layers.items():
-        layer = layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"])
+        layer = layer_piece(training, kind, plan.recompute_of_all, _sharing(plan, on))
         totals = layer.both().totals({BATCH: float(plan.micro_batch)})
         add({tier: float(totals[f"{tier}_bytes"]) * m * count for tier in TIERS})
         loads, times = layer.loads * count, rounds.layers * MIXED.parameter
         add(all_reduce((layer.shared * count - loads) * times, on["data"], machine))
         add(all_reduce(4 * loads, on["data"], machine))
-        add(all_reduce(layer.experts * count * times, on["replicas"], machine))
+        add(all_reduce(layer.experts * count * times, on["copies"], machine))
     add(all_reduce(rounds.ends * MIXED.parameter, on["data"], machine))
-    stream = MIXED.parameter * plan.micro_batch * training.sequence * training.model.hidden_size
+    stream = MIXED.parameter * _tokens(training, plan) * training.model.hidden_size
     for stage in range(plan.pipeline - 1):
         add(between(stage, stage + 1, on["pipeline"], 2 * m * stream))
     words = MIXED.parameter * _words(training, plan)
@@ -182,11 +183,19 @@ def _candidates(training: MoETraining, devices: int, overlap: bool) -> Iterator[
             continue
         data = devices // pipeline
         for share in (e for e in range(1, data + 1) if data % e == 0):
-            yield Plan(
-                data=data, pipeline=pipeline, expert=share, micro_batch=micro_batch,
-                recompute=recompute, schedule=schedule, optimizer="zero1", overlap=overlap,
-                order=("tensor", "data", "pipeline"),
-            )  # fmt: skip
+            for context in _contexts(training, data, share) if micro_batch == 1 else [1]:
+                yield Plan(
+                    data=data, pipeline=pipeline, expert=share, micro_batch=micro_batch,
+                    recompute=recompute, schedule=schedule, optimizer="zero1", overlap=overlap,
+                    context=context, order=("tensor", "data", "pipeline"),
+                )  # fmt: skip
+
+
+def _contexts(training: MoETraining, data: int, share: int) -> list[int]:
+    """Ranks that may share long sequences, of those that share experts or of all replicas: powers
+    of two."""
+    most = (share if share > 1 else data) if training.sequence >= LONG else 1
+    return [1 << n for n in range(most.bit_length()) if most % (1 << n) == 0]
 
 
 def _priced(
@@ -202,26 +211,26 @@ def _step(training: MoETraining, prices: LinkPrices, plan: Plan, global_batch: i
     on = _layout(plan, prices.machine)
     seconds = {
         kind: _seconds(
-            layer_piece(training, kind, plan.recompute_of_all, plan.expert, on["expert"]),
+            layer_piece(training, kind, plan.recompute_of_all, _sharing(plan, on)),
             prices, b, hidden=plan.overlap,
         )
         for kind in training.layers
     }  # fmt: skip
-    ends = _seconds(ends_piece(training), prices, b, hidden=False)
+    ends = _seconds(ends_piece(training, plan.context), prices, b, hidden=False)
     numbers = list(map(len, training.stages(plan)))
     stage, last = max(numbers), numbers[-1]
     slowest = max(stage * seconds["moe"].both, last * seconds["moe"].both + ends.both)
     total = sum(n * seconds[kind].both for kind, n in training.layers.items()) + ends.both
     # A third of the computation gives gradients of weights, as of products (2401.10241).
     weights = total / 3 if plan.schedule == "zero_bubble" else 0.0
-    sent = b * training.sequence * training.model.hidden_size
+    sent = _tokens(training, plan) * training.model.hidden_size
     send = prices.collective("send", sent, on["pipeline"]) if p > 1 else 0.0
     times = StageTimes(slowest=slowest, total=max(total, slowest), weights=weights, send=send)
     pipeline = pipeline_s(plan.schedule, times, m, p)
-    shared, experts = _held(training, plan, on["expert"])
+    shared, experts = _held(training, plan, on)
     rounds, ends_held = _rounds(training, plan, m), ends_piece(training).shared
     reduced = prices.collective("all_reduce", shared, on["data"])
-    reduced += prices.collective("all_reduce", experts, on["replicas"])
+    reduced += prices.collective("all_reduce", experts, on["copies"])
     reduced *= rounds.layers
     if (of_ends := rounds.ends / ends_held) != rounds.layers:
         once = prices.collective("all_reduce", ends_held / min(p, 2), on["data"])
@@ -271,13 +280,13 @@ def _stage(
     dtype = jnp.dtype(precision.dtype)
 
     def layer(kind: LayerKind, recompute: Recompute) -> ExpertPiece:
-        return layer_piece(training, kind, recompute, plan.expert, on["expert"], dtype.name)
+        return layer_piece(training, kind, recompute, _sharing(plan, on), dtype.name)
 
     def at(size: Size) -> float:
         return float(size.evaluate({BATCH: float(plan.micro_batch)}))
 
     layers = {kind: layer(kind, plan.recompute_of_all) for kind in counts}
-    ends = ends_piece(training, dtype.name)
+    ends = ends_piece(training, plan.context, dtype.name)
     shared = sum(n * layers[kind].shared for kind, n in counts.items())
     shared += ends.shared * at_ends / 2
     experts = sum(n * layers[kind].experts for kind, n in counts.items())
@@ -291,7 +300,7 @@ def _stage(
     at_end *= flying if plan.schedule == "gpipe" else 1.0
     # A layer's backward pass has the gradients of its widest array, before and after an
     # activation, and makes those of its parameters before they are added up.
-    tokens = plan.micro_batch * training.sequence
+    tokens = _tokens(training, plan)
     buffers = dtype.itemsize * 2.0 * tokens * _width(training, counts)
     buffers += dtype.itemsize * max(
         (each.shared + each.experts for each in layers.values()), default=0
@@ -325,9 +334,20 @@ def _width(training: MoETraining, kinds: Iterable[LayerKind]) -> int:
     return max([model.heads * training.sequence, *(blocks[kind] for kind in kinds)])
 
 
-def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
+def _tokens(training: MoETraining, plan: Plan) -> float:
+    """Of a micro-batch, on a rank."""
+    return plan.micro_batch * training.sequence / plan.context
+
+
+def _sharing(plan: Plan, on: Mapping[str, On]) -> Sharing:
+    """Of a layer, among ranks that lie so."""
+    alone = (1, 1, 1)
+    return Sharing(plan.expert, plan.context, on["expert"], on.get("context", alone))
+
+
+def _held(training: MoETraining, plan: Plan, on: Mapping[str, On]) -> tuple[float, float]:
     """Parameters of a device of the fullest stage: what every replica holds, and experts."""
-    layer = layer_piece(training, "moe", plan.recompute_of_all, plan.expert, on)
+    layer = layer_piece(training, "moe", plan.recompute_of_all, _sharing(plan, on))
     numbers, ends = list(map(len, training.stages(plan))), ends_piece(training).shared
     most, outer = max(numbers), max(numbers[0], numbers[-1])
     of_ends = ends / min(plan.pipeline, 2)
@@ -336,14 +356,15 @@ def _held(training: MoETraining, plan: Plan, on: On) -> tuple[float, float]:
 
 
 def _layout(plan: Plan, machine: Supernode) -> dict[str, On]:
-    """Ranks by tier of the stages, the replicas, and, of these, those that share experts."""
+    """Ranks by tier of the stages, the replicas, and, of these, those that share experts, those
+    that share sequences, and those that have copies of an expert."""
     degrees = dimensions(plan)
     on = layout(tuple(degrees), degrees, machine)
     data = layout(
         [name for name in plan.order if name != "tensor"],
         {"data": plan.data, "pipeline": plan.pipeline}, machine,
     )["data"]  # fmt: skip
-    return {**on, "data": data}
+    return {**on, "data": data, "copies": data if plan.expert == 1 else on["replicas"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
 from cmjax.models.moe.schedule import Schedule
@@ -20,7 +21,7 @@ SCOPE = "tensor_parallel"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """Data, expert, tensor and sequence parallelism: all that a module needs to know. Static.
+    """Data, expert, tensor, sequence and context parallelism: what a module needs to know. Static.
 
     Ranks of a tensor-parallel group share their requests: each has a part of the attention's heads,
     of the inner width of dense blocks and shared experts, and of the vocabulary. Between blocks
@@ -49,6 +50,10 @@ class Parallelism:
     """Ranks of a tensor-parallel group."""
     tensor_axes: tuple[str, ...] = ()
     """Of `axes`, the innermost ones that enumerate such a group."""
+    context: int = 1
+    """In training, ranks that have a part each of every sequence."""
+    context_axes: tuple[str, ...] = ()
+    """Mesh axes that enumerate them."""
     all_reduces: bool = False
     """A gather follows a sum over the group with nothing but a norm between them, so that one
     kernel is both. Serving engines do so between dense blocks (`tensor_model_parallel_all_reduce`
@@ -91,6 +96,23 @@ class Parallelism:
     def group_rank(self) -> jax.Array | int:
         """This rank's number in its tensor-parallel group."""
         return lax.axis_index(self.tensor_axes) if self.tensor > 1 else 0
+
+    def positions(self, length: int) -> Array:
+        """Those of so many tokens, which are this rank's part of a sequence."""
+        first = lax.axis_index(self.context_axes) * length if self.context > 1 else 0
+        return first + jnp.arange(length, dtype=jnp.int32)
+
+    def whole_context(self, x: Num[Array, "sequences part *rest"]) -> Array:
+        """The tokens of all parts of a sequence, of which this rank has one."""
+        if self.context == 1:
+            return x
+        return lax.all_gather(x, self.context_axes, axis=1, tiled=True)
+
+    def seen(self, x: Num[Array, "sequences part *rest"]) -> Int[Array, "sequences"] | None:
+        """How many tokens of the whole sequences this rank's last ones see; `None` for all."""
+        if self.context == 1:
+            return None
+        return jnp.full(x.shape[0], self.positions(x.shape[1])[-1] + 1)
 
     def gather(self, x: Num[Array, "own *rest"]) -> Num[Array, "group *rest"]:
         """The group's rows, of which this rank has `x`."""

@@ -47,9 +47,13 @@ PLANS = [
     "data=2,expert=2,pipeline=2,optimizer=zero1,schedule=gpipe,micro_batch=2,"
     "order=tensor-data-pipeline",
     "data=2,expert=2,pipeline=2,layers=1-2,optimizer=zero1",
+    "data=4,context=2,optimizer=zero1,recompute=none",
+    "data=8,expert=4,context=2,optimizer=zero2,recompute=selective",
+    "data=4,expert=2,context=2,pipeline=2,optimizer=zero3",
+    "data=2,context=2,pipeline=2,schedule=zero_bubble",
 ]
 """Between them: experts alone, replicas alone, both, with stages (of which some have fewer layers,
-or a dense one); every optimizer, way to recompute and schedule."""
+or a dense one) and with shared sequences; every optimizer, way to recompute and schedule."""
 
 
 def _tokens(training):
@@ -106,6 +110,10 @@ def test_one_device_computes_what_the_model_does():
         (PLANS[9], LATENT),
         (PLANS[10], GROUPED),
         (PLANS[11], LATENT),
+        (PLANS[12], GROUPED),
+        (PLANS[13], LATENT),
+        (PLANS[14], LATENT),
+        (PLANS[15], GROUPED),
     ],
 )
 def test_a_plan_gives_one_devices_loss_and_gradients(plan, training):
@@ -125,7 +133,7 @@ def test_a_plan_gives_one_devices_loss_and_gradients(plan, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [*PLANS[:2], *PLANS[4:6], PLANS[7]])
+@pytest.mark.parametrize("plan", [*PLANS[:2], *PLANS[4:6], PLANS[7], PLANS[14]])
 def test_steps_of_the_optimizer_are_those_of_one_device(plan):
     """Three of them, clipped: what a rank has of a parameter is updated as the whole is."""
     params, *_ = _one_device(LATENT)
@@ -170,12 +178,16 @@ def test_steps_of_the_optimizer_are_those_of_one_device(plan):
         (PLANS[8], GROUPED),
         (PLANS[9], LATENT),
         (PLANS[11], LATENT),
+        (PLANS[12], GROUPED),
+        (PLANS[13], LATENT),
+        (PLANS[14], GROUPED),
     ],
 )
 def test_counted_bytes_are_the_priced_ones(plan, training):
     """To the byte, on every tier, with as many rows as tokens send on average."""
     step = expert_step(plan, training, global_batch=BATCH)
-    model, tokens = training.model, step.plan.micro_batch * training.sequence
+    model, part = training.model, training.sequence // step.plan.context
+    tokens = step.plan.micro_batch * part
     step = expert_step(
         plan, training, global_batch=BATCH, virtual=True, dtype=jnp.bfloat16,
         capacity=tokens * model.experts_per_token // model.routed_experts,
@@ -206,19 +218,21 @@ def test_counted_bytes_are_the_priced_ones(plan, training):
         ("data=4,micro_batch=2,optimizer=zero2,recompute=none", LATENT),
         ("data=4,expert=2,micro_batch=2,optimizer=zero3", LATENT),
         ("data=2,expert=2,pipeline=2,micro_batch=2,optimizer=zero1", GROUPED),
+        ("data=4,expert=4,context=2,micro_batch=4,optimizer=zero1,recompute=none", LATENT),
     ],
 )
 def test_memory_is_what_xla_assigns(plan, training):
     """Within 15 %; ranks are loaded evenly, on 4 layers with 128 tokens in a sequence."""
     model = dataclasses.replace(training.model, layers=4)
     training = MoETraining(model=model, sequence=128)
-    rows = parse_plan(plan).micro_batch * 128 * model.experts_per_token // model.routed_experts
+    tokens = parse_plan(plan).micro_batch * 128 // parse_plan(plan).context
+    rows = tokens * model.experts_per_token // model.routed_experts
     step = expert_step(plan, training, global_batch=16, virtual=False, capacity=rows)
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=step.sharding),
         jax.eval_shape(lambda: step.initial(0)),
     )
-    shape = step.plan.devices, 16 // step.plan.data, 129
+    shape = step.plan.devices, 16 // step.plan.replicas, 129
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.sharding)
     held = step.compiled.lower(state, tokens).compile().memory_analysis()
     assigned = held.argument_size_in_bytes + held.temp_size_in_bytes
@@ -233,6 +247,13 @@ def test_memory_is_what_xla_assigns(plan, training):
     ("plan", "options", "says"),
     [
         ("data=4,expert=3", {}, "expert=3 must divide data=4"),
+        ("data=4,context=3", {}, "context=3 must divide data=4, the sequence of 8 tokens"),
+        ("data=4,expert=2,context=4", {}, "context=4 must divide .* expert=2"),
+        (
+            "data=4,expert=4,context=2,pipeline=2",
+            {},
+            "of pipeline and the expert / context ranks one must be 1",
+        ),
         ("data=3", {}, "does not divide the global batch of 8"),
         ("pipeline=3", {}, "pipeline=3 is more than the 2 layers"),
         ("recompute=full:1", {}, "recompute=full:1 goes layer by layer"),

@@ -107,6 +107,8 @@ def test_stages_may_have_unlike_numbers_of_layers(machine):
         ("data=32,expert=3", "expert=3 must divide data=32 and the 16 experts"),
         ("data=32,expert=32", "expert=32 must divide data=32 and the 16 experts"),
         ("data=16,tensor=2", "is priced with tensor=1"),
+        ("data=16,context=3", "context=3 must divide data=16, the sequence of 512 tokens"),
+        ("data=16,expert=4,context=8", "and, but for expert=1, expert=4"),
         ("data=8,pipeline=8", "pipeline=8 is more than the 6 layers"),
         ("data=8,pipeline=2,layers=2-3", "layers=2-3 makes 5; the model has 6"),
         ("data=96", "data=96 x micro_batch=1 does not divide the global batch of 256"),
@@ -129,6 +131,28 @@ def test_a_dense_model_has_no_experts_to_share(machine):
         MoETraining(model=qwen3_8b(), sequence=512)
     with pytest.raises(ValueError, match="expert=2 needs a mixture of experts"):
         cmjax.parallel("pangu-2.6b", machine, plan="data=8,expert=2")
+
+
+def test_ranks_that_share_sequences_keep_a_part_of_each(machine):
+    long = dataclasses.replace(SMALL, sequence=8192)
+    alone, shared = (
+        price_experts(long, machine, parse_plan(f"data=8,expert=8,recompute=none{more}"), batch)
+        for more, batch in (("", 8), (",context=4", 2))
+    )
+    assert alone.memory.parameters == shared.memory.parameters
+    # All keys and values are on every rank; everything else is a quarter.
+    assert 0.25 < shared.memory.activations / alone.memory.activations < 0.35
+    # A rank waits for the one whose tokens see the whole sequence.
+    rates = shared.tokens_per_s_per_device, alone.tokens_per_s_per_device
+    assert 0.5 < rates[0] / rates[1] < 1
+
+
+@pytest.mark.slow
+def test_a_search_shares_a_sequence_that_is_the_only_one(machine):
+    long = dataclasses.replace(SMALL, sequence=8192)
+    found = cmjax.parallel(long, machine, devices=4, global_batch=1).plans
+    assert all(each.plan.context == each.plan.data for each in found)
+    assert {each.plan.expert for each in found} > {1}
 
 
 @pytest.mark.slow

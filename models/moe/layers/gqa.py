@@ -77,12 +77,14 @@ class GQA(nnx.Module):
         self, x: Float[Array, "sequences prompt hidden"], kind: KVCache
     ) -> tuple[Float[Array, "sequences prompt hidden"], GroupedCache]:
         """Causal from position 0. Returns the cache entries of the prompt."""
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        parallelism = self.parallelism
+        positions = parallelism.positions(x.shape[1])
         with jax.named_scope("prolog"):
             q, k, v = self._heads(self._columns(x), positions)
             cache = GroupedCache.of(k, v, kind)
+            k, v = parallelism.whole_context(k), parallelism.whole_context(v)
         with jax.named_scope("core"):
-            found = self._attend(q, k, v, None)
+            found = self._attend(q, k, v, parallelism.seen(x))
         with jax.named_scope("output"):
             return self._leave(found), cache
 

@@ -103,7 +103,7 @@ class MLA(nnx.Module):
         """Expanded form, causal from position 0. Returns the cache entries of the prompt."""
         config, parallelism = self.config, self.parallelism
         splits_heads = parallelism.sequence_parallel and bool(parallelism.axes)
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        positions = parallelism.positions(x.shape[1])
         with jax.named_scope("prolog"):
             if splits_heads or parallelism.tensor > 1:
                 low = _down_prolog(config)(x, positions, self._down)
@@ -117,16 +117,24 @@ class MLA(nnx.Module):
                     x, positions, self._down, self.q_b.matrix
                 )
                 cache = LatentCache.of(latent, rope, kind)
+                latent, rope = self._whole_context(latent, rope)
         with jax.named_scope("core"):
             k_nope = jnp.einsum("bkc,hnc->bkhn", latent, self.up_key[...])
             value = jnp.einsum("bkc,hcv->bkhv", latent, self.up_value[...])
             heads = _attend_kernel(config, self.arithmetic.attention)(
-                q_nope, q_rope, k_nope, rope, value
+                q_nope, q_rope, k_nope, rope, value, parallelism.seen(x)
             )
         with jax.named_scope("output"):
             if splits_heads:
                 heads = lax.all_to_all(heads, parallelism.axes, 0, 2, tiled=True)
             return self._leave(heads), cache
+
+    def _whole_context(self, latent, rope):
+        """Latents of all parts of the sequences, in one message."""
+        if self.parallelism.context == 1:
+            return latent, rope
+        own = jnp.concatenate([latent, rope], axis=-1)
+        return jnp.split(self.parallelism.whole_context(own), [latent.shape[-1]], axis=-1)
 
     def _gathered(self, q_low, latent, rope):
         """Low-rank projections of all ranks' tokens, or of those of a group, in one message."""
@@ -251,14 +259,15 @@ def _attend_kernel(config: MoEConfig, core: AttentionCore) -> Callable:
     """FA takes the rotated parts as operands of their own: nothing is concatenated in HBM."""
 
     @fused("FlashAttention")
-    def attend(q_nope, q_rope, k_nope, k_rope, value):
+    def attend(q_nope, q_rope, k_nope, k_rope, value, lengths):
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
         scale = softmax_scale(config)
         if core == "pasa_fp16":
+            assert lengths is None, "a context is split in training, which is exact"
             return pasa_attention(q, k, value, causal=True, scale=scale)
-        return attention(q, k, value, scale=scale, causal=True)
+        return attention(q, k, value, scale=scale, causal=True, lengths=lengths)
 
     return attend
 
