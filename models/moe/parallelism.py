@@ -99,8 +99,8 @@ class Parallelism:
 
     def positions(self, length: int) -> Array:
         """Those of so many tokens, which are this rank's part of a sequence."""
-        first = lax.axis_index(self.context_axes) * length if self.context > 1 else 0
-        return first + jnp.arange(length, dtype=jnp.int32)
+        own = jnp.arange(length, dtype=jnp.int32)
+        return own if self.context == 1 else lax.axis_index(self.context_axes) * length + own
 
     def whole_context(self, x: Num[Array, "sequences part *rest"]) -> Array:
         """The tokens of all parts of a sequence, of which this rank has one."""
