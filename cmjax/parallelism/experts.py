@@ -55,8 +55,8 @@ def price_experts(
     memory = expert_memory(training, plan, machine, global_batch)
     if not fits(memory, machine):
         raise ValueError(
-            f"plan: {too_large(memory.peak, machine)}; recompute=full, a larger pipeline or expert "
-            "degree or a smaller micro_batch would help"
+            f"plan: {too_large(memory.peak, machine)}; recompute=full, a larger pipeline, expert "
+            "or context degree or a smaller micro_batch would help"
         )
     return _priced(training, LinkPrices(machine), plan, memory, global_batch)
 
