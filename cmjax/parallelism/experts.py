@@ -40,6 +40,7 @@ from cmjax.parallelism.schedules import StageTimes, in_flight, pipeline_s
 from cmjax.parallelism.search import LONG, OPTIMIZERS, Found, check_devices, fits_nowhere, too_large
 from cmjax.parallelism.traffic import all_reduce, between
 from cmjax.program import Operation, Program, Size
+from cmjax.program.work import COMPUTE
 
 
 def price_experts(
@@ -390,4 +391,4 @@ def _seconds(piece: ExpertPiece, prices: LinkPrices, batch: int, *, hidden: bool
 
 
 def _computes(operation: Operation) -> bool:
-    return operation.work.kind in ("compute", "attention")
+    return operation.work.kind in COMPUTE

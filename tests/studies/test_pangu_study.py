@@ -82,8 +82,8 @@ def test_another_table_is_refused(text, tmp_path):
 
 @pytest.mark.slow
 def test_deepseek_v3_as_it_was_trained_is_priced_as_the_table_says():
-    """Slower than reported, but not half as fast: products were of 8 bits there, at twice the rate,
-    and DualPipe idles less than 1F1B."""
+    """Slower than reported by less than a third: products were of 8 bits there, and DualPipe idles
+    less than 1F1B."""
     cluster = dataclasses.replace(load_machine("h800-pod"), nodes=pangu.NODES)
     priced = parallel(
         pangu.MIXTURE, cluster, plan=pangu.AS_TRAINED, global_batch=pangu.MIXTURE_BATCH
@@ -91,4 +91,4 @@ def test_deepseek_v3_as_it_was_trained_is_priced_as_the_table_says():
     table = _columns((DOCS / "tables/deepseek_training.md").read_text())
     said = table["tokens/s per device"]["2,048 H800, as trained"]
     assert priced.tokens_per_s_per_device == pytest.approx(float(said), rel=5e-3)
-    assert 0.5 < priced.tokens_per_s_per_device / pangu.REPORTED_TOKENS_PER_S < 1
+    assert 0.7 < priced.tokens_per_s_per_device / pangu.REPORTED_TOKENS_PER_S < 1
