@@ -1,12 +1,14 @@
 from . import models as models
 from . import placement as placement
 from .cost import Timeline as Timeline
+from .deploy import Comparison as Comparison
 from .deploy import Deployment as Deployment
 from .deploy import DeploymentSearch as DeploymentSearch
 from .deploy import LayerPrice as LayerPrice
 from .deploy import Placement as Placement
 from .deploy import Prediction as Prediction
 from .deploy import Requests as Requests
+from .deploy import compare as compare
 from .deploy import evaluate as evaluate
 from .deploy import place as place
 from .deploy import predict as predict

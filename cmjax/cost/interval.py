@@ -25,13 +25,14 @@ class Interval:
     Fields:
       low, high: its ends. spread: standard deviation of its logarithm.
       shares: of its variance, by constant; those of fitted ones that share a covariance add up to
-        theirs together. Largest first.
+        theirs together. Largest first. elasticity: of the number, by constant, as it was given.
     """
 
     low: float
     high: float
     spread: float
     shares: dict[str, float]
+    elasticity: Float[np.ndarray, "keys"]
 
 
 def interval(value: float, elasticity: Float[np.ndarray, "keys"], known: Uncertainty) -> Interval:
@@ -51,4 +52,4 @@ def interval(value: float, elasticity: Float[np.ndarray, "keys"], known: Uncerta
     shares = {k: float(e) / variance for k, e in zip(known.keys, each, strict=True) if variance}
     ordered = dict(sorted(shares.items(), key=lambda entry: -entry[1]))
     factor = float(np.exp(Z90 * spread))
-    return Interval(value / factor, value * factor, spread, ordered)
+    return Interval(value / factor, value * factor, spread, ordered, elasticity)

@@ -1,5 +1,6 @@
 """The joins: a model on a machine under requests, and a layer's price for a placement."""
 
+from cmjax.deploy.comparison import Comparison, compare
 from cmjax.deploy.deployment import Deployment, Phase
 from cmjax.deploy.layer_price import LayerPrice
 from cmjax.deploy.moe_step import build_layer, build_step, decode_step, prefill_step
@@ -14,6 +15,7 @@ from cmjax.deploy.search import DeploymentSearch, search
 from cmjax.deploy.step import MoEStep
 
 __all__ = [
+    "Comparison",
     "Deployment",
     "DeploymentSearch",
     "LayerPrice",
@@ -26,6 +28,7 @@ __all__ = [
     "build_layer",
     "build_step",
     "calibration",
+    "compare",
     "decode_step",
     "evaluate",
     "place",

@@ -111,6 +111,7 @@ def with_interval(prediction: Prediction, predictor: Predictor) -> Prediction:
     return dataclasses.replace(
         prediction,
         interval={key: (i.low, i.high) for key, i in intervals.items()},
+        elasticities={key: i.elasticity for key, i in intervals.items()},
         width_from=explain(intervals["step_ms"], prediction),
     )
 

@@ -26,6 +26,7 @@ Seconds = Number
     data_fields=[
         "requests", "machine", "microbatches", "step_s", "tokens_per_step", "per_layer_s",
         "interval", "streams_s", "waiting_s", "breakdown_s", "engines_busy_s", "memory_bytes",
+        "elasticities",
     ],
     meta_fields=["deployment", "width_from"],
 )  # fmt: skip
@@ -46,7 +47,8 @@ class Prediction:
       interval: 90 % of what the numbers of `headlines` may be, low and high, as far as the
         machine's constants are known; empty where the prediction is traced or no file says how
         sure they are. width_from: what most of that width comes from, and which measurement would
-        narrow it.
+        narrow it. elasticities: percent that a number changes per percent of each uncertain constant
+        (`compare` needs them).
     """
 
     deployment: Deployment
@@ -62,6 +64,7 @@ class Prediction:
     engines_busy_s: dict[str, Seconds]
     memory_bytes: dict[str, Number]
     interval: dict[str, tuple[Number, Number]] = dataclasses.field(default_factory=dict)
+    elasticities: dict[str, Num[ArrayLike, "keys"]] = dataclasses.field(default_factory=dict)
     width_from: str = ""
 
     @property
