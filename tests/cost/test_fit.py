@@ -77,7 +77,7 @@ def test_planted_constants_are_recovered_from_synthetic_measurements():
     assert untouched.fabric == machine.fabric
 
 
-@pytest.mark.parametrize("name", measured_machines())
+@pytest.mark.parametrize("name", [name for name in measured_machines() if fitted_keys(name)])
 def test_the_catalog_holds_what_the_fit_finds_now(name):
     machine, keys = load_machine(name), fitted_keys(name)
     found = fit(*fitted_prior(name), read_measurements(name))
