@@ -127,7 +127,10 @@ def fit(machine: Supernode, before: Uncertainty, rows: Sequence[Measurement]) ->
         if row.command[0] != "micro":
             raise ValueError(f"fit: row {row.row!r} is end-to-end; only micro rows may calibrate")
     if not before.keys or not used:
-        raise ValueError(f"fit: {len(used)} rows for {len(before.keys)} constants")
+        raise ValueError(
+            f"fit: {machine.name} has {len(used)} rows to calibrate {len(before.keys)} fitted "
+            "constants; give --rows, by which all of its constants are updated"
+        )
     measures = [micro_measure(row, machine) for row in used]
     return _posterior(machine, before, used, measures, NOISE, keep=before.keys)
 
