@@ -5,9 +5,9 @@ that generate from the file share one copy, and the system may drop what is not 
 one of safetensors with each parameter, of all ranks, at a multiple of 64 bytes; what it was made
 from stands in its header. It holds when that is as it was, and is made anew when not.
 
-A checksum of every parameter stands at its end. To read them all at every start would be to read the
-file, so it is sealed with a time of change that has passed: who writes into it, or copies it, breaks
-the seal, and the next start checks the values and seals it again.
+A checksum of every parameter stands at its end. To check them at every start would be to read the
+whole file, so it is sealed with a time of change that has passed: who writes into it, or copies it,
+breaks the seal, and the next start checks the values and seals it again.
 """
 
 import contextlib
@@ -94,7 +94,9 @@ def packed_params(
     except OSError as error:
         warnings.warn(f"{path}: packed weights are not kept: {error.strerror}", stacklevel=2)
         return params, False
-    mapped = _mapped(path, shapes, identity, progress)  # None: another process has put its own there
+    mapped = _mapped(
+        path, shapes, identity, progress
+    )  # None: another process has put its own there
     return (params, False) if mapped is None else (mapped, True)
 
 

@@ -13,7 +13,7 @@ from cmjax.models.moe import open_generator, tiny
 from cmjax.models.moe.config import GroupedAttention
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.open import GeneratorOptions
-from cmjax.models.moe.generation.programs import BatchShape, compile_programs
+from cmjax.models.moe.generation.programs import BatchShape
 from cmjax.models.moe.layered import are_split
 from cmjax.models.moe.layers import moe
 from cmjax.models.moe.schedule import Schedule
@@ -113,15 +113,7 @@ def test_a_step_writes_new_tokens_where_the_cache_lies(requests):
 
 def _decode_program(generator, requests=1, room=16):
     sizes = BatchShape(requests=requests, prompt=16, room=room, layered=True)
-    programs = compile_programs(
-        generator.config,
-        generator.parallelism,
-        generator.mesh,
-        generator.precision,
-        generator.kv_cache,
-        sizes,
-    )
-    return programs.decode.compiled
+    return generator.decoding(sizes).run.compiled
 
 
 def test_greedy_tokens_are_those_of_a_nucleus_of_one():

@@ -225,7 +225,9 @@ def test_values_are_checked_once_after_each_change(checkpoint, tmp_path):
     def start():
         told.clear()
         progress = lambda done, total, what: told.append((done, total, what))  # noqa: E731
-        _equal(moe.open_generator(checkpoint, None, options, progress=progress).params, plain.params)
+        _equal(
+            moe.open_generator(checkpoint, None, options, progress=progress).params, plain.params
+        )
         return [entry for entry in told if entry[2] == "checking packed weights"]
 
     assert not start() and not start()  # written, then mapped
