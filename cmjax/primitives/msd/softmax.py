@@ -15,7 +15,6 @@ from cmjax.primitives.attention.hidden import Usable
 from cmjax.primitives.msd.weight import WeightFormat
 
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
-EXTRAS = ("lengths", "mask", "bias", "sinks")
 
 
 def visible_scores(q_len, kv_len, kv_heads, causal, window, extras: dict[str, Array]):
