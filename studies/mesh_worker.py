@@ -257,7 +257,7 @@ def _priced(
         mesh,
         requests,
         length,
-        rows,
+        capacity=rows,
         precision="float32",
         kv_cache="float32",
         mtp=0,

@@ -146,13 +146,7 @@ def _mapped(path: Path, shapes: Any, identity: str, progress: Progress | None) -
         ) from None
 
     def array(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        stored = tensors.get(name)
-        if stored is None or (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(
-                f"{path}: damaged: no {name!r} of type {leaf.dtype} and shape {list(leaf.shape)}; "
-                "remove the file to have it made anew"
-            )
-        values = _values(data, stored)
+        values = _values(data, _stored(path, tensors, name, leaf.shape, leaf.dtype))
         assert leaf.sharding is not None, "placed_shapes gives one"
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at])
 
@@ -182,14 +176,12 @@ def _check_values(
 
     Raises: ValueError: names the first that is not as it was written.
     """
-    sums = tensors.get(_CHECKSUMS)
-    whole = sums is not None and (sums.shape, sums.dtype) == ((len(names),), np.int64)
-    wanted = _values(data, sums) if whole else [None] * len(names)
+    sums = _values(data, _stored(path, tensors, _CHECKSUMS, (len(names),), np.dtype(np.int64)))
     done, total = 0, sum(tensors[name].nbytes for name in names)
     with ThreadPoolExecutor(len(usable_cores())) as pool:
         found = pool.map(lambda name: _checksum(name, _values(data, tensors[name])), names)
-        for name, its, right in zip(names, found, wanted, strict=True):
-            if its != right:
+        for name, its, written in zip(names, found, sums, strict=True):
+            if its != written:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise ValueError(
                     f"{path}: damaged: the values of {name!r} are not those that were written; "
@@ -202,6 +194,18 @@ def _check_values(
 
 def _checksum(name: str, values: np.ndarray) -> int:
     return zlib.crc32(bytes_of(values), zlib.crc32(name.encode()))
+
+
+def _stored(
+    path: Path, tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], dtype: Any
+) -> StoredTensor:
+    stored = tensors.get(name)
+    if stored is None or (stored.shape, stored.dtype) != (shape, dtype):
+        raise ValueError(
+            f"{path}: damaged: no {name!r} of type {dtype} and shape {list(shape)}; remove the "
+            "file to have it made anew"
+        )
+    return stored
 
 
 def _values(data: np.ndarray, stored: StoredTensor) -> np.ndarray:
@@ -234,8 +238,8 @@ def _write(path: Path, params: Any, identity: str, progress: Progress | None) ->
             if progress is not None:
                 progress(done, end, "packing")
 
-    # Whole seconds, which every file system keeps, and passed, so that no later change has them.
-    seal_s = str(float(int(time.time()) - 2))
+    # An even second, which every file system keeps, and passed, so that no later change has it.
+    seal_s = str(float(int(time.time()) // 2 * 2 - 2))
     about = {"format": _MARK, "identity": identity, "seal_s": seal_s}
     write_tensors(path, specs, tensors(), about)
     _seal(path, seal_s)

@@ -80,7 +80,8 @@ def test_the_blocks_of_sorted_rows_are_counted_as_they_are_priced():
         if "flags" not in name
     ]
     table = generator.parallelism.table
-    step = abstract_decode(tiny(), Schedule(), table, mesh, 1, 16, 1, "float32", "float32", mtp=0)
+    floats = {"precision": "float32", "kv_cache": "float32"}
+    step = abstract_decode(tiny(), Schedule(), table, mesh, 1, 16, capacity=1, mtp=0, **floats)
     lifted = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
     priced = priced_bytes(trace(lifted, *step.args), {}, mesh)
     assert {tier: sum(each[tier] for each in counted) for tier in priced} == priced
