@@ -37,7 +37,7 @@ from cmjax.primitives.msd.decompose import (
 from cmjax.primitives.msd.kv import keys_of, values_of
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.product import MOST_INNER, recombine_instructions, recombined
-from cmjax.primitives.msd.softmax import scales_in_use, softmax, used_entries, visible_scores
+from cmjax.primitives.msd.softmax import in_use, softmax, visible_scores
 from cmjax.primitives.msd.weight import WeightFormat
 from cmjax.program import Size, Work, cost_rule
 from cmjax.program.size import minimum
@@ -156,7 +156,7 @@ def _reference(
     rounding,
 ):
     more = dict(zip(extras, rest, strict=True))
-    visible, usable, (k_scale, v_scale) = _in_use(
+    visible, usable, (k_scale, v_scale) = in_use(
         q, k, k_scale, v_scale, causal, window, more, format
     )
     grouped, kv_len = _grouped(q, k.shape[-2]), k.shape[-3]
@@ -176,16 +176,6 @@ def _reference(
             values = keep(values, usable.kept)
         out = _sums("...hgqk,...khd->...hgqd", split, values)
     return _heads_last(_nan_where_lost(out / total, visible, usable), q)
-
-
-def _in_use(q, k, k_scale, v_scale, causal, window, more, format):
-    """Which scores count, which entries of the cache are in use, and both scales, 0 elsewhere."""
-    kv_len, kv_heads = k.shape[-3:-1]
-    visible = visible_scores(q.shape[-3], kv_len, kv_heads, causal, window, more)
-    usable = used_entries(visible, k_scale, v_scale, kv_len, format)
-    if usable is not None:
-        k_scale, v_scale = (scales_in_use(s, usable.kept) for s in (k_scale, v_scale))
-    return visible, usable, (k_scale, v_scale)
 
 
 def _grouped(q, kv_heads):
@@ -263,7 +253,7 @@ def _by_key(scale):
 def _exact(q, k, v, k_scale, v_scale, *rest, scale, causal, window, softcap, extras, format):
     """Attention over the dequantized cache, whose derivative stands for the rounded one's."""
     more = dict(zip(extras, rest, strict=True))
-    visible, _, (k_scale, v_scale) = _in_use(q, k, k_scale, v_scale, causal, window, more, format)
+    visible, _, (k_scale, v_scale) = in_use(q, k, k_scale, v_scale, causal, window, more, format)
     grouped = _grouped(q, k.shape[-2])
     scores = _sums("...qhgd,...khd->...hgqk", grouped, keys_of(k, k_scale, format))
     weights, total = softmax(scale * scores, visible, softcap, more)
