@@ -133,64 +133,53 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
         "intermediate_size": config.ffn_size,
     }
     if isinstance(attention, LatentAttention):
-        raw |= _latent_json(config, attention)
+        raw |= {
+            "q_lora_rank": attention.q_lora_rank,
+            "kv_lora_rank": attention.kv_lora_rank,
+            "qk_nope_head_dim": attention.qk_nope_dim,
+            "qk_rope_head_dim": attention.qk_rope_dim,
+            "v_head_dim": attention.v_dim,
+            "attention_bias": attention.bias,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.expert_ffn_size,
+            "first_k_dense_replace": len(config.dense_layers),
+            "n_routed_experts": config.routed_experts,
+            "n_shared_experts": config.shared_experts,
+            "n_group": config.expert_groups,
+            "topk_group": config.groups_per_token,
+            "norm_topk_prob": config.normalize_weights,
+            "routed_scaling_factor": config.routed_scale,
+        }
+        if config.family == "deepseek_v2":
+            method = "greedy" if config.expert_groups == 1 else "group_limited_greedy"
+            raw |= {"topk_method": method, "mlp_bias": config.ffn_bias}
+        else:
+            raw |= {
+                "rope_interleave": config.rope.interleave,
+                "num_nextn_predict_layers": config.mtp_layers,
+            }
     elif config.family in DENSE:
         raw |= {"head_dim": attention.head_dim, "attention_bias": attention.bias}
         if config.family == "llama":
             raw["mlp_bias"] = config.ffn_bias
     else:
-        raw |= _grouped_json(config, attention)
+        raw |= {"head_dim": attention.head_dim, "sliding_window": attention.window}
+        raw |= {
+            "num_local_experts": config.routed_experts,
+            "num_experts_per_tok": config.experts_per_token,
+        }
+        if config.family == "qwen3_moe":
+            raw |= {
+                "num_experts": config.routed_experts,
+                "moe_intermediate_size": config.expert_ffn_size,
+                "norm_topk_prob": config.normalize_weights,
+                "attention_bias": attention.bias,
+                "use_sliding_window": attention.window is not None,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": list(config.dense_layers),
+            }
     _check_written(raw, config)
     return raw
-
-
-def _latent_json(config: MoEConfig, attention: LatentAttention) -> dict[str, Any]:
-    """Keys of DeepSeek-V2 and V3."""
-    raw = {
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_dim,
-        "qk_rope_head_dim": attention.qk_rope_dim,
-        "v_head_dim": attention.v_dim,
-        "attention_bias": attention.bias,
-        "num_experts_per_tok": config.experts_per_token,
-        "moe_intermediate_size": config.expert_ffn_size,
-        "first_k_dense_replace": len(config.dense_layers),
-        "n_routed_experts": config.routed_experts,
-        "n_shared_experts": config.shared_experts,
-        "n_group": config.expert_groups,
-        "topk_group": config.groups_per_token,
-        "norm_topk_prob": config.normalize_weights,
-        "routed_scaling_factor": config.routed_scale,
-    }
-    if config.family == "deepseek_v2":
-        method = "greedy" if config.expert_groups == 1 else "group_limited_greedy"
-        return raw | {"topk_method": method, "mlp_bias": config.ffn_bias}
-    return raw | {
-        "rope_interleave": config.rope.interleave,
-        "num_nextn_predict_layers": config.mtp_layers,
-    }
-
-
-def _grouped_json(config: MoEConfig, attention: GroupedAttention) -> dict[str, Any]:
-    """Keys of Qwen3-MoE and Mixtral."""
-    raw = {
-        "head_dim": attention.head_dim,
-        "sliding_window": attention.window,
-        "num_local_experts": config.routed_experts,
-        "num_experts_per_tok": config.experts_per_token,
-    }
-    if config.family != "qwen3_moe":
-        return raw
-    return raw | {
-        "num_experts": config.routed_experts,
-        "moe_intermediate_size": config.expert_ffn_size,
-        "norm_topk_prob": config.normalize_weights,
-        "attention_bias": attention.bias,
-        "use_sliding_window": attention.window is not None,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(config.dense_layers),
-    }
 
 
 def _renamed(raw: dict[str, Any], aliases: dict[str, str], path: Path) -> dict[str, Any]:
