@@ -12,7 +12,6 @@ by itself. ONNX Runtime has the exported network, in float32 and in its own int8
 import functools
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.asr_onnx import quantized, session_call
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.cores import keep_to_cores, usable_cores
 from cmjax.files import replace_text
 from cmjax.interrupt import leave
 from cmjax.models.asr.acoustic import AcousticModel, layer_algorithms
@@ -76,7 +76,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Time and print."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    keep_to_cores(usable_cores()[-options.threads :])
     console = terminal()
     clock = "CPU" if options.threads == 1 else "wall"
     console.print(f"{native.status().reason}; {options.threads} thread(s), {clock} time")

@@ -12,7 +12,6 @@ XLA_FLAGS=--xla_cpu_max_isa=AVX2, for ONNX Runtime nothing.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from benchmarks.conv_peers import Run, Shape, peers
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.cores import keep_to_cores, usable_cores
 from cmjax.files import replace_text
 from cmjax.interrupt import leave
 from cmjax.options import run_program
@@ -83,7 +83,7 @@ def algorithm(taps: int) -> str:
 
 
 def main(config: Config) -> None:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-config.threads :])
+    keep_to_cores(usable_cores()[-config.threads :])
     builders = ours() | peers(config.threads)
     console = terminal()
     console.print(

@@ -11,7 +11,6 @@ wall time.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import jax
@@ -22,6 +21,7 @@ from rich.table import Table
 from benchmarks.timing import least_times
 from cmjax import native
 from cmjax.console import terminal
+from cmjax.cores import keep_to_cores, usable_cores
 from cmjax.interrupt import leave
 from cmjax.models.moe import Arithmetic, LatentAttention, MoEConfig, MoEModel, from_config
 from cmjax.models.moe.layers.cache import empty_cache
@@ -71,7 +71,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Time and print."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    keep_to_cores(usable_cores()[-options.threads :])
     console = terminal()
     models = _models()
     clock = "CPU" if options.threads == 1 else "wall"

@@ -16,7 +16,6 @@ factor of 1.5, a third.
 import collections
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.cores import keep_to_cores, usable_cores
 from cmjax.interrupt import leave
 from cmjax.mesh import RankMesh
 from cmjax.options import run_program
@@ -93,7 +93,7 @@ class Options:
 def main(options: Options) -> None:
     """Time and print."""
     config, threads, seconds = options.config, options.threads, options.seconds
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    keep_to_cores(usable_cores()[-threads:])
     mesh = RankMesh.parse(config.mesh)
     if mesh.ranks != 1:
         raise ValueError(f"--mesh {config.mesh}: one rank is measured; use 1x1")

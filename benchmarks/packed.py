@@ -3,10 +3,11 @@
     python -m benchmarks.packed --places /tmp /dev/shm
 
 A model of random weights is written, and `cmjax generate` started on it: without a file, with one
-that is not there yet, with one that is, and with one that is there but not in memory. Then three
-processes decode in turns, so that their ratios are of one run: one whose weights lie in huge pages
-of its own, and two that map the same file; of each, what memory it alone holds (private) and its
-share of all it holds (PSS). Programs are compiled before, as a first start leaves them.
+that is not there yet, with one that is, with one whose time of change is another, so that its
+values are checked, and with one that is there but not in memory. Then three processes decode in
+turns, so that their ratios are of one run: one whose weights lie in huge pages of its own, and two
+that map the same file; of each, what memory it alone holds (private) and its share of all it holds
+(PSS). Programs are compiled before, as a first start leaves them.
 """
 
 import dataclasses
@@ -95,6 +96,8 @@ def _starts(options: Options, folder: Path, console: Console) -> None:
         kinds = {"without a file": None, "file written": packed, "file mapped": packed}
         for kind, path in kinds.items():
             found.setdefault(kind, []).append(_start(options, folder, path))
+        packed.touch()
+        found.setdefault("file mapped and checked", []).append(_start(options, folder, packed))
         _forget(packed)
         found.setdefault("file mapped, from disk", []).append(_start(options, folder, packed))
     size = packed.stat().st_size

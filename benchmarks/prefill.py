@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import functools
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from rich.table import Table
 from benchmarks.generate_models import DEEPSEEK, QWEN, Family
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.cores import keep_to_cores, usable_cores
 from cmjax.interrupt import leave
 from cmjax.models import moe
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
@@ -96,7 +96,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Time and print."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    keep_to_cores(usable_cores()[-options.threads :])
     console = terminal()
     clock = "CPU" if options.threads == 1 else "wall"
     table = Table(

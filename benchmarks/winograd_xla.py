@@ -7,7 +7,6 @@ call, as in training. All take turns in one process that is pinned to a core; th
 counts.
 """
 
-import os
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from benchmarks.timing import least_times
 from cmjax.console import terminal
+from cmjax.cores import keep_to_cores, usable_cores
 from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.primitives.convolution.packed import prepack
@@ -57,7 +57,7 @@ def _call(fn, *operands):
 
 
 def main(config: Config) -> None:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+    keep_to_cores(usable_cores()[-1:])
     table = Table(title="float32: lax.conv in ms, and how many times faster Winograd in XLA is")
     for column in (
         "batch x frames, channels, taps",

@@ -10,6 +10,11 @@ from typing import IO
 
 import platformdirs
 
+try:
+    import fcntl
+except ImportError:  # a system without: nothing is locked there
+    fcntl = None
+
 
 def replace_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8; see `replaced`."""
@@ -27,8 +32,9 @@ def replaced(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write; what was at `path` is replaced only once the new one is complete.
 
     The bytes go to a temporary file in the same folder, which is brought to the disk and then
-    renamed over `path`. A link stays a link: what it points to is replaced. A path that is no
-    regular file (`/dev/stdout`, a pipe) is written to directly.
+    renamed over `path`; what writers that were killed left there is removed. A link stays a link:
+    what it points to is replaced. A path that is no regular file (`/dev/stdout`, a pipe) is written
+    to directly.
 
     Raises: OSError if the folder is missing or the disk full; `path` is then as it was.
     """
@@ -37,18 +43,56 @@ def replaced(path: str | Path) -> Iterator[IO[bytes]]:
         with path.open("wb") as file:
             yield file
         return
-    temporary = path.with_name(f".cmjax-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    _remove_abandoned(path.parent)
+    temporary, file = _new_temporary(path.parent)
     try:
-        with temporary.open("wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
+            if path.exists():
+                shutil.copymode(path, temporary)
+            if fcntl is None:
+                file.close()  # such a system renames no open file
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _new_temporary(folder: Path) -> tuple[Path, IO[bytes]]:
+    """A file that is this process's as long as it is open."""
+    while True:
+        path = folder / f".cmjax-{os.getpid()}-{os.urandom(4).hex()}.tmp"
+        file = path.open("xb")
+        try:
+            locked = lock_file(file)
+        except OSError:  # a file system without locks
+            return path, file
+        if locked and os.fstat(file.fileno()).st_nlink:
+            return path, file
+        file.close()  # before it was locked, another process took it for abandoned
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.glob(".cmjax-*.tmp"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:  # OSError: another user's
+            if lock_file(file):
+                path.unlink()
+
+
+def lock_file(file: IO) -> bool:
+    """Lock an open file; the lock goes with its last descriptor, however the process ends.
+
+    Returns: whether no other process holds it.
+    Raises: OSError: its file system has no locks.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def check_writable(path: str | Path) -> None:

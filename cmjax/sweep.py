@@ -22,8 +22,8 @@ _ANSWERS_WITHIN_S = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Where:
-    """Where a sweep runs."""
+class WorkerPool:
+    """The processes that a sweep runs on."""
 
     workers: int | None = None
     """Processes of this machine (default: one per core)."""

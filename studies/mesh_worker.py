@@ -25,7 +25,13 @@ from cmjax.interrupt import leave
 from cmjax.mesh import RANKED, RankMesh, on_every_rank, prepare_devices
 from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
-from cmjax.models.moe.generation.programs import BatchShape, compile_programs, place_params
+from cmjax.models.moe.generation.programs import (
+    BatchShape,
+    ModelOnMesh,
+    compile_decode,
+    compile_prefill,
+    place_params,
+)
 from cmjax.models.moe.model import MoEModel, abstract_model
 from cmjax.models.moe.parallelism import Parallelism, one_rank
 from cmjax.models.moe.schedule import Schedule
@@ -102,16 +108,17 @@ def run(options: Worker) -> dict[str, Any]:
         room=options.prompt + 1,
         sequence_parallel=mesh.ranks > 1,
     )
-    programs = compile_programs(config, parallelism, mesh, "float32", "float32", sizes)
+    model = ModelOnMesh(config, parallelism, mesh, "float32", "float32")
+    prefill, decode = compile_prefill(model, sizes).run, compile_decode(model, sizes).run
     result["compile"] = clock.lap()
 
-    first = programs.prefill(placed, batch.prefill_inputs())
+    first = prefill(placed, batch.prefill_inputs())
     result["prefill"] = clock.lap()
     # The same step every time: it writes the same token at the same place of the cache.
     inputs = batch.decode_inputs(prompts[:, None, -1:].astype(np.int32), batch.lengths)
     caches, laps = first.caches, []
     for _ in range(options.steps):
-        caches = programs.decode(placed, caches, inputs).caches
+        caches = decode(placed, caches, inputs).caches
         laps.append(clock.lap())
     result["steps"] = {key: [lap[key] for lap in laps] for key in clock.total()}
     result["total"] = clock.total()
@@ -121,13 +128,11 @@ def run(options: Worker) -> dict[str, Any]:
 
     reference = _reference(config, params, prompts)
     del params
-    arguments = {
-        "prefill": (placed, batch.prefill_inputs()),
-        "decode": (placed, caches, inputs),
-    }
     result["phases"] = {}
-    for phase, args in arguments.items():
-        program = getattr(programs, phase)
+    for phase, program, args in (
+        ("prefill", prefill, (placed, batch.prefill_inputs())),
+        ("decode", decode, (placed, caches, inputs)),
+    ):
         fn = program.fn if phase == "prefill" else _decode_logits(config, parallelism)
         counting = on_every_rank(count_traffic(fn, mesh), mesh, program.specs, RANKED)
         out, found = jax.block_until_ready(jax.jit(counting)(*args))
@@ -252,7 +257,7 @@ def _priced(
         mesh,
         requests,
         length,
-        rows,
+        capacity=rows,
         precision="float32",
         kv_cache="float32",
         mtp=0,

@@ -98,13 +98,13 @@ def parts_product(
     )
 
 
-def kv_bytes(keys: Scalar, head_dim: Scalar, path: Path, *, passes: int = 2) -> Scalar:
+def kv_bytes(keys: Scalar, head_dim: Scalar, path: Path) -> Scalar:
     """HBM bytes of one int8 tensor of keys or values in attention.
 
-    "dequantize" reads int8, writes and reads bfloat16: 5 per value; "parts" reads int8 once per
-    part: 2; "stacked" reads it once for all parts: 1.
+    "dequantize" reads int8, writes and reads bfloat16: 5 per value; "parts" reads int8 once for
+    each of two parts: 2; "stacked" reads it once for all parts: 1.
     """
-    per_value = {"dequantize": 5.0, "parts": float(passes), "stacked": 1.0}
+    per_value = {"dequantize": 5.0, "parts": 2.0, "stacked": 1.0}
     if path not in per_value:
         raise ValueError(f"kv_bytes: path must be one of {', '.join(per_value)}, got {path!r}")
     return keys * head_dim * per_value[path]

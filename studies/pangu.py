@@ -117,11 +117,9 @@ def published(training: Training, machine: Supernode) -> PricedPlan:
     return price_plan(training.model, machine, plan, training.global_batch)
 
 
-def found(training: Training, machine: Supernode, *, overlap: bool = True) -> PricedPlan:
+def found(training: Training, machine: Supernode) -> PricedPlan:
     """The fastest plan of a search."""
-    best = search(
-        training.model, machine, training.devices, training.global_batch, top=1, overlap=overlap
-    )
+    best = search(training.model, machine, training.devices, training.global_batch, top=1)
     return best.plans[0]
 
 

@@ -37,7 +37,7 @@ from cmjax.interrupt import leave
 from cmjax.options import run_program
 from cmjax.placement.methods.greedy import greedy_on
 from cmjax.placement.methods.search import relative_loads
-from cmjax.sweep import Where, as_done
+from cmjax.sweep import WorkerPool, as_done
 
 TOKENS = 96
 METHODS = (*placement.BASELINES, "search", "gradient")
@@ -59,7 +59,7 @@ class Study:
     """Begin no further case after so long."""
     robust: bool = False
     """The worst of 12 workloads instead."""
-    where: tyro.conf.OmitArgPrefixes[Where] = dataclasses.field(default_factory=Where)
+    pool: tyro.conf.OmitArgPrefixes[WorkerPool] = dataclasses.field(default_factory=WorkerPool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def run(study: Study, console: Console) -> list[dict]:
     ]
     todo = [cell.key for cell in cells]
     left = [cell for cell in cells if cell.key not in done]
-    with study.where.executor() as executor, show_progress("placing") as progress:
+    with study.pool.executor() as executor, show_progress("placing") as progress:
         for at, found in as_done(rows_of, left, executor, progress, seconds=study.seconds):
             done[left[at].key] = found
             with kept.open("a") as file:

@@ -29,7 +29,7 @@ from cmjax.placement.methods.greedy import greedy_global
 from cmjax.placement.methods.robust import WAYS, held_out, simplest
 from cmjax.placement.methods.search import SHORT
 from cmjax.report.plots.figure import BLUE, GREY, INK, ORANGE, add_axes, new_figure, save, set_title
-from cmjax.sweep import Where, as_done
+from cmjax.sweep import WorkerPool, as_done
 
 RANKS = (8, 32, 128, 384)
 RULES = ("contiguous", "greedy", "greedy 0.4", "greedy 0.7", "greedy 0.9")
@@ -50,7 +50,7 @@ class Study:
     """Folder for the rows and the picture."""
     draw: bool = False
     """Draw the rows that are there and do nothing else."""
-    where: tyro.conf.OmitArgPrefixes[Where] = dataclasses.field(default_factory=Where)
+    pool: tyro.conf.OmitArgPrefixes[WorkerPool] = dataclasses.field(default_factory=WorkerPool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def run(study: Study) -> list[dict]:
     ]
     order = {cell.key: at for at, cell in enumerate(cells)}
     left = [cell for cell in cells if cell.key not in done]
-    with study.where.executor() as executor, show_progress("placing") as progress:
+    with study.pool.executor() as executor, show_progress("placing") as progress:
         for _, row in as_done(Cell.row, left, executor, progress):
             rows.append(row)
             rows.sort(key=lambda row: order.get(

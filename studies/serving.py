@@ -102,6 +102,7 @@ RUNS = (
 )
 PCIE_BYTES_PER_S = 32e9 * 16 / 8 * 128 / 130
 """Of PCI Express 5.0 x16, the link between RTX PRO 6000 cards, one way: its datasheet's 63 GB/s."""
+STEP_TOKENS = 2048  # of the measured runs
 FIRST = 60
 """Requests of a run that constants are fitted to, of 300; the others are predicted."""
 KEYS = ("ttft_mean_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_mean_ms", "tpot_p90_ms", "tpot_p99_ms")
@@ -138,7 +139,7 @@ def engine_runs() -> list[EngineRun]:
     return [EngineRun.read(*run) for run in RUNS]
 
 
-def beyond_a_step(folder: str, batch: int, tokens: int = 2048) -> list[tuple[int, ...]]:
+def beyond_a_step(folder: str, batch: int) -> list[tuple[int, ...]]:
     """Prompts of a measured run that one step finished although they are longer than a step.
 
     They were first scheduled together and answered together, and the first of them fits into one
@@ -150,9 +151,11 @@ def beyond_a_step(folder: str, batch: int, tokens: int = 2048) -> list[tuple[int
     for number, of in enumerate(map(json.loads, lines)):
         key = round(of["scheduled_ts"], 3), round(of["first_token_ts"], 4)
         together.setdefault(key, []).append((number, of["input_toks"]))
-    found = [group for group in together.values() if group[0][1] <= tokens - batch]
+    found = [group for group in together.values() if group[0][1] <= STEP_TOKENS - batch]
     return [
-        tuple(n for n, _ in group) for group in found if sum(size for _, size in group) > tokens
+        tuple(n for n, _ in group)
+        for group in found
+        if sum(size for _, size in group) > STEP_TOKENS
     ]
 
 
@@ -250,9 +253,9 @@ def pool_table() -> Table:
     return table
 
 
-def pool_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult]]:
+def pool_rows() -> Iterator[tuple[str, ServingResult]]:
     """(what, result)."""
-    trace = conversations() if requests is None else conversations().first(requests)
+    trace = conversations()
     slo: dict[str, Any] = {"slo_ttft_ms": 5000.0, "slo_tpot_ms": 50.0, "rate_scale": 15.0}
     paper = paper_service(384)
     yield "prefill, decode and cache pools", serve(trace, paper, **slo)
@@ -291,9 +294,9 @@ def slo_table() -> Table:
     return table
 
 
-def slo_rows(requests: int | None = None) -> Iterator[tuple[float, Judged]]:
+def slo_rows() -> Iterator[tuple[float, Judged]]:
     """(TPOT in ms, the paper's pools at the largest rate that keeps it)."""
-    trace = conversations() if requests is None else conversations().first(requests)
+    trace = conversations()
     paper, machine = paper_service(384), load_machine("cloudmatrix384")
     times = price_service(paper, machine)
     for tpot_ms in (15.0, 20.0, 30.0, 50.0):
@@ -320,7 +323,7 @@ def reuse_table() -> Table:
     return table
 
 
-def reuse_rows(requests: int = 8000) -> Iterator[tuple[float, str, float, float, float]]:
+def reuse_rows() -> Iterator[tuple[float, str, float, float, float]]:
     """(share reused, plane, hits, prompt tokens per second and NPU of prefill, mean TTFT in ms)."""
     paper = paper_service(384)
     assert paper.prefill is not None
@@ -330,7 +333,7 @@ def reuse_rows(requests: int = 8000) -> Iterator[tuple[float, str, float, float,
     for reuse, plane in cases:
         service = dataclasses.replace(paper, cache=ContextCache(plane=plane))
         prompts = generate(
-            requests=requests, rate=1e6, prompt=4096, output=1, reuse=reuse, trees=64, branches=1
+            requests=8000, rate=1e6, prompt=4096, output=1, reuse=reuse, trees=64, branches=1
         )
         at_once = serve(prompts, service)
         tokens = at_once.to_dict()["prompt_tokens_per_s"] / paper.prefill.total_npus
@@ -356,9 +359,9 @@ def overload_table() -> Table:
     return table
 
 
-def overload_rows(requests: int | None = None) -> Iterator[tuple[str, ServingResult]]:
+def overload_rows() -> Iterator[tuple[str, ServingResult]]:
     """(admission, result): decode holds few requests, so that admission by its load matters."""
-    trace = conversations() if requests is None else conversations().first(requests)
+    trace = conversations()
     paper = paper_service(384)
     assert paper.decode is not None
     small = dataclasses.replace(paper, decode=dataclasses.replace(paper.decode, batch=2))

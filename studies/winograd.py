@@ -92,13 +92,13 @@ class Learned:
     input_step_ratio: float
 
 
-def pipelines(algorithms: tuple[str, ...], sizes: Sizes = MEASURED) -> list[dict]:
+def pipelines(algorithms: tuple[str, ...]) -> list[dict]:
     """SQNR in dB of every pipeline, one row per algorithm and kind of signal."""
     rows = []
     for algorithm in track(algorithms, "pipelines"):
-        w = random_filter(ALGORITHMS[algorithm].r, sizes)
+        w = random_filter(ALGORITHMS[algorithm].r, MEASURED)
         for kind in SIGNALS:
-            x = signal(kind, sizes)
+            x = signal(kind, MEASURED)
             row = {name: pipeline_sqnr_db(name, algorithm, x, w) for name in PIPELINES}
             rows.append({"algorithm": algorithm, "signal": kind, **row})
     return rows
@@ -182,9 +182,9 @@ def _start(x, w, algorithm: str, input_limit: int | None) -> ConvScales:
     return dataclasses.replace(scales, input_step=step)
 
 
-def plot_accuracy(path: Path, taps: tuple[int, ...] = (3, 5, 7)) -> None:
+def plot_accuracy(path: Path) -> None:
     """Expected accuracy against multiplications saved, of what none beats in both."""
-    figure = new_figure(4.4)
+    figure, taps = new_figure(4.4), (3, 5, 7)
     width = (8.0 - 0.6 - 0.1) / len(taps)
     for panel, length in enumerate(taps):
         left = 0.6 + panel * width

@@ -27,7 +27,7 @@ from cmjax.cost import price
 from cmjax.cost.ranks import mesh_for
 from cmjax.hardware import Supernode, load_machine
 from cmjax.mesh import RANKED, REPLICATED, on_every_rank
-from cmjax.models.moe.config import GroupedAttention, MoEConfig
+from cmjax.models.moe.config import GroupedAttention, MoEConfig, dense_config
 from cmjax.models.moe.model import abstract_model, assemble
 from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.positions import Rope
@@ -41,26 +41,18 @@ SHARE_OF_PEAK = 0.4  # for the seconds that FLOPs alone would give
 
 
 def llama2_7b() -> MoEConfig:
-    """Sizes of Llama-2-7B (Touvron et al. 2023): a dense model, so nothing is said of experts."""
-    layers = 32
-    return MoEConfig(
+    """Sizes of Llama-2-7B (Touvron et al. 2023), a dense model."""
+    return dense_config(
         vocab_size=32000,
         hidden_size=4096,
-        layers=layers,
-        dense_layers=tuple(range(layers)),
+        layers=32,
         heads=32,
         attention=GroupedAttention(kv_heads=32, head_dim=128),
         ffn_size=11008,
-        expert_ffn_size=1,
-        routed_experts=1,
-        shared_experts=0,
-        experts_per_token=1,
-        expert_groups=1,
-        groups_per_token=1,
         norm_eps=1e-5,
         rope=Rope(interleave=False),
         max_position=4096,
-        family="mixtral",
+        family="llama",
     )
 
 

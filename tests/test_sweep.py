@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cmjax.sweep import Where, as_done, run_all
+from cmjax.sweep import WorkerPool, as_done, run_all
 
 
 def test_items_come_as_they_are_done_with_their_index():
@@ -87,6 +87,6 @@ def test_a_failure_beside_workers_is_one_line(after_s, tmp_path):
 def test_a_place_with_no_workers_is_refused():
     with (
         pytest.raises(ValueError, match="workers must be at least 1, got 0"),
-        Where(workers=0).executor(),
+        WorkerPool(workers=0).executor(),
     ):
         pass

@@ -20,6 +20,8 @@ from cmjax.models.moe.config import GroupedAttention, MoEConfig
 from cmjax.models.moe.layers.gqa import GQA
 from cmjax.models.moe.layers.rope import angles, frequencies, rotate
 
+_SHARPNESS = 10.0  # of the look at the token before
+
 
 class Directions(NamedTuple):
     """Orthonormal, without width 0; as many as a head has slow dimensions."""
@@ -62,7 +64,7 @@ def directions(config: MoEConfig, seed: int) -> Directions:
 
 
 def look_back(
-    qkv: Float[Array, "hidden columns"], config: MoEConfig, sharpness: float = 10.0
+    qkv: Float[Array, "hidden columns"], config: MoEConfig
 ) -> Float[Array, "hidden columns"]:
     """Projections whose head 0 attends to the token before.
 
@@ -71,7 +73,7 @@ def look_back(
     `u` is even over the fast pairs of dimensions.
     """
     fast = ~_slow(config)
-    query = jnp.asarray(sharpness * fast / np.sqrt(fast.sum()), jnp.float32)
+    query = jnp.asarray(_SHARPNESS * fast / np.sqrt(fast.sum()), jnp.float32)
     cos, sin = angles(jnp.array(1), config)
     # `rotate` hands out first members of all pairs, then second ones
     key = rotate(query, cos, sin, interleave=True).reshape(2, -1).T.reshape(-1)

@@ -5,10 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # a system without: nothing is locked there
-    fcntl = None
+from cmjax.files import lock_file
+
 FILE = ".running"
 
 
@@ -20,16 +18,13 @@ def only_run(out: Path) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / FILE).open("a+", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                other = file.read(20).strip() or "?"
-                raise ValueError(
-                    f"--out {out}: another run writes there (process {other}); wait for it, or "
-                    "name another folder"
-                ) from None
+        if not lock_file(file):
+            file.seek(0)
+            other = file.read(20).strip() or "?"
+            raise ValueError(
+                f"--out {out}: another run writes there (process {other}); wait for it, or "
+                "name another folder"
+            )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -1,8 +1,9 @@
-"""Numbers of a training's options: refused where no training can come of them, by option."""
+"""A training's options: numbers that no training can come of are refused; a record in JSON."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cmjax.inputs import check_seed
@@ -26,6 +27,19 @@ def check_numbers(options: Any) -> None:
                 raise ValueError(f"{option} must not be negative, got {number}")
         if name == "seed":
             check_seed(option, value)
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries, lists and numbers of JSON, of those that have tuples and paths in them.
+
+    >>> plain({"text": (Path("a"), Path("b")), "steps": 3})
+    {'text': ['a', 'b'], 'steps': 3}
+    """
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _fields(options: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -23,7 +23,7 @@ from cmjax.models.moe.checkpoint.load import Checkpoint, open_checkpoint
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import Sampler, check_prompts
 from cmjax.models.moe.generation.chat import read_chat_template
-from cmjax.models.moe.generation.generator import Generated
+from cmjax.models.moe.generation.generator import Generated, Generator
 from cmjax.models.moe.generation.open import GeneratorOptions, open_generator
 from cmjax.models.moe.generation.tokenizer import (
     ByteTokenizer,
@@ -120,10 +120,32 @@ class Generate:
         limit_threads(self.threads)
         prepare_mesh(mesh, self.mesh, self.group)
         keep_executables()
+        generator, load_s = self._loaded(model, mesh, prompts, log)
+        with show_progress("compiling", quiet=not first) as progress:
+            found = generator.generate(
+                prompts,
+                self.new_tokens,
+                sampler=sampler,
+                context=self.context,
+                end_tokens=() if self.ignore_end else config.end_tokens,
+                progress=progress,
+            )
+        start = {"ranks": mesh.ranks, "load_s": load_s, "drafts_per_step": generator.drafts}
+        if first:
+            self._show(console, log, found, prompts, tokenizer, start)
+
+    def _loaded(
+        self,
+        model: Checkpoint | MoEConfig,
+        mesh: RankMesh,
+        prompts: list[list[int]],
+        log: Console,
+    ) -> tuple[Generator, float]:
+        """The model on its mesh, and the seconds that it took."""
         started = time.perf_counter()
         with (
             warnings.catch_warnings(record=True) as warned,
-            show_progress("loading", quiet=not first) as progress,
+            show_progress("loading", quiet=log.quiet) as progress,
         ):
             generator = open_generator(
                 model,
@@ -138,18 +160,7 @@ class Generate:
         for warning in warned:
             log.print(f"{warning.message}", markup=False, highlight=False)
         log.print(f"weights in place on {mesh.ranks} ranks: {load_s:.1f} s")
-        with show_progress("compiling", quiet=not first) as progress:
-            found = generator.generate(
-                prompts,
-                self.new_tokens,
-                sampler=sampler,
-                context=self.context,
-                end_tokens=() if self.ignore_end else config.end_tokens,
-                progress=progress,
-            )
-        start = {"ranks": mesh.ranks, "load_s": load_s, "drafts_per_step": generator.drafts}
-        if first:
-            self._show(console, log, found, prompts, tokenizer, start)
+        return generator, load_s
 
     def _texts(self) -> tuple[str, ...]:
         """Prompts given as text."""

@@ -13,7 +13,7 @@ from cmjax.console import check_target, emit, show_progress
 from cmjax.report.figure_path import checked_path
 from cmjax.serving import read_service
 from cmjax.serving.planner import plan
-from cmjax.sweep import Where
+from cmjax.sweep import WorkerPool
 
 
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
@@ -47,7 +47,7 @@ class Plan:
     prefill_npus: tuple[int, ...] = (16, 32)
     decode_npus: tuple[int, ...] = (32, 64, 96, 160)
     offered: Offered = dataclasses.field(default_factory=Offered)
-    where: Where = dataclasses.field(default_factory=Where)
+    pool: WorkerPool = dataclasses.field(default_factory=WorkerPool)
     json: str | None = None
     plot: Path | None = None
 
@@ -62,7 +62,7 @@ class Plan:
             )
         trace = self.offered.read(self.trace)
         with (
-            self.where.executor() as executor,
+            self.pool.executor() as executor,
             show_progress("planning", quiet=self.json == "-") as progress,
         ):
             found = plan(

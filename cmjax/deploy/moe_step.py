@@ -86,6 +86,7 @@ def build_step(
     copies = 0 if config.dense else config.experts_per_token + table.has_shared
     requests, length, rows = jax.export.symbolic_shape("requests, length, slot_rows")
     common = {
+        "capacity": rows,
         "precision": dataclasses.replace(
             Arithmetic.of(_ARITHMETIC.get(deployment.quant, deployment.quant)),
             attention=deployment.attention,
@@ -95,7 +96,7 @@ def build_step(
         "permutes": machine.exchange.bulk_kernels,
     }
     if deployment.phase == "decode":
-        ranked = abstract_decode(config, schedule, table, mesh, requests, length, rows, **common)
+        ranked = abstract_decode(config, schedule, table, mesh, requests, length, **common)
     else:
         ranked = abstract_prefill(
             config,
@@ -104,7 +105,6 @@ def build_step(
             mesh,
             requests,
             length,
-            rows,
             sequence_parallel=sequence_parallel,
             **common,
         )

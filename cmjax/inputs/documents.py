@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmjax.inputs.text import MOST_BYTES, in_one_line, read_text
+from cmjax.inputs.text import in_one_line, read_text
 
 MOST_DEPTH = 64
 """Lists and objects inside one another; what walks a document may call itself so often."""
@@ -51,9 +51,9 @@ def parse_json(text: str | bytes, source: str, *, line: int = 1) -> Any:
     raise ValueError(": ".join(filter(None, (source and f"{source} line {line}", problem))))
 
 
-def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> Any:
+def read_json(path: str | Path) -> Any:
     """What a JSON file holds; see `read_text` and `parse_json`."""
-    return parse_json(read_text(path, most_bytes=most_bytes), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:

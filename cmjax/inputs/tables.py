@@ -47,12 +47,9 @@ def parse_row(line: str, delimiter: str = ",") -> list[str]:
         raise ValueError(f"no row of a table: {in_one_line(error)}") from None
 
 
-def read_records(
-    path: str | Path, columns: Sequence[str], *, source: str | None = None
-) -> list[tuple[int, dict[str, str]]]:
+def read_records(path: str | Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     """(line, cell by column) of every row below the header; see `records_of`."""
-    source = str(path) if source is None else source
-    return records_of(read_csv(path, source=source), columns, source)
+    return records_of(read_csv(path), columns, str(path))
 
 
 def records_of(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 MOST_BYTES = 200_000_000
 """Larger than any text that is read whole: the index of 100,000 tensors takes 10 MB."""
+_MOST_SAID = 300
 
 
 def read_bytes(
@@ -53,7 +54,7 @@ def read_text(path: str | Path, *, most_bytes: int = MOST_BYTES, source: str | N
         ) from None
 
 
-def in_one_line(error: BaseException, most: int = 300) -> str:
+def in_one_line(error: BaseException) -> str:
     """What an exception says, as a line of bounded length; its kind where it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= most else f"{said[: most - 3]}..."
+    return said if len(said) <= _MOST_SAID else f"{said[: _MOST_SAID - 3]}..."

@@ -192,31 +192,6 @@ class Problem:
             experts.reshape(self.layers, -1), split.reshape(self.layers, -1) if uneven else None
         )
 
-    def restrict(self, plan: Plan) -> list[Plan]:
-        """The parts of a plan of this problem, one per problem of `dense`.
-
-        Raises: ValueError where the plan uses slots that this problem does not allow.
-        """
-        parts = []
-        for rows, part in self.dense():
-            experts = plan.expert_of_slot.reshape(plan.layers, plan.ranks, -1)
-            if plan.slots_per_rank < part.slots_per_rank:
-                pad = ((0, 0), (0, 0), (0, part.slots_per_rank - plan.slots_per_rank))
-                experts = np.pad(experts, pad, constant_values=EMPTY)
-            experts = experts[np.ix_(rows, self.alive)]
-            order = np.argsort(experts == EMPTY, axis=-1, kind="stable")
-            experts = np.take_along_axis(experts, order, axis=-1)
-            if (experts[..., part.slots_per_rank :] != EMPTY).any():
-                raise ValueError(
-                    f"Problem.restrict: the plan fills more than {part.slots_per_rank} slots of a "
-                    f"rank"
-                )
-            experts = experts[..., : part.slots_per_rank].reshape(len(rows), -1)
-            parts.append(
-                Plan(experts, plan.experts, part.ranks, part.nodes, rank_cost=part.rank_cost)
-            )
-        return parts
-
     def loads_of(self, rows: Int[np.ndarray, "rows"]) -> Loads:
         """The loads of some layers."""
         labels = self.loads.layer_labels

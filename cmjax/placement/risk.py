@@ -99,11 +99,9 @@ class Risk:
         nearness = jax.nn.softmax(-sharpness * jnp.abs(ordered[:, None] - values), axis=-1)
         return jnp.asarray(self.weights(len(values)), nearness.dtype) @ nearness
 
-    def slope_at(
-        self, times: Float[np.ndarray, "windows"], *, within: float = 0.01
-    ) -> Float[np.ndarray, "windows"]:
-        """`slope` at times of any unit, smoothed over those within a share `within` of the mean."""
-        return np.asarray(self.slope(jnp.asarray(times / times.mean()), 1 / within), np.float64)
+    def slope_at(self, times: Float[np.ndarray, "windows"]) -> Float[np.ndarray, "windows"]:
+        """`slope` at times of any unit, smoothed over those within 1 % of the mean."""
+        return np.asarray(self.slope(jnp.asarray(times / times.mean()), 100.0), np.float64)
 
 
 MEAN = Risk()

@@ -50,22 +50,19 @@ def dfsmn_int8_winograd(machine: Supernode) -> Step:
     return network_step(dfsmn, "int8-winograd")
 
 
-def network_step(
-    build: Callable[[], AcousticModel], precision: Precision, *, algorithm: str = "auto"
-) -> Step:
+def network_step(build: Callable[[], AcousticModel], precision: Precision) -> Step:
     """The forward pass of a network as a step of sizes `batch` and `frames` (of features).
 
     Args:
       build: makes the network; only shapes are computed.
       precision: arithmetic.
-      algorithm: of the layers that have a short one; "auto" chooses per layer.
     """
 
     def make() -> AcousticModel:
         model = build()
         if precision != "float32":
             for conv, form in zip(
-                model.convolutions(), layer_algorithms(model, precision, algorithm), strict=True
+                model.convolutions(), layer_algorithms(model, precision, "auto"), strict=True
             ):
                 conv.prepare_scales(form, 127)
                 conv.switch(precision)

@@ -94,14 +94,14 @@ class DenseConfig:
         last_norm = 2 * d if self.norm == "layer" else d
         return self.layers * self.layer_parameters + words + tables * self.sequence * d + last_norm
 
-    def flops_per_token(self, *, training: bool = True) -> float:
-        """Matrix FLOP of the model for one token, recomputation not counted; a training step takes
-        three times as many as a forward pass. Scores of all pairs of positions are counted, as
-        Megatron's formula does (arXiv 2104.04473, equation 3)."""
+    def flops_per_token(self) -> float:
+        """Matrix FLOP of a training step for one token, recomputation not counted: three times
+        those of a forward pass. Scores of all pairs of positions count, as in Megatron's
+        formula (arXiv 2104.04473, equation 3)."""
         d, kv = self.hidden, self.key_heads * self.head_size
         matrices = 2 * d * d + 2 * d * kv + (3 if self.gated else 2) * d * self.ffn
         forward = self.layers * (2 * matrices + 4 * self.sequence * d) + 2 * self.vocab * d
-        return float(forward) * (3 if training else 1)
+        return 3.0 * forward
 
 
 def _pangu(layers: int, hidden: int, heads: int) -> DenseConfig:

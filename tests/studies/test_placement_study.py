@@ -7,7 +7,7 @@ import pytest
 
 from cmjax import placement
 from cmjax.console import terminal
-from cmjax.sweep import Where
+from cmjax.sweep import WorkerPool
 from studies import placement as study
 
 
@@ -23,7 +23,7 @@ def test_rows_of_other_processes_are_those_of_this_one_and_are_kept(tmp_path, mo
     here = study.rows_of(study.Cell(case, 4, 8)) + study.rows_of(study.Cell(case, 2, 2))
     monkeypatch.setattr(study, "cases", lambda full: iter([case]))
     monkeypatch.setattr(study, "shapes", lambda experts, full: iter([(4, 8), (2, 2)]))
-    options = study.Study(out=tmp_path, where=Where(workers=2))
+    options = study.Study(out=tmp_path, pool=WorkerPool(workers=2))
     found = study.run(options, terminal())
 
     def known(rows):

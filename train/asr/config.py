@@ -17,7 +17,7 @@ from cmjax.processes import ProcessGroup
 from train.data.folders import Layout
 from train.data.perturb import Perturb
 from train.data.strings import Strings
-from train.options import check_numbers
+from train.options import check_numbers, plain
 
 Ranges = Literal["per-tap", "scaled", "safe", "naive"]
 
@@ -198,7 +198,7 @@ class Config:
 
     def record(self) -> dict[str, Any]:
         """As plain JSON values: what a checkpoint remembers."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def tested(self, record: dict[str, Any]) -> tuple["Config", bool]:
         """The configuration of a finished run to be tested as this one says.
@@ -234,11 +234,3 @@ def _rebuilt(default: Any, record: Any) -> Any:
 
 
 _PATHS = ("data_dir", "test_dir", "compiled", "out", "language_model")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value

@@ -2,24 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import tyro
-
+from cmjax.inputs import check_count
 from cmjax.models.moe.config import GroupedAttention, LatentAttention, MoEConfig
-from cmjax.processes import ProcessGroup
-from train.options import check_numbers
-
-# May change between a kill and the resumption: they do not change a number.
-FREE = ("out", "checkpoint_every", "test_windows", "group")
+from train.language_model import LanguageModelOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(LanguageModelOptions):
     """Train a byte-level mixture-of-experts language model."""
 
-    text: tuple[Path, ...] = ()
-    """Files to learn from; without any, sentences of a grammar made in code."""
     mesh: str = "1x1"
     """Ranks, as nodes x npus: each holds a share of the experts and of the batch."""
     attention: Literal["latent", "grouped"] = "latent"
@@ -39,36 +32,16 @@ class LanguageModelConfig:
     capacity_factor: float = 1.5
     """Rows reserved per expert over their mean number; copies beyond are dropped. 0 drops none,
     and makes losses equal on every mesh."""
-    length: int = 128
-    """Bytes in a window."""
-    batch: int = 8
-    """Windows per step."""
     steps: int = 250
     """Optimiser steps."""
-    learning_rate: float = 2e-3
-    """Highest; it warms up over a tenth of the steps and falls as a cosine to a tenth."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW)."""
     bias_rate: float = 1e-3
     """Step of the load-balancing bias (DeepSeek-V3 report, section 2.1.2)."""
-    checkpoint_every: int = 100
-    """Steps between two checkpoints."""
-    test_windows: int = 32
-    """Held-out windows to test on at the end."""
-    seed: int = 0
-    """Of the parameters and the order of the data."""
     out: Path = Path("out/moe_lm")
     """Folder of checkpoints and metrics; an unfinished run in it goes on."""
-    group: tyro.conf.OmitArgPrefixes[ProcessGroup] = dataclasses.field(default_factory=ProcessGroup)
-    """Which processes train together."""
 
     def __post_init__(self):
-        check_numbers(self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and field.name not in ("seed",) and value < 1:
-                name = field.name.replace("_", "-")
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+        super().__post_init__()
+        check_count("--steps", self.steps)
         if self.capacity_factor and self.capacity_factor < 1:
             raise ValueError(f"--capacity-factor must be 0, or 1 or more: {self.capacity_factor}")
 
@@ -98,8 +71,3 @@ class LanguageModelConfig:
             routed_scale=1.0,
             max_position=max(256, self.length),
         )
-
-    def record(self) -> dict[str, Any]:
-        """As plain JSON values: what a checkpoint remembers."""
-        values = dataclasses.asdict(self)
-        return values | {"text": [str(p) for p in self.text], "out": str(self.out)}

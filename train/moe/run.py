@@ -13,10 +13,9 @@ from cmjax.models.moe.model import MoEModel, abstract_model, assemble
 from cmjax.models.moe.parallelism import one_rank
 from cmjax.models.moe.steps import abstract_params
 from cmjax.processes import from_rows, own_rows
-from train import checkpoint
-from train.data.text import Windows, grammar_text, read_text
-from train.loop import run_steps
-from train.moe.config import FREE, LanguageModelConfig
+from train.data.text import Windows
+from train.loop import resumed, run_steps, save
+from train.moe.config import LanguageModelConfig
 from train.moe.train_step import TrainState, initial, make_step, one_rank_params
 
 
@@ -45,17 +44,9 @@ def start(config: LanguageModelConfig, console: Console) -> LanguageModelRun:
         configuration.
     """
     mesh = RankMesh.parse(config.mesh)
-    text = read_text(config.text) if config.text else grammar_text(seed=config.seed)
-    windows = Windows(text, config.length, config.seed)
-    found = checkpoint.latest(config.out / "checkpoints")
-    if found is not None:
-        found.check_config(config.record(), ignore=FREE)
-    run = LanguageModelRun(config, mesh, windows, initial(config, mesh))
-    if found is not None:
-        run.state = found.arrays(run.state, placed=True)
-        run.step = found.count("step", config.steps)
-        console.print(f"going on from {found.path}")
-    return run
+    windows = Windows(config.read_text(), config.length, config.seed)
+    state, made = resumed(config, lambda: initial(config, mesh), console)
+    return LanguageModelRun(config, mesh, windows, state, made)
 
 
 def train(run: LanguageModelRun, console: Console) -> None:
@@ -84,20 +75,9 @@ def train(run: LanguageModelRun, console: Console) -> None:
         }
 
     run_steps(
-        run.step, config.steps, step, out=config.out, console=console,
-        batch=lambda number: run.windows.batch(number, config.batch),
-        save=lambda made: save(run), save_every=config.checkpoint_every,
+        config, run.windows, run.step, step,
+        save=lambda: save(config, run.state, run.step), console=console,
     )  # fmt: skip
-
-
-def save(run: LanguageModelRun) -> Path:
-    """Write a checkpoint."""
-    return checkpoint.save(
-        run.config.out / "checkpoints",
-        run.state,
-        config=run.config.record(),
-        progress={"step": run.step},
-    )
 
 
 def trained_model(run: LanguageModelRun) -> MoEModel:

@@ -14,11 +14,10 @@ from cmjax.hardware import load_machine
 from cmjax.models.dense import DenseModel
 from cmjax.parallelism import Plan, TrainState, TrainStep, parse_plan, search, train_step
 from cmjax.parallelism.shards import mesh_of
-from train import checkpoint
-from train.data.text import Windows, grammar_text, read_text
+from train.data.text import Windows
 from train.data.vocabulary import read_tokens
-from train.loop import run_steps
-from train.pangu.config import FREE, PanguConfig
+from train.loop import resumed, run_steps, save
+from train.pangu.config import PanguConfig
 from train.schedule import warmed_up
 
 
@@ -59,8 +58,7 @@ def start(config: PanguConfig, console: Console) -> PanguRun:
     Raises: ValueError: a text or vocabulary that cannot be read, a plan that does not fit,
       processes that do not come together, a checkpoint of another configuration.
     """
-    text = read_text(config.text) if config.text else grammar_text(seed=config.seed)
-    tokens, vocab = read_tokens(text, config.vocabulary)
+    tokens, vocab = read_tokens(config.read_text(), config.vocabulary)
     windows = Windows(tokens, config.length, config.seed)
     plan = plan_of(config, vocab)
     ranks = mesh_of(plan).ranks
@@ -70,17 +68,10 @@ def start(config: PanguConfig, console: Console) -> PanguRun:
         plan, config.model(vocab), global_batch=config.batch,
         optimizer=optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay),
     )  # fmt: skip
-    found = checkpoint.latest(config.out / "checkpoints")
-    if found is not None:
-        found.check_config(config.record(), ignore=FREE)
-    run = PanguRun(config, windows, step, step.initial(config.seed))
-    if found is not None:
-        run.state = found.arrays(run.state, placed=True)
-        run.made = found.count("step", config.steps)
-        console.print(f"going on from {found.path}")
+    state, made = resumed(config, lambda: step.initial(config.seed), console)
     where = f"{jax.process_count()} processes" if jax.process_count() > 1 else "one process"
     console.print(f"plan {plan}: {ranks} ranks in {where}", highlight=False)
-    return run
+    return PanguRun(config, windows, step, state, made)
 
 
 def train(run: PanguRun, console: Console) -> None:
@@ -107,17 +98,8 @@ def train(run: PanguRun, console: Console) -> None:
         }
 
     run_steps(
-        run.made, config.steps, step, out=config.out, console=console,
-        batch=lambda number: run.windows.batch(number, config.batch),
-        save=lambda made: save(run), save_every=config.checkpoint_every,
-    )  # fmt: skip
-
-
-def save(run: PanguRun) -> None:
-    """Write a checkpoint, every process its part."""
-    checkpoint.save(
-        run.config.out / "checkpoints", run.state,
-        config=run.config.record(), progress={"step": run.made},
+        config, run.windows, run.made, step,
+        save=lambda: save(config, run.state, run.made), console=console,
     )  # fmt: skip
 
 

@@ -195,6 +195,12 @@ def _hot_rank(tokens, chance, penalty):
     return (share / chance).argmax() % tokens.shape[1]
 
 
+def _best(gain, patience):
+    """The slot of the hot rank and the candidate that gain most, and whether that is enough."""
+    best = gain.argmax()
+    return *jnp.divmod(best, gain.shape[1]), gain.reshape(-1)[best] > -patience
+
+
 def _swap(experts, tokens, slots, chance, patience, penalty, *, per_copy, keep_empty, cost):
     size, nothing = experts.shape[1], len(per_copy) - 1
     hot = _hot_rank(tokens, chance, penalty)
@@ -211,9 +217,7 @@ def _swap(experts, tokens, slots, chance, patience, penalty, *, per_copy, keep_e
     )  # fmt: skip
     doubles = _swap_doubles(experts, here, there, other, nothing + keep_empty)
     gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
-    best = gain.argmax()
-    i, j = best // len(slots), best % len(slots)
-    better = gain.reshape(-1)[best] > -patience
+    i, j, better = _best(gain, patience)
     e, f = here[i], there[j]
     experts = experts.at[hot, i].set(jnp.where(better, f, e))
     experts = experts.at[other[j], slots[j] % size].set(jnp.where(better, e, f))
@@ -254,9 +258,7 @@ def _swap_routed(
     gain = penalty(tokens.T).sum() - penalty(new).sum(-1)
     doubles = _swap_doubles(experts, here, there, other, nothing + keep_empty)
     gain = jnp.where(doubles | (other == hot), -jnp.inf, gain)
-    best = gain.argmax()
-    i, j = best // len(slots), best % len(slots)
-    better = gain.reshape(-1)[best] > -patience
+    i, j, better = _best(gain, patience)
     e, f = here[i], there[j]
     experts = experts.at[hot, i].set(jnp.where(better, f, e))
     experts = experts.at[other[j], slots[j] % size].set(jnp.where(better, e, f))
@@ -296,9 +298,7 @@ def _overwrite(state, loads, slots, chance, patience, penalty, route, *, keep_em
     free = ((there == nothing) & (not keep_empty)) | ((copies[there] > 1) & (there < nothing))
     doubles = (experts[other] == here[:, None, None]).any(-1) | (here == nothing)[:, None]
     gain = jnp.where(doubles | ~free, -jnp.inf, gain)
-    best = gain.argmax()
-    i, j = best // len(slots), best % len(slots)
-    better = gain.reshape(-1)[best] > -patience
+    i, j, better = _best(gain, patience)
     e, f = here[i], there[j]
     spot = (other[j], slots[j] % size)
     changed = copies.at[e].add(1.0).at[f].add(jnp.where(f == nothing, 0.0, -1.0))

@@ -1,8 +1,8 @@
 """OmniPlacement's static rule: one spare slot per die, and no expert twice on a die.
 
 Restated from the static planner of omni-infer (github.com/omni-ai-npu/omni-infer): copies are given
-one by one to the expert with the largest load per copy, as in `greedy`, at most `most` each and
-only as many as one spare slot per rank allows; then they are packed heaviest first onto the
+one by one to the expert with the largest load per copy, as in `greedy`, at most `MOST_COPIES` each
+and only as many as one spare slot per rank allows; then they are packed heaviest first onto the
 lightest rank that has room and does not hold the expert yet. Slots beyond the spare one stay empty.
 Its choice of which layers get the spare slot is the problem's `slots_by_layer`.
 """
@@ -18,13 +18,13 @@ MOST_COPIES = 12
 """As in the plans Huawei published for DeepSeek-V3 (`epmaxdeploy_12`)."""
 
 
-def one_spare(problem: Problem, *, most: int = MOST_COPIES) -> Plan:
+def one_spare(problem: Problem) -> Plan:
     """Place by OmniPlacement's rule on the mean load of the windows."""
     loads = problem.loads.counts.mean(0)
     layers, experts = loads.shape
     ranks = problem.ranks
     size = min(problem.slots_per_rank, -(-experts // ranks) + 1)
-    most = max(min(most, ranks), 1)
+    most = min(MOST_COPIES, ranks)
     slots = min(size * ranks, experts * most, problem.copies)
     copied = replicate(loads, slots, most)
     copies = count_copies(copied, experts)

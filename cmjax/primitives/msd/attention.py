@@ -37,7 +37,7 @@ from cmjax.primitives.msd.decompose import (
 from cmjax.primitives.msd.kv import keys_of, values_of
 from cmjax.primitives.msd.mxfp4 import Rounding
 from cmjax.primitives.msd.product import MOST_INNER, recombine_instructions, recombined
-from cmjax.primitives.msd.softmax import scales_in_use, softmax, used_entries, visible_scores
+from cmjax.primitives.msd.softmax import in_use, softmax, visible_scores
 from cmjax.primitives.msd.weight import WeightFormat
 from cmjax.program import Size, Work, cost_rule
 from cmjax.program.size import minimum
@@ -155,14 +155,11 @@ def _reference(
     block_size,
     rounding,
 ):
-    *lead, q_len, heads, d = q.shape
-    kv_len, kv_heads = k.shape[-3:-1]
-    grouped = q.astype(jnp.float32).reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
     more = dict(zip(extras, rest, strict=True))
-    visible = visible_scores(q_len, kv_len, kv_heads, causal, window, more)
-    usable = used_entries(visible, k_scale, v_scale, kv_len, format)
-    if usable is not None:
-        k_scale, v_scale = (scales_in_use(s, usable.kept) for s in (k_scale, v_scale))
+    visible, usable, (k_scale, v_scale) = in_use(
+        q, k, k_scale, v_scale, causal, window, more, format
+    )
+    grouped, kv_len = _grouped(q, k.shape[-2]), k.shape[-3]
     if format == "int8":
         scores = _int8_scores(grouped, k, k_scale, passes, rounding)
     else:
@@ -179,6 +176,12 @@ def _reference(
             values = keep(values, usable.kept)
         out = _sums("...hgqk,...khd->...hgqd", split, values)
     return _heads_last(_nan_where_lost(out / total, visible, usable), q)
+
+
+def _grouped(q, kv_heads):
+    """[..., q_len, kv_heads, group, d]"""
+    *lead, heads, d = q.shape
+    return q.astype(jnp.float32).reshape(*lead, kv_heads, heads // kv_heads, d)
 
 
 def _nan_where_lost(out, visible, usable):
@@ -249,14 +252,9 @@ def _by_key(scale):
 
 def _exact(q, k, v, k_scale, v_scale, *rest, scale, causal, window, softcap, extras, format):
     """Attention over the dequantized cache, whose derivative stands for the rounded one's."""
-    *lead, q_len, heads, d = q.shape
-    kv_len, kv_heads = k.shape[-3:-1]
-    grouped = q.astype(jnp.float32).reshape(*lead, q_len, kv_heads, heads // kv_heads, d)
     more = dict(zip(extras, rest, strict=True))
-    visible = visible_scores(q_len, kv_len, kv_heads, causal, window, more)
-    usable = used_entries(visible, k_scale, v_scale, kv_len, format)
-    if usable is not None:
-        k_scale, v_scale = (scales_in_use(s, usable.kept) for s in (k_scale, v_scale))
+    visible, _, (k_scale, v_scale) = in_use(q, k, k_scale, v_scale, causal, window, more, format)
+    grouped = _grouped(q, k.shape[-2])
     scores = _sums("...qhgd,...khd->...hgqk", grouped, keys_of(k, k_scale, format))
     weights, total = softmax(scale * scores, visible, softcap, more)
     out = _sums("...hgqk,...khd->...hgqd", weights / total, values_of(v, v_scale, format))

@@ -129,14 +129,14 @@ def msd_dot(
     return msd_dot_p.bind(*operands, **params)
 
 
-def float_of_total(c1: Array, c2: Array, step: int = 254) -> Float32[Array, "..."]:
+def float_of_total(c1: Array, c2: Array) -> Float32[Array, "..."]:
     """254 c1 + c2 of two int32, rounded to float32 once, to nearest.
 
     The sum needs up to 40 bits. It is split into multiples of 2**16 and a rest under 2**17, both
     exact in float32, so the one addition is the one rounding (fused or not).
     """
-    high = step * (c1 >> 8) + (c2 >> 8)
-    low = step * (c1 & 255) + (c2 & 255)
+    high = 254 * (c1 >> 8) + (c2 >> 8)
+    low = 254 * (c1 & 255) + (c2 & 255)
     low = low + ((high & 255) << 8)
     return (high >> 8).astype(jnp.float32) * 65536.0 + low.astype(jnp.float32)
 
@@ -273,9 +273,6 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
     def flat(a, *shape):
         return a.reshape(stack, *shape)
 
-    def of_features(a):
-        return jnp.zeros((0,), jnp.float32) if a is None else a.reshape(-1)
-
     kept = _kernel_dtype(x, bias, out_dtype)
     x = x.astype(kept)
     weights = (
@@ -284,7 +281,8 @@ def _native(x, w, w_scale, *rest, format, passes, group_size, has_offset, out_dt
     )
 
     out = jax.ShapeDtypeStruct((stack, rows, features), kept)
-    rest = () if format == "mxfp4" else (of_features(offset),)
+    offsets = jnp.zeros((0,), jnp.float32) if offset is None else offset.reshape(-1)
+    rest = () if format == "mxfp4" else (offsets,)
     y = native.call(f"cmjax_msd_{format}", out, flat(x, rows, x.shape[-1]), *weights, *rest)
     y = y.reshape(*x.shape[:-1], features)
     if bias is not None:

@@ -15,7 +15,6 @@ from cmjax.primitives.attention.hidden import Usable
 from cmjax.primitives.msd.weight import WeightFormat
 
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
-EXTRAS = ("lengths", "mask", "bias", "sinks")
 
 
 def visible_scores(q_len, kv_len, kv_heads, causal, window, extras: dict[str, Array]):
@@ -54,7 +53,17 @@ def softmax(scores, visible, softcap, extras: dict[str, Array]):
     return weights, jnp.where(total == 0, 1, total)
 
 
-def used_entries(visible, k_scale, v_scale, kv_len, format: WeightFormat) -> Usable | None:
+def in_use(q, k, k_scale, v_scale, causal, window, more, format):
+    """Which scores count, which entries of the cache are in use, and both scales, 0 elsewhere."""
+    kv_len, kv_heads = k.shape[-3:-1]
+    visible = visible_scores(q.shape[-3], kv_len, kv_heads, causal, window, more)
+    usable = _used_entries(visible, k_scale, v_scale, kv_len, format)
+    if usable is not None:
+        k_scale, v_scale = (_scales_in_use(s, usable.kept) for s in (k_scale, v_scale))
+    return visible, usable, (k_scale, v_scale)
+
+
+def _used_entries(visible, k_scale, v_scale, kv_len, format: WeightFormat) -> Usable | None:
     """Entries of the cache that some query sees, and whether their scales are numbers.
 
     Returns: [..., kv_len, kv_heads], or `None` where every query sees every entry.
@@ -73,7 +82,7 @@ def used_entries(visible, k_scale, v_scale, kv_len, format: WeightFormat) -> Usa
     return Usable(seen & good, seen & ~good)
 
 
-def scales_in_use(scale, kept):
+def _scales_in_use(scale, kept):
     """Zeros for the scales of entries that are not kept, where a scale belongs to entries."""
     entries = scale.shape[-3]
     if entries == 1 and kept.shape[-2] != 1:

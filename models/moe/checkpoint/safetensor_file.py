@@ -219,4 +219,9 @@ def write_tensors(
                     f"write_tensors: expected {name!r} as {np.dtype(spec.dtype)}{list(spec.shape)},"
                     f" got {given!r} as {tensor.dtype}{list(tensor.shape)}"
                 )
-            file.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
+            file.write(bytes_of(tensor))
+
+
+def bytes_of(tensor: np.ndarray) -> memoryview:
+    """A tensor's bytes as a file holds them."""
+    return np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data

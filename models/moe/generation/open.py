@@ -116,12 +116,7 @@ def open_generator(
     arithmetic.check(config)
     check_memory(config, parallelism, mesh, arithmetic, mtp)
     longest = config.context_limit if prompt_tokens is None else prompt_tokens
-    chunk = options.prefill_chunk
-    if chunk is None:
-        each = -(-requests // mesh.ranks)
-        chunk = chunk_that_fits(config, parallelism, each, padded_length(config, longest))
-    sequence_parallel = _sequence_parallel(config, mesh, options.prefill, chunk)
-    check_prefill(config, parallelism, chunk, sequence_parallel)
+    chunk, sequence_parallel = _prefill(config, parallelism, mesh, options, requests, longest)
     split = mesh.nodes == 1 if split is None else split
     if isinstance(model, Checkpoint):
         params, mapped = _read_params(
@@ -211,8 +206,23 @@ def _placed_experts(
     return parallelism(table=max(tables, key=lambda table: table.max_copies)), tables
 
 
-def _sequence_parallel(config: MoEConfig, mesh: RankMesh, prefill: str, chunk: int | None) -> bool:
-    if prefill != "auto":
-        return prefill == "sequence-parallel"
-    splits = isinstance(config.attention, LatentAttention) and config.heads % mesh.ranks == 0
-    return mesh.ranks > 1 and splits and chunk is None
+def _prefill(
+    config: MoEConfig,
+    parallelism: Parallelism,
+    mesh: RankMesh,
+    options: GeneratorOptions,
+    requests: int,
+    prompt_tokens: int,
+) -> tuple[int | None, bool]:
+    """Tokens of a chunk of the prompts, `None` for whole ones, and whether prefill is
+    sequence-parallel: as asked for, else what fits into memory and what the heads allow."""
+    chunk = options.prefill_chunk
+    if chunk is None:
+        each, padded = -(-requests // mesh.ranks), padded_length(config, prompt_tokens)
+        chunk = chunk_that_fits(config, parallelism, each, padded)
+    sequence_parallel = options.prefill == "sequence-parallel"
+    if options.prefill == "auto":
+        splits = isinstance(config.attention, LatentAttention) and config.heads % mesh.ranks == 0
+        sequence_parallel = mesh.ranks > 1 and splits and chunk is None
+    check_prefill(config, parallelism, chunk, sequence_parallel)
+    return chunk, sequence_parallel

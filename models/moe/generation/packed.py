@@ -4,14 +4,23 @@ A mapped parameter is a page of the file: nothing is read before a step touches 
 that generate from the file share one copy, and the system may drop what is not in use. The file is
 one of safetensors with each parameter, of all ranks, at a multiple of 64 bytes; what it was made
 from stands in its header. It holds when that is as it was, and is made anew when not.
+
+A checksum of every parameter stands at its end. To check them at every start would be to read the
+whole file, so it is sealed with a time of change that has passed: who writes into it, or copies it,
+breaks the seal, and the next start checks the values and seals it again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import stat
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +28,7 @@ import jax
 import numpy as np
 
 from cmjax.console import Progress
+from cmjax.cores import usable_cores
 from cmjax.files import check_writable
 from cmjax.inputs import map_bytes
 from cmjax.models.moe.arithmetic import Arithmetic
@@ -27,6 +37,7 @@ from cmjax.models.moe.checkpoint.safetensor_file import (
     ALIGNMENT,
     StoredTensor,
     TensorSpec,
+    bytes_of,
     read_header,
     write_tensors,
 )
@@ -35,9 +46,10 @@ from cmjax.processes import is_first
 from cmjax.version import __version__
 
 _MARK = "cmjax packed weights"
-_LAYOUT = 1
+_LAYOUT = 2
 """Of what parameters mean; raised whenever a format packs its values in another way."""
 _PADDING = "padding."
+_CHECKSUMS = "checksums"  # the last tensor: of each parameter, in their order
 
 
 def packed_params(
@@ -57,14 +69,14 @@ def packed_params(
       shapes: a pytree of `jax.ShapeDtypeStruct` with shardings.
       identity: of what they are made from (`identity_of`).
       make: gives them.
-      progress: called with the bytes written so far, in all, and what is being done.
+      progress: called with the bytes written or checked so far, in all, and which it is.
     Returns: arrays like `shapes`, and whether they are mapped.
     Raises:
       ValueError: a file that is none of packed weights (it is left as it is) or is damaged, or a
         place where none can be written.
     """
     path = Path(path)
-    mapped = _mapped(path, shapes, identity)
+    mapped = _mapped(path, shapes, identity, progress)
     if mapped is not None:
         return mapped, True
     check_writable(path)
@@ -82,7 +94,9 @@ def packed_params(
     except OSError as error:
         warnings.warn(f"{path}: packed weights are not kept: {error.strerror}", stacklevel=2)
         return params, False
-    mapped = _mapped(path, shapes, identity)  # None: another process has put its own there
+    mapped = _mapped(
+        path, shapes, identity, progress
+    )  # None: another process has put its own there
     return (params, False) if mapped is None else (mapped, True)
 
 
@@ -106,7 +120,7 @@ def identity_of(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _mapped(path: Path, shapes: Any, identity: str) -> Any | None:
+def _mapped(path: Path, shapes: Any, identity: str, progress: Progress | None) -> Any | None:
     """The arrays of a file, or nothing where it is absent or of something else."""
     try:
         mode = path.stat().st_mode
@@ -121,7 +135,7 @@ def _mapped(path: Path, shapes: Any, identity: str) -> Any | None:
                 raise ValueError(f"{path}: tensors of another kind")
             if about.get("identity") != identity:
                 return None
-            data = map_bytes(file, path)
+            data, changed_ns = map_bytes(file, path), os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError) as error:
         said = (
             error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
@@ -132,18 +146,66 @@ def _mapped(path: Path, shapes: Any, identity: str) -> Any | None:
         ) from None
 
     def array(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        stored = tensors.get(name)
-        if stored is None or (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(
-                f"{path}: damaged: no {name!r} of type {leaf.dtype} and shape {list(leaf.shape)}; "
-                "remove the file to have it made anew"
-            )
-        values = _values(data, stored)
+        values = _values(data, _stored(path, tensors, name, leaf.shape, leaf.dtype))
         assert leaf.sharding is not None, "placed_shapes gives one"
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at])
 
-    leaves = [array(name, leaf) for name, leaf in _named(shapes)]
+    named = _named(shapes)
+    leaves = [array(name, leaf) for name, leaf in named]
+    seal_s = str(about.get("seal_s"))
+    if seal_s != str(changed_ns / 1e9):
+        _check_values(path, data, tensors, [name for name, _ in named], progress)
+        _seal(path, seal_s)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _seal(path: Path, seal_s: str) -> None:
+    """Have the file last changed at a time; where it may not be, each start checks its values."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # another's; no such time
+        os.utime(path, (float(seal_s), float(seal_s)))
+
+
+def _check_values(
+    path: Path,
+    data: np.ndarray,
+    tensors: Mapping[str, StoredTensor],
+    names: Sequence[str],
+    progress: Progress | None,
+) -> None:
+    """Read all parameters, on all cores, and hold them against their checksums.
+
+    Raises: ValueError: names the first that is not as it was written.
+    """
+    sums = _values(data, _stored(path, tensors, _CHECKSUMS, (len(names),), np.dtype(np.int64)))
+    done, total = 0, sum(tensors[name].nbytes for name in names)
+    with ThreadPoolExecutor(len(usable_cores())) as pool:
+        found = pool.map(lambda name: _checksum(name, _values(data, tensors[name])), names)
+        for name, its, written in zip(names, found, sums, strict=True):
+            if its != written:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise ValueError(
+                    f"{path}: damaged: the values of {name!r} are not those that were written; "
+                    "remove the file to have it made anew"
+                )
+            done += tensors[name].nbytes
+            if progress is not None:
+                progress(done, total, "checking packed weights")
+
+
+def _checksum(name: str, values: np.ndarray) -> int:
+    return zlib.crc32(bytes_of(values), zlib.crc32(name.encode()))
+
+
+def _stored(
+    path: Path, tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], dtype: Any
+) -> StoredTensor:
+    stored = tensors.get(name)
+    if stored is None or (stored.shape, stored.dtype) != (shape, dtype):
+        raise ValueError(
+            f"{path}: damaged: no {name!r} of type {dtype} and shape {list(shape)}; remove the "
+            "file to have it made anew"
+        )
+    return stored
 
 
 def _values(data: np.ndarray, stored: StoredTensor) -> np.ndarray:
@@ -153,28 +215,34 @@ def _values(data: np.ndarray, stored: StoredTensor) -> np.ndarray:
 
 
 def _write(path: Path, params: Any, identity: str, progress: Progress | None) -> None:
-    arrays, specs, end = dict(_named(params)), {}, 0
-    for number, (name, x) in enumerate(arrays.items()):
-        if end % ALIGNMENT:
-            gap = -end % ALIGNMENT
+    arrays = dict(_named(params))
+    kept = {name: TensorSpec(x.dtype, x.shape) for name, x in arrays.items()}
+    kept[_CHECKSUMS] = TensorSpec(np.int64, (len(arrays),))
+    specs, end = dict[str, TensorSpec](), 0
+    for number, (name, spec) in enumerate(kept.items()):
+        if gap := -end % ALIGNMENT:
             specs[f"{_PADDING}{number}"] = TensorSpec(np.uint8, (gap,))
-            end += gap
-        specs[name] = TensorSpec(x.dtype, x.shape)
-        end += specs[name].nbytes
-    total, done = end, 0
+        specs[name] = spec
+        end += gap + spec.nbytes
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal done
+        done, sums = 0, list[int]()
         for name, spec in specs.items():
-            yield (
-                name,
-                np.asarray(arrays[name]) if name in arrays else np.zeros(spec.shape, np.uint8),
-            )
+            if name in arrays:
+                values = np.asarray(arrays[name])
+                sums.append(_checksum(name, values))
+            else:
+                values = np.array(sums) if name == _CHECKSUMS else np.zeros(spec.shape, np.uint8)
+            yield name, values
             done += spec.nbytes
             if progress is not None:
-                progress(done, total, "packing")
+                progress(done, end, "packing")
 
-    write_tensors(path, specs, tensors(), {"format": _MARK, "identity": identity})
+    # An even second, which every file system keeps, and passed, so that no later change has it.
+    seal_s = str(float(int(time.time()) // 2 * 2 - 2))
+    about = {"format": _MARK, "identity": identity, "seal_s": seal_s}
+    write_tensors(path, specs, tensors(), about)
+    _seal(path, seal_s)
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from cmjax.models.moe.generation.batch import RequestBatch
 from cmjax.models.moe.generation.programs import (
     BatchShape,
     CacheProgram,
+    ModelOnMesh,
     check_prefill,
     compile_decode,
     compile_join,
@@ -86,19 +87,19 @@ class PlacedModel:
 
     def decoding(self, sizes: BatchShape) -> CacheProgram:
         """The compiled decode step of such a batch."""
-        return compile_decode(*self._key, sizes)
+        return compile_decode(self._on_mesh, sizes)
 
     def joining(self, sizes: BatchShape) -> Any:
         """The compiled `compile_join` of such a batch."""
-        return compile_join(*self._key, sizes)
+        return compile_join(self._on_mesh, sizes)
 
     def moving(self, old: BatchShape, new: BatchShape) -> Any:
         """The compiled `compile_move` from such a batch to another."""
-        return compile_move(*self._key, old, new)
+        return compile_move(self._on_mesh, old, new)
 
     def prefilling(self, sizes: BatchShape) -> CacheProgram:
         """The compiled prefill of such a batch."""
-        return compile_prefill(*self._key, sizes)
+        return compile_prefill(self._on_mesh, sizes)
 
     def prefill(self, batch: RequestBatch, sizes: BatchShape) -> tuple[np.ndarray, tuple[Any, ...]]:
         """The first token of each request (and a draft), `[ranks, requests, new]`; the caches."""
@@ -115,8 +116,8 @@ class PlacedModel:
         return found, (cache,)
 
     @property
-    def _key(self) -> tuple[MoEConfig, Parallelism, RankMesh, Arithmetic | str, KVCache]:
-        return self.config, self.parallelism, self.mesh, self.precision, self.kv_cache
+    def _on_mesh(self) -> ModelOnMesh:
+        return ModelOnMesh(self.config, self.parallelism, self.mesh, self.precision, self.kv_cache)
 
 
 def padded_length(config: MoEConfig, prompt_tokens: int) -> int:

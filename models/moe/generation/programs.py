@@ -21,12 +21,7 @@ from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.chunked import chunk_fn
-from cmjax.models.moe.layered import (
-    join_cache,
-    join_layers,
-    split_cache,
-    split_shapes,
-)
+from cmjax.models.moe.layered import join_cache, join_layers, split_cache, split_shapes
 from cmjax.models.moe.layers.cache import empty_cache, extend_cache
 from cmjax.models.moe.layers.transformer import unrolled_layers
 from cmjax.models.moe.parallelism import Parallelism
@@ -39,6 +34,22 @@ from cmjax.models.moe.steps import (
     prefill_fn,
 )
 from cmjax.processes import on_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOnMesh:
+    """What programs are compiled for, besides a batch.
+
+    Fields:
+      config: the model. parallelism: of its parameters. mesh: the ranks.
+      precision: of the parameters. kv_cache: format of the cache.
+    """
+
+    config: MoEConfig
+    parallelism: Parallelism
+    mesh: RankMesh
+    precision: Arithmetic | str
+    kv_cache: KVCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,15 +103,6 @@ class CacheProgram:
     empty_cache: Callable[[], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """Prefill and decode of one batch, each as `CacheProgram.run`."""
-
-    prefill: RankProgram
-    decode: RankProgram
-    empty_cache: Callable[[], Any]
-
-
 def place_params(
     params: dict[str, Any], parallelism: Parallelism, mesh: RankMesh
 ) -> dict[str, Any]:
@@ -121,40 +123,19 @@ def placed_shapes(
     return jax.tree.map(lambda spec, sub: _placed(spec, sub, mesh), specs, shapes)
 
 
-def compile_programs(
-    config: MoEConfig,
-    parallelism: Parallelism,
-    mesh: RankMesh,
-    precision: Arithmetic | str,
-    kv_cache: KVCache,
-    sizes: BatchShape,
-) -> Programs:
-    """Compile, or give what was compiled for a batch of these sizes before.
+@functools.lru_cache(maxsize=32)
+def compile_prefill(model: ModelOnMesh, sizes: BatchShape) -> CacheProgram:
+    """The prefill of a batch; what was compiled for one of these sizes before is given again.
 
     Raises:
       ValueError: sequence-parallel prefill in chunks, of grouped-query attention, or of heads that
         do not divide over the ranks.
     """
-    key = (config, parallelism, mesh, precision, kv_cache)
-    prefill, decode = compile_prefill(*key, sizes), compile_decode(*key, sizes)
-    return Programs(prefill.run, decode.run, decode.empty_cache)
-
-
-@functools.lru_cache(maxsize=32)
-def compile_prefill(
-    config: MoEConfig,
-    parallelism: Parallelism,
-    mesh: RankMesh,
-    precision: Arithmetic | str,
-    kv_cache: KVCache,
-    sizes: BatchShape,
-) -> CacheProgram:
-    """The prefill of `compile_programs`."""
-    prefill_parallelism = check_prefill(config, parallelism, sizes.chunk, sizes.sequence_parallel)
-    batch = _Batch(config, parallelism, mesh, precision, kv_cache, sizes)
-    mtp, ranks, each = sizes.drafts > 0, mesh.ranks, sizes.requests
+    config, precision, mtp = model.config, model.precision, sizes.drafts > 0
+    parallelism = check_prefill(config, model.parallelism, sizes.chunk, sizes.sequence_parallel)
+    batch = _Batch(model, sizes)
     if sizes.chunk is not None:
-        found = np.zeros((ranks, each, 1 + mtp), np.int32)
+        found = np.zeros((model.mesh.ranks, sizes.requests, 1 + mtp), np.int32)
         run = batch.compiled(
             chunk_fn(config, parallelism, precision, mtp=mtp),
             batch.params,
@@ -163,10 +144,10 @@ def compile_prefill(
             donate=1,
         )
         return CacheProgram(run, batch.empty)
-    whole = prefill_fn(config, prefill_parallelism, precision, kv_cache, mtp=mtp)
+    whole = prefill_fn(config, parallelism, precision, model.kv_cache, mtp=mtp)
 
     def first(params, inputs):
-        own = own_heads(params, prefill_parallelism) if sizes.sequence_parallel else params
+        own = own_heads(params, parallelism) if sizes.sequence_parallel else params
         out = whole(own, inputs)
         return dataclasses.replace(out, caches=extend_cache(out.caches, sizes.room))
 
@@ -174,29 +155,22 @@ def compile_prefill(
     return CacheProgram(run, batch.empty)
 
 
-def compile_decode(
-    config: MoEConfig,
-    parallelism: Parallelism,
-    mesh: RankMesh,
-    precision: Arithmetic | str,
-    kv_cache: KVCache,
-    sizes: BatchShape,
-) -> CacheProgram:
-    """The decode step of `compile_programs`, or `sizes.steps` of them; batches that differ in their
-    prefill share it."""
+def compile_decode(model: ModelOnMesh, sizes: BatchShape) -> CacheProgram:
+    """The decode step of a batch, or `sizes.steps` of them; batches that differ in their prefill
+    share it."""
     sizes = dataclasses.replace(sizes, prompt=1, chunk=None, sequence_parallel=False)
-    return _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes)
+    return _compile_decode(model, sizes)
 
 
 @functools.lru_cache(maxsize=16)
-def _compile_decode(config, parallelism, mesh, precision, kv_cache, sizes) -> CacheProgram:
-    batch = _Batch(config, parallelism, mesh, precision, kv_cache, sizes)
-    decode_one = decode_fn(config, parallelism, precision, mtp=sizes.drafts > 0)
+def _compile_decode(model: ModelOnMesh, sizes: BatchShape) -> CacheProgram:
+    batch, mtp = _Batch(model, sizes), sizes.drafts > 0
+    decode_one = decode_fn(model.config, model.parallelism, model.precision, mtp=mtp)
 
     def step(params, caches, inputs):
         return decode_one(params, dataclasses.replace(inputs, caches=caches))
 
-    tokens = np.zeros((mesh.ranks, sizes.requests, 1 + sizes.drafts), np.int32)
+    tokens = np.zeros((model.mesh.ranks, sizes.requests, 1 + sizes.drafts), np.int32)
     inputs = batch.like.decode_inputs(tokens, batch.like.lengths, sizes.steps)
     # the caches are donated: a step writes into them instead of copying them
     args = batch.params, (batch.cache,), inputs
@@ -231,19 +205,10 @@ def _repeated(step: Callable) -> Callable:
 
 
 @functools.lru_cache(maxsize=16)
-def compile_join(
-    config: MoEConfig,
-    parallelism: Parallelism,
-    mesh: RankMesh,
-    precision: Arithmetic | str,
-    kv_cache: KVCache,
-    sizes: BatchShape,
-) -> Callable[[Any, Any, np.ndarray], Any]:
+def compile_join(model: ModelOnMesh, sizes: BatchShape) -> Callable[[Any, Any, np.ndarray], Any]:
     """`join(caches, new, places)`: `caches` of a batch of `sizes`, which are donated, with those of
     one new request a rank in the rank's place `places[rank]`; -1 where a rank has none."""
-    one = dataclasses.replace(sizes, requests=1)
-    batch = _Batch(config, parallelism, mesh, precision, kv_cache, sizes)
-    new = _Batch(config, parallelism, mesh, precision, kv_cache, one)
+    batch, new = _Batch(model, sizes), _Batch(model, dataclasses.replace(sizes, requests=1))
     axis = 0 if sizes.layered else 1  # of requests
 
     def put(old, entry, place):
@@ -255,51 +220,47 @@ def compile_join(
     def join(caches, new, place):
         return jax.tree.map(functools.partial(put, place=place), caches, new)
 
-    lifted = on_every_rank(join, mesh, (RANKED, RANKED, RANKED), RANKED)
-    places = np.zeros(mesh.ranks, np.int32)
+    lifted = on_every_rank(join, model.mesh, (RANKED, RANKED, RANKED), RANKED)
+    places = np.zeros(model.mesh.ranks, np.int32)
     lowered = jax.jit(lifted, donate_argnums=0).lower((batch.cache,), (new.cache,), places)
     return lowered.compile()
 
 
 @functools.lru_cache(maxsize=64)
 def compile_move(
-    config: MoEConfig,
-    parallelism: Parallelism,
-    mesh: RankMesh,
-    precision: Arithmetic | str,
-    kv_cache: KVCache,
+    model: ModelOnMesh,
     old: BatchShape,
     new: BatchShape,
 ) -> Callable[[Any, np.ndarray], Any]:
     """`move(caches, source)`: of `caches` of a batch of `old`, those of a batch of `new`, which
     differs in its requests: of rank `r`, place `p` holds what place `source[r, p]` held."""
-    batch = _Batch(config, parallelism, mesh, precision, kv_cache, old)
+    batch = _Batch(model, old)
     axis = 0 if old.layered else 1  # of requests
 
     def move(caches, source):
         return jax.tree.map(lambda x: jnp.take(x, source, axis, mode="clip"), caches)
 
-    lifted = on_every_rank(move, mesh, (RANKED, RANKED), RANKED)
-    source = np.zeros((mesh.ranks, new.requests), np.int32)
+    lifted = on_every_rank(move, model.mesh, (RANKED, RANKED), RANKED)
+    source = np.zeros((model.mesh.ranks, new.requests), np.int32)
     return jax.jit(lifted).lower((batch.cache,), source).compile()
 
 
 class _Batch:
     """Shapes of what the programs of a batch take, and how one is compiled."""
 
-    def __init__(self, config, parallelism, mesh, precision, kv_cache, sizes: BatchShape):
-        self.mesh, self.sizes = mesh, sizes
-        mtp = sizes.drafts > 0
-        whole = abstract_params(config, parallelism, precision, mtp=mtp)
-        self.specs = param_specs(whole, parallelism)
-        self.params = placed_shapes(whole, parallelism, mesh, split=sizes.layered)
+    def __init__(self, model: ModelOnMesh, sizes: BatchShape):
+        self.mesh, self.sizes = model.mesh, sizes
+        mtp, ranks = sizes.drafts > 0, self.mesh.ranks
+        whole = abstract_params(model.config, model.parallelism, model.precision, mtp=mtp)
+        self.specs = param_specs(whole, model.parallelism)
+        self.params = placed_shapes(whole, model.parallelism, self.mesh, split=sizes.layered)
 
         def empty_of_rank():
-            cache = empty_cache(config, sizes.requests, sizes.room, kv_cache, mtp=mtp)
+            room = sizes.requests, sizes.room
+            cache = empty_cache(model.config, *room, model.kv_cache, mtp=mtp)
             return split_cache(cache) if sizes.layered else cache
 
-        self.cache = _placed(RANKED, jax.eval_shape(empty_of_rank), mesh)
-        ranks = mesh.ranks
+        self.cache = _placed(RANKED, jax.eval_shape(empty_of_rank), self.mesh)
         sampler = Sampler(temperature=0.0 if sizes.greedy else 1.0)
         prompts = [[0]] * (ranks * sizes.requests)
         self.like = RequestBatch.of(prompts, sizes.prompt, ranks, 1, sizes.drafts, sampler)
@@ -351,7 +312,7 @@ def check_prefill(
 ) -> Parallelism:
     """The parallelism of prefill.
 
-    Raises: ValueError: see `compile_programs`.
+    Raises: ValueError: see `compile_prefill`.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill_chunk must be at least 1 token, got {chunk}")

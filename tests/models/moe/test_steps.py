@@ -295,10 +295,14 @@ def test_int8_cache_decodes_close_to_a_float_cache():
 @pytest.mark.parametrize("parallel", [False, True])
 def test_steps_trace_with_whole_numbers_in_every_form(mtp, parallel):
     mesh, table = RankMesh(2, 2, 2), TABLES["redundant"]
-    decode = abstract_decode(CONFIG, Schedule(), table, mesh, 3, 16, 2, "bfloat16", "int8", mtp=mtp)
+    decode = abstract_decode(
+        CONFIG, Schedule(), table, mesh, requests=3, context=16,
+        capacity=2, precision="bfloat16", kv_cache="int8", mtp=mtp,
+    )  # fmt: skip
     prefill = abstract_prefill(
-        CONFIG, Schedule(), table, mesh, 3, 16, None, "float32", "float32", mtp, parallel
-    )
+        CONFIG, Schedule(), table, mesh, sequences=3, prompt=16,
+        precision="float32", kv_cache="float32", mtp=mtp, sequence_parallel=parallel,
+    )  # fmt: skip
     for step, new in ((decode, 1 + mtp), (prefill, 1 + bool(mtp))):
         fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
         assert jax.eval_shape(fn, *step.args).tokens.shape == (8, 3, new)
@@ -313,7 +317,10 @@ mesh, config, schedule = RankMesh(48, 8), tiny(), two_stream_decode()
 table = ep_table(config.routed_experts, 384, redundant=384 - config.routed_experts)
 parallelism = Parallelism(table=table, axes=mesh.axes, schedule=schedule, capacity=4)
 one = init_params(config, "float32", mtp=True)
-step = abstract_decode(config, schedule, table, mesh, 2, 8, 4, "float32", "float32", mtp=1)
+step = abstract_decode(
+    config, schedule, table, mesh, requests=2, context=8,
+    capacity=4, precision="float32", kv_cache="float32", mtp=1,
+)
 inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.args[1])
 tokens = np.random.default_rng(0).integers(0, config.vocab_size, inputs.tokens.shape)
 inputs.tokens[:] = tokens
@@ -346,7 +353,9 @@ def test_deepseek_r1_traces_on_320_ranks_with_symbolic_sizes(microbatches):
     schedule = dataclasses.replace(two_stream_decode(), microbatches=microbatches)
     mesh = RankMesh(20, 8, 2)
     table = ep_table(256, 320, redundant=32, shared_replicas=32)
-    step = abstract_decode(deepseek_r1(), schedule, table, mesh, requests, context, capacity)
+    step = abstract_decode(
+        deepseek_r1(), schedule, table, mesh, requests, context, capacity=capacity
+    )
     fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
     jaxpr = jax.make_jaxpr(fn)(*step.args)
     assert jaxpr.out_avals[0].shape == (320, microbatches * requests, 2)
@@ -363,7 +372,9 @@ def test_prefill_traces_with_sequence_parallel_attention():
     mesh = RankMesh(2, 8, 2)
     schedule = Schedule(microbatches=2, order="stage")
     table = ep_table(256, 32, redundant=32)
-    step = abstract_prefill(deepseek_r1(), schedule, table, mesh, sequences, prompt, capacity)
+    step = abstract_prefill(
+        deepseek_r1(), schedule, table, mesh, sequences, prompt, capacity=capacity
+    )
     fn = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
     jaxpr = jax.make_jaxpr(fn)(*step.args)
     assert "bf16[32*s,p,2112]" in str(jaxpr)  # the gathered latents

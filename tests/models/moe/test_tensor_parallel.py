@@ -288,9 +288,10 @@ def test_steps_trace_with_caches_of_the_groups_requests(name, tensor):
     table = _parallelism(config, mesh).table
     schedule = Schedule(microbatches=2)
     mtp = min(config.mtp_layers, 1)
-    decode = abstract_decode(config, schedule, table, mesh, 3, 16, 4, "float32", "float32", mtp)
+    common = {"precision": "float32", "kv_cache": "float32", "mtp": mtp}
+    decode = abstract_decode(config, schedule, table, mesh, 3, 16, capacity=4, **common)
     prefill = abstract_prefill(
-        config, schedule, table, mesh, 3, 16, None, "float32", "float32", mtp, False
+        config, schedule, table, mesh, 3, 16, sequence_parallel=False, **common
     )
     shapes = []
     for step in (decode, prefill):

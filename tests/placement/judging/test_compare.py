@@ -1,24 +1,14 @@
 """Methods side by side."""
 
 import numpy as np
-import pytest
 
 from cmjax.placement import (
     Loads,
     Problem,
-    example_family,
     greedy,
 )
 from cmjax.placement.judging.compare import Judge, compare, objective_s
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
-
-
-@pytest.fixture(scope="module")
-def family():
-    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
+from tests.placement.layer_time import slowest
 
 
 def test_methods_are_compared_where_they_planned_and_where_not(family):

@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from cmjax.placement import Loads, Problem, choose_shrink
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
+from tests.placement.layer_time import slowest
 
 
 def _windows(alike: bool) -> Loads:

@@ -4,22 +4,12 @@ import numpy as np
 import pytest
 
 from cmjax.placement import (
-    Loads,
     Problem,
     evaluate,
-    example_family,
     greedy,
     step_par,
 )
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
-
-
-@pytest.fixture(scope="module")
-def family():
-    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
+from tests.placement.layer_time import slowest
 
 
 def test_steps_of_few_tokens_are_less_balanced_than_totals(family):

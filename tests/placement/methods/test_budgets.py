@@ -12,10 +12,7 @@ from cmjax.placement import (
 )
 from cmjax.placement.judging.compare import objective_s
 from cmjax.placement.plan import EMPTY
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
+from tests.placement.layer_time import slowest
 
 
 def test_slots_go_where_they_save_most(family):

@@ -17,12 +17,9 @@ from cmjax.placement import (
     relax_and_round,
 )
 from cmjax.placement.judging.compare import objective_s
+from tests.placement.layer_time import slowest
 
 SHORT = GradientConfig(restarts=2, steps=20)
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from cmjax.placement import Loads, Problem, Risk, contiguous, example_loads, greedy, shuffled
 from cmjax.placement.judging.compare import objective_s
 from cmjax.placement.methods.incumbent import Incumbent, choose
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
+from tests.placement.layer_time import slowest
 
 
 def value(measures, risk, choice):

@@ -11,10 +11,7 @@ from cmjax.placement import (
     place,
 )
 from cmjax.placement.plan import EMPTY
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
+from tests.placement.layer_time import slowest
 
 
 @pytest.mark.parametrize("method", ["search", "greedy", "one-spare", "contiguous", "random"])

@@ -7,12 +7,9 @@ import pytest
 
 from cmjax.placement import Risk
 from cmjax.placement.methods.relaxation import project, relaxed_cost, soft_places
+from tests.placement.layer_time import slowest
 
 OBJECTIVES = ["mean", "worst", "cvar:0.6", "quantile:0.5"]
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
 
 
 def relaxed(seed=0, experts=6, ranks=3, windows=4):

@@ -28,12 +28,9 @@ from cmjax.placement import (
 from cmjax.placement.judging.compare import objective_s
 from cmjax.placement.methods.local_search import improve, start_state
 from cmjax.placement.methods.search import search_inputs
+from tests.placement.layer_time import slowest
 
 SHORT = SearchConfig(starts=2, chunks=4, rounds=40, swaps_per_slot=10)
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
 
 
 def random_problem(seed=0, windows=2, layers=2, experts=12, ranks=4, redundant=4, **kwargs):

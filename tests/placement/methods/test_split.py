@@ -1,26 +1,16 @@
 """Uneven shares of an expert's tokens per copy."""
 
 import numpy as np
-import pytest
 
 from cmjax.placement import (
     Loads,
     Problem,
     Risk,
-    example_family,
     greedy,
     optimize_split,
 )
 from cmjax.placement.judging.compare import objective_s
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
-
-
-@pytest.fixture(scope="module")
-def family():
-    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
+from tests.placement.layer_time import slowest
 
 
 def test_uneven_shares_help_where_copies_are_on_unequal_ranks(family):

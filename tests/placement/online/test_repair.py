@@ -4,26 +4,16 @@ import numpy as np
 import pytest
 
 from cmjax.placement import (
-    Loads,
     Problem,
     Risk,
     count_moves,
-    example_family,
     greedy,
     optimize_split,
     place,
     repair,
 )
 from cmjax.placement.judging.compare import objective_s
-
-
-def slowest(tokens):
-    return 1e-5 + 1e-8 * tokens.max(-1)
-
-
-@pytest.fixture(scope="module")
-def family():
-    return Loads(example_family(workloads=4, layers=3, experts=24).counts)
+from tests.placement.layer_time import slowest
 
 
 def test_repair_spends_no_more_moves_than_allowed_and_gains_with_each(family):

@@ -92,8 +92,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, whole, monk
     config = dataclasses.replace(whole.config, out=tmp_path)
     real = module.save
 
-    def stop(run):
-        real(run)
+    def stop(*run):
+        real(*run)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from cmjax.models.moe import open_generator, tiny
 from cmjax.models.moe.config import GroupedAttention
 from cmjax.models.moe.generation.batch import RequestBatch, Sampler
 from cmjax.models.moe.generation.open import GeneratorOptions
-from cmjax.models.moe.generation.programs import BatchShape, compile_programs
+from cmjax.models.moe.generation.programs import BatchShape
 from cmjax.models.moe.layered import are_split
 from cmjax.models.moe.layers import moe
 from cmjax.models.moe.schedule import Schedule
@@ -80,7 +80,8 @@ def test_the_blocks_of_sorted_rows_are_counted_as_they_are_priced():
         if "flags" not in name
     ]
     table = generator.parallelism.table
-    step = abstract_decode(tiny(), Schedule(), table, mesh, 1, 16, 1, "float32", "float32", mtp=0)
+    floats = {"precision": "float32", "kv_cache": "float32"}
+    step = abstract_decode(tiny(), Schedule(), table, mesh, 1, 16, capacity=1, mtp=0, **floats)
     lifted = on_every_rank(step.fn, mesh, step.in_specs, step.out_specs, abstract=True)
     priced = priced_bytes(trace(lifted, *step.args), {}, mesh)
     assert {tier: sum(each[tier] for each in counted) for tier in priced} == priced
@@ -113,15 +114,7 @@ def test_a_step_writes_new_tokens_where_the_cache_lies(requests):
 
 def _decode_program(generator, requests=1, room=16):
     sizes = BatchShape(requests=requests, prompt=16, room=room, layered=True)
-    programs = compile_programs(
-        generator.config,
-        generator.parallelism,
-        generator.mesh,
-        generator.precision,
-        generator.kv_cache,
-        sizes,
-    )
-    return programs.decode.compiled
+    return generator.decoding(sizes).run.compiled
 
 
 def test_greedy_tokens_are_those_of_a_nucleus_of_one():

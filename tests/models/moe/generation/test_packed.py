@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -180,9 +181,23 @@ def _another_shape(data):
     return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
+def _flipped(data):
+    """One bit of the last parameter's last value, before the checksums."""
+    tensors = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    last = [x for name, x in tensors.items() if not name.startswith(("padding.", "checksums"))][-1]
+    at = 8 + struct.unpack("<Q", data[:8])[0] + last["data_offsets"][1] - 1
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+
+def _other_checksum(data):
+    return data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_flipped, r"kept: damaged: the values of 'mtp\.\S*' are not those that were written"),
+        (_other_checksum, r"kept: damaged: the values of 'mtp\.\S*' are not those that were"),
         (lambda data: data[:-1], "kept: no file of packed weights .truncated: tensor .* the file"),
         (lambda data: data[:100], "kept: no file of packed weights .not a safetensors file"),
         (lambda data: b"", "kept: no file of packed weights .not a safetensors file"),
@@ -200,6 +215,45 @@ def test_a_damaged_file_is_one_line_and_stays(checkpoint, tmp_path, capsys, dama
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert re.search(message, line), line
     assert kept.read_bytes() == damaged
+
+
+def test_values_are_checked_once_after_each_change(checkpoint, tmp_path):
+    kept, told = tmp_path / "kept", []
+    plain = _open(checkpoint)
+    options = GeneratorOptions(packed=kept)
+
+    def start():
+        told.clear()
+        progress = lambda done, total, what: told.append((done, total, what))  # noqa: E731
+        _equal(
+            moe.open_generator(checkpoint, None, options, progress=progress).params, plain.params
+        )
+        return [entry for entry in told if entry[2] == "checking packed weights"]
+
+    assert not start() and not start()  # written, then mapped
+    kept.touch()
+    checked = start()
+    assert checked[-1][0] == checked[-1][1] == sum(x.nbytes for x in jax.tree.leaves(plain.params))
+    assert not start()
+    shutil.copyfile(kept, tmp_path / "copy")
+    options = GeneratorOptions(packed=tmp_path / "copy")
+    assert start() and not start()
+
+
+def test_a_copy_that_may_not_be_sealed_is_checked_at_every_start(checkpoint, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    _open(checkpoint, kept)
+    kept.touch()
+    monkeypatch.setattr("cmjax.models.moe.generation.packed.os.utime", _refused)
+    plain = _open(checkpoint)
+    _equal(_open(checkpoint, kept).params, plain.params)
+    kept.write_bytes(_flipped(kept.read_bytes()))
+    with pytest.raises(ValueError, match="damaged"):
+        _open(checkpoint, kept)
+
+
+def _refused(*_, **__):
+    raise PermissionError(1, "Operation not permitted")
 
 
 def test_a_file_of_something_else_is_never_written_over(checkpoint):
