@@ -66,25 +66,19 @@ struct Sizes {
   int64_t rows, inner, groups, features;
 };
 
-// Blocks of columns of every matrix that has rows. Few rows stream wide blocks, as long as every
-// worker gets some.
-std::vector<Task> tasks_of(const RowGroups& lists, const Sizes& n, int64_t workers,
-                           int64_t& columns) {
+// How wide the blocks are that tasks take: few rows stream wide ones, as long as every worker gets
+// some.
+int64_t columns_of(const RowGroups& lists, const Sizes& n, int64_t workers) {
   int64_t used = 0, most = 0;
   for (int64_t g = 0; g < n.groups; ++g) {
     used += lists.count(g) > 0;
     most = std::max(most, lists.count(g));
   }
-  columns = most <= 2 ? kColumns : kNarrow;
+  int64_t columns = most <= 2 ? kColumns : kNarrow;
   while (columns > kNarrow && used * ((n.features + columns - 1) / columns) < 4 * workers) {
     columns /= 2;
   }
-  std::vector<Task> tasks;
-  for (int64_t g = 0; g < n.groups; ++g) {
-    if (lists.count(g) == 0) continue;
-    for (int64_t c = 0; c < n.features; c += columns) tasks.push_back({g, c});
-  }
-  return tasks;
+  return columns;
 }
 
 // Per-worker memory: results of a task, and what its kernel lays out anew.
@@ -106,6 +100,32 @@ int64_t most_rows(const RowGroups& lists) {
 
 ffi::Error memory_error() {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "grouped_dot: memory");
+}
+
+// By blocks of columns of every matrix that has rows, a task each.
+//
+// product(group, first column, columns, memory to lay operands out in, results [rows, stride]);
+// finish(group, first column, columns, stride, results).
+template <typename Sum, typename Product, typename Finish>
+ffi::Error by_columns(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
+                      int64_t columns, const Product& product, const Finish& finish) {
+  std::vector<Task> tasks;
+  for (int64_t g = 0; g < n.groups; ++g) {
+    if (lists.count(g) == 0) continue;
+    for (int64_t c = 0; c < n.features; c += columns) tasks.push_back({g, c});
+  }
+  const auto count = static_cast<int64_t>(tasks.size());
+  const int64_t workers = worker_count(pool, count);
+  Workspace space(workers, most_rows(lists), columns);
+  if (!space.memory) return memory_error();
+  parallel_for(pool, count, workers, [&](int64_t task, int64_t worker) {
+    const auto [group, column] = tasks[task];
+    const int64_t some = std::min(columns, n.features - column);
+    auto* results = reinterpret_cast<Sum*>(space.results(worker));
+    product(group, column, some, space.layout(worker), results);
+    finish(group, column, some, columns, results);
+  });
+  return ffi::Error::Success();
 }
 
 // Few rows, by whole lines: a task multiplies some lines of a matrix, and who ends last of those of a
@@ -211,22 +231,14 @@ ffi::Error floats(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
     };
     return stream<float>(pool, n, lists, product, write);
   }
-  int64_t columns = 0;
-  const std::vector<Task> tasks = tasks_of(lists, n, pool.num_threads(), columns);
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t workers = worker_count(pool, count);
-  Workspace space(workers, most_rows(lists), columns);
-  if (!space.memory) return memory_error();
-  parallel_for(pool, count, workers, [&](int64_t task, int64_t worker) {
-    const auto [group, column] = tasks[task];
-    const int64_t some = std::min(columns, n.features - column);
-    auto* results = reinterpret_cast<float*>(space.results(worker));
+  const int64_t columns = columns_of(lists, n, pool.num_threads());
+  const auto product = [&](int64_t group, int64_t column, int64_t some, uint8_t* layout,
+                           float* results) {
     kernel.float_columns(kind, at.data() + lists.begin[group], lists.count(group),
                          weights_at(group, 0, column), n.inner, n.features, some,
-                         reinterpret_cast<float*>(space.layout(worker)), results, columns);
-    write(group, column, some, columns, results);
-  });
-  return ffi::Error::Success();
+                         reinterpret_cast<float*>(layout), results, columns);
+  };
+  return by_columns<float>(pool, n, lists, columns, product, write);
 }
 
 #if defined(__x86_64__)
@@ -258,30 +270,34 @@ ffi::Error halves(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
                   const uint16_t* w, uint16_t* y) {
   std::vector<const uint16_t*> at;
   const Scratch copies = padded_rows(pool, n, lists, x, (n.inner + 1) / 2 * 2, at);
-  std::vector<Task> tasks;
-  for (int64_t g = 0; g < n.groups; ++g) {
-    if (lists.count(g) == 0) continue;
-    for (int64_t c = 0; c < n.features; c += kNarrow) tasks.push_back({g, c});
-  }
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t workers = worker_count(pool, count);
-  Workspace space(workers, most_rows(lists), kNarrow);
-  if (!copies || !space.memory) return memory_error();
-  parallel_for(pool, count, workers, [&](int64_t task, int64_t worker) {
-    const auto [group, column] = tasks[task];
-    const int64_t some = std::min(kNarrow, n.features - column), rows = lists.count(group);
-    auto* results = reinterpret_cast<float*>(space.results(worker));
-    grouped::avx512_bf16::half_columns(at.data() + lists.begin[group], rows,
+  if (!copies) return memory_error();
+  const auto product = [&](int64_t group, int64_t column, int64_t some, uint8_t* layout,
+                           float* results) {
+    grouped::avx512_bf16::half_columns(at.data() + lists.begin[group], lists.count(group),
                                        w + group * n.inner * n.features + column, n.inner,
-                                       n.features, some, space.layout(worker), results, kNarrow);
-    for (int64_t r = 0; r < rows; ++r) {
-      grouped::avx512::to_half(results + r * kNarrow, some,
+                                       n.features, some, layout, results, kNarrow);
+  };
+  const auto write = [&](int64_t group, int64_t column, int64_t some, int64_t stride,
+                         const float* results) {
+    for (int64_t r = 0; r < lists.count(group); ++r) {
+      grouped::avx512::to_half(results + r * stride, some,
                                y + lists.of(group)[r] * n.features + column);
     }
-  });
-  return ffi::Error::Success();
+  };
+  return by_columns<float>(pool, n, lists, kNarrow, product, write);
 }
 #endif
+
+// What puts sums at the places of their rows.
+auto writes_integers(const Sizes& n, const RowGroups& lists, int32_t* y) {
+  return [&n, &lists, y](int64_t group, int64_t column, int64_t some, int64_t stride,
+                         const int32_t* sums) {
+    for (int64_t r = 0; r < lists.count(group); ++r) {
+      std::memcpy(y + lists.of(group)[r] * n.features + column, sums + r * stride,
+                  some * sizeof(int32_t));
+    }
+  };
+}
 
 // By whole lines; `at` are the rows of all groups, as `lines` takes them.
 template <typename X, typename Lines>
@@ -296,14 +312,7 @@ ffi::Error stream_integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroup
     lines_of(from.data(), lists.count(group), w + (group * n.inner + line) * n.features + column,
              lines, n.features, some, sums, stride);
   };
-  const auto write = [&](int64_t group, int64_t column, int64_t some, int64_t stride,
-                         const int32_t* sums) {
-    for (int64_t r = 0; r < lists.count(group); ++r) {
-      std::memcpy(y + lists.of(group)[r] * n.features + column, sums + r * stride,
-                  some * sizeof(int32_t));
-    }
-  };
-  return stream<int32_t>(pool, n, lists, product, write);
+  return stream<int32_t>(pool, n, lists, product, writes_integers(n, lists, y));
 }
 
 // With VNNI.
@@ -323,26 +332,15 @@ ffi::Error integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& list
   for (int64_t i = 0; i < total; ++i) {
     for (int64_t k = 0; k < n.inner; ++k) sums[i] += at[i][k];
   }
-  int64_t columns = 0;
-  const std::vector<Task> tasks = tasks_of(lists, n, pool.num_threads(), columns);
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t workers = worker_count(pool, count);
-  Workspace space(workers, most_rows(lists), columns);
-  if (!space.memory) return memory_error();
-  parallel_for(pool, count, workers, [&](int64_t task, int64_t worker) {
-    const auto [group, column] = tasks[task];
-    const int64_t some = std::min(columns, n.features - column), rows = lists.count(group);
+  const int64_t columns = columns_of(lists, n, pool.num_threads());
+  const auto product = [&](int64_t group, int64_t column, int64_t some, uint8_t* layout,
+                           int32_t* results) {
     const int64_t first = lists.begin[group];
-    auto* results = reinterpret_cast<int32_t*>(space.results(worker));
-    grouped::avx512::int8_columns(at.data() + first, sums.data() + first, rows,
+    grouped::avx512::int8_columns(at.data() + first, sums.data() + first, lists.count(group),
                                   w + group * n.inner * n.features + column, n.inner, n.features,
-                                  some, space.layout(worker), results, columns);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(y + lists.of(group)[r] * n.features + column, results + r * columns,
-                  some * sizeof(int32_t));
-    }
-  });
-  return ffi::Error::Success();
+                                  some, layout, results, columns);
+  };
+  return by_columns<int32_t>(pool, n, lists, columns, product, writes_integers(n, lists, y));
 }
 
 // With AVX2: by whole lines, however many rows there are.

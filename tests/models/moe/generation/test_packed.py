@@ -217,6 +217,7 @@ def test_a_damaged_file_is_one_line_and_stays(checkpoint, tmp_path, capsys, dama
     assert kept.read_bytes() == damaged
 
 
+@pytest.mark.slow
 def test_values_are_checked_once_after_each_change(checkpoint, tmp_path):
     kept, told = tmp_path / "kept", []
     plain = _open(checkpoint)
