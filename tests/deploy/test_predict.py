@@ -113,6 +113,26 @@ def test_the_largest_batch_meets_the_slo_and_the_next_one_does_not(decode):
         )
 
 
+@pytest.mark.parametrize(
+    ("machine", "options", "layers", "width"),
+    [
+        # 61 layers and the draft module's; a latent of 512 and a rotary key of 64
+        ("cloudmatrix384", {"model": "deepseek-r1", "npus": 16}, 62, 576),
+        # 80 layers, one of 8 key and value heads of 128 on each of 8 ranks
+        ("h800-pod", {"model": "llama3-70b", "npus": 8, "tp": 8}, 80, 2 * 128),
+    ],
+)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_prefill_holds_the_caches_that_it_makes(machine, options, layers, width, microbatches):
+    batch, prompt = 8.0, 4096.0
+    options = options | {"phase": "prefill", "microbatches": microbatches}
+    found = cmjax.predict(machine=machine, batch=batch, prompt=prompt, **options)
+    requests = batch / found.machine.dies_per_npu * options.get("tp", 1)
+    inputs = requests * prompt * 4  # int32 tokens
+    caches = requests * prompt * layers * width * 2
+    assert caches <= found.memory_bytes["caches"] <= caches + 1.1 * inputs
+
+
 def test_a_search_that_memory_ends_returns_the_last_batch_that_fits(decode):
     requests = dataclasses.replace(REQUESTS, prompt=4e6)
     found = decode.largest_batch(requests, 1e9)
