@@ -83,11 +83,12 @@ def build_step(
     elif table.ranks != ep:
         raise ValueError(f"plan: made for {table.ranks} ranks; the deployment has {ep}")
     schedule = schedule_for(machine, deployment)
-    # Splitting heads over nodes pays where the scale-up network spans them, and only among a few
-    # ranks: each gathers the latents of all.
+    # In prefill, splitting heads over nodes pays where the scale-up network spans them, and only
+    # among a few ranks: each gathers the latents of all.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
-    few = deployment.tp == 1 and ep <= _MOST_SPLIT
-    sequence_parallel = machine.fabric.shared_ports and splits and few
+    splits = splits and deployment.tp == 1 and ep <= _MOST_SPLIT and not deployment.decoding
+    sequence_parallel = machine.fabric.shared_ports and splits
+    sharing = ep if sequence_parallel else deployment.tp
     drafting = deployment.mtp and config.mtp_layers > 0
     drafts = (deployment.drafts if deployment.decoding else 1) * drafting
     copies = 0 if config.dense else config.experts_per_token + table.has_shared
@@ -130,7 +131,7 @@ def build_step(
             dies_per_npu=machine.dies_per_npu,
             slots=table.slots,
             copies=copies,
-            spread=ep if sequence_parallel else deployment.tp,
+            spread=sharing,
             drafts=drafts,
         ),
         weight_bytes=_rank_bytes(params, ranked.in_specs[0]),
@@ -144,6 +145,7 @@ def build_step(
         copies=copies,
         drafts=drafts,
         ranks=ep,
+        sharing=sharing,
     )
 
 

@@ -148,8 +148,10 @@ class Predictor:
     def differences(self, requests: Requests) -> Differences:
         """How the work of ranks differs under these requests, beyond jitter."""
         assert requests.batch is not None
-        each = requests.batch / (self.machine.dies_per_npu * self.step.microbatches)
-        spread = requests.length_spread(self.deployment.phase)
+        sharing = self.step.sharing
+        each = requests.batch * sharing / (self.machine.dies_per_npu * self.step.microbatches)
+        # where all ranks attend to the same requests, lengths make none of them slower
+        spread = requests.length_spread(self.deployment.phase) * (sharing < self.step.ranks)
         load = self._load(requests)
         if requests.load is not None:  # one number, or one per layer
             load = jnp.mean(load) if isinstance(load, Tracer) else np.mean(load)

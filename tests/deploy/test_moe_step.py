@@ -171,6 +171,17 @@ def test_prefill_splits_heads_over_no_more_ranks_than_the_published_instance(ep,
     assert ("collective" in kinds) == splits
 
 
+def test_only_ranks_that_attend_to_the_same_requests_share_them():
+    def step(**options):
+        return build_step(Deployment(microbatches=1, npus=16, **options), MACHINE)
+
+    assert step(phase="prefill").sharing == 32
+    assert step(phase="prefill", tp=4).sharing == 4
+    assert step(phase="decode").sharing == 1
+    with pytest.raises(ValueError, match="batch 1 requests per NPU do not divide over 2 dies"):
+        step(phase="decode").symbols({"batch": 1.0, "context": 4096.0})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,6 +12,7 @@ import cmjax
 from cmjax.cost.interval import interval
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
+from cmjax.deploy.predict import split_options
 from cmjax.deploy.prediction import calibration
 from cmjax.deploy.predictor import Predictor, known_uncertainty
 from cmjax.deploy.requests import Requests
@@ -131,6 +132,24 @@ def test_a_prefill_holds_the_caches_that_it_makes(machine, options, layers, widt
     inputs = requests * prompt * 4  # int32 tokens
     caches = requests * prompt * layers * width * 2
     assert caches <= found.memory_bytes["caches"] <= caches + 1.1 * inputs
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        # 32 requests of a die, each with its own length; those of four dies at a time
+        ({"phase": "decode", "context": 4096.0}, 0.5 / 32**0.5),
+        ({"phase": "decode", "context": 4096.0, "tp": 4}, 0.5 / 128**0.5),
+        # all ranks attend to the same prompts, of which each has a part of the heads
+        ({"phase": "prefill"}, 0.0),
+        ({"phase": "decode", "context": 4096.0, "model": "llama3-70b", "npus": 4, "tp": 8}, 0.0),
+    ],
+)
+def test_lengths_differ_between_ranks_that_do_not_share_requests(options, want):
+    fields = {"npus": 16, "microbatches": 1, "batch": 64.0, "context_spread": 0.5} | options
+    deployment, requests = split_options(fields.pop("model", "deepseek-r1"), None, fields)
+    found = Predictor.of(deployment, load_machine("cloudmatrix384")).differences(requests)
+    assert found.attention == pytest.approx(want, rel=1e-6)
 
 
 def test_a_search_that_memory_ends_returns_the_last_batch_that_fits(decode):
