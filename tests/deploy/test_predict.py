@@ -1,6 +1,7 @@
 """Predictions of deployments: monotone where physics is, and refused where they make no sense."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -17,6 +18,8 @@ from cmjax.deploy.prediction import calibration
 from cmjax.deploy.predictor import Predictor, known_uncertainty
 from cmjax.deploy.requests import Requests
 from cmjax.hardware import leaf_names, load_machine
+from cmjax.models.moe.checkpoint.hf_config import config_json
+from cmjax.models.moe.presets import tiny
 
 M = load_machine("cloudmatrix384")
 REQUESTS = Requests(batch=96, prompt=2048, output=512, acceptance=0.7)
@@ -150,6 +153,17 @@ def test_lengths_differ_between_ranks_that_do_not_share_requests(options, want):
     deployment, requests = split_options(fields.pop("model", "deepseek-r1"), None, fields)
     found = Predictor.of(deployment, load_machine("cloudmatrix384")).differences(requests)
     assert found.attention == pytest.approx(want, rel=1e-6)
+
+
+def test_a_model_file_that_changes_is_read_again(tmp_path):
+    def step_s(layers):
+        config = dataclasses.replace(tiny(), layers=layers)
+        (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
+        path = str(tmp_path / "config.json")
+        found = cmjax.predict(path, phase="decode", npus=8, batch=96.0, context=4096.0)
+        return float(found.step_s)
+
+    assert step_s(8) > 1.2 * step_s(4)
 
 
 def test_a_search_that_memory_ends_returns_the_last_batch_that_fits(decode):
