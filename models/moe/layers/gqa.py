@@ -127,7 +127,7 @@ class GQA(nnx.Module):
             options = {"scale": softmax_scale(self.config), "window": self.sizes.window}
             return cached_attention(q, *entries, lengths + q.shape[1], **options)
 
-        def attend(q, cache, lengths):
+        def attend(q, cache: GroupedCache, lengths):
             return self._attend(q, *cache.read(q.dtype), lengths)
 
         encoded = cache.kind in ("int8", "mxfp4")  # it is read as it lies
