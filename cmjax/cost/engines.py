@@ -145,9 +145,8 @@ def seconds(
 
     total = combined(cube, vector, hbm)
     if period_s is not None and len(static.stream) > 1:
-        hbm_left, interference = _contention(
-            static, hbm, total, disturbing, period_s, parted=machine.exchange.bulk_kernels
-        )
+        held = disturbing / jnp.where(wire > 0, wire, 1.0) * machine.exchange.bulk_kernels
+        hbm_left, interference = _contention(static, hbm, total, disturbing, period_s, held)
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
     # of the most loaded rank's work rows are more, and the experts' matrices are not
@@ -188,7 +187,7 @@ def _factor(static: _Static, machine: Supernode):
     )
 
 
-def _contention(static: _Static, hbm, total, disturbing, period_s, *, parted: bool):
+def _contention(static: _Static, hbm, total, disturbing, period_s, held):
     """What the streams of a level take from one another while they overlap.
 
     Streams a and b, busy for D_a and D_b of a period P, overlap for O = D_a + D_b - P. For that
@@ -196,10 +195,10 @@ def _contention(static: _Static, hbm, total, disturbing, period_s, *, parted: bo
     the wire that slow it down; both are averaged over the stream. Two kernels that read at once
     get half of HBM each, so that a kernel which finds it busy for a part u of its time has the
     share 1 - u/2: two streams that do nothing else take twice as long, as bytes are conserved.
-    Where exchanges hold cores (`parted`), matrix products beside a stream with one are started on
-    what is left, whether bytes move or not: their persistent kernels are given a number of cores
-    for as long as the streams run (SGLang's two-batch overlap and `deep_gemm.set_num_sms`,
-    recalled).
+    Where exchanges hold cores, matrix products beside a stream with one are started on what is
+    left, whether bytes move or not: their persistent kernels are given a number of cores for as
+    long as the streams run (SGLang's two-batch overlap and `deep_gemm.set_num_sms`, recalled).
+    `held` is the share of an exchange that goes by kernels which do.
 
     Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
       an exchange (both trivial for exchanges themselves).
@@ -215,10 +214,10 @@ def _contention(static: _Static, hbm, total, disturbing, period_s, *, parted: bo
     beside = jnp.minimum(overlap @ exchanging, 1.0)
     stream_of = static.stream.T
     beside = stream_of @ beside
-    if parted:
-        others = (1.0 - np.eye(len(static.stream))) @ (static.stream @ disturbing)
-        products = static.matrix & ~static.attention
-        beside = jnp.where(products & (stream_of @ others > 0), 1.0, beside)
+    most_held = jnp.max(static.stream * jnp.minimum(held, 1.0), -1)
+    others = jnp.max((1.0 - np.eye(len(static.stream))) * most_held, -1)
+    products = static.matrix & ~static.attention
+    beside = jnp.where(products, jnp.maximum(beside, stream_of @ others), beside)
     return (
         jnp.where(static.compute, stream_of @ hbm_left, 1.0),
         jnp.where(static.compute, beside, 0.0),

@@ -6,6 +6,7 @@ replicas in slots); elsewhere DeepSeek's own data-parallel attention with overla
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.export
@@ -20,14 +21,18 @@ from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.config import LatentAttention
+from cmjax.models.moe.layers.cache import empty_cache
 from cmjax.models.moe.layers.moe import MoE, run_moe
 from cmjax.models.moe.parallelism import Parallelism, check_tensor
 from cmjax.models.moe.schedule import Schedule, overlapped_exchange, two_stream_decode
 from cmjax.models.moe.slots import SlotTable, ep_table, published_table
 from cmjax.models.moe.steps import abstract_decode, abstract_prefill
 from cmjax.program.size import Size
+from cmjax.program.work import Operand
 
 _ARITHMETIC = {"int8": "int8", "bf16": "bfloat16"}
+_MOST_SPLIT = 32
+"""Ranks over which prefill splits its heads: those of the published instance."""
 _KV_CACHE: dict[str, KVCache] = {"bf16": "bfloat16", "int8": "int8", "mxfp4": "mxfp4"}
 
 
@@ -78,9 +83,12 @@ def build_step(
     elif table.ranks != ep:
         raise ValueError(f"plan: made for {table.ranks} ranks; the deployment has {ep}")
     schedule = schedule_for(machine, deployment)
-    # Splitting heads over nodes pays where the scale-up network spans them.
+    # In prefill, splitting heads over nodes pays where the scale-up network spans them, and only
+    # among a few ranks: each gathers the latents of all.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
-    sequence_parallel = machine.fabric.shared_ports and splits and deployment.tp == 1
+    splits = splits and deployment.tp == 1 and ep <= _MOST_SPLIT and not deployment.decoding
+    sequence_parallel = machine.fabric.shared_ports and splits
+    sharing = ep if sequence_parallel else deployment.tp
     drafting = deployment.mtp and config.mtp_layers > 0
     drafts = (deployment.drafts if deployment.decoding else 1) * drafting
     copies = 0 if config.dense else config.experts_per_token + table.has_shared
@@ -110,6 +118,11 @@ def build_step(
         )
     sizes = DecodeSizes if deployment.decoding else PrefillSizes
     params, inputs = ranked.args
+    state_bytes = _rank_bytes(inputs, ranked.in_specs[1])
+    if not deployment.decoding:  # caches are no inputs; the step makes them
+        of = config, requests, length, common["kv_cache"]
+        cache = jax.eval_shape(lambda: empty_cache(*of, mtp=bool(drafts), tensor=deployment.tp))
+        state_bytes = state_bytes + _nbytes(jax.tree.leaves(cache)) * schedule.microbatches
     return MoEStep(
         fn=on_every_rank(ranked.fn, mesh, ranked.in_specs, ranked.out_specs, abstract=True),
         args=ranked.args,
@@ -118,11 +131,11 @@ def build_step(
             dies_per_npu=machine.dies_per_npu,
             slots=table.slots,
             copies=copies,
-            spread=ep if sequence_parallel else deployment.tp,
+            spread=sharing,
             drafts=drafts,
         ),
         weight_bytes=_rank_bytes(params, ranked.in_specs[0]),
-        state_bytes=_rank_bytes(inputs, ranked.in_specs[1]),
+        state_bytes=state_bytes,
         layers=config.moe_layers or config.layers,
         microbatches=schedule.microbatches,
         expert_slots=table.slots,
@@ -132,6 +145,7 @@ def build_step(
         copies=copies,
         drafts=drafts,
         ranks=ep,
+        sharing=sharing,
     )
 
 
@@ -219,11 +233,11 @@ def schedule_for(machine: Supernode, deployment: Deployment) -> Schedule:
 def _rank_bytes(tree, specs) -> Size:
     """Bytes of one rank's share of abstract arguments."""
     shares = jax.tree.map(lambda spec, sub: jax.tree.map(lambda _: spec, sub), specs, tree)
-    total = Size()
-    for leaf, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(shares), strict=True):
-        shape = leaf.shape[1:] if spec is RANKED else leaf.shape
-        size = Size(float(leaf.dtype.itemsize))
-        for dimension in shape:
-            size = size * Size.of(dimension)
-        total = total + size
-    return total
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shares), strict=True)
+    return _nbytes(
+        jax.ShapeDtypeStruct(leaf.shape[spec is RANKED :], leaf.dtype) for leaf, spec in leaves
+    )
+
+
+def _nbytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> Size:
+    return sum((Operand.of(array).nbytes for array in arrays), Size())

@@ -26,6 +26,7 @@ from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
 from cmjax.hardware import Supernode, Uncertainty, leaf_names, relative_slopes, uncertainty
 from cmjax.models.moe.checkpoint.hf_config import load_config
+from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.slots import SlotTable
 from cmjax.program import Program, Size
 
@@ -63,7 +64,8 @@ class Predictor:
             jax.tree.structure(_of_same_kernels(dataclasses.replace(running, origin=""))),
             jax.config.read("jax_enable_x64"),
         )
-        origin = dataclasses.replace(deployment, engine=None), shape, table, x64
+        config = load_config(deployment.model)  # of a file, as it is now
+        origin = dataclasses.replace(deployment, engine=None), config, shape, table, x64
         step, program, _ = _traced(*origin)
         return Predictor(deployment, running, step, program, origin)
 
@@ -148,8 +150,10 @@ class Predictor:
     def differences(self, requests: Requests) -> Differences:
         """How the work of ranks differs under these requests, beyond jitter."""
         assert requests.batch is not None
-        each = requests.batch / (self.machine.dies_per_npu * self.step.microbatches)
-        spread = requests.length_spread(self.deployment.phase)
+        sharing = self.step.sharing
+        each = requests.batch * sharing / (self.machine.dies_per_npu * self.step.microbatches)
+        # where all ranks attend to the same requests, lengths make none of them slower
+        spread = requests.length_spread(self.deployment.phase) * (sharing < self.step.ranks)
         load = self._load(requests)
         if requests.load is not None:  # one number, or one per layer
             load = jnp.mean(load) if isinstance(load, Tracer) else np.mean(load)
@@ -316,21 +320,28 @@ class _Priced:
 
 
 @functools.lru_cache(maxsize=64)
-def _traced(deployment: Deployment, shape, table: SlotTable | None, x64: bool):
+def _traced(deployment: Deployment, config: MoEConfig, shape, table: SlotTable | None, x64: bool):
     def trace() -> tuple[MoEStep, Program]:
         machine = _like(shape)
         step = build_step(deployment, machine, table)
         return _without_model(step, step.trace(machine=machine))
 
-    key = deployment, load_config(deployment.model), shape, table, x64
+    key = deployment, config, shape, table, x64
     step, program = kept(key, trace)
     return step, program, _Priced(program, step, key)
 
 
 @functools.lru_cache(maxsize=16)
-def _decided(deployment: Deployment, shape, table: SlotTable | None, x64: bool, numbers: tuple):
+def _decided(
+    deployment: Deployment,
+    config: MoEConfig,
+    shape,
+    table: SlotTable | None,
+    x64: bool,
+    numbers: tuple,
+):
     """Prices where the sizes choose other kernels than those that the program was traced for."""
-    key = deployment, load_config(deployment.model), shape, table, x64, numbers
+    key = deployment, config, shape, table, x64, numbers
 
     def trace() -> tuple[MoEStep, Program]:
         machine = _like(shape)

@@ -18,7 +18,7 @@ class MoEStep(Step):
     Fields:
       layers: MoE layers in the main loop (of a dense model, all of them). microbatches:
         independent chains in it.
-      ranks: of the expert-parallel group.
+      ranks: of the expert-parallel group. sharing: of them, how many attend to the same requests.
       experts: number of routed experts. expert_slots: slots of all ranks; shared_slots: how many of
         those hold shared experts.
       experts_per_token: routed experts of a token. copies: slots that it is sent to, that of a
@@ -29,6 +29,7 @@ class MoEStep(Step):
     layers: int = 1
     microbatches: int = 1
     ranks: int
+    sharing: int = 1
     experts: int
     expert_slots: int
     shared_slots: int = 0

@@ -346,20 +346,21 @@ def _dispatch_cost(
 
     The copies of a rank's tokens are divided over its vector cores; a core reads, quantizes and
     writes them into the receivers' slots one by one. The flags of every source rank are counted
-    and polled, and what arrived is copied from the window into contiguous rows.
+    and polled, and what arrived is copied from the window into contiguous rows. A rank alone sends
+    nothing: it puts its rows in the order of its experts, as any kernel of the vector cores.
     """
     hidden = x.shape[1].constant
     rows = out[0].shape[0] * out[0].shape[1]
     copies = slots.size
     message = _message_bytes(hidden, quantize, x.itemsize)
-    traffic = _traffic(rows * message, slots.shape[1].constant, axes, mesh)
-    traffic |= _copies(copies, message, axes, mesh)
     floats = rows * (hidden * x.itemsize) if restore else 0.0
+    traffic: dict[str, Any] = {}
+    if ranks > 1:
+        traffic = _traffic(rows * message, slots.shape[1].constant, axes, mesh)
+        traffic |= _copies(copies, message, axes, mesh)
+        traffic |= {"kind": "dispatch", "flags": ranks, "local_bytes": rows * (2.0 * message)}
     return Work(
-        kind="dispatch",
         vector_bytes=copies * (hidden * x.itemsize * (4.0 if quantize else 1.0)) + floats * 2.0,
-        flags=ranks if axes else 0.0,
-        local_bytes=rows * (2.0 * message) if axes else 0.0,
         read_bytes=copies * (hidden * x.itemsize) + (rows * message if restore else 0.0),
         write_bytes=rows * message + floats,
         **traffic,
@@ -376,15 +377,16 @@ def _combine_cost(
     count = rows.shape[0] * rows.shape[1]
     copies = slots.size
     row = hidden * rows.itemsize
-    traffic = _traffic(count * row, slots.shape[1].constant, axes, mesh)
-    traffic |= _copies(count, row, axes, mesh)
+    traffic: dict[str, Any] = {}
+    if ranks > 1:
+        traffic = _traffic(count * row, slots.shape[1].constant, axes, mesh)
+        traffic |= _copies(count, row, axes, mesh)
+        traffic |= {"kind": "combine", "local_bytes": copies * row + out[0].nbytes}
     return Work(
-        kind="combine",
         vector_bytes=copies * (2.0 * hidden * 4),
         flops=copies * (2.0 * hidden),
-        local_bytes=copies * row + out[0].nbytes,
         read_bytes=count * row,
-        write_bytes=copies * row,
+        write_bytes=copies * row if ranks > 1 else out[0].nbytes,
         **traffic,
     )
 
@@ -392,8 +394,6 @@ def _combine_cost(
 def _traffic(nbytes: Size, copies: float, axes, mesh) -> dict:
     """Bytes by tier. A token with `copies` experts spread evenly over N nodes reaches
     (N - 1) (1 - (1 - 1/N)**copies) other nodes, against copies (N - 1) / N rows sent there."""
-    if not axes:
-        return {}
     nodes = ranks_on_tiers(axes, mesh)["supernode"]
     distinct = nodes * reach_probability(1 / nodes, copies) / copies
     fields = exchange(nbytes, axes, mesh)
@@ -405,8 +405,6 @@ def _traffic(nbytes: Size, copies: float, axes, mesh) -> dict:
 
 def _copies(copies: Size, message: float, axes, mesh) -> dict:
     """Messages that a rank writes into others one by one, evenly spread over the ranks."""
-    if not axes:
-        return {}
     tiers = exchange(copies, axes, mesh)
     return {"copies": copies, "copy_bytes": copies * message} | {
         f"{tier}_copies": tiers[f"{tier}_bytes"] for tier in TIERS

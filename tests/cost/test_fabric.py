@@ -152,6 +152,25 @@ def test_bulk_kernels_send_a_token_to_a_node_once():
     assert timed(H800, "dispatch", **work)[3] > 0
 
 
+def test_bulk_kernels_take_over_from_the_others_as_l2_overflows():
+    l2, exchange = H800.chip.l2_bytes, H800.exchange
+    rate = H800.fabric.supernode.bandwidth_bytes_per_s
+
+    def combined(share_of_l2):
+        nbytes = share_of_l2 * l2
+        work = {"supernode_bytes": nbytes, "once_per_node_bytes": 0.4 * nbytes}
+        return timed(H800, "combine", **work)
+
+    # of 3/4 of L2, twice in turn, a half does not fit: it crosses to a node once, and from HBM
+    each = 0.5 / exchange.bandwidth + 0.5 / exchange.bandwidth_from_hbm
+    wire, _, _, disturbing = combined(0.75)
+    assert wire == pytest.approx(0.75 * l2 * (0.5 + 0.5 * 0.4) / rate * each)
+    assert disturbing == pytest.approx(wire / 2)
+    below, above = combined(0.4999), combined(0.5001)
+    assert above[0] == pytest.approx(below[0], rel=1e-3)
+    assert above[3] == pytest.approx(below[3], abs=1e-3 * above[0])
+
+
 def test_a_kernel_that_stays_on_its_die_spends_nothing_here():
     assert timed(CM, "compute", read_bytes=1e9, flops=1e12) == (0.0, 0.0, 0.0, 0.0)
 

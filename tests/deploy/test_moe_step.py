@@ -148,6 +148,40 @@ def test_rows_are_permuted_where_the_exchange_delivers_a_token_once(machine):
     assert {"dispatch", "combine"} <= kinds
 
 
+@pytest.mark.parametrize("name", ["cloudmatrix384", "h800-pod"])
+def test_a_rank_alone_exchanges_nothing(name):
+    machine = load_machine(name)
+    one_die = dataclasses.replace(machine, dies_per_npu=1)
+    deployment = Deployment(phase="decode", model="tiny", npus=1, microbatches=1)
+    program = Predictor.of(deployment, one_die).program
+    operations = [op for level, _ in program.levels for op in level.operations]
+    assert {op.work.kind for op in operations} <= {"compute", "grouped", "attention"}
+    # its rows are put in the order of the experts, and added up, by one kernel each
+    blocks = [op.name for op in operations if op.scope[-1:] in (("dispatch",), ("combine",))]
+    assert blocks.count("cm_dispatch") == blocks.count("cm_combine") > 0
+    assert all(op.work.ranks == 1 and op.work.reach == -1 for op in operations)
+
+
+@pytest.mark.parametrize(("ep", "splits"), [(32, True), (64, False), (128, False)])
+def test_prefill_splits_heads_over_no_more_ranks_than_the_published_instance(ep, splits):
+    """Each of them gathers the latents of all, of which more ranks have more."""
+    deployment = Deployment(phase="prefill", npus=ep // 2, microbatches=1)
+    program = Predictor.of(deployment, MACHINE).program
+    kinds = {op.work.kind for level, _ in program.levels for op in level.operations}
+    assert ("collective" in kinds) == splits
+
+
+def test_only_ranks_that_attend_to_the_same_requests_share_them():
+    def step(**options):
+        return build_step(Deployment(microbatches=1, npus=16, **options), MACHINE)
+
+    assert step(phase="prefill").sharing == 32
+    assert step(phase="prefill", tp=4).sharing == 4
+    assert step(phase="decode").sharing == 1
+    with pytest.raises(ValueError, match="batch 1 requests per NPU do not divide over 2 dies"):
+        step(phase="decode").symbols({"batch": 1.0, "context": 4096.0})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

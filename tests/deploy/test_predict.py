@@ -1,6 +1,7 @@
 """Predictions of deployments: monotone where physics is, and refused where they make no sense."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -12,10 +13,13 @@ import cmjax
 from cmjax.cost.interval import interval
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
+from cmjax.deploy.predict import split_options
 from cmjax.deploy.prediction import calibration
 from cmjax.deploy.predictor import Predictor, known_uncertainty
 from cmjax.deploy.requests import Requests
 from cmjax.hardware import leaf_names, load_machine
+from cmjax.models.moe.checkpoint.hf_config import config_json
+from cmjax.models.moe.presets import tiny
 
 M = load_machine("cloudmatrix384")
 REQUESTS = Requests(batch=96, prompt=2048, output=512, acceptance=0.7)
@@ -111,6 +115,55 @@ def test_the_largest_batch_meets_the_slo_and_the_next_one_does_not(decode):
             <= slo
             < decode.predict(following).to_dict()["tpot_ms"]
         )
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "layers", "width"),
+    [
+        # 61 layers and the draft module's; a latent of 512 and a rotary key of 64
+        ("cloudmatrix384", {"model": "deepseek-r1", "npus": 16}, 62, 576),
+        # 80 layers, one of 8 key and value heads of 128 on each of 8 ranks
+        ("h800-pod", {"model": "llama3-70b", "npus": 8, "tp": 8}, 80, 2 * 128),
+    ],
+)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_prefill_holds_the_caches_that_it_makes(machine, options, layers, width, microbatches):
+    batch, prompt = 8.0, 4096.0
+    options = options | {"phase": "prefill", "microbatches": microbatches}
+    found = cmjax.predict(machine=machine, batch=batch, prompt=prompt, **options)
+    requests = batch / found.machine.dies_per_npu * options.get("tp", 1)
+    inputs = requests * prompt * 4  # int32 tokens
+    caches = requests * prompt * layers * width * 2
+    assert caches <= found.memory_bytes["caches"] <= caches + 1.1 * inputs
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        # 32 requests of a die, each with its own length; those of four dies at a time
+        ({"phase": "decode", "context": 4096.0}, 0.5 / 32**0.5),
+        ({"phase": "decode", "context": 4096.0, "tp": 4}, 0.5 / 128**0.5),
+        # all ranks attend to the same prompts, of which each has a part of the heads
+        ({"phase": "prefill"}, 0.0),
+        ({"phase": "decode", "context": 4096.0, "model": "llama3-70b", "npus": 4, "tp": 8}, 0.0),
+    ],
+)
+def test_lengths_differ_between_ranks_that_do_not_share_requests(options, want):
+    fields = {"npus": 16, "microbatches": 1, "batch": 64.0, "context_spread": 0.5} | options
+    deployment, requests = split_options(fields.pop("model", "deepseek-r1"), None, fields)
+    found = Predictor.of(deployment, load_machine("cloudmatrix384")).differences(requests)
+    assert found.attention == pytest.approx(want, rel=1e-6)
+
+
+def test_a_model_file_that_changes_is_read_again(tmp_path):
+    def step_s(layers):
+        config = dataclasses.replace(tiny(), layers=layers)
+        (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
+        path = str(tmp_path / "config.json")
+        found = cmjax.predict(path, phase="decode", npus=8, batch=96.0, context=4096.0)
+        return float(found.step_s)
+
+    assert step_s(8) > 1.2 * step_s(4)
 
 
 def test_a_search_that_memory_ends_returns_the_last_batch_that_fits(decode):

@@ -2,8 +2,9 @@
 
     softmax(scale * q (s_k k)^T + mask) (s_v v)
 
-The NPU dequantizes the cache and attends it, and that is what is priced. On a CPU the steps leave
-the sums, (s_k k) . q = s_k (k . q), so that the cache is read as it lies, a byte per element.
+The NPU dequantizes the cache in the kernel that attends it, and that is what is priced. On a CPU
+the steps leave the sums, (s_k k) . q = s_k (k . q). Both read the cache as it lies, a byte per
+element.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, Int8
 from cmjax.primitives.attention import causal as kernel
 from cmjax.primitives.attention.exact import attention_p
 from cmjax.primitives.define import define
+from cmjax.program import fused
 
 
 def cached_attention(
@@ -55,7 +57,7 @@ def cached_attention(
     params = {"scale": float(scale), "window": window}
     _check(*map(jax.typeof, operands))
     one = functools.partial(cached_attention_p.bind, **params)
-    formula = functools.partial(_reference, **params)
+    formula = fused("CachedAttention")(functools.partial(_reference, **params))
     return lax.platform_dependent(*operands, cpu=one, default=formula)
 
 

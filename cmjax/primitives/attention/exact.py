@@ -275,8 +275,9 @@ CAP_INSTRUCTIONS = 10.0  # per score, of a soft cap: offset, divide, tanh (7), m
 @cost_rule(attention_p)
 def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal, window) -> Work:
     """A FlashAttention kernel: scores stay on chip, blocks above the diagonal and those behind the
-    window are skipped."""
+    window are skipped, and what no query sees is not read."""
     queries, keys = q.shape[-3], k.shape[-3]
+    cache = k.nbytes + v.nbytes
     if window is None:
         scores = q.size / q.shape[-1] * keys
         if causal:  # key j is seen by query i if j <= i + keys - queries
@@ -284,10 +285,12 @@ def _attention_cost(q, k, v, *lengths, out, mesh, scale, causal, window) -> Work
     else:  # the first queries of a prompt see fewer keys than the window holds
         seen = minimum(keys, Size.of(window))
         scores = q.size / q.shape[-1] * seen * (1.0 - 0.5 * (minimum(queries, seen) / keys))
+        cache = cache * (minimum(keys, queries + (window - 1.0)) / keys)
     flops = scores * 2.0 * (q.shape[-1] + v.shape[-1])
     return Work(
         kind="attention",
         flops=flops,
+        read_bytes=sum((x.nbytes for x in lengths), q.nbytes + cache),
         vector_bytes=scores * (4 * SOFTMAX_INSTRUCTIONS),
         **matmul_flops(q.dtype, flops),
     )

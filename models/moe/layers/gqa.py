@@ -27,6 +27,7 @@ from cmjax.models.moe.parallelism import Parallelism
 from cmjax.primitives.attention.cached import cached_attention
 from cmjax.primitives.attention.exact import attention, visible_keys
 from cmjax.primitives.attention.pasa import pasa_attention
+from cmjax.program import fused
 
 
 class GQA(nnx.Module):
@@ -125,7 +126,13 @@ class GQA(nnx.Module):
             entries = cache.key, cache.key_scale, cache.value, cache.value_scale
             options = {"scale": softmax_scale(self.config), "window": self.sizes.window}
             return cached_attention(q, *entries, lengths + q.shape[1], **options)
-        return self._attend(q, *cache.read(q.dtype), lengths + q.shape[1])
+
+        def attend(q, cache: GroupedCache, lengths):
+            return self._attend(q, *cache.read(q.dtype), lengths)
+
+        encoded = cache.kind in ("int8", "mxfp4")  # it is read as it lies
+        attend = fused("CachedAttention")(attend) if encoded else attend
+        return attend(q, cache, lengths + q.shape[1])
 
     def _attend(self, q, k, v, lengths):
         scale, window = softmax_scale(self.config), self.sizes.window

@@ -112,7 +112,7 @@ class MoE(nnx.Module):
         self, experts: Experts, sent: Dispatched, dtype: jnp.dtype
     ) -> Float[Array, "slots rows hidden"]:
         """Apply those in this rank's slots."""
-        if not self.parallelism.permutes:
+        if not self.parallelism.permutes or self.parallelism.ranks == 1:
             return experts(sent.rows, sent.scale, dtype)
         how = {"ranks": self.parallelism.ranks, "copies": sent.position.shape[1]}
         return unpermute(experts(permute(sent.rows, **how), sent.scale, dtype), **how)

@@ -9,6 +9,7 @@ import pytest
 from jax import export
 from jax.test_util import check_grads
 
+from cmjax.primitives.attention.cached import cached_attention
 from cmjax.primitives.attention.exact import attention, latent_attention
 from cmjax.program import trace
 
@@ -75,6 +76,38 @@ def test_a_window_prices_the_scores_it_lets_through():
     assert flops(64, 64, 64) == flops(64, 64, None)
     seen = sum(min(i + 1, 16) for i in range(64))
     assert flops(64, 64, 16) == pytest.approx(each * seen, rel=0.02)
+
+
+def test_keys_behind_the_window_are_not_read():
+    def read(keys, queries, window):
+        def run(q, k):
+            return attention(q, k, k, scale=1.0, causal=True, window=window)
+
+        q, k = jnp.ones((1, queries, 2, 8)), jnp.ones((1, keys, 1, 8))
+        return trace(run, q, k).totals({})["read_bytes"]
+
+    query, entry = 2 * 8 * 4, 2 * 8 * 4
+    assert read(64, 1, 16) == query + 16 * entry
+    assert read(64, 3, 16) == 3 * query + 18 * entry  # the first query's oldest is two before
+    assert read(64, 1, None) == read(64, 1, 99) == query + 64 * entry
+    assert read(64, 64, 16) == 64 * query + 64 * entry
+
+
+def test_a_cache_in_int8_is_read_as_it_lies():
+    requests, keys, heads, dim = 3, 64, 2, 8
+    q = jnp.ones((requests, 1, 4, dim), jnp.bfloat16)
+    steps = jnp.ones((requests, keys, heads, dim), jnp.int8)
+    step, lengths = jnp.ones((requests, keys, heads)), jnp.full(requests, keys, jnp.int32)
+
+    def run(q, k, k_scale, v, v_scale, lengths):
+        return cached_attention(q, k, k_scale, v, v_scale, lengths, scale=1.0)
+
+    found = trace(run, q, steps, step, steps, step, lengths).totals({})
+    cache = 2 * (requests * keys * heads * (dim + 4))  # a byte each, and a float32 per token
+    # besides, every request's length
+    assert found["read_bytes"] == cache + 2 * q.size + 4 * requests
+    assert found["write_bytes"] == 2 * q.size
+    assert found["launches"] == 1
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_a_finite_gradient():

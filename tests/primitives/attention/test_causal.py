@@ -8,7 +8,7 @@ import pytest
 from cmjax import native
 from cmjax.primitives.attention.cached import cached_attention
 from cmjax.primitives.attention.exact import attention, latent_attention
-from cmjax.program import trace
+from cmjax.program import fused, trace
 
 
 def _wanted(q, k, v, lengths, scale, window):
@@ -153,7 +153,7 @@ def test_an_int8_cache_has_the_gradient_of_the_formula():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_an_int8_cache_is_priced_as_the_chip_attends_it_dequantized():
+def test_an_int8_cache_is_priced_as_one_kernel_that_dequantizes_and_attends_it():
     rng = np.random.default_rng(0)
     cache, _ = _int8_cache(rng, 9)
     q, lengths = (
@@ -161,6 +161,7 @@ def test_an_int8_cache_is_priced_as_the_chip_attends_it_dequantized():
         jnp.array([4, 9, 6], jnp.int32),
     )
 
+    @fused("CachedAttention")
     def chip(q, k, k_step, v, v_step):
         keys, values = (
             (x.astype(jnp.float32) * s[..., None]).astype(q.dtype)
