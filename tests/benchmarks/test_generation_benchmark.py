@@ -115,7 +115,7 @@ def test_the_picture_compares_equal_bits(tmp_path):
     text = (tmp_path / "a.svg").read_text()
     assert "Batch 1 decodes at 1.50× transformers bfloat16 in bfloat16" in text
     plot_decode([row, faster], tmp_path / "b.svg")
-    found = "Batch 1 decodes fastest in cmjax int8, at 125 % of memory's bound"
-    assert found.replace("'", "&#39;") in (tmp_path / "b.svg").read_text().replace("&apos;", "&#39;")
+    found = "Batch 1 decodes fastest in cmjax int8, at 125 % of memory"
+    assert found in (tmp_path / "b.svg").read_text()
     with pytest.raises(ValueError, match="no rows"):
         plot_decode([], tmp_path / "a.svg")
