@@ -60,7 +60,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(f"predicted {phase} step of DeepSeek-R1, ms")
         if phase == "decode":
             axes.set_ylabel("KL from float32, nats per byte")
-    how = "Left and low is better; divergence of a small model trained here. w4a16 assumes 4-bit units."
+    how = "Left and low is better; divergence of a small model. w4a16 assumes 4-bit matrix units."
     set_title(figure, finding(rows), how)
     save(figure, path)
 

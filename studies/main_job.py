@@ -49,7 +49,7 @@ def sweep(out: Path, console: Console) -> Section:
             console.print(str(error))
         else:
             console.print(f"TPOT within {slo:g} ms: batch {found[-1].requests.batch:g} per NPU")
-    by_batch = {float(p.requests.batch): p.to_dict() for p in found}
+    by_batch = {result["requests"]["batch"]: result for result in (p.to_dict() for p in found)}
     results = [by_batch[batch] for batch in sorted(by_batch)]
     replace_text(out / "batch_sweep.json", json.dumps(results, indent=1))
     points = [report.ThroughputPoint.of(result) for result in results]

@@ -186,7 +186,10 @@ def test_a_layer_without_a_successor_is_refused(layer, timeline, tmp_path):
 
 
 def test_titles_are_computed_from_the_data():
-    assert steps_compare_title(ROWS) == "End-to-end predictions are 5.9 % off on average, 6.1 % at worst"
+    assert (
+        steps_compare_title(ROWS)
+        == "End-to-end predictions are 5.9 % off on average, 6.1 % at worst"
+    )
     assert steps_compare_title(ROWS[:1]) == "End-to-end predictions vs published: 5.7 % off"
     assert steps_compare_title(ROWS[2:]) == "Calibrated kernels vs published: 3.4 % off"
     assert placement_title(LOADS) == "Busiest rank over mean: contiguous 1.75×, greedy 1.00×"

@@ -243,10 +243,9 @@ class _Search:
             (p, d) for p, d in itertools.product(prefill_npus, decode_npus) if p + d <= self.npus
         ]
         if not pairs:
-            least = min(prefill_npus), min(decode_npus)
             raise ValueError(
-                f"npus {self.npus} holds no pair of instances; the smallest is one of {least[0]} for "
-                f"prefill and one of {least[1]} for decode"
+                f"npus {self.npus} holds no pair of instances; the smallest is one of "
+                f"{min(prefill_npus)} for prefill and one of {min(decode_npus)} for decode"
             )
         sizes = [Size(self._service(p, d, 1, 1, _LARGEST_BATCH), self.machine) for p, d in pairs]
         priced = run_all(price_pair, sizes, self.executor, self._say("pricing"))
