@@ -40,7 +40,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.price_speed
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open out/manual/index.html"
 
 $(VENV)/bin/python:

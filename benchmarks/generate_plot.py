@@ -6,6 +6,13 @@ from typing import Any
 
 from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
+from cmjax.report.units import percent
+
+_EQUAL_BITS = (
+    ("cmjax bfloat16", "transformers bfloat16"),
+    ("cmjax msd_w8a16", "llama.cpp Q8_0"),
+    ("cmjax msd_w4a16", "llama.cpp Q4_0"),
+)
 
 
 @fig.plain_text
@@ -26,7 +33,7 @@ def plot_decode(rows: Sequence[Any], path: str | Path) -> None:
     panel = 0.55 + 0.21 * len(systems)
     height = 0.65 + len(batches) * panel + 0.35
     figure = fig.new_figure(height)
-    how = f"Prompts of {prompt} tokens. Blue: cmjax. Black: reading the weights alone, where near."
+    how = f"Prompts of {prompt} tokens. Black marks: the most that reading the weights allows."
     fig.set_title(figure, _finding(rows), how)
     left = fig.widest_inches(figure, systems, 9) + 0.3
     for number, batch in enumerate(batches):
@@ -59,13 +66,21 @@ def _panel(axes: Any, rows: Sequence[Any], batch: int) -> None:
     axes.set(yticks=list(places), yticklabels=names, xlim=(0, most), ylim=(len(rows) - 0.4, -0.6))
     axes.set_title(f"batch {batch}", size=9, loc="left", color=fig.INK, pad=3)
     axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _finding(rows: Sequence[Any]) -> str:
-    """How the two sides compare in bfloat16 at the smallest batch."""
+    """How fast the smallest batch decodes: over the peers of equal bits, else over the bound."""
     batch = min(row.batch for row in rows)
-    speeds = {row.system: row.decode_tokens_per_s for row in rows if row.batch == batch}
-    own, peer = (speeds.get(f"{side} bfloat16") for side in ("cmjax", "transformers"))
-    if own is None or peer is None:
-        return "Decoding on CPU beside what memory allows"
-    return f"Batch {batch}: bfloat16 decodes {own / peer:.1f} times as fast as in transformers"
+    at = {row.system: row for row in rows if row.batch == batch}
+    speeds = {system: row.decode_tokens_per_s for system, row in at.items()}
+    pairs = [pair for pair in _EQUAL_BITS if set(pair) <= speeds.keys()]
+    if pairs:
+        ratios = (
+            f"{speeds[own] / speeds[peer]:.2f}× {peer} in {own.removeprefix('cmjax ')}"
+            for own, peer in pairs
+        )
+        return f"Batch {batch} decodes at {', '.join(ratios)}"
+    best = max(at.values(), key=lambda row: row.decode_tokens_per_s)
+    share = percent(best.decode_tokens_per_s / best.bound_tokens_per_s, digits=0)
+    return f"Batch {batch} decodes fastest in {best.system}, at {share} of memory's bound"

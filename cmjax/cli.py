@@ -5,6 +5,7 @@ success, 1 a failure of the machine (a full disk, say), 2 bad input, with one li
 """
 
 import argparse
+import difflib
 import gc
 import inspect
 import itertools
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsers = parser.add_subparsers(metavar="COMMAND ARGS", required=True, dest="command")
     for name, (_, gives) in _COMMANDS.items():
         parsers.add_parser(name, help=gives, add_help=False)
+    if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
+        return exit_code(lambda: _refuse_command(given[0]))
     name = parser.parse_args(given[:1]).command
 
     def run() -> None:
@@ -95,6 +98,13 @@ def _rarely_collected() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _refuse_command(name: str) -> None:
+    """Raise ValueError: there is no such command, and which ones are like it."""
+    close = difflib.get_close_matches(name, _COMMANDS)
+    meant = f"; perhaps {' or '.join(close)}?" if close else ""
+    raise ValueError(f"no command {name!r}{meant} (cmjax --help)")
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ _PLAINLY = (
      r"\1 takes INT, got \2"),
     (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 takes FLOAT, got \2"),
     (r"Error parsing (\S+): ", r"\1: "),
+    (r"[Ii]nvalid choice (.+) for argument '(?:\w+\.)*(\S+)'\. Expected one of \((.+?),?\)",
+     r"\2 takes one of \3, got \1"),
 )  # fmt: skip
 """How tyro says what is wrong with a value, and the same in fewer words."""
 

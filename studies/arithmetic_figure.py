@@ -26,6 +26,7 @@ from cmjax.report.plots.figure import (
     save,
     set_title,
 )
+from cmjax.report.units import percent
 
 _CLOSE = 4  # of the places for a name, those that touch its point
 
@@ -59,15 +60,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(f"predicted {phase} step of DeepSeek-R1, ms")
         if phase == "decode":
             axes.set_ylabel("KL from float32, nats per byte")
-    fastest_row = min(rows, key=lambda row: row["decode_ms"])
-    base = rows[0]["decode_ms"] / fastest_row["decode_ms"]
-    set_title(
-        figure,
-        f"{fastest_row['name']} decodes {base:.2f} times as fast as bfloat16 and agrees on "
-        f"{fastest_row['agreement']:.1%} of bytes",
-        "left and low is better; divergence of a small model trained here",
-    )
+    how = "Left and low is better; divergence of a small model. w4a16 assumes 4-bit matrix units."
+    set_title(figure, finding(rows), how)
     save(figure, path)
+
+
+def finding(rows: list[dict[str, Any]]) -> str:
+    """How fast the fastest arithmetic that the chip has units for decodes, and how right it is."""
+    there = [row for row in rows if "w4a16" not in row["name"]]
+    best = min(there, key=lambda row: (row["decode_ms"], row["divergence"]))
+    ratio = rows[0]["decode_ms"] / best["decode_ms"]
+    return (
+        f"{best['name']}: decodes {ratio:.2f} times as fast as bfloat16, agrees on "
+        f"{percent(best['agreement'])} of bytes"
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

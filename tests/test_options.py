@@ -40,7 +40,7 @@ class Options:
         (["--name", "x", "--rank", "3"], r"unrecognized options: --rank, 3; perhaps --ranks\?"),
         (["--name", "x", "--ranks", "many"], r"--ranks takes INT, got 'many'"),
         (["--name", "x", "--ranks"], r"missing value for argument '--ranks'"),
-        (["--name", "x", "--phase", "both"], r"invalid choice 'both' for argument '--phase'"),
+        (["--name", "x", "--phase", "both"], r"--phase takes one of '.*, got 'both'"),
         (["--ranks", "3"], r"missing from it: --name STR"),
         (["--name", "x", "--ranks", "0"], r"ranks must be at least 1, got 0"),
         (["--name", "x", "left", "over"], r"unrecognized options: left, over"),

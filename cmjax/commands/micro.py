@@ -64,7 +64,8 @@ class Micro:
     def run(self, console: Console) -> None:
         check_target(self.json)
         result = self.measure(load_machine(self.on))
-        emit(console, self.json, result, report.key_value_table(self.operator, result))
+        shown = {key: value for key, value in result.items() if value}  # an exchange has no TFLOPS
+        emit(console, self.json, result, report.key_value_table(self.operator, shown))
 
     def measure(self, machine: Supernode) -> dict[str, float]:
         """Time, rate, utilization and bandwidth on `machine`."""

@@ -42,7 +42,10 @@ class Transcribe:
         """
         check_target(self.json)
         if not self.files:
-            raise ValueError("no FILE to transcribe")
+            raise ValueError(
+                f"no FILE to transcribe behind the recognizer, which is {self.checkpoint} here "
+                "(cmjax transcribe CHECKPOINT FILE ...)"
+            )
         recognizer = load_recognizer(self.checkpoint)
         transcribe = recognizer.transcriber(self.precision, self.decoding)
         rows, failed = [], 0

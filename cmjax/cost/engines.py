@@ -39,7 +39,8 @@ class Seconds:
     """Seconds of every operation of one program level, by engine, and as scheduled.
 
     Fields:
-      cube, vector, hbm, fabric: how long it keeps each engine busy.
+      cube, vector, hbm, fabric: how long it keeps each engine busy; a stream that owns a third of
+        the die's cores keeps a third of that engine busy.
       waiting: for the slowest rank, before it. total: from its start to its end, waiting included.
       skew: what another stream that needs its result waits longer, for the slowest rank's.
 
@@ -155,9 +156,8 @@ def seconds(
     mean = cube - more * cube, vector - more * vector, hbm - more * rows
     excess = factor * (longest(cube, vector, hbm) - longest(*mean))
     waiting, skew = waits_s(program, total, excess, machine, differences)
-    cube, vector, hbm, wire = (
-        jnp.broadcast_to(each, total.shape) for each in (cube, vector, hbm, wire)
-    )
+    busy = cube * static.cube_share, vector * static.vector_share, hbm, wire
+    cube, vector, hbm, wire = (jnp.broadcast_to(each, total.shape) for each in busy)
     return Seconds(cube, vector, hbm, wire, waiting, total + waiting, skew)
 
 

@@ -113,6 +113,9 @@ def test_the_picture_compares_equal_bits(tmp_path):
     faster = dataclasses.replace(row, system="cmjax int8", decode_tokens_per_s=50.0)
     plot_decode([row, faster, peer], tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
-    assert "bfloat16 decodes 1.5 times as fast as in transformers" in text
+    assert "Batch 1 decodes at 1.50× transformers bfloat16 in bfloat16" in text
+    plot_decode([row, faster], tmp_path / "b.svg")
+    found = "Batch 1 decodes fastest in cmjax int8, at 125 % of memory"
+    assert found in (tmp_path / "b.svg").read_text()
     with pytest.raises(ValueError, match="no rows"):
         plot_decode([], tmp_path / "a.svg")

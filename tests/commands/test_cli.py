@@ -89,6 +89,13 @@ def test_machines_lists_a_source_for_every_number(capsys):
     assert "chip.hbm_bytes_per_s" in sources
 
 
+def test_a_misspelt_command_is_one_line_with_what_may_be_meant(capsys):
+    assert main(["predcit", "decode"]) == 2
+    assert (
+        capsys.readouterr().err == "error: no command 'predcit'; perhaps predict? (cmjax --help)\n"
+    )
+
+
 def test_the_help_of_place_is_grouped_and_fits_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:

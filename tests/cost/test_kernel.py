@@ -190,6 +190,10 @@ def test_a_stream_that_owns_some_cores_computes_at_their_share():
     assert cube == pytest.approx(full * 24 / 16, rel=1e-12)
     vector = time_of(activation, array(m, n)) - CHIP.vector_startup_s
     assert vector == pytest.approx(60 * 4 * m * n * 2 / (CHIP.vector_bytes_per_s * 32 / 48))
+    # Two thirds of the cores that work for so long are two thirds of the engine's time.
+    shared = price(trace(product, array(m, k), array(k, n)), M, {}).engines["cube"]
+    alone = price(trace(lambda x, w: x @ w, array(m, k), array(k, n)), M, {}).engines["cube"]
+    assert float(shared) == pytest.approx(float(alone), rel=1e-12)
 
 
 @pytest.mark.parametrize("name, cores, most", [("cube", 25, 24), ("vector", 49, 48)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
@@ -148,6 +149,10 @@ def test_the_step_title_names_the_block_that_sets_it(result, timeline):
     assert step_title(prefill) == f"Attention is the largest part of the prefill step: {step} ms"
     experts = prefill | {"breakdown": {"experts": result["step_ms"]}}
     assert step_title(experts) == f"Experts are the largest part of the prefill step: {step} ms"
+    thirds = {name: 0.3 * result["step_ms"] for name in ("dispatch", "combine", "experts")}
+    assert step_title(prefill | {"breakdown": thirds}) == (
+        f"Dispatch and combine are the largest part of the prefill step: {step} ms"
+    )
 
 
 def test_a_layer_period_is_one_iteration_in_steady_state(timeline):
@@ -160,6 +165,10 @@ def test_a_layer_period_is_one_iteration_in_steady_state(timeline):
         assert period.busy(stream) * period.span_us == pytest.approx(float(seconds) * 1e6, rel=1e-3)
         assert {b.microbatch for b in period.bars if b.stream == stream} == {0, 1}
     assert {b.block for b in period.bars} == {"attention", "experts"}
+    assert re.fullmatch(
+        r"The attention stream sets the layer's [\d,]+ µs; MoE stream \d+ % busy",
+        timeline_title(period),
+    )
     assert all(b.start_us + b.duration_us <= period.span_us * (1 + 1e-6) for b in period.bars)
 
 
@@ -177,8 +186,11 @@ def test_a_layer_without_a_successor_is_refused(layer, timeline, tmp_path):
 
 
 def test_titles_are_computed_from_the_data():
-    assert steps_compare_title(ROWS) == "Predictions are 5.9 % off on average, 6.1 % at worst"
-    assert steps_compare_title(ROWS[:1]) == "Predictions vs published: 5.7 % off"
+    assert (
+        steps_compare_title(ROWS)
+        == "End-to-end predictions are 5.9 % off on average, 6.1 % at worst"
+    )
+    assert steps_compare_title(ROWS[:1]) == "End-to-end predictions vs published: 5.7 % off"
     assert steps_compare_title(ROWS[2:]) == "Calibrated kernels vs published: 3.4 % off"
     assert placement_title(LOADS) == "Busiest rank over mean: contiguous 1.75×, greedy 1.00×"
     assert load_curve_title(LOADS["contiguous"]) == (

@@ -23,6 +23,15 @@ def test_a_picture_is_drawn_from_the_table_beside_it(name, tmp_path, capsys):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_the_finding_is_of_an_arithmetic_that_the_chip_has():
+    row = {"name": "bfloat16", "decode_ms": 90.0, "divergence": 1e-5, "agreement": 0.99}
+    int8 = row | {"name": "int8", "decode_ms": 60.0, "agreement": 0.985}
+    four = row | {"name": "msd_w4a16", "decode_ms": 30.0}
+    assert arithmetic_figure.finding([row, int8, four]) == (
+        "int8: decodes 1.50 times as fast as bfloat16, agrees on 98.5 % of bytes"
+    )
+
+
 def test_time_against_greedy_is_a_ratio_of_the_times_in_the_table():
     rows = placement_figure.read_rows(DOCS / "placement.csv")
     later, other = placement_figure.lines(rows, 128)

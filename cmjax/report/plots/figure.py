@@ -76,6 +76,11 @@ def add_axes(
     return axes
 
 
+def stream_name(stream: str) -> str:
+    """`MoE stream`: a stream of a program, as people write it."""
+    return f"{'MoE' if stream == 'moe' else stream} stream"
+
+
 def widest_inches(figure: Figure, labels: Sequence[str], size: float) -> float:
     """Width of the widest of some labels, to leave a margin for them."""
     widths = []

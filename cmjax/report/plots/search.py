@@ -39,7 +39,7 @@ def plot_search(found: DeploymentSearch, path: str | Path) -> None:
     axes.plot(latency_ms[front], found.tokens_per_s_per_npu[front], color=fig.BLUE, lw=1.8)
     best = int(np.where(found.within, found.tokens_per_s_per_npu, -np.inf).argmax())
     steps = np.linspace(0, len(front) - 1, _NAMED).round().astype(int)
-    near = 0.1 * latency_ms[front].max()
+    near = 0.15 * latency_ms[front].max()
     named = [i for i in front[steps].tolist() if abs(latency_ms[i] - latency_ms[best]) > near]
     for row in (*named, best):
         at = latency_ms[row], found.tokens_per_s_per_npu[row]

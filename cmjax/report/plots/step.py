@@ -19,6 +19,8 @@ HOST, IDLE, REST = "host", "idle", "rest"
 _SMALL = 0.035  # of the axis: parts below share one segment
 _NEGLIGIBLE = 0.01  # of the step: streams that work less are not drawn
 _NAMES = {**BLOCKS, HOST: "host", IDLE: "idle", REST: "rest"}
+_EXCHANGES = "dispatch and combine"
+_PLURAL = ("experts", _EXCHANGES)
 _COLOURS = {**fig.BLOCK_COLOURS, HOST: "#BDBDBD", IDLE: fig.PALE, REST: fig.GREY}
 
 
@@ -50,12 +52,14 @@ def step_lanes(result: Mapping, timeline: Timeline | None = None) -> dict[str, d
 
 def step_title(result: Mapping, timeline: Timeline | None = None) -> str:
     """The finding: which block sets the step (with a timeline) or takes most of it."""
-    parts = next(iter(step_lanes(result, timeline).values()))
+    parts = dict(next(iter(step_lanes(result, timeline).values())))
+    parts[_EXCHANGES] = sum(parts.pop(block, 0.0) for block in ("dispatch", "combine"))
     largest = max(parts.keys() - {IDLE}, key=parts.__getitem__)
-    name = _NAMES[largest][0].upper() + _NAMES[largest][1:]
+    name = _NAMES.get(largest, largest)
+    name = name[0].upper() + name[1:]
     decoding = "tpot_ms" in result
     what = f"the {'decode' if decoding else 'prefill'} step"
-    sets, is_ = ("set", "are") if largest == "experts" else ("sets", "is")
+    sets, is_ = ("set", "are") if largest in _PLURAL else ("sets", "is")
     verb = f"{sets} {what}" if timeline is not None else f"{is_} the largest part of {what}"
     title = f"{name} {verb}: {number(result['step_ms'])} ms"
     return title + (f", {number(result['tpot_ms'])} ms per token" if decoding else "")
@@ -162,7 +166,7 @@ def _lane_label(name: str, parts: Mapping[str, float]) -> str:
     if name in (CRITICAL, ALL):
         return name
     busy = 1 - parts.get(IDLE, 0.0) / sum(parts.values())
-    return f"{name} stream\n{busy:.0%} busy".replace("%", " %")
+    return f"{fig.stream_name(name)}\n{busy:.0%} busy".replace("%", " %")
 
 
 def _by_block(events) -> dict[str, float]:

@@ -11,11 +11,12 @@ from cmjax.program import Program
 from cmjax.report.blocks import BLOCKS, block_of
 from cmjax.report.figure_path import checked_path
 from cmjax.report.plots import figure as fig
-from cmjax.report.units import number
+from cmjax.report.units import number, percent
 
 _COLOURS = (fig.SKY, fig.ORANGE, fig.GREEN, fig.PURPLE)
 _HEIGHT = 0.68  # of a lane
 _INVISIBLE = 1e-4  # of the period: shorter operations are left out
+_ALWAYS = 0.995  # of the period: a stream that works so much of it is what sets it
 _KERNELS = {"dot_general": "GEMM", "add": "add", "concatenate": "concat"}
 
 
@@ -123,11 +124,14 @@ def microbatch_of(body: Program) -> list[int]:
 
 
 def timeline_title(period: Period) -> str:
-    """The finding: how long a layer takes and how busy the streams are."""
+    """The finding: which stream sets the layer's time, and how busy the others are."""
     streams = sorted({b.stream for b in period.bars}, key=lambda s: -period.busy(s))
-    busy = ", ".join(f"{s} stream {period.busy(s):.0%} busy" for s in streams).replace("%", " %")
     ms = period.span_us / 1e3
-    return f"One layer takes {f'{number(ms)} ms' if ms >= 10 else f'{ms * 1e3:,.0f} µs'}: {busy}"
+    takes = f"{number(ms)} ms" if ms >= 10 else f"{ms * 1e3:,.0f} µs"
+    busy = [f"{fig.stream_name(s)} {percent(period.busy(s), digits=0)} busy" for s in streams]
+    if len(streams) == 1 or period.busy(streams[0]) < _ALWAYS:
+        return f"One layer takes {takes}: {', '.join(busy)}"
+    return f"The {fig.stream_name(streams[0])} sets the layer's {takes}; {', '.join(busy[1:])}"
 
 
 @fig.plain_text
@@ -228,7 +232,7 @@ def _lane_label(timeline: Timeline, name: str) -> str:
         for count, kind in ((stream.cube_cores, "cube"), (stream.vector_cores, "vector"))
         if count is not None
     ]
-    return f"{name} stream" + (f"\n{' + '.join(cores)}\ncores" if cores else "")
+    return fig.stream_name(name) + (f"\n{' + '.join(cores)}\ncores" if cores else "")
 
 
 def _iterations(timeline: Timeline, body: Program) -> dict[int, list[Event]]:

@@ -18,7 +18,7 @@ def steps_compare_title(rows: Sequence[ValidationRow]) -> str:
     """The finding: how far off the predictions are; the calibrated rows where there are none."""
     found = summary(rows)
     role = "predict" if "predict" in found else next(iter(found))
-    what = "Predictions" if role == "predict" else "Calibrated kernels"
+    what = "End-to-end predictions" if role == "predict" else "Calibrated kernels"
     if found[role].rows == 1:
         return f"{what} vs published: {percent(found[role].worst_error)} off"
     return (

@@ -243,7 +243,10 @@ class _Search:
             (p, d) for p, d in itertools.product(prefill_npus, decode_npus) if p + d <= self.npus
         ]
         if not pairs:
-            raise ValueError(f"{self.npus} NPUs do not hold any pair of instances")
+            raise ValueError(
+                f"npus {self.npus} holds no pair of instances; the smallest is one of "
+                f"{min(prefill_npus)} for prefill and one of {min(decode_npus)} for decode"
+            )
         sizes = [Size(self._service(p, d, 1, 1, _LARGEST_BATCH), self.machine) for p, d in pairs]
         priced = run_all(price_pair, sizes, self.executor, self._say("pricing"))
         found = {q: t for q, t in zip(pairs, priced, strict=True) if isinstance(t, StepTimes)}

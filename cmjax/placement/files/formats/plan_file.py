@@ -114,7 +114,8 @@ def read_plans(
     chosen = re.fullmatch(r"(.+\.npz):([^/\\]+)", str(path), re.IGNORECASE)
     file, name = (Path(chosen[1]), chosen[2]) if chosen else (Path(path), None)
     if not file.is_file():
-        raise ValueError(f"{path}: expected a plan, found no such file")
+        found = "a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"{path}: expected a plan, found {found}")
     suffix = file.suffix.lower()
     if suffix in (".npy", ".npz"):
         plans = from_omniplacement(file, nodes=nodes or 1)

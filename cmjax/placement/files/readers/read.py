@@ -182,7 +182,7 @@ def _scenarios(path: str | Path, experts: int | None) -> Scenarios:
         what = repr(place.suffix) if place.suffix else "no suffix"
         raise ValueError(f"{path}: expected a {_SUFFIXES} file, found {what}; {_MORE}")
     if not place.is_file():
-        raise ValueError(f"{path}: expected a {_SUFFIXES} file, found no such file; {_MORE}")
+        raise ValueError(f"{path}: no such file of loads")
     if name is None:
         return reader(place, None, experts)
     try:
