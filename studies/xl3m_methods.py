@@ -76,7 +76,7 @@ def stretched(config: MoEConfig, length: int) -> dict[str, MoEConfig]:
     assert isinstance(config.attention, GroupedAttention)
     trained, rope = config.max_position, config.rope
     factor = max(length / trained, 1.0)
-    dim = config.attention.rope_dim
+    dim = config.rope_dim
     ways = {
         "RoPE linear": dataclasses.replace(rope, scaling=LinearScaling(factor=factor)),
         "RoPE NTK": dataclasses.replace(rope, theta=rope.theta * factor ** (dim / (dim - 2))),

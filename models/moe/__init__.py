@@ -1,5 +1,5 @@
-"""Mixture-of-experts transformers (DeepSeek-V2 and V3, Qwen3-MoE, Mixtral) and dense ones (Qwen3,
-Llama), as one rank holds them; real weights in and out.
+"""Mixture-of-experts transformers (DeepSeek-V2 and V3, GLM-4.5, Qwen3-MoE, Mixtral) and dense ones
+(Qwen3, Llama), as one rank holds them; real weights in and out.
 
     from cmjax.models import moe
     model = moe.load("path/of/a/checkpoint")                     # or moe.from_config(moe.tiny())

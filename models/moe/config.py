@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from cmjax.models.moe.positions import Rope, YarnConfig
 
-Family = Literal["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral", "qwen3", "llama"]
+Family = Literal["deepseek_v2", "deepseek_v3", "glm4_moe", "qwen3_moe", "mixtral", "qwen3", "llama"]
 DENSE: tuple[Family, ...] = ("qwen3", "llama")
 """Families without experts."""
 LayerKind = Literal["dense", "moe"]
@@ -35,7 +35,7 @@ class LatentAttention:
 
     @property
     def rope_dim(self) -> int:
-        """Per-head width that is rotated."""
+        """Per-head width that positions may rotate; see `MoEConfig.rope_dim`."""
         return self.qk_rope_dim
 
 
@@ -46,11 +46,13 @@ class GroupedAttention:
     kv_heads: int
     """Key and value heads; each serves `heads / kv_heads` query heads."""
     head_dim: int
-    """Per-head width of queries, keys and values; all of it is rotated."""
+    """Per-head width of queries, keys and values."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalised per head before rotation (Qwen3)."""
     bias: bool = False
-    """Whether the projections have one."""
+    """Whether the projections to queries, keys and values have one."""
+    out_bias: bool = False
+    """Whether the output projection has one."""
     window: int | None = None
     """A query sees this many newest keys, its own included; `None` for all."""
 
@@ -61,7 +63,7 @@ class GroupedAttention:
 
     @property
     def rope_dim(self) -> int:
-        """Per-head width that is rotated."""
+        """Per-head width that positions may rotate; see `MoEConfig.rope_dim`."""
         return self.head_dim
 
     def kv_heads_of(self, tensor: int) -> int:
@@ -151,9 +153,11 @@ class MoEConfig:
                 f"MoEConfig: dense_layers must be ascending layer numbers in 0..{self.layers - 1}, "
                 f"got {self.dense_layers}"
             )
-        if self.attention.rope_dim % 2:
+        whole = self.attention.rope_dim
+        if self.rope_dim % 2 or not 0 < self.rope_dim <= whole:
             raise ValueError(
-                f"MoEConfig: the rotated width must be even, got {self.attention.rope_dim}"
+                f"MoEConfig: the rotated width must be even, got {self.rope_dim} "
+                f"(rope.fraction {self.rope.fraction:g} of {whole}); 2 to {whole} would do"
             )
         if isinstance(self.attention, GroupedAttention):
             if self.heads % self.attention.kv_heads:
@@ -165,6 +169,11 @@ class MoEConfig:
                 raise ValueError(
                     f"MoEConfig: attention.window must be at least 1, got {self.attention.window}"
                 )
+
+    @property
+    def rope_dim(self) -> int:
+        """Per-head width that is rotated; rounded down, as Hugging Face transformers does."""
+        return int(self.attention.rope_dim * self.rope.fraction)
 
     @property
     def moe_layers(self) -> int:

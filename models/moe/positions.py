@@ -71,6 +71,8 @@ class Rope:
 
     theta: float = 10000.0
     """Base of the frequencies."""
+    fraction: float = 1.0
+    """Part of the rotary width that is rotated, its first dimensions; the rest has no position."""
     interleave: bool = True
     """Rotary pairs are neighbouring dimensions (2i, 2i+1), not (i, i + d/2)."""
     scaling: RopeScaling | None = None

@@ -81,6 +81,56 @@ def kimi_k2() -> MoEConfig:
     )
 
 
+def glm_4_7() -> MoEConfig:
+    """GLM-4.7: 355B parameters, 32B active per token, one MTP module.
+
+    GLM-4.6 is the same, GLM-4.5 too but for its context of 131,072. Sizes: GLM-4.5 Team, "GLM-4.5:
+    Agentic, Reasoning, and Coding (ARC) Foundation Models" (2025), table 1; they give the counts of
+    parameters that are published. The longest context and the base of the rotary frequencies are
+    from memory of the published config.json, and change no price.
+    """
+    return dataclasses.replace(
+        glm_4_5_air(),
+        hidden_size=5120,
+        layers=92,
+        dense_layers=tuple(range(3)),
+        attention=GroupedAttention(kv_heads=8, head_dim=128, qk_norm=True, bias=True),
+        ffn_size=12288,
+        expert_ffn_size=1536,
+        routed_experts=160,
+        routed_scale=2.5,
+        max_position=202752,
+    )
+
+
+def glm_4_5_air() -> MoEConfig:
+    """GLM-4.5-Air: 106B parameters, 12B active per token, one MTP module.
+
+    Sizes: as of GLM-4.5, and the defaults of `Glm4MoeConfig` in Hugging Face transformers.
+    """
+    return MoEConfig(
+        vocab_size=151552,
+        hidden_size=4096,
+        layers=46,
+        dense_layers=(0,),
+        heads=96,
+        attention=GroupedAttention(kv_heads=8, head_dim=128, bias=True),
+        ffn_size=10944,
+        expert_ffn_size=1408,
+        routed_experts=128,
+        shared_experts=1,
+        experts_per_token=8,
+        expert_groups=1,
+        groups_per_token=1,
+        norm_eps=1e-5,
+        rope=Rope(theta=1e6, fraction=0.5, interleave=False),
+        max_position=131072,
+        mtp_layers=1,
+        end_tokens=(151329, 151336, 151338),
+        family="glm4_moe",
+    )
+
+
 def qwen3_30b_a3b() -> MoEConfig:
     """Qwen3-30B-A3B: 128 experts of 768, 8 of them per token, none shared."""
     return MoEConfig(
@@ -214,6 +264,8 @@ def _resized(dense: MoEConfig, *, layers: int, ffn_size: int, **sizes: int) -> M
 PRESETS: dict[str, Callable[[], MoEConfig]] = {
     "deepseek-r1": deepseek_r1,
     "deepseek-v3": deepseek_v3,
+    "glm-4.5-air": glm_4_5_air,
+    "glm-4.7": glm_4_7,
     "kimi-k2": kimi_k2,
     "llama3-70b": llama3_70b,
     "llama3-8b": llama3_8b,

@@ -256,8 +256,8 @@ def test_a_sensitivity_is_the_difference_that_predictions_show(decode, batch):
         (
             {"model": "deepseek-r2"},
             "load_config: 'deepseek-r2' is neither a file nor a preset (deepseek-r1, deepseek-v3, "
-            "kimi-k2, llama3-70b, llama3-8b, qwen3-235b-a22b, qwen3-30b-a3b, qwen3-32b, qwen3-8b, "
-            "tiny); did you mean 'deepseek-r1'?",
+            "glm-4.5-air, glm-4.7, kimi-k2, llama3-70b, llama3-8b, qwen3-235b-a22b, qwen3-30b-a3b, "
+            "qwen3-32b, qwen3-8b, tiny); did you mean 'deepseek-r1'?",
         ),
     ],
 )

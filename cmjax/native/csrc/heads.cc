@@ -1,5 +1,7 @@
 // From the columns of a grouped-query projection to queries, keys and values, for the rows of a decode
-// step: normalised and rotated by head; keys and values in the format of the cache.
+// step: normalised and rotated by head, as many pairs as there are angles; keys and values in the
+// format of the cache.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -31,7 +33,7 @@ struct Entries {
 ffi::Error shape_error() {
   return ffi::Error::InvalidArgument(
       "rotary_heads: columns must be [requests, new, (heads + 2 kv_heads) dim], angles [requests, "
-      "new, dim / 2], and keys and values [requests, new, kv_heads, dim]");
+      "new, at most dim / 2], and keys and values [requests, new, kv_heads, dim]");
 }
 
 ffi::Error heads(ffi::ThreadPool pool, ffi::AnyBuffer columns, ffi::Buffer<ffi::F32> cos,
@@ -41,19 +43,21 @@ ffi::Error heads(ffi::ThreadPool pool, ffi::AnyBuffer columns, ffi::Buffer<ffi::
                  ffi::ResultBuffer<ffi::F32> key_step, ffi::ResultBuffer<ffi::F32> value_step,
                  float eps, bool interleaved) {
   const auto cs = columns.dimensions(), ks = key->dimensions(), qs = q->dimensions();
+  const auto as = cos.dimensions();
   Values from, to;
-  if (cs.size() != 3 || ks.size() != 4 || qs.size() != 4 || !read_pair(columns, *q, from, to)) {
+  if (cs.size() != 3 || as.size() != 3 || ks.size() != 4 || qs.size() != 4 ||
+      !read_pair(columns, *q, from, to)) {
     return shape_error();
   }
-  const int64_t tokens = cs[0] * cs[1], kv_heads = ks[2], dim = ks[3], half = dim / 2;
-  const int64_t count = qs[2], width = cs[2];
+  const int64_t tokens = cs[0] * cs[1], kv_heads = ks[2], dim = ks[3], count = qs[2];
+  const int64_t width = cs[2], half = as[2];
   const bool stepped = key->element_type() == ffi::S8;
   const auto angles = static_cast<size_t>(tokens * half);
   const auto steps = static_cast<size_t>(stepped ? tokens * kv_heads : 0);
   const auto gains = [dim](auto& norm) {
     return norm.element_count() == 0 || norm.element_count() == static_cast<size_t>(dim);
   };
-  if (qs[0] * qs[1] != tokens || qs[3] != dim || ks[0] * ks[1] != tokens || dim != 2 * half ||
+  if (qs[0] * qs[1] != tokens || qs[3] != dim || ks[0] * ks[1] != tokens || dim < 2 * half ||
       width != (count + 2 * kv_heads) * dim || value->element_count() != key->element_count() ||
       cos.element_count() != angles || sin.element_count() != angles || !gains(q_norm) ||
       !gains(k_norm) || key_step->element_count() != steps ||
@@ -85,6 +89,7 @@ ffi::Error heads(ffi::ThreadPool pool, ffi::AnyBuffer columns, ffi::Buffer<ffi::
       }
       kernel.rotate(row.data(), cos.typed_data() + token * half, sin.typed_data() + token * half,
                     half, interleaved, turned.data());
+      std::copy(row.begin() + 2 * half, row.end(), turned.begin() + 2 * half);
       if (h < count) {
         const int64_t place = (token * count + h) * dim;
         if (!to.half) std::memcpy(to.at(place), turned.data(), dim * sizeof(float));

@@ -37,6 +37,8 @@ class CommonKeys(Struct, kw_only=True):
     """Keys that must be there although they have a default, which is another class's."""
     default_theta: ClassVar[float] = 10000.0
     """The class's base of rotary frequencies."""
+    default_fraction: ClassVar[float | None] = None
+    """The class's part of each head that is rotated; `None` where it knows whole heads alone."""
 
     vocab_size: Size
     hidden_size: Size
@@ -111,6 +113,32 @@ class KimiK2Keys(DeepseekV3Keys, kw_only=True):
     )  # fmt: skip
 
     eos_token_id: Tokens = None
+
+
+class Glm4MoeKeys(CommonKeys, kw_only=True):
+    """`Glm4MoeConfig`."""
+
+    aliases: ClassVar[dict[str, str]] = {
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    }
+    default_fraction: ClassVar[float | None] = 0.5
+
+    num_experts_per_tok: Experts
+    moe_intermediate_size: Size
+    n_routed_experts: Experts
+    num_key_value_heads: Size = 8
+    head_dim: Size | None = None
+    attention_bias: bool = False
+    use_qk_norm: bool = False
+    n_shared_experts: Count = 1
+    first_k_dense_replace: Count = 1
+    routed_scaling_factor: Factor = 1.0
+    n_group: Experts = 1
+    topk_group: Experts = 1
+    norm_topk_prob: bool = True
+    num_nextn_predict_layers: Count = 1
+    rms_norm_eps: Epsilon = 1e-5
 
 
 class Qwen3MoeKeys(CommonKeys, kw_only=True):

@@ -1,7 +1,7 @@
 """A model's sizes from a Hugging Face config.json, and back.
 
-Families: DeepSeek-V2, DeepSeek-V3 (R1; Kimi-K2 is one in all but name), Qwen3-MoE and Mixtral; of
-dense models Qwen3 and Llama.
+Families: DeepSeek-V2, DeepSeek-V3 (R1; Kimi-K2 is one in all but name), GLM-4.5 (4.6, 4.7),
+Qwen3-MoE and Mixtral; of dense models Qwen3 and Llama.
 What a key may hold, and what holds where it is absent, is in `config_schema`. What a family allows
 but this model does not compute is refused, never ignored.
 """
@@ -16,6 +16,7 @@ from cmjax.models.moe.checkpoint.config_schema import (
     CommonKeys,
     DeepseekV2Keys,
     DeepseekV3Keys,
+    Glm4MoeKeys,
     KimiK2Keys,
     LlamaKeys,
     MixtralKeys,
@@ -31,6 +32,7 @@ from cmjax.models.moe.presets import PRESETS
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -140,16 +142,7 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
             "qk_rope_head_dim": attention.qk_rope_dim,
             "v_head_dim": attention.v_dim,
             "attention_bias": attention.bias,
-            "num_experts_per_tok": config.experts_per_token,
-            "moe_intermediate_size": config.expert_ffn_size,
-            "first_k_dense_replace": len(config.dense_layers),
-            "n_routed_experts": config.routed_experts,
-            "n_shared_experts": config.shared_experts,
-            "n_group": config.expert_groups,
-            "topk_group": config.groups_per_token,
-            "norm_topk_prob": config.normalize_weights,
-            "routed_scaling_factor": config.routed_scale,
-        }
+        } | _experts_json(config)
         if config.family == "deepseek_v2":
             method = "greedy" if config.expert_groups == 1 else "group_limited_greedy"
             raw |= {"topk_method": method, "mlp_bias": config.ffn_bias}
@@ -158,6 +151,14 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
                 "rope_interleave": config.rope.interleave,
                 "num_nextn_predict_layers": config.mtp_layers,
             }
+    elif config.family == "glm4_moe":
+        raw |= {
+            "head_dim": attention.head_dim,
+            "attention_bias": attention.bias,
+            "use_qk_norm": attention.qk_norm,
+            "partial_rotary_factor": config.rope.fraction,
+            "num_nextn_predict_layers": config.mtp_layers,
+        } | _experts_json(config)
     elif config.family in DENSE:
         raw |= {"head_dim": attention.head_dim, "attention_bias": attention.bias}
         if config.family == "llama":
@@ -182,6 +183,21 @@ def config_json(config: MoEConfig) -> dict[str, Any]:
     return raw
 
 
+def _experts_json(config: MoEConfig) -> dict[str, Any]:
+    """What `_biased_experts` reads."""
+    return {
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.expert_ffn_size,
+        "first_k_dense_replace": len(config.dense_layers),
+        "n_routed_experts": config.routed_experts,
+        "n_shared_experts": config.shared_experts,
+        "n_group": config.expert_groups,
+        "topk_group": config.groups_per_token,
+        "norm_topk_prob": config.normalize_weights,
+        "routed_scaling_factor": config.routed_scale,
+    }
+
+
 def _renamed(raw: dict[str, Any], aliases: dict[str, str], path: Path) -> dict[str, Any]:
     """`raw` with every alias under the key it stands for."""
     found = dict(raw)
@@ -196,18 +212,10 @@ def _renamed(raw: dict[str, Any], aliases: dict[str, str], path: Path) -> dict[s
     return found
 
 
-def _deepseek(keys: DeepseekV2Keys | DeepseekV3Keys) -> dict[str, Any]:
-    """What DeepSeek-V2 and V3 say alike."""
+def _experts(keys: DeepseekV2Keys | DeepseekV3Keys | Glm4MoeKeys) -> dict[str, Any]:
+    """What DeepSeek and GLM say alike: dense layers come first, and some experts are shared."""
     return {
         "dense_layers": tuple(range(min(keys.first_k_dense_replace, keys.num_hidden_layers))),
-        "attention": LatentAttention(
-            q_lora_rank=keys.q_lora_rank,
-            kv_lora_rank=keys.kv_lora_rank,
-            qk_nope_dim=keys.qk_nope_head_dim,
-            qk_rope_dim=keys.qk_rope_head_dim,
-            v_dim=keys.v_head_dim,
-            bias=keys.attention_bias,
-        ),
         "expert_ffn_size": keys.moe_intermediate_size,
         "routed_experts": keys.n_routed_experts,
         "experts_per_token": keys.num_experts_per_tok,
@@ -216,12 +224,34 @@ def _deepseek(keys: DeepseekV2Keys | DeepseekV3Keys) -> dict[str, Any]:
     }
 
 
+def _biased_experts(keys: DeepseekV3Keys | Glm4MoeKeys) -> dict[str, Any]:
+    """What DeepSeek-V3 and GLM say alike: sigmoid scores with a bias, and a draft module."""
+    return _experts(keys) | {
+        "expert_groups": keys.n_group,
+        "groups_per_token": keys.topk_group,
+        "normalize_weights": keys.norm_topk_prob,
+        "mtp_layers": keys.num_nextn_predict_layers or 0,
+    }
+
+
+def _latent_attention(keys: DeepseekV2Keys | DeepseekV3Keys) -> LatentAttention:
+    return LatentAttention(
+        q_lora_rank=keys.q_lora_rank,
+        kv_lora_rank=keys.kv_lora_rank,
+        qk_nope_dim=keys.qk_nope_head_dim,
+        qk_rope_dim=keys.qk_rope_head_dim,
+        v_dim=keys.v_head_dim,
+        bias=keys.attention_bias,
+    )
+
+
 def _deepseek_v2(keys: DeepseekV2Keys) -> dict[str, Any]:
     grouped = keys.topk_method == "group_limited_greedy"
     if grouped and (keys.n_group is None or keys.topk_group is None):
         raise ValueError("topk_method 'group_limited_greedy' needs keys 'n_group' and 'topk_group'")
-    return _deepseek(keys) | {
+    return _experts(keys) | {
         "family": "deepseek_v2",
+        "attention": _latent_attention(keys),
         "scoring": "softmax",
         "score_bias": False,
         "expert_groups": keys.n_group if grouped else 1,
@@ -235,27 +265,39 @@ def _deepseek_v2(keys: DeepseekV2Keys) -> dict[str, Any]:
 
 
 def _deepseek_v3(keys: DeepseekV3Keys) -> dict[str, Any]:
-    return _deepseek(keys) | {
+    return _biased_experts(keys) | {
         "family": "deepseek_v3",
-        "expert_groups": keys.n_group,
-        "groups_per_token": keys.topk_group,
-        "normalize_weights": keys.norm_topk_prob,
-        "mtp_layers": keys.num_nextn_predict_layers or 0,
+        "attention": _latent_attention(keys),
         "interleave": keys.rope_interleave,
     }
+
+
+def _glm4_moe(keys: Glm4MoeKeys) -> dict[str, Any]:
+    bias = keys.attention_bias  # the output projection never has one
+    return _biased_experts(keys) | {
+        "family": "glm4_moe",
+        "attention": _grouped_attention(keys, qk_norm=keys.use_qk_norm, bias=bias),
+    }
+
+
+def _grouped_attention(
+    keys: Glm4MoeKeys | Qwen3MoeKeys | MixtralKeys | Qwen3Keys | LlamaKeys, **options: Any
+) -> GroupedAttention:
+    heads = keys.num_attention_heads
+    return GroupedAttention(
+        kv_heads=keys.num_key_value_heads or heads,
+        head_dim=keys.head_dim or max(1, keys.hidden_size // heads),
+        **options,
+    )
 
 
 def _grouped(
     keys: Qwen3MoeKeys | MixtralKeys | Qwen3Keys | LlamaKeys, **options: Any
 ) -> dict[str, Any]:
     """What Qwen3, Mixtral and Llama say alike: grouped queries, softmax routing, nothing shared."""
-    heads = keys.num_attention_heads
+    bias = bool(keys.attention_bias)
     return {
-        "attention": GroupedAttention(
-            kv_heads=keys.num_key_value_heads or heads,
-            head_dim=keys.head_dim or max(1, keys.hidden_size // heads),
-            **options,
-        ),
+        "attention": _grouped_attention(keys, bias=bias, out_bias=bias, **options),
         "shared_experts": 0,
         "expert_groups": 1,
         "groups_per_token": 1,
@@ -268,7 +310,7 @@ def _grouped(
 def _qwen3_moe(keys: Qwen3MoeKeys) -> dict[str, Any]:
     only, step = set(keys.mlp_only_layers or ()), keys.decoder_sparse_step
     window = keys.sliding_window if keys.use_sliding_window else None
-    return _grouped(keys, qk_norm=True, bias=keys.attention_bias, window=window) | {
+    return _grouped(keys, qk_norm=True, window=window) | {
         "family": "qwen3_moe",
         "dense_layers": tuple(
             i for i in range(keys.num_hidden_layers) if i in only or (i + 1) % step
@@ -292,7 +334,7 @@ def _mixtral(keys: MixtralKeys) -> dict[str, Any]:
 
 def _dense(keys: Qwen3Keys | LlamaKeys, **options: Any) -> dict[str, Any]:
     """What dense families say alike; what is said of experts plays no part."""
-    return _grouped(keys, bias=keys.attention_bias, **options) | {
+    return _grouped(keys, **options) | {
         "dense_layers": tuple(range(keys.num_hidden_layers)),
         "expert_ffn_size": keys.intermediate_size,
         "routed_experts": 1,
@@ -319,6 +361,7 @@ class FamilyReader(NamedTuple):
 FAMILIES: dict[str, FamilyReader] = {
     "deepseek_v2": FamilyReader(DeepseekV2Keys, _deepseek_v2),
     "deepseek_v3": FamilyReader(DeepseekV3Keys, _deepseek_v3),
+    "glm4_moe": FamilyReader(Glm4MoeKeys, _glm4_moe),
     "kimi_k2": FamilyReader(KimiK2Keys, _deepseek_v3),
     "qwen3_moe": FamilyReader(Qwen3MoeKeys, _qwen3_moe),
     "mixtral": FamilyReader(MixtralKeys, _mixtral),

@@ -77,8 +77,9 @@ def load(
         >>> moe.load(folder).config.routed_experts
         16
 
-    Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), Qwen3-MoE and Mixtral; F32, F16, BF16, FP8 (E4M3,
-    per block or tensor) and the 8-bit weights of compressed-tensors; experts one by one or fused.
+    Reads DeepSeek-V2, DeepSeek-V3 (R1, Kimi-K2), GLM-4.5, Qwen3-MoE and Mixtral, of dense models
+    Qwen3 and Llama; F32, F16, BF16, FP8 (E4M3, per block or tensor) and the 8-bit weights of
+    compressed-tensors; experts one by one or fused.
 
     Args:
       path: folder with config.json and model.safetensors, or shards and their index.

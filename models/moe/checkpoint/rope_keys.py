@@ -30,6 +30,10 @@ class _Theta(Struct):
     rope_theta: Annotated[float, Meta(gt=1, le=1e30)]
 
 
+class _Fraction(Struct):
+    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)]
+
+
 class _Scaled(Struct, kw_only=True):
     factor: Factor
     mscale_all_dim: _Turns | None = None
@@ -73,13 +77,11 @@ def read_rope(raw: dict[str, Any], keys: CommonKeys, path: Path | None) -> Rope:
             f"{path}: key {name!r} has rotary positions per kind of layer ({nested[0]!r}); this "
             "model has one kind"
         )
-    for partial in (given.get("partial_rotary_factor"), raw.get("partial_rotary_factor")):
-        if partial is not None and partial != 1:
-            raise ValueError(f"{path}: key 'partial_rotary_factor' must be 1 here, got {partial!r}")
+    fraction = _fraction(raw, given, keys.default_fraction, path)
     theta = _theta(raw, scaling, parameters, keys.default_theta, path)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
-        return Rope(theta=theta)
+        return Rope(theta=theta, fraction=fraction)
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
             f"{path}: key 'rope_type' must be 'default', "
@@ -89,7 +91,7 @@ def read_rope(raw: dict[str, Any], keys: CommonKeys, path: Path | None) -> Rope:
     # transformers gives the top level's original length priority over the dictionary's
     original = raw.get(_ORIGINAL, given.get(_ORIGINAL, most))
     scaled = _SCALINGS[kind](given | {_ORIGINAL: original}, most, path, name)
-    return Rope(theta=theta, scaling=scaled)
+    return Rope(theta=theta, fraction=fraction, scaling=scaled)
 
 
 def rope_json(rope: Rope) -> dict[str, Any]:
@@ -150,6 +152,17 @@ def _theta(
             "rope_theta into 'rope_scaling'"
         )
     return convert({"rope_theta": theta}, _Theta, path).rope_theta
+
+
+def _fraction(
+    raw: dict[str, Any], given: dict[str, Any], default: float | None, path: Path | None
+) -> float:
+    """The part of each head that is rotated: the dictionary's own, else the top level's."""
+    key = "partial_rotary_factor"
+    said = [each[key] for each in (given, raw) if each.get(key) is not None]
+    if default is None and any(factor != 1 for factor in said):
+        raise ValueError(f"{path}: key {key!r} must be 1 here, got {said[0]!r}")
+    return convert({key: (*said, default or 1.0)[0]}, _Fraction, path).partial_rotary_factor
 
 
 _Given = dict[str, Any]

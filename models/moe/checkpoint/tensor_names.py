@@ -237,7 +237,7 @@ def _grouped(
             yield WeightMapping(f"{name}.{part}.weight", (dim,), _VECTOR, ((*path, part),), index)
     out = (hidden, config.heads * dim)
     yield WeightMapping(f"{name}.o_proj.weight", out, _MATRIX, ((*path, "out", "weight"),), index)
-    if sizes.bias:
+    if sizes.out_bias:
         yield WeightMapping(
             f"{name}.o_proj.bias", (hidden,), _VECTOR, ((*path, "out", "bias"),), index
         )

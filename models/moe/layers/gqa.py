@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie et al. 2023), as Mixtral and Qwen3-MoE use it.
+"""Grouped-query attention (Ainslie et al. 2023), as Mixtral, Qwen3-MoE and GLM-4.5 use it.
 
     q, k, v = split(norm(x) W_qkv);   y = W_o softmax(rot(q) rot(k)^T / sqrt(d) + mask) v
 
@@ -44,14 +44,14 @@ class GQA(nnx.Module):
         self.parallelism, self.arithmetic = parallelism, arithmetic
         heads, kv_heads = parallelism.heads(config), self.sizes.kv_heads_of(parallelism.tensor)
         linear = functools.partial(Linear, format=arithmetic.projections, rngs=rngs)
-        hidden, dim, bias = config.hidden_size, self.sizes.head_dim, self.sizes.bias
+        hidden, dim = config.hidden_size, self.sizes.head_dim
         columns = (heads + 2 * kv_heads) * dim
         self.norm = RMSNorm(hidden, config.norm_eps, rngs=rngs)
-        self.qkv = linear(hidden, columns, bias=bias)
+        self.qkv = linear(hidden, columns, bias=self.sizes.bias)
         ones = jnp.ones((dim,), jnp.float32)
         self.q_norm = nnx.Param(ones) if self.sizes.qk_norm else None
         self.k_norm = nnx.Param(ones) if self.sizes.qk_norm else None
-        self.out = linear(heads * dim, hidden, bias=bias)
+        self.out = linear(heads * dim, hidden, bias=self.sizes.out_bias)
 
     def begin_decode(
         self,

@@ -18,7 +18,7 @@ def frequencies(config: MoEConfig) -> np.ndarray:
     the original context, keeps it above `beta_fast` turns, and ramps linearly over the dimensions
     in between. Llama 3's scaling does likewise, with a ramp over the turns.
     """
-    dim, theta = config.attention.rope_dim, config.rope.theta
+    dim, theta = config.rope_dim, config.rope.theta
     freq = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     match config.rope.scaling:
         case None | DynamicScaling():
@@ -90,10 +90,15 @@ def rotate(
     *,
     interleave: bool,
 ) -> Float[Array, "*batch dim"]:
-    """Rotate pairs of the last axis; the result has first members first, second members last.
+    """Rotate pairs of the last axis, as many as there are angles; the rest of the axis passes.
 
-    Queries and keys are permuted alike, so their products do not depend on that order.
+    The result has first members first, then second members, then the rest. Queries and keys are
+    permuted alike, so their products do not depend on that order.
     """
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        turned = rotate(x[..., :width], cos, sin, interleave=interleave)
+        return jnp.concatenate([turned, x[..., width:]], axis=-1)
     y = x.astype(jnp.float32)
     if interleave:
         first, second = y[..., 0::2], y[..., 1::2]

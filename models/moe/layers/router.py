@@ -4,7 +4,8 @@
     add up highest;  weights = s of the chosen (/ their sum) * routed_scale
 
 DeepSeek-V3 (report, sections 2.1.2 and 2.1.3) takes the sigmoid, the two best of a group and a
-correction bias `b`, which balances load: it chooses experts and never enters the weights.
+correction bias `b`, which balances load: it chooses experts and never enters the weights; GLM-4.5
+does likewise.
 DeepSeek-V2 (section 2.2) takes the softmax and the best of a group; Qwen3-MoE and Mixtral the
 softmax and no groups.
 """

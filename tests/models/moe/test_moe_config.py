@@ -20,7 +20,7 @@ from cmjax.models.moe.positions import (
     Rope,
     YarnConfig,
 )
-from cmjax.models.moe.presets import deepseek_r1, deepseek_v3, tiny
+from cmjax.models.moe.presets import deepseek_r1, deepseek_v3, glm_4_7, tiny
 
 PUBLISHED = {  # the form of DeepSeek-V3's own config.json
     "model_type": "deepseek_v3",
@@ -180,6 +180,87 @@ def test_qwen3_reads_as_grouped_attention_and_softmax_routing():
     assert (config.dense_layers, config.end_tokens) == ((), (151645,))
     transformers_5 = {k: v for k, v in QWEN3.items() if k != "num_experts"}
     assert _parsed(transformers_5, num_local_experts=128) == config
+
+
+GLM = {  # the form of GLM-4.7's own config.json
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "hidden_size": 5120,
+    "num_hidden_layers": 92,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 202752,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "eos_token_id": [151329, 151336, 151338],
+}
+
+
+def test_glm_reads_as_the_preset_with_half_of_each_head_rotated():
+    config = _parsed(GLM)
+    assert config == glm_4_7()
+    assert (config.rope_dim, config.attention.qk_dim) == (64, 128)
+    rope = {"rope_theta": 1e6, "rope_type": "default", "partial_rotary_factor": 0.5}
+    old = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+    transformers_5 = {key: value for key, value in GLM.items() if key not in old}
+    assert _parsed(transformers_5, rope_parameters=rope) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partial_rotary_factor": 0}, "'partial_rotary_factor' must be more than 0, got 0"),
+        ({"partial_rotary_factor": 1.5}, "'partial_rotary_factor' must be at most 1, got 1.5"),
+        ({"partial_rotary_factor": "0.5"}, "'partial_rotary_factor' must be a number, got '0.5'"),
+        ({"partial_rotary_factor": 0.2}, r"must be even, got 25 \(rope.fraction 0.2 of 128\)"),
+        ({"partial_rotary_factor": 0.001}, "must be even, got 0 .*; 2 to 128 would do"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": -1}},
+            "'partial_rotary_factor' must be more than 0, got -1",
+        ),
+        ({"n_shared_experts": None}, "'n_shared_experts' must be a number, got None"),
+        ({"use_qk_norm": 1}, "'use_qk_norm' must be true or false, got 1"),
+    ],
+)
+def test_a_glm_with_a_wrong_value_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        _parsed(GLM, **changes)
+    assert str(error.value).startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention": dataclasses.replace(glm_4_7().attention, out_bias=True)},
+        {"dense_layers": (1,)},
+        {"ffn_bias": True},
+    ],
+)
+def test_what_a_glm_cannot_say_is_not_written(change):
+    with pytest.raises(ValueError, match=f"glm4_moe config.json cannot say {next(iter(change))}"):
+        config_json(dataclasses.replace(glm_4_7(), **change))
+
+
+def test_another_family_cannot_say_that_a_part_of_a_head_is_rotated():
+    with pytest.raises(ValueError, match=r"deepseek_v3 config\.json cannot say rope"):
+        config_json(dataclasses.replace(tiny(), rope=Rope(fraction=0.5)))
 
 
 def test_layers_may_be_dense_at_any_place():

@@ -21,11 +21,28 @@ BILLIONS = {  # of the model cards; without a draft module
     "qwen3-32b": 32.8,
     "qwen3-8b": 8.2,
 }
+GLM = {"glm-4.5-air": 110, "glm-4.7": 358}  # of the published files: the draft module is in them
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"} - GLM.keys()))
 def test_a_preset_has_the_published_number_of_parameters(name):
     config = dataclasses.replace(PRESETS[name](), mtp_layers=0)
-    parameters = abstract_params(config, one_rank(config), "bfloat16")
-    count = sum(np.prod(x.shape, dtype=float) for x in jax.tree.leaves(parameters))
-    assert count / 1e9 == pytest.approx(BILLIONS[name], rel=2e-3)
+    assert _count(config) / 1e9 == pytest.approx(BILLIONS[name], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", GLM)
+def test_the_files_of_a_glm_hold_its_draft_module_and_that_ones_embedding_and_head(name):
+    config = PRESETS[name]()
+    count = _count(config, mtp=True) + 2 * config.vocab_size * config.hidden_size
+    assert count / 1e9 == pytest.approx(GLM[name], abs=0.5)
+
+
+def test_the_355_billion_of_glm_are_with_the_draft_module_and_without_embedding_and_head():
+    config = PRESETS["glm-4.7"]()
+    count = _count(config, mtp=True) - 2 * config.vocab_size * config.hidden_size
+    assert count / 1e9 == pytest.approx(355, rel=2e-3)
+
+
+def _count(config, **options):
+    parameters = abstract_params(config, one_rank(config), "bfloat16", **options)
+    return sum(np.prod(x.shape, dtype=float) for x in jax.tree.leaves(parameters))

@@ -39,9 +39,17 @@ GROUPED = dataclasses.replace(
 )
 BIASED = dataclasses.replace(
     GROUPED,
-    attention=GroupedAttention(kv_heads=4, head_dim=16, bias=True),
+    attention=GroupedAttention(kv_heads=4, head_dim=16, bias=True, out_bias=True),
     ffn_bias=True,
     vocab_size=323,  # no multiple of a group
+)
+GLM = dataclasses.replace(
+    LATENT,
+    attention=GroupedAttention(kv_heads=4, head_dim=16, qk_norm=True, bias=True),
+    expert_groups=1,
+    groups_per_token=1,
+    rope=Rope(fraction=0.5, interleave=False),
+    family="glm4_moe",
 )
 DENSE = dense_config(
     vocab_size=320,
@@ -53,7 +61,7 @@ DENSE = dense_config(
     tie_embeddings=True,
     family="llama",
 )
-MODELS = {"latent": LATENT, "grouped": GROUPED, "biased": BIASED, "dense": DENSE}
+MODELS = {"latent": LATENT, "grouped": GROUPED, "biased": BIASED, "glm": GLM, "dense": DENSE}
 RANKS, EACH = 8, 2  # requests of a rank
 
 
@@ -158,6 +166,8 @@ CASES = [
     ("grouped", 4),  # two ranks for every key head
     pytest.param("biased", 4, marks=pytest.mark.slow),
     pytest.param("biased", 2, marks=pytest.mark.slow),
+    ("glm", 4),
+    pytest.param("glm", 8, marks=pytest.mark.slow),  # two ranks for every key head
     ("dense", 4),
     pytest.param("dense", 8, marks=pytest.mark.slow),
 ]

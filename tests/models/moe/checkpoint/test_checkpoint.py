@@ -65,6 +65,12 @@ FAMILIES = {
         ffn_bias=True,
         mtp_layers=0,
     ),
+    "glm4_moe": dataclasses.replace(
+        SMALL,
+        family="glm4_moe",
+        attention=GroupedAttention(kv_heads=2, head_dim=12, qk_norm=True, bias=True),
+        rope=dataclasses.replace(SMALL.rope, fraction=0.5, interleave=False),
+    ),
     "qwen3_moe": dataclasses.replace(
         SMALL,
         family="qwen3_moe",
@@ -74,7 +80,9 @@ FAMILIES = {
         expert_groups=1,
         routed_scale=1.0,
         dense_layers=(1,),
-        attention=GroupedAttention(kv_heads=2, head_dim=6, qk_norm=True, bias=True, window=5),
+        attention=GroupedAttention(
+            kv_heads=2, head_dim=6, qk_norm=True, bias=True, out_bias=True, window=5
+        ),
         shared_experts=0,
         mtp_layers=0,
         rope=dataclasses.replace(SMALL.rope, interleave=False),
@@ -100,7 +108,7 @@ FAMILIES = {
     ),
     "llama": dense_config(
         **SIZES,
-        attention=GroupedAttention(kv_heads=1, head_dim=4, bias=True),
+        attention=GroupedAttention(kv_heads=1, head_dim=4, bias=True, out_bias=True),
         ffn_bias=True,
         family="llama",
     ),

@@ -14,13 +14,17 @@ from cmjax.models.moe.presets import qwen3_8b, qwen3_30b_a3b
 CLASSES = {
     "deepseek_v2": "DeepseekV2Config",
     "deepseek_v3": "DeepseekV3Config",
+    "glm4_moe": "Glm4MoeConfig",
     "qwen3_moe": "Qwen3MoeConfig",
     "mixtral": "MixtralConfig",
     "qwen3": "Qwen3Config",
     "llama": "LlamaConfig",
 }
-ESSENTIAL = {"deepseek_v2": {"num_experts_per_tok": 6}}
-"""What a class leaves open and its model cannot do without."""
+ESSENTIAL = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "glm4_moe": {"num_attention_heads": 64},  # of its own 96 a head is 42 wide, and a half is odd
+}
+"""What a class leaves open, or says wrong, and its model cannot do without."""
 CHANGES_NOTHING = """
     architectures attention_dropout bos_token_id chunk_size_feed_forward dtype id2label
     initializer_range is_encoder_decoder label2id model_type output_attentions
@@ -107,6 +111,7 @@ def test_what_is_read_is_what_the_class_says(family):
         "topk_group": ours.groups_per_token,
         "rope_interleave": ours.rope.interleave,
         "attention_bias": attention.bias,
+        "use_qk_norm": isinstance(attention, GroupedAttention) and attention.qk_norm,
         "tie_word_embeddings": ours.tie_embeddings,
         "moe_intermediate_size": ours.expert_ffn_size,
     }
@@ -127,7 +132,9 @@ def test_what_is_read_is_what_the_class_says(family):
     assert len(compared) >= (10 if ours.dense else 12)
     ends = theirs.eos_token_id
     assert ours.end_tokens == (() if ends is None else (ends,))
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    assert ours.rope.theta == rope["rope_theta"]
+    assert ours.rope.fraction == rope.get("partial_rotary_factor", 1)
 
 
 def test_mixtral_without_an_epsilon_has_its_own(data, tmp_path):
@@ -276,12 +283,32 @@ def test_rotary_positions_said_twice_are_read_in_the_order_of_transformers(famil
     theirs.standardize_rope_params()
     rope, want = parse_config(raw | change, PATH).rope, theirs.rope_parameters
     assert rope.theta == want["rope_theta"]
+    assert rope.fraction == want.get("partial_rotary_factor", 1)
     assert {"YarnConfig": "yarn", "LinearScaling": "linear"}[type(rope.scaling).__name__] == want[
         "rope_type"
     ]
     assert rope.scaling.factor == want["factor"]
     if want["rope_type"] == "yarn":
         assert rope.scaling.original_max_position == want["original_max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 0.25},
+        {"rope_parameters": {"rope_theta": 3e4, "partial_rotary_factor": 0.75}},
+        {"rope_parameters": {"rope_theta": 3e4, "partial_rotary_factor": 0.75},
+         "partial_rotary_factor": 0.25},
+        {"rope_parameters": {"rope_theta": 3e4}, "partial_rotary_factor": 0.25},
+        {"rope_scaling": YARN, "rope_theta": 3e4, "partial_rotary_factor": 0.25},
+    ],
+)  # fmt: skip
+def test_the_rotated_part_of_a_head_is_read_where_transformers_looks_for_it(change):
+    peer, whole = _peer("glm4_moe")
+    theirs = peer(**json.loads(json.dumps(change)))
+    theirs.standardize_rope_params()
+    want = theirs.rope_parameters["partial_rotary_factor"]
+    assert parse_config(whole | change, PATH).rope.fraction == want
 
 
 def test_a_base_of_frequencies_that_would_be_dropped_is_refused():

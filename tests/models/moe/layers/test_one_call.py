@@ -117,8 +117,11 @@ def test_a_slot_that_is_not_there_is_an_error(rng, slot):
 @pytest.mark.parametrize("interleave", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
-def test_heads_and_entries_are_those_of_their_stages(rng, dtype, interleave, normed, int8):
-    rope = dataclasses.replace(GROUPED.rope, interleave=interleave)
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_heads_and_entries_are_those_of_their_stages(
+    rng, dtype, interleave, normed, int8, fraction
+):
+    rope = dataclasses.replace(GROUPED.rope, interleave=interleave, fraction=fraction)
     config = dataclasses.replace(GROUPED, rope=rope)
     columns = (config.heads + 4) * 16
     qkv = jnp.asarray(rng.standard_normal((3, 2, columns)), dtype)

@@ -31,6 +31,21 @@ def test_plain_frequencies_are_powers_of_the_base():
     np.testing.assert_allclose(frequencies(tiny()), [1, 1e-1, 1e-2, 1e-3], rtol=1e-6)
 
 
+def test_a_fraction_of_a_head_has_the_frequencies_of_a_head_of_that_width():
+    half = dataclasses.replace(tiny(), rope=Rope(fraction=0.5))
+    np.testing.assert_allclose(frequencies(half), [1, 1e-2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_what_has_no_angle_passes_as_it_is(interleave):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10)), jnp.bfloat16)
+    cos, sin = angles(jnp.arange(3), dataclasses.replace(tiny(), rope=Rope(fraction=0.5)))
+    got = rotate(x, cos, sin, interleave=interleave)
+    np.testing.assert_array_equal(got[:, 4:], x[:, 4:])
+    alone = rotate(x[:, :4], cos, sin, interleave=interleave)
+    np.testing.assert_array_equal(got[:, :4], alone)
+
+
 def test_yarn_frequencies_equal_the_formula_of_deepseek():
     # turns over the original context decide; between 32 and 1 turns a linear ramp over dimensions
     dim, base, factor, context = 64, 10000.0, 40.0, 4096

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cmjax.models.moe.layers.router import gate
-from cmjax.models.moe.presets import deepseek_v3, tiny
+from cmjax.models.moe.presets import deepseek_v3, glm_4_7, tiny
 
 
 def _numpy(logits, bias, config):
@@ -37,6 +37,7 @@ SOFTMAX = dataclasses.replace(tiny(), scoring="softmax", score_bias=False, group
 CONFIGS = {
     "tiny": tiny(),
     "deepseek-v3": deepseek_v3(),
+    "glm-4.7": glm_4_7(),
     "unnormalised": dataclasses.replace(tiny(), normalize_weights=False),
     "deepseek-v2": dataclasses.replace(SOFTMAX, normalize_weights=False, routed_scale=16.0),
     "qwen3": dataclasses.replace(SOFTMAX, expert_groups=1, groups_per_token=1),
