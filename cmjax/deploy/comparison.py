@@ -58,8 +58,8 @@ def compare(one: Prediction, other: Prediction) -> Comparison:
     for which, prediction in (("one", one), ("other", other)):
         if not prediction.interval:
             raise ValueError(
-                f"compare: {which} has no interval: it is traced or batched by JAX, or no file says "
-                f"how sure the constants of {prediction.machine.name} are"
+                f"compare: {which} has no interval: it is traced or batched by JAX, or no file "
+                f"says how sure the constants of {prediction.machine.name} are"
             )
     ratio, ends = {}, {}
     numbers, others = one.headlines(), other.headlines()

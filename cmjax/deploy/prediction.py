@@ -47,8 +47,8 @@ class Prediction:
       interval: 90 % of what the numbers of `headlines` may be, low and high, as far as the
         machine's constants are known; empty where the prediction is traced or no file says how
         sure they are. width_from: what most of that width comes from, and which measurement would
-        narrow it. elasticities: percent that a number changes per percent of each uncertain constant
-        (`compare` needs them).
+        narrow it. elasticities: percent that a number changes per percent of each uncertain
+        constant (`compare` needs them).
     """
 
     deployment: Deployment

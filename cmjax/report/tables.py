@@ -328,7 +328,8 @@ def _ends(row: ValidationRow) -> Text:
 
 def _summary(rows: Sequence[ValidationRow]) -> Text:
     lines = (
-        f"{role}: {found.rows} row{'s' * (found.rows != 1)}, mean error {percent(found.mean_error)}, "
+        f"{role}: {found.rows} {'row' if found.rows == 1 else 'rows'}, "
+        f"mean error {percent(found.mean_error)}, "
         f"worst {percent(found.worst_error)} ({found.worst_row})"
         + (
             f"; {percent(found.coverage)} inside the 90 % interval, median half-width "

@@ -130,7 +130,8 @@ def test_a_fit_of_nothing_or_to_nothing_is_refused():
     machine = load_machine("cloudmatrix384")
     with pytest.raises(ValueError, match=r"^fit: cloudmatrix384 has 0 rows to calibrate 1 fitted "):
         fit(machine, unknown("efficiency.gemm"), [])
-    with pytest.raises(ValueError, match=r"^fit: \S+ has \d+ rows to calibrate 0 fitted constants; "):
+    message = r"^fit: \S+ has \d+ rows to calibrate 0 fitted constants; "
+    with pytest.raises(ValueError, match=message):
         fit(machine, unknown(), rows)
 
 
