@@ -24,7 +24,14 @@ from cmjax.deploy.prediction import Prediction
 from cmjax.deploy.program_cache import kept
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
-from cmjax.hardware import Supernode, Uncertainty, leaf_names, relative_slopes, uncertainty
+from cmjax.hardware import (
+    Supernode,
+    Uncertainty,
+    catalog,
+    leaf_names,
+    relative_slopes,
+    uncertainty,
+)
 from cmjax.models.moe.checkpoint.hf_config import load_config
 from cmjax.models.moe.config import MoEConfig
 from cmjax.models.moe.slots import SlotTable
@@ -379,12 +386,13 @@ def known_uncertainty(machine: Supernode) -> Uncertainty | None:
     """How sure a machine's constants are, where a file says so and JAX does not trace them."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(machine)):
         return None
-    return _uncertainty_of(machine.origin) if machine.origin else None
+    if not machine.origin:
+        return None
+    # a user's file may have changed since
+    return (_in_catalog if machine.origin in catalog() else uncertainty)(machine.origin)
 
 
-@functools.lru_cache(maxsize=16)
-def _uncertainty_of(origin: str) -> Uncertainty:
-    return uncertainty(origin)
+_in_catalog = functools.lru_cache(uncertainty)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from importlib import resources
 
 import jax
 import jax.numpy as jnp
@@ -327,6 +328,19 @@ def test_the_interval_of_a_prediction_holds_it_and_names_a_measurement():
         assert low < float(value) < high
     assert found.width_from.startswith("measure ")
     assert found.to_dict()["interval"].keys() == found.headlines().keys()
+
+
+def test_the_interval_is_of_what_the_machines_file_says_now(tmp_path):
+    text = (resources.files("cmjax.hardware") / "catalog/cloudmatrix384.toml").read_text("utf-8")
+    startups = re.compile(r"^(\w+_startup_s = .*?)(?:, spread = .*)? }$", re.MULTILINE)
+    unsure = startups.sub(r'\1, spread = "300 %" }', text)
+    path, widths = tmp_path / "mine.toml", []
+    for said in (text, unsure):
+        path.write_text(said, encoding="utf-8")
+        found = cmjax.predict("tiny", path, phase="decode", npus=8, batch=96, context=4096)
+        low, high = found.interval["step_ms"]
+        widths.append(high / low)
+    assert widths[1] > 1.2 * widths[0]
 
 
 def test_intervals_are_those_of_the_gradient_of_the_price(decode):
