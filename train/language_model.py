@@ -48,7 +48,7 @@ class LanguageModelOptions:
             if field.type is int and field.name not in ("seed", "steps"):
                 check_count(f"--{field.name.replace('_', '-')}", getattr(self, field.name))
 
-    def read_text(self) -> bytes:
+    def learned_text(self) -> bytes:
         """The text to learn from.
 
         Raises: ValueError: a file cannot be read; names it.

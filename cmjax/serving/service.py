@@ -135,14 +135,17 @@ class Service:
     name: str = "service"
     model: str = "deepseek-r1"
     """Preset name, or the path of a Hugging Face config.json."""
-    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16"] = "int8"
-    """Matrices and dispatched tokens."""
+    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16", "w4a8"] = "int8"
+    """Matrices and dispatched tokens; w4a8 is int8, with experts in int4."""
     kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
     """Format of the latent cache."""
     mtp: bool = True
     """Draft one token per request and decode step."""
     acceptance: float = 0.7
     """Probability that a draft is accepted."""
+    engine: str | None = None
+    """Serving engine, whose host time the NPU waits for and whose kernels run; `None`: the
+    machine's first one."""
     prefill: PrefillPool | None = None
     decode: DecodePool | None = None
     colocated: ColocatedPool | None = None
@@ -176,6 +179,7 @@ class Service:
             pool.check(name)
         if self.cache is not None:
             self.cache.check()
+        machine.running(self.engine)  # what it does not know is refused here
         if self.npus > machine.npus:
             parts = ", ".join(f"{n} {p.instances} x {p.npus}" for n, p in pools.items())
             raise ValueError(
@@ -205,7 +209,7 @@ class Service:
         """An instance of a pool in one phase."""
         return Deployment(
             phase=phase, model=self.model, npus=pool.npus, ep=pool.ep, quant=self.quant,
-            kv_cache=self.kv_cache, mtp=self.mtp,
+            kv_cache=self.kv_cache, mtp=self.mtp, engine=self.engine,
         )  # fmt: skip
 
     def with_cache_blocks(self, blocks: int) -> "Service":

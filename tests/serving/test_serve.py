@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cmjax
+from cmjax.hardware import load_machine
 from cmjax.serving import (
     ColocatedPool,
     ContextCache,
@@ -298,6 +299,10 @@ def test_a_file_that_describes_no_service_is_refused(tmp_path, text, message):
             "prefill.npus must be at least 1",
         ),
         (dataclasses.replace(SMALL, acceptance=2.0), "acceptance must lie in 0..1"),
+        (
+            dataclasses.replace(SMALL, engine="sglang"),
+            "engine 'sglang' is not known on cloudmatrix384; known: cloudmatrix-infer, ",
+        ),
         (dataclasses.replace(SMALL, losses=(Loss(pool="decode", instance=3),)), "no instance 3"),
         (dataclasses.replace(SMALL, memory_fraction=1e-9), "prefill: the weights of tiny take"),
     ],
@@ -305,6 +310,19 @@ def test_a_file_that_describes_no_service_is_refused(tmp_path, text, message):
 def test_a_service_that_makes_no_sense_is_refused(service, message):
     with pytest.raises(ValueError, match=message):
         small(service=service)
+
+
+def test_a_serving_engine_takes_its_host_time_in_every_step():
+    machine = load_machine("cloudmatrix384")
+    engines = "cloudmatrix-infer", "vllm-ascend"  # whose kernels take the same time for a copy
+    alone = generate(requests=20, rate=0.1, prompt=2048, output=40)
+    one, other = (
+        small(alone, dataclasses.replace(SMALL, mtp=False, engine=name)).to_dict()
+        for name in engines
+    )
+    host_ms = [machine.running(name).host_s(0) * 1e3 for name in engines]
+    more = other["tpot_ms"]["mean"] - one["tpot_ms"]["mean"]
+    assert more == pytest.approx(host_ms[1] - host_ms[0], rel=1e-3)
 
 
 def test_a_request_that_no_instance_can_hold_is_refused_with_its_number():

@@ -44,7 +44,7 @@ def start(config: LanguageModelConfig, console: Console) -> LanguageModelRun:
         configuration.
     """
     mesh = RankMesh.parse(config.mesh)
-    windows = Windows(config.read_text(), config.length, config.seed)
+    windows = Windows(config.learned_text(), config.length, config.seed)
     state, made = resumed(config, lambda: initial(config, mesh), console)
     return LanguageModelRun(config, mesh, windows, state, made)
 

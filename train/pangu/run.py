@@ -58,7 +58,7 @@ def start(config: PanguConfig, console: Console) -> PanguRun:
     Raises: ValueError: a text or vocabulary that cannot be read, a plan that does not fit,
       processes that do not come together, a checkpoint of another configuration.
     """
-    tokens, vocab = read_tokens(config.read_text(), config.vocabulary)
+    tokens, vocab = read_tokens(config.learned_text(), config.vocabulary)
     windows = Windows(tokens, config.length, config.seed)
     plan = plan_of(config, vocab)
     ranks = mesh_of(plan).ranks
