@@ -51,10 +51,9 @@ def exchange_s(work: Work, static, machine: Supernode):
     die, node, far = work["die_bytes"], work["node_bytes"], work["supernode_bytes"]
     received = die + node + far
     spilled = overflow(received, machine)
-    bulk = spilled * exchange.bulk_kernels  # the share that goes by kernels of their own
-    if exchange.bulk_kernels:
+    if exchange.bulk_kernels:  # by which what spills goes
         once = work["once_per_node_bytes"]
-        far = jnp.where(fused, (1 - bulk) * far + bulk * once, far)
+        far = jnp.where(fused, (1 - spilled) * far + spilled * once, far)
     near = die / tiers.die.bandwidth_bytes_per_s
     node = node / tiers.node.bandwidth_bytes_per_s
     far = far / tiers.supernode.bandwidth_bytes_per_s
@@ -63,7 +62,7 @@ def exchange_s(work: Work, static, machine: Supernode):
     slow = jnp.where(dispatches, exchange.bandwidth, exchange.bandwidth_from_hbm)
     rate = (1 - spilled) / exchange.bandwidth + spilled / slow
     wire = jnp.maximum(near, apart) * rate / cores
-    disturbing = wire * bulk if exchange.bulk_kernels else wire
+    disturbing = wire * spilled if exchange.bulk_kernels else wire
 
     latencies = jnp.stack(
         [jnp.asarray(t.latency_s, wire.dtype) for t in (tiers.die, tiers.node, tiers.supernode)]

@@ -10,6 +10,8 @@ from cmjax.inputs import check_count
 from cmjax.models.moe.parallelism import MOST_TENSOR
 
 Phase = Literal["decode", "prefill"]
+Quant = Literal["int8", "bf16", "msd_w8a16", "msd_w4a16", "w4a8"]
+CacheFormat = Literal["bf16", "int8", "mxfp4"]
 MOST_DRAFTS = 8
 _NPUS: dict[Phase, int] = {"decode": 160, "prefill": 16}
 
@@ -31,12 +33,12 @@ class Deployment:
     and vocabulary (tensor parallelism)."""
     microbatches: Literal["auto", 1, 2] = "auto"
     """Overlapping microbatches; auto takes the faster."""
-    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16", "w4a8"] = "int8"
+    quant: Quant = "int8"
     """Matrices and dispatched tokens (8-bit is FP8 on a chip that has it); w4a8 is int8, with
     experts in int4."""
     attention: Literal["exact", "pasa_fp16"] = "exact"
     """Softmax attention as it is, or in float16 with the shifted scores of PASA."""
-    kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
+    kv_cache: CacheFormat = "bf16"
     """Format of the latent cache."""
     mtp: bool = True
     """Draft tokens with the MTP module."""

@@ -112,7 +112,7 @@ def with_interval(prediction: Prediction, predictor: Predictor) -> Prediction:
         prediction,
         interval={key: (i.low, i.high) for key, i in intervals.items()},
         elasticities={key: i.elasticity for key, i in intervals.items()},
-        width_from=explain(intervals["step_ms"], prediction),
+        width_from=explain(intervals["step_ms"]),
     )
 
 

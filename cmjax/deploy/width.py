@@ -3,7 +3,6 @@
 import numpy as np
 
 from cmjax.cost.interval import Interval
-from cmjax.deploy.prediction import Prediction
 
 _MEASURE = {
     "exchange.dispatch_startup_s": "dispatch of 8 tokens a rank",
@@ -30,7 +29,7 @@ _MEASURE = {
 }
 
 
-def explain(found: Interval, prediction: Prediction) -> str:
+def explain(found: Interval) -> str:
     """One sentence: the measurement that would narrow an interval most, and by how much.
 
     Constants that one measurement would settle are taken together, and the rest of the variance

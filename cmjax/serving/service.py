@@ -7,7 +7,7 @@ context cache in the DRAM of all nodes are three pools, and a request may go to 
 import dataclasses
 from typing import Literal
 
-from cmjax.deploy import Deployment
+from cmjax.deploy.deployment import CacheFormat, Deployment, Quant
 from cmjax.deploy.requests import PREFILL_TOKENS
 from cmjax.hardware import Supernode
 from cmjax.inputs import MOST_SIZE, check_count, check_number
@@ -135,9 +135,9 @@ class Service:
     name: str = "service"
     model: str = "deepseek-r1"
     """Preset name, or the path of a Hugging Face config.json."""
-    quant: Literal["int8", "bf16", "msd_w8a16", "msd_w4a16", "w4a8"] = "int8"
+    quant: Quant = "int8"
     """Matrices and dispatched tokens; w4a8 is int8, with experts in int4."""
-    kv_cache: Literal["bf16", "int8", "mxfp4"] = "bf16"
+    kv_cache: CacheFormat = "bf16"
     """Format of the latent cache."""
     mtp: bool = True
     """Draft one token per request and decode step."""

@@ -94,10 +94,10 @@ def packed_params(
     except OSError as error:
         warnings.warn(f"{path}: packed weights are not kept: {error.strerror}", stacklevel=2)
         return params, False
-    mapped = _mapped(
-        path, shapes, identity, progress
-    )  # None: another process has put its own there
-    return (params, False) if mapped is None else (mapped, True)
+    mapped = _mapped(path, shapes, identity, progress)
+    if mapped is None:  # another process has put its own there
+        return params, False
+    return mapped, True
 
 
 def identity_of(

@@ -63,13 +63,19 @@ def test_with_a_window_a_query_sees_only_the_newest_keys(window, lengths):
     np.testing.assert_allclose(got, _numpy(q, k, v, 0.3, True, lengths, window), atol=2e-6)
 
 
+def _totals(keys, queries, kv_heads, window):
+    """Work of causal attention of two heads of 8 over so many keys."""
+
+    def run(q, k):
+        return attention(q, k, k, scale=1.0, causal=True, window=window)
+
+    q, k = jnp.ones((1, queries, 2, 8)), jnp.ones((1, keys, kv_heads, 8))
+    return trace(run, q, k).totals({})
+
+
 def test_a_window_prices_the_scores_it_lets_through():
     def flops(keys, queries, window):
-        def run(q, k):
-            return attention(q, k, k, scale=1.0, causal=True, window=window)
-
-        q, k = jnp.ones((1, queries, 2, 8)), jnp.ones((1, keys, 2, 8))
-        return trace(run, q, k).totals({})["flops"]
+        return _totals(keys, queries, 2, window)["flops"]
 
     each = 2 * 2.0 * (8 + 8)  # two heads, multiply-adds of scores and values
     assert flops(64, 1, 16) == pytest.approx(each * 16, rel=0.01)
@@ -80,11 +86,7 @@ def test_a_window_prices_the_scores_it_lets_through():
 
 def test_keys_behind_the_window_are_not_read():
     def read(keys, queries, window):
-        def run(q, k):
-            return attention(q, k, k, scale=1.0, causal=True, window=window)
-
-        q, k = jnp.ones((1, queries, 2, 8)), jnp.ones((1, keys, 1, 8))
-        return trace(run, q, k).totals({})["read_bytes"]
+        return _totals(keys, queries, 1, window)["read_bytes"]
 
     query, entry = 2 * 8 * 4, 2 * 8 * 4
     assert read(64, 1, 16) == query + 16 * entry
