@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Mapping
 
 CALLS = 5  # of a turn
+TURN_S = 0.2  # after which a turn makes no further call: slow programs take turns more often
 REST_S = 0.02  # before a turn, where there are several threads
-ROUNDS = 10
+ROUNDS = 3
 
 
 def least_times[Name](
@@ -26,7 +27,7 @@ def least_times[Name](
       seconds: all turns together take at least this long.
       threads: that the runs use.
       rounds: turns of each run, at least.
-      calls: calls of a turn.
+      calls: calls of a turn, or as many as begin in `TURN_S`.
     """
     clock, rest = (time.process_time, 0.0) if threads == 1 else (time.perf_counter, REST_S)
     for run in runs.values():
@@ -37,7 +38,10 @@ def least_times[Name](
         done += 1
         for name, run in runs.items():
             time.sleep(rest)
-            for _ in range(calls):
+            turn_end = time.perf_counter() + TURN_S
+            for call in range(calls):
+                if call and time.perf_counter() > turn_end:
+                    break
                 start = clock()
                 run()
                 least[name] = min(least[name], clock() - start)
