@@ -119,7 +119,7 @@ def seconds(
         rows = jnp.maximum(work["read_bytes"], work["write_bytes"])
         runs = jnp.where(static.permutes, overflow(rows, machine), 1.0)
         hbm = hbm * runs
-    wire, chain, fixed, disturbing = exchange_s(work, static, machine)
+    wire, chain, fixed, disturbing, held = exchange_s(work, static, machine)
     startup = (
         work["launches"]
         * runs
@@ -146,7 +146,6 @@ def seconds(
 
     total = combined(cube, vector, hbm)
     if period_s is not None and len(static.stream) > 1:
-        held = disturbing / jnp.where(wire > 0, wire, 1.0) * machine.exchange.bulk_kernels
         hbm_left, interference = _contention(static, hbm, total, disturbing, period_s, held)
         slow = 1 + machine.exchange.interference * interference
         total = combined(cube * slow, vector * slow, hbm * slow / hbm_left)
@@ -198,7 +197,7 @@ def _contention(static: _Static, hbm, total, disturbing, period_s, held):
     Where exchanges hold cores, matrix products beside a stream with one are started on what is
     left, whether bytes move or not: their persistent kernels are given a number of cores for as
     long as the streams run (SGLang's two-batch overlap and `deep_gemm.set_num_sms`, recalled).
-    `held` is the share of an exchange that goes by kernels which do.
+    `held` is the share of an exchange that goes by kernels which do (`fabric.exchange_s`).
 
     Returns: per operation, the share of HBM bandwidth left to it, and the share of its time beside
       an exchange (both trivial for exchanges themselves).
@@ -214,7 +213,7 @@ def _contention(static: _Static, hbm, total, disturbing, period_s, held):
     beside = jnp.minimum(overlap @ exchanging, 1.0)
     stream_of = static.stream.T
     beside = stream_of @ beside
-    most_held = jnp.max(static.stream * jnp.minimum(held, 1.0), -1)
+    most_held = jnp.max(static.stream * held, -1)
     others = jnp.max((1.0 - np.eye(len(static.stream))) * most_held, -1)
     products = static.matrix & ~static.attention
     beside = jnp.where(products, jnp.maximum(beside, stream_of @ others), beside)

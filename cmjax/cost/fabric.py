@@ -39,9 +39,10 @@ def exchange_s(work: Work, static, machine: Supernode):
     Args:
       work: of every operation.
       static: per-operation constants (`engines._Static`).
-    Returns: (wire, chain, fixed, disturbing), each [operations] in seconds, zero for compute
-      kernels: moving bytes, sending copies one by one, what overlaps with neither, and the part
-      that slows kernels beside it, which is how long it moves bytes, whatever limits that.
+    Returns: (wire, chain, fixed, disturbing, held), each [operations], zero for compute kernels:
+      seconds of moving bytes, of sending copies one by one, of what overlaps with neither, and of
+      the part that slows kernels beside it, which is how long it moves bytes, whatever limits
+      that; then the share of it that goes by kernels which hold cores of their own.
     """
     tiers, exchange = machine.fabric, machine.exchange
     fused = np.isin(static.kind, ["dispatch", "combine"])
@@ -62,6 +63,7 @@ def exchange_s(work: Work, static, machine: Supernode):
     slow = jnp.where(dispatches, exchange.bandwidth, exchange.bandwidth_from_hbm)
     rate = (1 - spilled) / exchange.bandwidth + spilled / slow
     wire = jnp.maximum(near, apart) * rate / cores
+    held = spilled if exchange.bulk_kernels else jnp.zeros_like(spilled)
     disturbing = wire * spilled if exchange.bulk_kernels else wire
 
     latencies = jnp.stack(
@@ -77,9 +79,9 @@ def exchange_s(work: Work, static, machine: Supernode):
     local = work["local_bytes"] / hbm_rate
     fixed = latency + startup + flags + local
     if exchange.copies_in_flight or not fused.any():
-        return wire, jnp.zeros_like(wire), fixed, disturbing
+        return wire, jnp.zeros_like(wire), fixed, disturbing, held
     chain = _chain_s(work, static, machine, spilled)
-    return wire, chain, fixed, jnp.maximum(disturbing, chain)
+    return wire, chain, fixed, jnp.maximum(disturbing, chain), held
 
 
 def overflow(received_bytes, machine: Supernode):

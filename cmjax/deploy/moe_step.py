@@ -1,8 +1,8 @@
 """Deployments of a mixture of experts: which experts sit where, which streams, as traced steps.
 
-The defaults are the published systems: on a fabric that spans nodes (Unified Bus) the prefill of
-CloudMatrix-Infer (EP32, SP -> TP -> SP attention) and its decode (EP320, one expert per die, shared
-replicas in slots); elsewhere DeepSeek's own data-parallel attention with overlapped exchanges.
+The defaults are the published systems: the decode of CloudMatrix-Infer (EP320, one expert per die,
+shared replicas in slots), and its prefill (EP32, SP -> TP -> SP attention) under an engine that has
+it; elsewhere DeepSeek's own data-parallel attention with overlapped exchanges.
 """
 
 import dataclasses
@@ -83,11 +83,10 @@ def build_step(
     elif table.ranks != ep:
         raise ValueError(f"plan: made for {table.ranks} ranks; the deployment has {ep}")
     schedule = schedule_for(machine, deployment)
-    # In prefill, splitting heads over nodes pays where the scale-up network spans them, and only
-    # among a few ranks: each gathers the latents of all.
+    # Among a few ranks only: each gathers the latents of all.
     splits = isinstance(config.attention, LatentAttention) and config.heads % ep == 0
     splits = splits and deployment.tp == 1 and ep <= _MOST_SPLIT and not deployment.decoding
-    sequence_parallel = machine.fabric.shared_ports and splits
+    sequence_parallel = machine.running().prefill_by_heads and splits
     sharing = ep if sequence_parallel else deployment.tp
     drafting = deployment.mtp and config.mtp_layers > 0
     drafts = (deployment.drafts if deployment.decoding else 1) * drafting

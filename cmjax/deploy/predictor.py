@@ -25,6 +25,7 @@ from cmjax.deploy.program_cache import kept
 from cmjax.deploy.requests import Requests
 from cmjax.deploy.step import MoEStep
 from cmjax.hardware import (
+    Engine,
     Supernode,
     Uncertainty,
     catalog,
@@ -366,8 +367,12 @@ def _without_model(step: MoEStep, program: Program) -> tuple[MoEStep, Program]:
 
 def _of_same_kernels(machine: Supernode) -> Supernode:
     """The machine under the first of the engines for which a program is the same."""
-    kernels = machine.running().unfused
-    return machine.under(next(e.name for e in machine.engines if e.unfused == kernels))
+
+    def program_of(engine: Engine) -> tuple[tuple[str, ...], bool]:
+        return engine.unfused, engine.prefill_by_heads
+
+    mine = program_of(machine.running())
+    return machine.under(next(e.name for e in machine.engines if program_of(e) == mine))
 
 
 def _like(shape) -> Supernode:

@@ -79,7 +79,15 @@ _SCHEMA: dict[str, Any] = {
     "npus_per_node": "count",
     "dies_per_npu": "count",
 }
-_ENGINE = {"step_s": "s", "draft_s": "s", "copy_s": "s", "unfused": "names"}
+_ENGINE = {
+    **dict.fromkeys(("step_s", "draft_s", "copy_s"), "s"),
+    "unfused": "names",
+    "prefill_by_heads": "flag",
+}
+_ENGINE_NOT_GIVEN = {
+    "unfused": {"value": [], "source": "none is missing"},
+    "prefill_by_heads": {"value": False, "source": "every request is one rank's"},
+}
 _MAY_BE_ZERO = {
     *("interference", "flag_s", "copy_s", "bulk_source_s", "jitter_s", "step_s", "draft_s"),
     *("matrix_startup_s", "attention_startup_s", "vector_startup_s", "collective_startup_s"),
@@ -252,8 +260,8 @@ def _engines(tables: Any, origin: str) -> tuple[Engine, ...]:
 
 
 def _engine(name: str, table: Any, origin: str) -> Engine:
-    if isinstance(table, dict):  # an engine that names no kernels as missing has all of them
-        table = {"unfused": {"value": [], "source": "none is missing"}, **table}
+    if isinstance(table, dict):
+        table = {**_ENGINE_NOT_GIVEN, **table}
     return Engine(name=name, **_parse_entry(table, _ENGINE, origin, f"engines.{name}"))
 
 

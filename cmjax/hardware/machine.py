@@ -161,12 +161,15 @@ class Engine:
         of a token besides moving it: read, quantize, compute the address.
       unfused: names of fused kernels (`cmjax.fused`) that it does not have: what is in them runs in
         kernels of its own, with a start-up each and through HBM.
+      prefill_by_heads: whether its prefill divides attention among a few ranks by heads, and all
+        else by tokens (SP -> TP -> SP); otherwise every request is one rank's.
     """
 
     step_s: Scalar
     draft_s: Scalar
     copy_s: Scalar
     unfused: tuple[str, ...] = static(default=())
+    prefill_by_heads: bool = static(default=False)
     name: str = static()
 
     def host_s(self, drafts: Scalar) -> Scalar:

@@ -32,7 +32,7 @@ class Static:
 
 
 def timed(machine, kind="collective", cores=1e9, reach=-1, **work):
-    """(wire, chain, fixed, disturbing) of one operation."""
+    """(wire, chain, fixed, disturbing, held) of one operation."""
     table = dict.fromkeys(FIELDS, jnp.zeros(())) | {k: jnp.array([v]) for k, v in work.items()}
     static = Static(np.array([kind]), np.array([float(cores)]), np.array([reach]))
     return tuple(float(x[0]) for x in exchange_s(table, static, machine))

@@ -8,7 +8,8 @@ import pytest
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_layer, build_step, schedule_for
 from cmjax.deploy.predictor import Predictor
-from cmjax.hardware import load_machine
+from cmjax.deploy.requests import Requests
+from cmjax.hardware import load_machine, replace_leaf
 from cmjax.models.moe.checkpoint.hf_config import config_json
 from cmjax.models.moe.config import LatentAttention
 from cmjax.models.moe.presets import deepseek_r1, tiny
@@ -169,6 +170,17 @@ def test_prefill_splits_heads_over_no_more_ranks_than_the_published_instance(ep,
     program = Predictor.of(deployment, MACHINE).program
     kinds = {op.work.kind for level, _ in program.levels for op in level.operations}
     assert ("collective" in kinds) == splits
+
+
+def test_prefill_splits_heads_under_an_engine_that_does():
+    def latency_and_sharing(machine):
+        found = Predictor.of(Deployment(phase="prefill", npus=16, microbatches=1), machine)
+        return float(found.predict(Requests()).ttft_s), found.step.sharing
+
+    by_requests = replace_leaf(MACHINE, f"engines.{MACHINE.engine}.prefill_by_heads", False)
+    of_heads, of_requests = latency_and_sharing(MACHINE), latency_and_sharing(by_requests)
+    assert (of_heads[1], of_requests[1]) == (32, 1)
+    assert of_heads[0] > 1.2 * of_requests[0]  # latents are gathered
 
 
 def test_only_ranks_that_attend_to_the_same_requests_share_them():

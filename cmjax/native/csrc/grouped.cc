@@ -343,19 +343,37 @@ ffi::Error integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& list
   return by_columns<int32_t>(pool, n, lists, columns, product, writes_integers(n, lists, y));
 }
 
-// With AVX2: by whole lines, however many rows there are.
+// With AVX2.
 ffi::Error widened_integers(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
                             const int8_t* x, const int8_t* w, int32_t* y) {
+  constexpr int64_t kStreamedRows = 8;  // as `Kernels::streamed_rows`
   const auto total = static_cast<int64_t>(lists.rows.size());
-  const Scratch copies = aligned_bytes(total * n.inner * 2);
+  const int64_t padded = (n.inner + 1) / 2 * 2;
+  const Scratch copies = aligned_bytes(total * padded * 2);
   if (!copies) return memory_error();
   auto* wide = reinterpret_cast<int16_t*>(copies.get());
   std::vector<const int16_t*> at(total);
-  for (int64_t i = 0; i < total; ++i) {
-    grouped::avx2::int8_widen(x + lists.rows[i] * n.inner, n.inner, wide + i * n.inner);
-    at[i] = wide + i * n.inner;
+  const int64_t at_once = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(n.inner, 1));
+  const int64_t blocks = (total + at_once - 1) / at_once;
+  parallel_for(pool, blocks, worker_count(pool, blocks), [&](int64_t block, int64_t) {
+    const int64_t end = std::min(total, (block + 1) * at_once);
+    for (int64_t i = block * at_once; i < end; ++i) {
+      int16_t* to = wide + i * padded;
+      grouped::avx2::int8_widen(x + lists.rows[i] * n.inner, n.inner, to);
+      std::fill(to + n.inner, to + padded, int16_t{0});
+      at[i] = to;
+    }
+  });
+  if (n.inner == 0 || most_rows(lists) <= kStreamedRows) {
+    return stream_integers(pool, n, lists, at, &grouped::avx2::int8_lines, w, y);
   }
-  return stream_integers(pool, n, lists, at, &grouped::avx2::int8_lines, w, y);
+  const auto product = [&](int64_t group, int64_t column, int64_t some, uint8_t* layout,
+                           int32_t* results) {
+    grouped::avx2::int8_columns(at.data() + lists.begin[group], lists.count(group),
+                                w + group * n.inner * n.features + column, n.inner, n.features,
+                                some, layout, results, kNarrow);
+  };
+  return by_columns<int32_t>(pool, n, lists, kNarrow, product, writes_integers(n, lists, y));
 }
 #endif
 

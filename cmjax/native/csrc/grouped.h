@@ -38,8 +38,12 @@ CMJAX_GROUPED_KERNELS
 }
 namespace avx2 {
 CMJAX_GROUPED_KERNELS
-// `float_lines` with int8 weights; rows of x are widened.
+// The same with int8 weights; rows of x are widened, and end in a zero where `inner` is odd.
 void int8_widen(const int8_t* from, int64_t size, int16_t* to);
+// Of at most kNarrow columns; y has room for kNarrow.
+void int8_columns(const int16_t* const* x, int64_t count, const int8_t* w, int64_t inner,
+                  int64_t stride, int64_t columns, uint8_t* scratch, int32_t* y,
+                  int64_t y_stride);
 void int8_lines(const int16_t* const* x, int64_t count, const int8_t* w, int64_t lines,
                 int64_t stride, int64_t columns, int32_t* y, int64_t y_stride);
 }  // namespace avx2

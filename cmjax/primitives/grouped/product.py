@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 
 from cmjax import native
 from cmjax.primitives.define import count_where, define, straight_through
-from cmjax.primitives.grouped.stacked import check_dtypes, kernel_serves, most_rows, result_dtype
+from cmjax.primitives.grouped.stacked import check_dtypes, kernel_serves, result_dtype
 from cmjax.primitives.grouped.tiles import by_tiles
 from cmjax.program import Work, cost_rule
 from cmjax.program.work import Operand, matmul_flops
@@ -104,10 +104,7 @@ def _ragged(x, w, sizes):
 
 
 def _native(x, w, sizes):
-    # int8 without VNNI: XLA's product of tiles is the faster one where groups have many rows
-    widened = x.dtype == jnp.int8 and native.status().isa == "avx2"
-    many = widened and x.shape[0] > most_rows(x.dtype) * w.shape[0]
-    if many or not kernel_serves(x, w) or min(*x.shape, *w.shape) == 0:
+    if not kernel_serves(x, w) or min(*x.shape, *w.shape) == 0:
         return _reference(x, w, sizes)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[-1]), result_dtype(x))
     starts = jnp.zeros((0,), jnp.int32)  # none: a group's rows follow those before
