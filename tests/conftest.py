@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -69,6 +70,17 @@ def pytest_collection_modifyitems(items):
         name = item.nodeid.split("[")[0]
         if not LONGEST.isdisjoint((item.nodeid, name, name.split("::")[0])):
             item.add_marker(pytest.mark.slow)
+
+
+UNTIL = float(os.environ.get("CMJAX_SLOW_TESTS_UNTIL", "inf"))
+"""Seconds since 1970 after which slow tests are skipped, for a run whose time is limited."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip slow tests once their time is over."""
+    if time.time() > UNTIL and item.get_closest_marker("slow"):
+        pytest.skip("CMJAX_SLOW_TESTS_UNTIL is over: run it with make test-slow")
 
 
 _ENDED = itertools.count()
