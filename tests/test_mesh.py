@@ -46,6 +46,12 @@ def test_specs_are_prefixes_of_nested_arguments_and_results(mesh):
     np.testing.assert_array_equal(out["total"], (2 * x + offset).sum(0))
 
 
+def test_replicated_results_come_back_without_a_rank_axis():
+    mesh = RankMesh(2, 4)
+    total = on_every_rank(lambda x: jax.lax.psum(x, mesh.axes), mesh, RANKED, REPLICATED)
+    assert float(jax.jit(total)(jnp.arange(8.0))) == 28
+
+
 def test_a_plain_mesh_rejects_a_result_that_is_not_replicated():
     mesh = RankMesh(2, 4)
     lifted = on_every_rank(lambda x: x, mesh, RANKED, REPLICATED, virtual=False)
