@@ -10,6 +10,7 @@ import cmjax
 from cmjax import report
 from cmjax.console import check_target, emit, show_progress
 from cmjax.deploy import Deployment, Requests, predictor_of
+from cmjax.deploy.requests import parse_load
 from cmjax.deploy.search import VARIED
 from cmjax.placement import read_plan
 from cmjax.report.figure_path import checked_path
@@ -25,7 +26,8 @@ class Predict:
     on: str = "cloudmatrix384"
     """Machine: a name of the catalog, or a .toml file."""
     load: str = "perfect"
-    """Expert load: `perfect`, or a file of counts that `cmjax place` reads."""
+    """Expert load: `perfect`, rows on the slowest rank over the mean (`1.6`), or a file of counts
+    that `cmjax place` reads."""
     plan: Path | None = None
     """Where experts live under LOAD: a file that `cmjax place` writes (default: greedily)."""
     slo_tpot_ms: float | None = None
@@ -77,11 +79,12 @@ class Predict:
 
     def predict(self, plan=None) -> cmjax.Prediction:
         """What the options describe, predicted."""
+        given = parse_load(self.load)
         return cmjax.predict(
             self.deployment,
             self.on,
-            self.requests,
-            loads=None if self.load == "perfect" else self.load,
+            dataclasses.replace(self.requests, load=given.get("load")),
+            loads=given.get("loads"),
             plan=plan,
             slo_tpot_ms=self.slo_tpot_ms,
         )

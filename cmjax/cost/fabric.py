@@ -5,7 +5,7 @@
                    + flags * flag_s / cores + local bytes / HBM
     wire         = max(die / B_die, (node / B_node + supernode / B_supernode)) / (eta * saturation)
     chain        = sum over copies (copy_s + latency(tier) + message * saturation_cores / B_node)
-                   / cores
+                   / (cores of the die * saturation)
 
 Traffic to the own node and to other nodes leaves a die through the same Unified Bus links, so the
 two add; where they are separate networks (NVLink and RDMA) the larger counts. `eta` is the share
@@ -16,9 +16,13 @@ Dispatch and combine are the fused operators of the CloudMatrix384 paper, sectio
 open kernels `moe_distribute_dispatch_v2` and `combine_v2`: the copies of tokens are divided over
 the vector cores of the stream, and a core reads, quantizes and writes one after the other into
 remote memory, waiting for each. So their time is the longer of that chain and of the links, and
-what is fixed is only the rest: launch, barriers, flags, reordering. Kernels for messages beyond L2
-("normal" ones) do not wait for a copy before they start the next, so that the links are left, and
-their dispatch goes through its source ranks one by one (`bulk_source_s`).
+what is fixed is only the rest: launch, barriers, flags, reordering. What a copy takes is known with
+all cores at work, of which those beyond `saturation_cores` only queue: 24 of 48 reach 95 % of the
+bandwidth (StrataCL, arXiv 2607.26444), and 48 gain almost nothing over 24 (UBEP, arXiv 2607.06202).
+So a stream with 16 of them sends at two thirds of the die's rate, and not at one third.
+Kernels for messages beyond L2 ("normal" ones) do not wait for a copy before they start the next, so
+that the links are left, and their dispatch goes through its source ranks one by one
+(`bulk_source_s`).
 """
 
 from collections.abc import Mapping
@@ -63,7 +67,7 @@ def exchange_s(work: Work, static, machine: Supernode):
     slow = jnp.where(dispatches, exchange.bandwidth, exchange.bandwidth_from_hbm)
     rate = (1 - spilled) / exchange.bandwidth + spilled / slow
     wire = jnp.maximum(near, apart) * rate / cores
-    held = spilled if exchange.bulk_kernels else jnp.zeros_like(spilled)
+    held = jnp.broadcast_to(spilled * exchange.bulk_kernels, wire.shape)
     disturbing = wire * spilled if exchange.bulk_kernels else wire
 
     latencies = jnp.stack(
@@ -104,4 +108,6 @@ def _chain_s(work, static, machine: Supernode, spilled):
     # One core's share of the links; further away the latency grows, not the time to issue.
     moved = work["copy_bytes"] * exchange.saturation_cores / tiers.node.bandwidth_bytes_per_s
     own = work["copies"] * machine.running().copy_s
-    return (1 - spilled) * (own + latencies + moved) / static.vector_cores
+    saturation = jnp.minimum(static.vector_cores / exchange.saturation_cores, 1.0)
+    sent_at_once = machine.chip.vector_cores * saturation
+    return (1 - spilled) * (own + latencies + moved) / sent_at_once

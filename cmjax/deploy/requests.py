@@ -39,6 +39,20 @@ def parse_acceptance(words: Sequence[str]) -> float | tuple[float, ...]:
     return each[0] if len(each) == 1 else each
 
 
+def parse_load(word: str) -> dict[str, Any]:
+    """Expert load as a command line gives it, as options of `predict`.
+
+    >>> parse_load("perfect"), parse_load("1.6"), parse_load("loads.npz")
+    ({}, {'load': 1.6}, {'loads': 'loads.npz'})
+    """
+    if word == "perfect":
+        return {}
+    try:
+        return {"load": float(word)}
+    except ValueError:
+        return {"loads": word}
+
+
 _ACCEPTANCE = tyro.constructors.PrimitiveConstructorSpec(
     nargs="*",
     metavar="FLOAT[,FLOAT...]",
@@ -97,6 +111,8 @@ class Requests:
                 check_number(name, value, above=0, least=_LEAST, most=_MOST[name])
         if self.context_spread is not None and _known(self.context_spread):
             check_number("context-spread", self.context_spread, least=0, most=_MOST_SPREAD)
+        if _known(self.load):
+            check_number("load", self.load, least=1, most=_MOST["batch"])
         if _known(self.output):
             check_number("output", self.output, least=0, most=_MOST["prompt"])
         each = self.acceptance if isinstance(self.acceptance, tuple) else (self.acceptance,)

@@ -21,7 +21,7 @@ from cmjax.cost.micro import MicroBenchmark, micro
 from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.predict import predict
 from cmjax.deploy.predictor import known_uncertainty
-from cmjax.deploy.requests import Requests, parse_acceptance
+from cmjax.deploy.requests import Requests, parse_acceptance, parse_load
 from cmjax.hardware import Supernode, leaf_names, load_machine
 
 _FLAGS = {f"--{no}mtp": ("mtp", not no) for no in ("", "no-")}
@@ -241,8 +241,8 @@ def _predict_options(phase: str, arguments: Sequence[str]) -> dict[str, Any]:
                 raise _Unreadable(str(error)) from None
             continue
         found[name] = _value(word, words, types[name])
-    if found.get("loads") == "perfect":
-        del found["loads"]
+    if "loads" in found:
+        found |= parse_load(found.pop("loads"))
     return found
 
 

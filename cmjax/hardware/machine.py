@@ -106,7 +106,8 @@ class Exchange:
       dispatch_startup_s, combine_startup_s: fixed time (launch, slot addresses, barriers).
       flag_s: time to count, poll and clear the flags of one source rank, on one vector core.
       bulk_source_s: time that a dispatch too large for L2 takes for every source rank.
-      saturation_cores: vector cores that saturate the links; fewer send proportionally slower.
+      saturation_cores: vector cores that saturate the links; fewer send proportionally slower, and
+        more only queue.
       interference: relative slow-down of compute kernels while bytes of an exchange move.
       jitter_s: variance that a rank's arrival time gains per second of work since the ranks last
         met; the standard deviation after a time t is sqrt(jitter_s * t).

@@ -301,6 +301,7 @@ BAD = {
     "batch does not divide": (["predict", "decode", "--batch", "97"], "batch"),
     "EP above the ranks": ([*DECODE, "--npus", "16", "--ep", "64"], "ep 64 is larger"),
     "EP does not divide": ([*DECODE, "--ep", "48"], "ep 48 does not divide"),
+    "a load below the mean": ([*DECODE, "--load", "0.9"], "load must be at least 1, got 0.9"),
     "acceptance above one": ([*DECODE, "--mtp-acceptance", "1.5"], "mtp-acceptance"),
     "negative prompt": ([*DECODE, "--prompt", "-1"], "prompt"),
     "output folder missing": ([*DECODE, "--json", "/no/such/folder/x.json"], "/no/such/folder"),

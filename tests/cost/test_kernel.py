@@ -300,12 +300,12 @@ def test_a_dispatch_takes_its_copies_in_turn_until_they_overflow_the_receivers_l
 
 def test_few_vector_cores_send_slower_and_count_flags_slower():
     flags = replace_leaf(M, "exchange.flag_s", 1e-6)
-    few = replace_leaf(flags, "exchange.saturation_cores", 96.0)  # a core has 1/96 of the links
+    few = replace_leaf(flags, "exchange.saturation_cores", 48.0)  # a core has 1/48 of the links
 
     def us(machine):
         return float(micro("dispatch", M, ep=16, tokens=128).measure(machine)["us"])
 
-    more = 96 - M.exchange.saturation_cores
+    more = 48 - M.exchange.saturation_cores
     chain = 128 * 8 / 48 * 7680 * more / M.fabric.node.bandwidth_bytes_per_s
     assert us(flags) - us(M) == pytest.approx(16 / 48, rel=1e-6)
     assert us(few) - us(flags) == pytest.approx(chain * 1e6, rel=1e-6)

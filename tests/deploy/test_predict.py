@@ -276,6 +276,8 @@ def test_a_deployment_that_makes_no_sense_is_refused(options, message):
         ({"prompt": -5}, "prompt must be positive, got -5"),
         ({"output": -1}, "output must be at least 0, got -1"),
         ({"acceptance": 1.5}, "mtp-acceptance must lie in 0..1, got 1.5"),
+        ({"load": 0.9}, "load must be at least 1, got 0.9"),
+        ({"load": float("nan")}, "load must be a finite number, got nan"),
         ({"acceptance": -0.1}, "mtp-acceptance must lie in 0..1, got -0.1"),
     ],
 )

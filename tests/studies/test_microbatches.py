@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from cmjax.deploy import predict
-from cmjax.hardware import leaf_names, load_machine
+from cmjax.hardware import leaf_names, load_machine, replace_leaf
 from studies.microbatches import CHANGES, HEADS, cells
 
 
@@ -23,3 +23,19 @@ def test_a_row_is_what_predict_says_and_every_change_says_something_else():
     found = predict(phase="decode", model="deepseek-r1", batch=96, microbatches=2)
     assert float(rows[0][HEADS.index("at 96 in two, ms")]) == round(float(found.tpot_s) * 1e3, 1)
     assert len({row[1:] for row in rows}) == len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "pays"), [(8, False), (96, True), (128, True)])
+def test_two_microbatches_pay_where_batches_are_large(batch, pays):
+    """As the published system finds. Were all cores needed to send, they would pay nowhere."""
+
+    def rate(machine, microbatches):
+        options = {"phase": "decode", "batch": batch, "context": 4096}
+        found = predict("deepseek-r1", machine, microbatches=microbatches, **options)
+        return float(found.tokens_per_s_per_npu)
+
+    machine = load_machine("cloudmatrix384")
+    assert (rate(machine, 2) > rate(machine, 1)) == pays
+    all_needed = replace_leaf(machine, "exchange.saturation_cores", 48.0)
+    assert rate(all_needed, 2) < rate(all_needed, 1)

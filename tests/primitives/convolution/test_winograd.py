@@ -181,7 +181,7 @@ def test_a_filter_transformed_beforehand_gives_the_same_in_float32():
     with pytest.raises(ValueError, match="packed with domain='float32', and 'int8' was asked for"):
         winograd_conv1d(x, packed, domain="int8")
     with pytest.raises(ValueError, match=r"scales are of F\(2,3\) in int8, and F\(4,3\) in int8"):
-        prepack(W, SCALES, algorithm="F(4,3)")
+        prepack(w, calibrate(x, w, algorithm="F(2,3)"), algorithm="F(4,3)")
 
 
 def test_float32_derivatives_agree_with_differences():
@@ -227,7 +227,7 @@ def test_scan_and_remat_give_the_same_numbers():
 def test_a_layer_of_nnx_learns_its_scales_with_its_weights():
     x, w = _data(3)
     scales = calibrate(x, w, algorithm="F(2,3)", input_limit=20)
-    scales = _with(scales, input_step=scales.input_step * 2)
+    scales = dataclasses.replace(scales, input_step=scales.input_step * 2)
 
     class Layer(nnx.Module):
         def __init__(self):
@@ -237,7 +237,7 @@ def test_a_layer_of_nnx_learns_its_scales_with_its_weights():
 
         def __call__(self, x):
             learned = {key: getattr(self, key)[...] for key in LEARNED}
-            return winograd_conv1d(x, self.w[...], scales=_with(scales, **learned))
+            return winograd_conv1d(x, self.w[...], scales=dataclasses.replace(scales, **learned))
 
     layer = Layer()
     optimizer = nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param)
