@@ -93,8 +93,11 @@ class Predict:
         for name in ("plan", "trace", "sensitivity"):
             if getattr(self, name):
                 raise ValueError(f"--{name} is of one deployment; leave it out with --search")
-        if self.load != "perfect":
-            raise ValueError("--load needs one deployment's slots; leave it out with --search")
+        given = parse_load(self.load)
+        if "loads" in given:
+            raise ValueError(
+                "--load FILE needs one deployment's slots; with --search give `perfect` or a number"
+            )
         with (
             executor_of(self.scheduler, self.workers) as executor,
             show_progress("searching", quiet=self.json == "-") as progress,
@@ -102,7 +105,7 @@ class Predict:
             found = cmjax.search(
                 self.deployment,
                 self.on,
-                self.requests,
+                dataclasses.replace(self.requests, **given),
                 slo_tpot_ms=self.slo_tpot_ms,
                 slo_ttft_ms=self.slo_ttft_ms,
                 executor=executor,

@@ -153,6 +153,7 @@ def search(
     if (requests is not None and requests.batch is not None) or single.get("batch") is not None:
         raise ValueError("search: every batch is tried; leave batch out")
     deployment, requests = split_options(model, requests, single)
+    requests.of(deployment)  # what makes no sense is refused before a model is traced
     deployments = _structures(deployment, machine, lists)
     limit_s = _limit_s(deployment, slo_tpot_ms, slo_ttft_ms)
     work = functools.partial(_priced, machine=machine, requests=requests)

@@ -52,6 +52,15 @@ def test_formats_are_varied_where_they_are_listed():
     assert tried == {(n, q, 1) for n in (4, 8) for q in ("int8", "bf16")}
 
 
+def test_an_uneven_load_is_searched_as_it_is_predicted(found):
+    uneven = cmjax.search("tiny", load=2.0, **OPTIONS)
+    one = cmjax.predict(
+        uneven.deployments[uneven.choice[-1]], context=4096, batch=float(uneven.batch[-1]), load=2.0
+    )
+    assert uneven.latency_s[-1] == pytest.approx(float(one.tpot_s), rel=1e-4)
+    assert uneven.latency_s.max() > 1.2 * found.latency_s.max()
+
+
 def test_an_executor_gives_the_same_rows(found):
     with ThreadPoolExecutor(2) as executor:
         other = cmjax.search("tiny", slo_tpot_ms=20, executor=executor, **OPTIONS)
@@ -76,6 +85,7 @@ def test_prefill_is_limited_by_its_time_to_first_token():
         ({"slo_tpot_ms": float("nan")}, "the limit on latency must be positive, got nan ms"),
         ({"batch": 8}, "every batch is tried; leave batch out"),
         ({"ep": [7]}, r"ep must be a multiple of 2 .* up to 768, got 7"),
+        ({"load": 0.5}, "^load must be at least 1, got 0.5"),
         ({"quant": ["int3"]}, "quant must be int8 or"),
         ({"quand": ["int8"]}, "unknown option 'quand'; it takes quant"),
     ],
