@@ -46,13 +46,14 @@ def test_every_width_depth_and_number_of_rows(rng, dtype, count, inner, features
     np.testing.assert_array_equal(got, wanted)
 
 
-def test_the_largest_integers_do_not_overflow():
+@pytest.mark.parametrize("rows", [7, 40])
+def test_the_largest_integers_do_not_overflow(rows):
     if native.status().isa == "scalar":
         pytest.skip("int8 is left to XLA here")
     for a in (-128, 127):
         for b in (-128, 127):
-            x, w = jnp.full((7, 1000), a, jnp.int8), jnp.full((1, 1000, 70), b, jnp.int8)
-            assert (np.asarray(_call(x, w, [0], [7])) == 1000 * a * b).all()
+            x, w = jnp.full((rows, 1000), a, jnp.int8), jnp.full((1, 1000, 70), b, jnp.int8)
+            assert (np.asarray(_call(x, w, [0], [rows])) == 1000 * a * b).all()
 
 
 def test_nan_and_infinity_pass_through_bfloat16():

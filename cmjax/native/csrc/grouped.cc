@@ -181,6 +181,17 @@ ffi::Error stream(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
   return ffi::Error::Success();
 }
 
+// row(i) for the `total` rows of all groups, some at a time on every thread.
+template <typename Row>
+void each_row(ffi::ThreadPool& pool, int64_t total, int64_t inner, const Row& row) {
+  const int64_t at_once = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(inner, 1));
+  const int64_t blocks = (total + at_once - 1) / at_once;
+  parallel_for(pool, blocks, worker_count(pool, blocks), [&](int64_t block, int64_t) {
+    const int64_t end = std::min(total, (block + 1) * at_once);
+    for (int64_t i = block * at_once; i < end; ++i) row(i);
+  });
+}
+
 template <typename T>
 ffi::Error floats(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists, const T* x,
                   const T* w, T* y) {
@@ -192,13 +203,8 @@ ffi::Error floats(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& lists,
   if (!wide) return memory_error();
   if constexpr (kHalf) {
     auto* to = reinterpret_cast<float*>(wide.get());
-    const int64_t at_once = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(n.inner, 1));
-    const int64_t blocks = (total + at_once - 1) / at_once;
-    parallel_for(pool, blocks, worker_count(pool, blocks), [&](int64_t block, int64_t) {
-      const int64_t end = std::min(total, (block + 1) * at_once);
-      for (int64_t i = block * at_once; i < end; ++i) {
-        kernel.to_float(x + lists.rows[i] * n.inner, n.inner, to + i * n.inner);
-      }
+    each_row(pool, total, n.inner, [&](int64_t i) {
+      kernel.to_float(x + lists.rows[i] * n.inner, n.inner, to + i * n.inner);
     });
     for (int64_t i = 0; i < total; ++i) at[i] = to + i * n.inner;
   } else {
@@ -250,16 +256,11 @@ Scratch padded_rows(ffi::ThreadPool& pool, const Sizes& n, const RowGroups& list
   Scratch copies = aligned_bytes(total * padded * static_cast<int64_t>(sizeof(T)));
   if (!copies) return copies;
   at.resize(total);
-  const int64_t at_once = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(n.inner, 1));
-  const int64_t blocks = (total + at_once - 1) / at_once;
-  parallel_for(pool, blocks, worker_count(pool, blocks), [&](int64_t block, int64_t) {
-    const int64_t end = std::min(total, (block + 1) * at_once);
-    for (int64_t i = block * at_once; i < end; ++i) {
-      T* to = reinterpret_cast<T*>(copies.get()) + i * padded;
-      std::memcpy(to, x + lists.rows[i] * n.inner, n.inner * sizeof(T));
-      std::fill(to + n.inner, to + padded, T{0});
-      at[i] = to;
-    }
+  each_row(pool, total, n.inner, [&](int64_t i) {
+    T* to = reinterpret_cast<T*>(copies.get()) + i * padded;
+    std::memcpy(to, x + lists.rows[i] * n.inner, n.inner * sizeof(T));
+    std::fill(to + n.inner, to + padded, T{0});
+    at[i] = to;
   });
   return copies;
 }
@@ -353,16 +354,11 @@ ffi::Error widened_integers(ffi::ThreadPool& pool, const Sizes& n, const RowGrou
   if (!copies) return memory_error();
   auto* wide = reinterpret_cast<int16_t*>(copies.get());
   std::vector<const int16_t*> at(total);
-  const int64_t at_once = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(n.inner, 1));
-  const int64_t blocks = (total + at_once - 1) / at_once;
-  parallel_for(pool, blocks, worker_count(pool, blocks), [&](int64_t block, int64_t) {
-    const int64_t end = std::min(total, (block + 1) * at_once);
-    for (int64_t i = block * at_once; i < end; ++i) {
-      int16_t* to = wide + i * padded;
-      grouped::avx2::int8_widen(x + lists.rows[i] * n.inner, n.inner, to);
-      std::fill(to + n.inner, to + padded, int16_t{0});
-      at[i] = to;
-    }
+  each_row(pool, total, n.inner, [&](int64_t i) {
+    int16_t* to = wide + i * padded;
+    grouped::avx2::int8_widen(x + lists.rows[i] * n.inner, n.inner, to);
+    std::fill(to + n.inner, to + padded, int16_t{0});
+    at[i] = to;
   });
   if (n.inner == 0 || most_rows(lists) <= kStreamedRows) {
     return stream_integers(pool, n, lists, at, &grouped::avx2::int8_lines, w, y);
