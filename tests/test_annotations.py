@@ -45,8 +45,8 @@ def test_tracers_and_numpy_arrays_count_as_arrays():
 def test_fields_of_results_are_checked_with_one_size_for_every_name():
     @dataclasses.dataclass
     class Pair:
-        a: Float[Array, "n"]
-        b: Int[Array, "n"]
+        a: Float[Array, " n"]
+        b: Int[Array, " n"]
 
     class Named(NamedTuple):
         a: Float[Array, ""]

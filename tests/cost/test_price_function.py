@@ -86,7 +86,7 @@ def test_a_name_of_a_function_is_that_function(tmp_path, monkeypatch):
     (tmp_path / "named_of_test.py").write_text(
         "import jax.numpy as jnp\n"
         "from jaxtyping import Array, Float\n"
-        'def wave(x: Float[Array, "n"]):\n'
+        'def wave(x: Float[Array, " n"]):\n'
         "    return jnp.sin(x)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -129,7 +129,7 @@ def test_gradients_batches_and_compilation_go_through():
 def test_a_function_is_traced_once():
     calls = []
 
-    def counted(x: Float[Array, "n"]):
+    def counted(x: Float[Array, " n"]):
         calls.append(1)
         return jnp.sin(x)
 
@@ -153,7 +153,7 @@ def test_a_function_is_traced_once():
 
 
 def test_what_is_kept_holds_no_values_of_a_trace():
-    def fresh(x: Float[Array, "n"]):
+    def fresh(x: Float[Array, " n"]):
         return jnp.sin(x)
 
     with jax.checking_leaks():
@@ -165,7 +165,7 @@ def test_a_callable_that_cannot_be_kept_is_traced_again():
     class Model:
         __hash__ = None  # type: ignore[assignment]
 
-        def __call__(self, x: Float[Array, "n"]):
+        def __call__(self, x: Float[Array, " n"]):
             return jnp.sin(x)
 
     assert float(price_function(Model(), M, n=10).total_s) > 0

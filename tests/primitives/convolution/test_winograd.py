@@ -166,7 +166,8 @@ def test_an_input_step_per_channel_serves_channels_of_very_different_size():
     common = _sqnr_db(_conv(x, w), winograd_conv1d(x, w, scales=scales))
     relative = jnp.asarray(gains / gains.max())
     even = calibrate(x / relative, w * relative[:, None], algorithm="F(2,3)", pair_rule=False)
-    scales = _with(even, input_step=even.input_step * relative)  # the filter is scaled against it
+    # The filter is scaled against the steps.
+    scales = dataclasses.replace(even, input_step=even.input_step * relative)
     own = winograd_conv1d(x, w, scales=scales)
     assert _sqnr_db(_conv(x, w), own) > 33 > common + 15
     np.testing.assert_array_equal(winograd_conv1d(x, prepack(w, scales)), own)
