@@ -27,7 +27,7 @@ class Plan:
       slo_ttft_ms: Time to first token that a good request keeps.
       slo_tpot_ms: Time per output token that a good request keeps.
       target: Share of the requests offered that must keep the SLO.
-      deployment: Model, formats, cache and rules of this .toml file; its pools are replaced.
+      deployment: Model, formats, cache and rules of this .toml file; of its pools only tp stays.
       on: Machine: a name of the catalog, or a .toml file.
       cache_blocks: Blocks of the context cache; 0 is none.
       prefill_npus: Sizes of prefill instances to consider.

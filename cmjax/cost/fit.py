@@ -41,6 +41,7 @@ from cmjax.hardware import (
     Uncertainty,
     describe_key,
     leaf_names,
+    load_machine,
     prior,
     replace_leaf,
     sources,
@@ -168,13 +169,22 @@ def update(
 def micro_measure(row: Measurement, machine: Supernode) -> Measure:
     """A `micro` row as a function of the machine.
 
-    Raises: ValueError: an unknown operator, option or key.
+    Raises: ValueError: an unknown operator, option or key, or a row of another machine.
     """
-    benchmark = micro(row.command[1], machine, **parse_options(row.command[2:]))
-    keys = jax.eval_shape(benchmark.measure, machine)
-    if row.key not in keys:
-        raise ValueError(f"row {row.row!r}: no key {row.key!r}; there are {', '.join(keys)}")
+    with row.named():
+        options = parse_options(row.command[2:])
+        check_same_machine(options.pop("on", None), machine)
+        benchmark = micro(row.command[1], machine, **options)
+        keys = jax.eval_shape(benchmark.measure, machine)
+        if row.key not in keys:
+            raise ValueError(f"no key {row.key!r}; there are {', '.join(keys)}")
     return lambda at: benchmark.measure(at)[row.key]
+
+
+def check_same_machine(on: object, machine: Supernode) -> None:
+    """Raise ValueError if a row names (`--on`) another machine than its constants are sought of."""
+    if on is not None and load_machine(str(on)).name != machine.name:
+        raise ValueError(f"--on {on} is another machine than {machine.name}, which is fitted")
 
 
 def _posterior(

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 
 from cmjax.inputs import in_one_line, parse_csv, read_text, records_of, shown
@@ -26,6 +28,17 @@ class Measurement:
     key: str
     value: float
     source: str
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """What is wrong with this row says which it is.
+
+        Raises: ValueError: of what runs inside, with the row's name before it.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"row {self.row!r}: {error}") from None
 
 
 def measured_machines() -> list[str]:

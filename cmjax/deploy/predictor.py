@@ -22,7 +22,7 @@ from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.moe_step import build_step
 from cmjax.deploy.prediction import Prediction
 from cmjax.deploy.program_cache import kept
-from cmjax.deploy.requests import Requests
+from cmjax.deploy.requests import Gain, Requests
 from cmjax.deploy.step import MoEStep
 from cmjax.hardware import (
     Engine,
@@ -136,18 +136,20 @@ class Predictor:
         }
 
     def steps_s(
-        self, batch: Float[np.ndarray, "n"], length: Float[np.ndarray, "n"], acceptance: float = 0.7
+        self,
+        batch: Float[np.ndarray, "n"],
+        length: Float[np.ndarray, "n"],
+        load: float | None = None,
     ) -> Float[np.ndarray, "n"]:
         """Seconds of steps, the host's included, for many batches at once.
 
         Args:
           batch: requests per NPU; need not divide over anything. length: cached tokens of a request
-            in decode, prompt tokens in prefill. acceptance: of drafts.
+            in decode, prompt tokens in prefill. load: of experts, as in `Requests`.
         """
         name = "context" if self.deployment.decoding else "prompt"
-        sizes: dict[str, Any] = {"batch": np.asarray(batch, float), name: np.asarray(length, float)}
-        requests = Requests(acceptance=acceptance, **sizes)
-        return self._steps_s(self.symbols(requests), self.differences(requests))
+        requests = Requests(load=load, **{name: np.asarray(length, float)})
+        return self.step_times_s(requests, np.asarray(batch, float))
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
@@ -262,7 +264,11 @@ class Predictor:
 
     def tokens_per_step(self, requests: Requests):
         """Tokens that a request gains in a step: one, and each draft that is accepted."""
-        return requests.tokens_per_step(self.step.drafts * self.deployment.decoding)
+        return self.gain(requests).mean
+
+    def gain(self, requests: Requests) -> Gain:
+        """How many tokens a request gains in a step, and how much that varies."""
+        return requests.gain(self.step.drafts * self.deployment.decoding)
 
     @property
     def host_s(self):

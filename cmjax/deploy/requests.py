@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import tyro
@@ -66,6 +66,17 @@ _LEAST, _MOST = 1e-6, {"batch": 10**6, "prompt": 10**9, "context": 10**9}
 _MOST_SPREAD = 100
 
 
+class Gain(NamedTuple):
+    """Tokens that a decoding request gains in a step: their mean, their variance, and the most."""
+
+    mean: Any = 1.0
+    variance: Any = 0.0
+    most: int = 1
+
+
+NO_DRAFTS = Gain()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requests:
@@ -121,13 +132,20 @@ class Requests:
                 raise ValueError(f"mtp-acceptance must lie in 0..1, got {chance:g}")
 
     def tokens_per_step(self, drafts: int) -> Number:
-        """Tokens that a request gains in a step of decode: one, and each draft that is accepted.
+        """Tokens that a request gains in a step of decode, on average (see `gain`)."""
+        return self.gain(drafts).mean
 
-        A draft counts if it and all before it are accepted: `1 + a1 + a1 a2 + ...`.
+    def gain(self, drafts: int) -> Gain:
+        """What a request gains in a step of decode: a token, and each draft that is accepted.
+
+        A draft counts if it and all before it are accepted, so that it is the j-th token beyond the
+        first with probability `p_j = a1 a2 ... aj`. The mean is `1 + sum p_j`, and that of the
+        square `1 + sum (2 j + 1) p_j`.
         Raises: ValueError: as many acceptances as there are drafts were not given.
 
-        >>> round(Requests(acceptance=(0.8, 0.5)).tokens_per_step(2), 6)
-        2.2
+        >>> mean, variance, most = Requests(acceptance=(0.8, 0.5)).gain(2)
+        >>> round(mean, 6), round(variance, 6), most  # 1, 2 or 3 with 0.2, 0.4 and 0.4
+        (2.2, 0.56, 3)
         """
         each = self.acceptance
         if not isinstance(each, tuple):
@@ -137,11 +155,12 @@ class Requests:
                 f"mtp-acceptance has {len(each)} numbers for {drafts} draft(s); give one for all, "
                 "or one for each"
             )
-        total, chance = 1.0, 1.0
-        for accepted in each[:drafts]:
+        mean, square, chance = 1.0, 1.0, 1.0
+        for j, accepted in enumerate(each[:drafts], 1):
             chance = chance * accepted
-            total = total + chance
-        return total
+            mean = mean + chance
+            square = square + (2 * j + 1) * chance
+        return Gain(mean, square - mean**2, 1 + drafts)
 
     def length(self, phase: Phase) -> Number:
         """Tokens per request at which a step is priced."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.cost.fit import Measure, micro_measure, parse_options
+from cmjax.cost.fit import Measure, check_same_machine, micro_measure, parse_options
 from cmjax.cost.host import on_host
 from cmjax.cost.interval import interval
 from cmjax.cost.measured import Measurement, read_measurements
@@ -107,13 +107,12 @@ def compare(measurement: Measurement, machine: str) -> ValidationRow:
 
     Raises: ValueError: a command that cannot be read, or a key that its result does not have.
     """
-    result, intervals = _result(measurement, machine)
-    value = result.get(measurement.key)
-    if not isinstance(value, int | float):
-        known = ", ".join(k for k, v in result.items() if isinstance(v, int | float))
-        raise ValueError(
-            f"row {measurement.row!r}: no key {measurement.key!r} in the result; it has {known}"
-        )
+    with measurement.named():
+        result, intervals = _result(measurement.command, machine)
+        value = result.get(measurement.key)
+        if not isinstance(value, int | float):
+            known = ", ".join(k for k, v in result.items() if isinstance(v, int | float))
+            raise ValueError(f"no key {measurement.key!r} in the result; it has {known}")
     return ValidationRow(
         row=measurement.row,
         role=measurement.role,
@@ -128,24 +127,18 @@ def compare(measurement: Measurement, machine: str) -> ValidationRow:
 def measure_of(row: Measurement, machine: Supernode) -> Measure:
     """What a row measures, as a function of the machine: for `cmjax.cost.fit.update`.
 
-    Raises: ValueError: a command that cannot be read, or a key without a gradient.
+    Raises: ValueError: a command that cannot be read, a key without a gradient, or a row of another
+      machine.
     """
-    kind, what, *arguments = row.command
-    if kind == "micro":
+    if row.command[0] == "micro":
         return micro_measure(row, machine)
-    try:
-        options = _predict_options(what, arguments)
-    except _Unreadable as error:
-        raise ValueError(
-            f"row {row.row!r}: cannot read {' '.join(row.command)!r}: {error}"
-        ) from None
-    options.pop("on", None)
-    model = options.pop("model", "deepseek-r1")
-    known = predict(model, machine, **options).headlines()
-    if row.key not in known:
-        raise ValueError(
-            f"row {row.row!r}: no key {row.key!r} to fit to; there are {', '.join(known)}"
-        )
+    with row.named():
+        options = _predict_options(row.command)
+        check_same_machine(options.pop("on", None), machine)
+        model = options.pop("model", "deepseek-r1")
+        known = predict(model, machine, **options).headlines()
+        if row.key not in known:
+            raise ValueError(f"no key {row.key!r} to fit to; there are {', '.join(known)}")
     return lambda at: predict(model, at, **options).headlines()[row.key]
 
 
@@ -176,26 +169,18 @@ def _half_width(row: ValidationRow) -> float:
 
 
 def _result(
-    measurement: Measurement, machine: str
+    command: Sequence[str], machine: str
 ) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
-    kind, what, *arguments = measurement.command
-    try:
-        if kind == "micro":
-            options = parse_options(arguments)
-            on = load_machine(str(options.pop("on", machine)))
-            return _micro(micro(what, on, **options), on)
-        options = _predict_options(what, arguments)
-        on = options.pop("on", machine)
-        found = predict(options.pop("model", "deepseek-r1"), on, **options)
-        ends = {key: (float(e[0]), float(e[1])) for key, e in found.interval.items()}
-        return found.to_dict(), ends
-    except _Unreadable as error:
-        command = " ".join(measurement.command)
-        raise ValueError(
-            f"row {measurement.row!r}: cannot read the command {command!r}: {error}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"row {measurement.row!r}: {error}") from None
+    kind, what, *arguments = command
+    if kind == "micro":
+        options = parse_options(arguments)
+        on = load_machine(str(options.pop("on", machine)))
+        return _micro(micro(what, on, **options), on)
+    options = _predict_options(command)
+    on = options.pop("on", machine)
+    found = predict(options.pop("model", "deepseek-r1"), on, **options)
+    ends = {key: (float(e[0]), float(e[1])) for key, e in found.interval.items()}
+    return found.to_dict(), ends
 
 
 def _micro(benchmark: MicroBenchmark, on: Supernode):
@@ -217,11 +202,19 @@ def _micro(benchmark: MicroBenchmark, on: Supernode):
 
 
 class _Unreadable(ValueError):
-    """A command that is none of ours."""
+    """A word of a command that is none of ours."""
 
 
-def _predict_options(phase: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of `cmjax predict` as keyword arguments of `predict`."""
+def _predict_options(command: Sequence[str]) -> dict[str, Any]:
+    """The words of `predict PHASE --option VALUE ...` as keyword arguments of `predict`."""
+    _, phase, *arguments = command
+    try:
+        return _options_of(phase, arguments)
+    except _Unreadable as error:
+        raise ValueError(f"cannot read the command {' '.join(command)!r}: {error}") from None
+
+
+def _options_of(phase: str, arguments: Sequence[str]) -> dict[str, Any]:
     types = {**_BESIDE, **_types(Deployment), **_types(Requests)}
     words = iter(_joined(arguments))
     found: dict[str, Any] = {"phase": phase}

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from cmjax.deploy.requests import Gain
 from cmjax.hardware import Supernode
 from cmjax.serving.engine import COLOCATED, DECODE, FIXED, PREFILL
 from cmjax.serving.engine.inputs import (
@@ -66,7 +67,7 @@ def assemble(
     first = _first_worker(service)
     longest = trace.duration_s if not replay.clients else 0.0
     return EngineInputs(
-        requests=_requests(trace, times.tokens_per_step, replay.seed),
+        requests=_requests(trace, times.gain, replay.seed),
         workers=_workers(service, times),
         cache=_cache(trace, service, machine, times),
         tables=tuple(times.tables[name] for name in pools),
@@ -88,22 +89,22 @@ def assemble(
     )
 
 
-def decode_steps(output: np.ndarray, tokens_per_step: float, seed: int) -> np.ndarray:
+def decode_steps(output: np.ndarray, gain: Gain, seed: int) -> np.ndarray:
     """Decode steps of each request until its last token, the first one being the prefill's.
 
-    A step gives a token and, with probability p = tokens_per_step - 1, a second one. The steps to n
-    tokens are then nearly normal, of mean n / (1 + p) and variance n p (1 - p) / (1 + p)^3 (renewal
-    theory), and lie between n / 2 and n.
+    With m tokens a step on average, and their variance v, the steps to n tokens are nearly normal,
+    of mean n / m and variance n v / m^3 (renewal theory). They lie between n over the most tokens
+    of a step, and n.
     """
-    tokens, p = output - 1, tokens_per_step - 1
-    mean = tokens / tokens_per_step
-    sigma = np.sqrt(tokens * p * (1 - p) / tokens_per_step**3)
-    drawn = np.rint(mean + sigma * np.random.default_rng(seed).standard_normal(len(output)))
-    return np.clip(drawn, -(-tokens // 2) if p else tokens, tokens).astype(np.int64)
+    tokens = output - 1
+    sigma = np.sqrt(tokens * max(gain.variance, 0.0) / gain.mean**3)
+    drawn = tokens / gain.mean + sigma * np.random.default_rng(seed).standard_normal(len(output))
+    least = -(-tokens // gain.most) if gain.mean > 1 else tokens
+    return np.clip(np.rint(drawn), least, tokens).astype(np.int64)
 
 
-def _requests(trace: Trace, tokens_per_step: float, seed: int) -> Inputs:
-    steps = decode_steps(trace.output, tokens_per_step, seed)
+def _requests(trace: Trace, gain: Gain, seed: int) -> Inputs:
+    steps = decode_steps(trace.output, gain, seed)
     growth = ((trace.output - 1) << FIXED) // np.maximum(steps, 1)
     return Inputs(
         arrival_s=np.ascontiguousarray(trace.arrival_s, float),

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Literal
 
 from cmjax.deploy.deployment import CacheFormat, Deployment, Quant
-from cmjax.deploy.requests import PREFILL_TOKENS
+from cmjax.deploy.requests import PREFILL_TOKENS, Requests
 from cmjax.hardware import Supernode
 from cmjax.inputs import MOST_SIZE, check_count, check_number
 
@@ -28,6 +28,8 @@ class Pool:
     """Of each."""
     ep: int = 0
     """Ranks (dies) per expert-parallel group; 0 means all of an instance."""
+    tp: int = 1
+    """Ranks (dies) of a node that share each request (tensor parallelism)."""
     start_s: float = 0.0
     """When they are ready; loading a model takes about 5 s from the model cache in DRAM, and its
     size over 2.1 GB/s from the object store (paper, section 4.4)."""
@@ -40,7 +42,7 @@ class Pool:
         """Raise ValueError, naming the field, for a number out of range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            low = 1 if field.name in ("instances", "npus", "batch") else 0
+            low = 1 if field.name in ("instances", "npus", "tp", "batch") else 0
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_number(f"{name}.{field.name}", value, least=low, most=MOST_SIZE)
 
@@ -140,9 +142,15 @@ class Service:
     kv_cache: CacheFormat = "bf16"
     """Format of the latent cache."""
     mtp: bool = True
-    """Draft one token per request and decode step."""
-    acceptance: float = 0.7
-    """Probability that a draft is accepted."""
+    """Draft tokens with the MTP module."""
+    drafts: int = 1
+    """Tokens that a request drafts in a step of decode (with mtp)."""
+    acceptance: float | tuple[float, ...] = 0.7
+    """Probability that a draft is accepted if those before it were: one for all drafts, or one for
+    each."""
+    load: float | None = None
+    """Rows on the slowest rank over the mean, in every MoE layer; `None`: all ranks expect equal
+    loads."""
     engine: str | None = None
     """Serving engine, whose host time the NPU waits for and whose kernels run; `None`: the
     machine's first one."""
@@ -186,8 +194,7 @@ class Service:
                 f"{self.name}: {self.npus} NPUs ({parts}) are more than the {machine.npus} of "
                 f"{machine.name}"
             )
-        if not 0 <= self.acceptance <= 1:
-            raise ValueError(f"acceptance must lie in 0..1, got {self.acceptance:g}")
+        self.requests().of(self.deployment_for("decode", next(iter(pools.values()))))
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction must lie in 0..1, got {self.memory_fraction:g}")
         if self.decode is not None and self.decode.eplb_pause_s and not self.decode.eplb_every_s:
@@ -208,9 +215,14 @@ class Service:
     def deployment_for(self, phase: Literal["prefill", "decode"], pool: Pool) -> Deployment:
         """An instance of a pool in one phase."""
         return Deployment(
-            phase=phase, model=self.model, npus=pool.npus, ep=pool.ep, quant=self.quant,
-            kv_cache=self.kv_cache, mtp=self.mtp, engine=self.engine,
+            phase=phase, model=self.model, npus=pool.npus, ep=pool.ep, tp=pool.tp,
+            quant=self.quant, kv_cache=self.kv_cache, mtp=self.mtp, drafts=self.drafts,
+            engine=self.engine,
         )  # fmt: skip
+
+    def requests(self, **given: float) -> Requests:
+        """So many requests, of such lengths, under the service's acceptance and load."""
+        return Requests(acceptance=self.acceptance, load=self.load, **given)
 
     def with_cache_blocks(self, blocks: int) -> "Service":
         """The same with a cache of so many blocks; 0 is none."""

@@ -60,7 +60,9 @@ def _make(kind: type, given: Any, where: str, fields: dict[str, Any] | None = No
         if name not in types_of:
             close = difflib.get_close_matches(name, known, n=1) or known
             raise ValueError(f"{where}: unknown key {name!r}; it takes {', '.join(close)}")
-        if not _is_a(value, types_of[name]):
+        if isinstance(value, list):
+            given = given | {name: tuple(value)}
+        if not _is_a(given[name], types_of[name]):
             raise ValueError(f"{where}: {name} must be {_said(types_of[name])}, got {value!r}")
     missing = [
         f.name for f in dataclasses.fields(kind)
@@ -77,6 +79,9 @@ def _is_a(value: Any, annotation: Any) -> bool:
         return value in typing.get_args(annotation)
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return any(_is_a(value, part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        each = typing.get_args(annotation)[0]
+        return isinstance(value, tuple) and all(_is_a(part, each) for part in value)
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:
@@ -87,5 +92,10 @@ def _is_a(value: Any, annotation: Any) -> bool:
 def _said(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+        return " or ".join(map(_said, parts))
+    if typing.get_origin(annotation) is tuple:
+        return f"a list, each {_said(typing.get_args(annotation)[0])}"
     named = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return named.get(annotation, str(annotation).replace(" | None", ""))
+    return named.get(annotation, str(annotation))

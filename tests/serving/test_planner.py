@@ -27,8 +27,8 @@ def fluid(slo_tpot_s=np.inf, kv_tokens=0.0) -> Fluid:
     demand = Demand(uncached_tokens=100, length=100, prompt_tokens=100, steps=50, context=100)
     return Fluid(
         prefill=prefill, decode=decode, prefill_npus=2, decode_npus=4, dies_per_npu=2,
-        prefill_tokens=900, kv_tokens=kv_tokens, tokens_per_step=1.0, handover_token_s=1e-6,
-        slo_tpot_s=slo_tpot_s, demand=demand,
+        ranks_per_npu=2, prefill_tokens=900, kv_tokens=kv_tokens, tokens_per_step=1.0,
+        handover_token_s=1e-6, slo_tpot_s=slo_tpot_s, demand=demand,
     )  # fmt: skip
 
 
@@ -50,10 +50,10 @@ def test_the_gradient_of_the_rate_is_its_slope():
 
 
 def test_the_proposal_balances_both_pools_within_the_slo():
-    """At 10 requests per die a step takes 20 ms; then NPUs split so that both rates are equal."""
+    """At 10 requests per rank a step takes 20 ms; then NPUs split so that both rates are equal."""
     model = fluid(slo_tpot_s=0.02)
     found = propose(model, 100)
-    assert found.per_die == pytest.approx(10, rel=0.05)
+    assert found.per_rank == pytest.approx(10, rel=0.05)
     assert found.prefill_npus + found.decode_npus == pytest.approx(100)
     limits = found.limits
     assert float(limits.prefill) == pytest.approx(float(limits.decode), rel=0.1)
@@ -62,7 +62,7 @@ def test_the_proposal_balances_both_pools_within_the_slo():
 
 
 def test_memory_bounds_the_batch():
-    assert propose(fluid(kv_tokens=8 * 100 * 3.0), 100).per_die == pytest.approx(3, rel=0.02)
+    assert propose(fluid(kv_tokens=8 * 100 * 3.0), 100).per_rank == pytest.approx(3, rel=0.02)
 
 
 def test_the_fluid_model_looks_step_times_up_as_the_simulator_does():

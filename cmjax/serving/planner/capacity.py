@@ -116,7 +116,7 @@ def plan(
       trace: whose requests are served, at whatever rate. machine: as in `serve`.
       npus: to split. slo_ttft_ms, slo_tpot_ms: what a good request keeps; one is needed.
       target: share of the requests offered that must keep it.
-      service: model, formats, cache and rules (default: the paper's); its pools are replaced.
+      service: model, formats, cache and rules (default: the paper's); of its pools only `tp` stays.
       prefill_npus, decode_npus: sizes of instances to consider; all dies of one are its EP group.
       seed: of accepted drafts. executor: where candidates are priced and simulated (default: a
         process per core); results do not depend on it.
@@ -187,6 +187,8 @@ class _Search:
         self.trace, self.machine, self.base, self.replay = trace, machine, base, replay
         self.npus, self.target, self.executor = npus, target, executor
         self.progress = progress
+        self.tp = {"prefill": 1, "decode": 1} | {n: pool.tp for n, pool in base.pools.items()}
+        self.ranks_per_npu = machine.dies_per_npu / self.tp["decode"]
         self.judged: dict[Service, Judged] = {}
 
     def run(self, prefill_npus, decode_npus, slo_ttft_ms, slo_tpot_ms) -> CapacityPlan:
@@ -279,8 +281,8 @@ class _Search:
     ) -> Service:
         return dataclasses.replace(
             self.base,
-            prefill=PrefillPool(npus=prefill, instances=prefills),
-            decode=DecodePool(npus=decode, instances=decodes, batch=batch),
+            prefill=PrefillPool(npus=prefill, instances=prefills, tp=self.tp["prefill"]),
+            decode=DecodePool(npus=decode, instances=decodes, batch=batch, tp=self.tp["decode"]),
             colocated=None,
         )
 
@@ -317,7 +319,7 @@ class _Search:
 
     def _demand(self, times: StepTimes, hits: float) -> Demand:
         prompt, output = self.trace.prompt.astype(float), self.trace.output
-        steps = decode_steps(output, times.tokens_per_step, self.replay.seed).astype(float)
+        steps = decode_steps(output, times.gain, self.replay.seed).astype(float)
         during = (prompt + output / 2) * steps
         return Demand(
             uncached_tokens=float(prompt.mean() * (1 - hits)),
@@ -333,6 +335,7 @@ class _Search:
         return Fluid(
             prefill=times.tables["prefill"], decode=times.tables["decode"],
             prefill_npus=prefill, decode_npus=decode, dies_per_npu=self.machine.dies_per_npu,
+            ranks_per_npu=self.ranks_per_npu,
             prefill_tokens=float(PrefillPool(npus=prefill).step_tokens),
             kv_tokens=float(times.kv_tokens["decode"]), tokens_per_step=times.tokens_per_step,
             handover_token_s=times.kv_token_bytes
@@ -344,7 +347,7 @@ class _Search:
     def _around(self, pair: tuple[int, int], proposal: Proposal) -> list[Service]:
         """Whole instances next to a proposal."""
         prefill, decode = pair
-        batch = max(1, round(proposal.per_die * self.machine.dies_per_npu))
+        batch = max(1, round(proposal.per_rank * self.ranks_per_npu))
         found = []
         for decodes in {int(proposal.decode_npus // decode) + more for more in (0, 1)}:
             prefills = (self.npus - decodes * decode) // prefill
@@ -356,8 +359,8 @@ class _Search:
         """The fluid model at whole instances, which leave some NPUs over."""
         prefill, decode = service.prefill, service.decode
         assert prefill is not None and decode is not None
-        per_die = min(decode.batch / self.machine.dies_per_npu, fluid.most_per_die())
-        return at(fluid, float(prefill.total_npus), float(decode.total_npus), per_die)
+        per_rank = min(decode.batch / fluid.ranks_per_npu, fluid.most_per_rank())
+        return at(fluid, float(prefill.total_npus), float(decode.total_npus), per_rank)
 
     def _neighbours(self, service: Service) -> list[Service]:
         prefill, decode = service.prefill, service.decode

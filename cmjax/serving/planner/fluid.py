@@ -2,11 +2,11 @@
 
     prefill   NPUs_p / npus_p x T / step_p(T, L) / uncached tokens per request
     RDMA      NPUs_p x dies x bandwidth / bytes of a prompt
-    decode    NPUs_d / npus_d x dies_d x b / (step_d(b, C) x steps per request)
+    decode    NPUs_d x ranks x b / (step_d(b, C) x steps per request)
 
 The least of them is the rate that the service can serve. Step times are those that the simulator
 looks up, interpolated in JAX, so that the rate has a gradient in the split of the NPUs and in the
-requests b per die: Adam ascends it, with TPOT and memory as smooth limits. What is lost to waiting
+requests b per rank: Adam ascends it, with TPOT and memory as smooth limits. What is lost to waiting
 is not in it; the simulator adds that.
 """
 
@@ -58,7 +58,8 @@ class Fluid:
 
     Fields:
       prefill, decode: step times. prefill_npus, decode_npus: of an instance.
-      dies_per_npu: of the machine. prefill_tokens: of a full step of an instance.
+      dies_per_npu: of the machine, each with a link. ranks_per_npu: those of decode that hold
+        requests of their own. prefill_tokens: of a full step of an instance.
       kv_tokens: of a decode instance. tokens_per_step: of a decoding request.
       handover_token_s: seconds on one die's link for a token.
       slo_tpot_s: infinite without one.
@@ -69,6 +70,7 @@ class Fluid:
     prefill_npus: int
     decode_npus: int
     dies_per_npu: int
+    ranks_per_npu: float
     prefill_tokens: float
     kv_tokens: float
     tokens_per_step: float
@@ -76,8 +78,8 @@ class Fluid:
     slo_tpot_s: float
     demand: Demand
 
-    def limits(self, prefill_npus, decode_npus, per_die) -> Limits:
-        """What each part could serve with so many NPUs in all, and requests per die.
+    def limits(self, prefill_npus, decode_npus, per_rank) -> Limits:
+        """What each part could serve with so many NPUs in all, and requests per rank.
 
         Differentiable in all three.
         """
@@ -88,34 +90,35 @@ class Fluid:
         )  # fmt: skip
         prefill = prefill_npus / self.prefill_npus * self.prefill_tokens / step_p
         links = prefill_npus * self.dies_per_npu
-        dies = decode_npus * self.dies_per_npu
+        ranks = decode_npus * self.ranks_per_npu
         return Limits(
             prefill=prefill / ask.uncached_tokens,
             rdma=links / (self.handover_token_s * ask.prompt_tokens),
-            decode=dies * per_die / (self.decode_step_s(per_die) * ask.steps),
+            decode=ranks * per_rank / (self.decode_step_s(per_rank) * ask.steps),
         )
 
-    def decode_step_s(self, per_die) -> Array:
+    def decode_step_s(self, per_rank) -> Array:
         """Seconds of a decode step with so many requests on every die."""
         return _bilinear(
             self.decode.requests, self.decode.context, self.decode.batch_s[0, 0],
-            per_die, self.demand.context,
+            per_rank, self.demand.context,
         )  # fmt: skip
 
-    def most_per_die(self) -> float:
-        """Requests per die that memory allows, at the mean context."""
-        dies = self.decode_npus * self.dies_per_npu
-        held = self.kv_tokens / dies / self.demand.context if self.kv_tokens else np.inf
+    def most_per_rank(self) -> float:
+        """Requests per rank that memory allows, at the mean context."""
+        ranks = self.decode_npus * self.ranks_per_npu
+        held = self.kv_tokens / ranks / self.demand.context if self.kv_tokens else np.inf
         return float(min(held, self.decode.requests[-1]))
 
-    def served(self, prefill_npus, decode_npus, per_die) -> Array:
+    def served(self, prefill_npus, decode_npus, per_rank) -> Array:
         """The least of the limits, smoothed; less where TPOT or memory is over its limit."""
-        limits = jnp.stack(self.limits(prefill_npus, decode_npus, per_die))
+        limits = jnp.stack(self.limits(prefill_npus, decode_npus, per_rank))
         least = jnp.min(limits)
         sharp = jax.lax.stop_gradient(least) * _SHARP
         rate = -sharp * jax.nn.logsumexp(-limits / sharp)
-        over = jax.nn.relu(self.decode_step_s(per_die) / self.tokens_per_step / self.slo_tpot_s - 1)
-        full = jax.nn.relu(per_die / self.most_per_die() - 1)
+        tpot_s = self.decode_step_s(per_rank) / self.tokens_per_step
+        over = jax.nn.relu(tpot_s / self.slo_tpot_s - 1)
+        full = jax.nn.relu(per_rank / self.most_per_rank() - 1)
         return rate * jnp.exp(-20.0 * (over + full))
 
 
@@ -123,14 +126,14 @@ class Proposal(NamedTuple):
     """A point of the fluid model.
 
     Fields:
-      prefill_npus, decode_npus: in all. per_die: requests. rate: requests per second.
+      prefill_npus, decode_npus: in all. per_rank: requests. rate: requests per second.
       per_prefill_npu, per_decode_npu: requests per second that one more of each is worth.
       limits: of each part.
     """
 
     prefill_npus: float
     decode_npus: float
-    per_die: float
+    per_rank: float
     rate: float
     per_prefill_npu: float
     per_decode_npu: float
@@ -138,8 +141,8 @@ class Proposal(NamedTuple):
 
 
 def propose(fluid: Fluid, npus: int) -> Proposal:
-    """Ascend the rate by gradient over the split of `npus` and the requests per die."""
-    most = fluid.most_per_die()
+    """Ascend the rate by gradient over the split of `npus` and the requests per rank."""
+    most = fluid.most_per_rank()
 
     def unpack(x):
         prefill = npus * jax.nn.sigmoid(x[0])
@@ -152,13 +155,13 @@ def propose(fluid: Fluid, npus: int) -> Proposal:
     return at(fluid, *unpack(x))
 
 
-def at(fluid: Fluid, prefill, decode, per_die) -> Proposal:
-    """The rate with so many NPUs in all and requests per die, its slopes and what limits it."""
-    slopes = jax.grad(fluid.served, argnums=(0, 1))(*(float(v) for v in (prefill, decode)), per_die)
+def at(fluid: Fluid, prefill, decode, per_rank) -> Proposal:
+    """The rate with so many NPUs in all and requests per rank, its slopes and what limits it."""
+    slopes = jax.grad(fluid.served, argnums=(0, 1))(float(prefill), float(decode), per_rank)
     return Proposal(
-        *(float(v) for v in (prefill, decode, per_die, fluid.served(prefill, decode, per_die))),
+        *(float(v) for v in (prefill, decode, per_rank, fluid.served(prefill, decode, per_rank))),
         *(float(s) for s in slopes),
-        Limits(*(float(v) for v in fluid.limits(prefill, decode, per_die))),  # type: ignore[arg-type]
+        Limits(*(float(v) for v in fluid.limits(prefill, decode, per_rank))),  # type: ignore[arg-type]
     )
 
 

@@ -1,10 +1,12 @@
 """Step times from the cost model: priced once on a grid, and looked up between its nodes.
 
 A prefill step of T tokens of length L is priced as T / L prompts of L tokens; a decode step of n
-requests per die at context c as it is. Both are nearly linear in T, T L, n and n c between nodes,
-so that few nodes are enough; what is left is measured half-way between them and reported.
+requests per rank at context c as it is, a rank being a tensor-parallel group where there are some.
+Both are nearly linear in T, T L, n and n c between nodes, so that few nodes are enough; what is
+left is measured half-way between them and reported.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -30,20 +32,19 @@ def price_service(service: Service, machine: Supernode) -> StepTimes:
     for name, pool in service.pools.items():
         tables[name], found = _table(name, pool, service, machine)
         errors.append(found)
-        ranks[name] = pool.npus * machine.dies_per_npu
+        ranks[name] = pool.npus * machine.dies_per_npu // (1 if name == "prefill" else pool.tp)
         held = _kv_tokens(name, pool, service, machine)
         kv_tokens[name] = 0 if name == "prefill" else held  # it hands them over at once
     name = next(n for n in service.pools if n != "prefill")
-    predictor = Predictor.of(
-        service.deployment_for("decode", service.pools[name]).choices()[0], machine
-    )
+    of_one_die = dataclasses.replace(service.pools[name], tp=1)
+    predictor = Predictor.of(service.deployment_for("decode", of_one_die).choices()[0], machine)
     all_errors = np.concatenate(errors)
     return StepTimes(
         tables=tables,
         ranks=ranks,
         kv_tokens=kv_tokens,
         kv_token_bytes=_kv_token_bytes(predictor),
-        tokens_per_step=float(predictor.tokens_per_step(Requests(acceptance=service.acceptance))),
+        gain=predictor.gain(service.requests()),
         mean_error=float(all_errors.mean()),
         worst_error=float(all_errors.max()),
         source=f"priced on {machine.name}",
@@ -58,37 +59,42 @@ def _table(name: str, pool: Pool, service: Service, machine: Supernode) -> tuple
         "prefill": service.deployment_for("prefill", pool),
         "decode": service.deployment_for("decode", pool),
     }
-    per_die = -(-batch // machine.dies_per_npu)
+    each, load = -(-batch * pool.tp // machine.dies_per_npu), service.load
     if name == "prefill":
-        return _prefill_table(phases["prefill"], shape, leaves, limit)
+        return _prefill_table(phases["prefill"], shape, leaves, limit, load)
     if name == "decode":
-        return _decode_table(phases["decode"], shape, leaves, per_die)
-    prefill, of_prefill = _prefill_table(phases["prefill"], shape, leaves, limit)
-    decode, of_decode = _decode_table(phases["decode"], shape, leaves, per_die)
+        return _decode_table(phases["decode"], shape, leaves, each, load)
+    prefill, of_prefill = _prefill_table(phases["prefill"], shape, leaves, limit, load)
+    decode, of_decode = _decode_table(phases["decode"], shape, leaves, each, load)
     return _both(prefill, decode), np.concatenate([of_prefill, of_decode])
 
 
 @functools.lru_cache(maxsize=64)
-def _prefill_table(deployment: Deployment, shape, leaves, limit: int) -> tuple[Table, np.ndarray]:
+def _prefill_table(
+    deployment: Deployment, shape, leaves, limit: int, load: float | None
+) -> tuple[Table, np.ndarray]:
     machine = jax.tree.unflatten(shape, leaves)
     least = deployment.instance_npus * machine.dies_per_npu  # a token per die
     tokens = _nodes(least, max(limit, 2 * least))
 
     def seconds(t, length):
-        return _fastest(deployment, machine, t / deployment.instance_npus / length, length)
+        return _fastest(deployment, machine, t / deployment.instance_npus / length, length, load)
 
     return _priced(tokens, _LENGTHS, seconds, prefill=True)
 
 
 @functools.lru_cache(maxsize=64)
-def _decode_table(deployment: Deployment, shape, leaves, limit: int) -> tuple[Table, np.ndarray]:
+def _decode_table(
+    deployment: Deployment, shape, leaves, limit: int, load: float | None
+) -> tuple[Table, np.ndarray]:
     machine = jax.tree.unflatten(shape, leaves)
-    per_die = np.unique(np.rint(_nodes(1, max(limit, 2))))
+    per_rank = np.unique(np.rint(_nodes(1, max(limit, 2))))
+    ranks = machine.dies_per_npu / deployment.tp  # per NPU
 
     def seconds(n, context):
-        return _fastest(deployment, machine, n * machine.dies_per_npu, context)
+        return _fastest(deployment, machine, n * ranks, context, load)
 
-    return _priced(per_die, _LENGTHS, seconds, prefill=False)
+    return _priced(per_rank, _LENGTHS, seconds, prefill=False)
 
 
 def _priced(first, second, seconds, *, prefill: bool) -> tuple[Table, np.ndarray]:
@@ -136,14 +142,15 @@ def _both(prefill: Table, decode: Table) -> Table:
     )
 
 
-def _fastest(deployment: Deployment, machine: Supernode, batch, length) -> np.ndarray:
-    """By the faster number of microbatches; one request per die is not halved."""
+def _fastest(deployment: Deployment, machine: Supernode, batch, length, load) -> np.ndarray:
+    """By the faster number of microbatches; one request per rank is not halved."""
     found = [
-        Predictor.of(choice, machine).steps_s(batch, length) for choice in deployment.choices()
+        Predictor.of(choice, machine).steps_s(batch, length, load)
+        for choice in deployment.choices()
     ]
     if len(found) == 1:
         return found[0]
-    one_each = deployment.decoding & (batch < 2 * machine.dies_per_npu)
+    one_each = deployment.decoding & (batch * deployment.tp < 2 * machine.dies_per_npu)
     return np.where(one_each, found[0], np.minimum(*found))
 
 
@@ -153,7 +160,12 @@ def _nodes(low: float, high: float) -> np.ndarray:
 
 
 def _kv_token_bytes(predictor: Predictor) -> float:
-    """Of a die that holds one request, by how its caches grow with the context."""
+    """Of a die, by how its caches grow with the context, with as many requests as there are dies.
+
+    Without tensor parallelism these are the bytes of a token. A group of n dies that divides heads
+    among them holds a token in as many bytes; one whose caches have no heads (MLA), in n times as
+    many.
+    """
     dies = float(predictor.machine.dies_per_npu)
 
     def caches(context):

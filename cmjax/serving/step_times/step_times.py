@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from cmjax.deploy.requests import NO_DRAFTS, Gain
 from cmjax.serving.engine.table import Table
 
 
@@ -12,10 +13,11 @@ class StepTimes:
 
     Fields:
       tables: of each pool of the service, by its name.
-      ranks: data-parallel ranks of an instance of each pool.
+      ranks: of an instance of each pool, those that hold requests of their own: its
+        tensor-parallel groups in decode, all dies in prefill.
       kv_tokens: tokens whose keys and values an instance of each pool holds; 0 is no limit.
       kv_token_bytes: bytes of a token's keys and values, all layers.
-      tokens_per_step: tokens that a decoding request gains in a step, on average.
+      gain: tokens that a decoding request gains in a step.
       page: tokens of a page of keys and values; the last page of a request is half empty on
       average. mean_error, worst_error: of interpolation, relative, between the nodes of the grid; 0
         for a profile, whose nodes are all that is known.
@@ -26,11 +28,16 @@ class StepTimes:
     ranks: dict[str, int]
     kv_tokens: dict[str, int]
     kv_token_bytes: float
-    tokens_per_step: float = 1.0
+    gain: Gain = NO_DRAFTS
     page: int = 1
     mean_error: float = 0.0
     worst_error: float = 0.0
     source: str = ""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decoding request gains in a step, on average."""
+        return float(self.gain.mean)
 
     def scaled(self, factors: Mapping[str, float]) -> "StepTimes":
         """Steps of every pool so many times as long."""
