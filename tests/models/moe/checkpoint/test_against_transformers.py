@@ -25,6 +25,10 @@ LATENT = GROUPED | {
     "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4,
     "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+GLM = GROUPED | {
+    "n_routed_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "attention_bias": True,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
 FAMILIES = {
     "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 4, "head_dim": 8}),
     "qwen3_moe": (
@@ -33,18 +37,8 @@ FAMILIES = {
     ),
     "deepseek_v2": ("DeepseekV2", LATENT),
     "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2, "topk_group": 1}),
-    "glm4_moe": (
-        "Glm4Moe",
-        GROUPED
-        | {
-            "n_routed_experts": 4,
-            "moe_intermediate_size": 16,
-            "head_dim": 8,
-            "attention_bias": True,
-            "use_qk_norm": True,
-            "routed_scaling_factor": 2.5,
-        },
-    ),
+    "glm4_moe": ("Glm4Moe", GLM | {"use_qk_norm": True}),
+    "glm4_moe, no norms": ("Glm4Moe", GLM),
     "qwen3": ("Qwen3", GROUPED | {"head_dim": 8}),
     "llama": ("Llama", GROUPED | {"mlp_bias": True, "attention_bias": True}),
 }
@@ -136,7 +130,7 @@ def test_rotary_positions(tmp_path, family, positions):
         ("mixtral", "rms_norm_eps"),
         ("qwen3_moe", "norm_topk_prob"),
         ("deepseek_v3", "routed_scaling_factor"),
-        ("glm4_moe", "use_qk_norm"),
+        ("glm4_moe, no norms", "use_qk_norm"),
         ("glm4_moe", "rms_norm_eps"),
         ("deepseek_v3", "norm_topk_prob"),
         ("deepseek_v3", "rope_interleave"),
