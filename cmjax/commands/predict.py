@@ -79,22 +79,27 @@ class Predict:
 
     def predict(self, plan=None) -> cmjax.Prediction:
         """What the options describe, predicted."""
-        given = parse_load(self.load)
+        requests, loads = self._served()
         return cmjax.predict(
             self.deployment,
             self.on,
-            dataclasses.replace(self.requests, load=given.get("load")),
-            loads=given.get("loads"),
+            requests,
+            loads=loads,
             plan=plan,
             slo_tpot_ms=self.slo_tpot_ms,
         )
+
+    def _served(self) -> tuple[Requests, str | None]:
+        """The requests, under an expert load that is a number; a file of one."""
+        given = parse_load(self.load)
+        return dataclasses.replace(self.requests, load=given.get("load")), given.get("loads")
 
     def _search(self, console: Console) -> None:
         for name in ("plan", "trace", "sensitivity"):
             if getattr(self, name):
                 raise ValueError(f"--{name} is of one deployment; leave it out with --search")
-        given = parse_load(self.load)
-        if "loads" in given:
+        requests, loads = self._served()
+        if loads is not None:
             raise ValueError(
                 "--load FILE needs one deployment's slots; with --search give `perfect` or a number"
             )
@@ -105,7 +110,7 @@ class Predict:
             found = cmjax.search(
                 self.deployment,
                 self.on,
-                dataclasses.replace(self.requests, **given),
+                requests,
                 slo_tpot_ms=self.slo_tpot_ms,
                 slo_ttft_ms=self.slo_ttft_ms,
                 executor=executor,
