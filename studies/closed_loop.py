@@ -7,9 +7,6 @@ of 16 dies and a decode instance of 32 (data parallel, EP32). Clients keep at mo
 it, until 3,328 requests of 3,500 prompt and 1,500 output tokens have been answered. What was
 published of the run does not say whether it drafts tokens, nor how a prefill instance shares a
 prompt, so that both are shown both ways. Nothing is fitted to it.
-
-Prefill instances of 16 dies hold the model barely, with one expert more than needed on each; so
-weights, keys and values may fill 98 % of the memory here.
 """
 
 import dataclasses
@@ -74,7 +71,7 @@ def service(tp: int, *, drafts: bool) -> Service:
         engine="sglang-ascend",
         mtp=drafts,
         memory_fraction=0.98,
-        prefill=PrefillPool(npus=8, instances=2, tp=tp),
+        prefill=PrefillPool(npus=8, instances=2, tp=tp, redundant=0),
         decode=DecodePool(npus=16, batch=CLIENTS // 16),
     )
 

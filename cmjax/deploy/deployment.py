@@ -31,6 +31,9 @@ class Deployment:
     tp: int = 1
     """Ranks (dies) of a node that share each request: attention heads, dense blocks, shared experts
     and vocabulary (tensor parallelism)."""
+    redundant: int | None = None
+    """Copies of routed experts beyond one of each, over all ranks of a group (default: as many as
+    the published deployments)."""
     microbatches: Literal["auto", 1, 2] = "auto"
     """Overlapping microbatches; auto takes the faster."""
     quant: Quant = "int8"
@@ -66,6 +69,8 @@ class Deployment:
         if self.ep < 0:
             raise ValueError(f"ep must be at least 1 (or 0 for all ranks), got {self.ep}")
         check_count("ep", self.ep, least=0)
+        if self.redundant is not None:
+            check_count("redundant", self.redundant, least=0)
         if not 1 <= self.tp <= MOST_TENSOR:
             raise ValueError(f"tp must lie in 1..{MOST_TENSOR} (1 for none), got {self.tp}")
 

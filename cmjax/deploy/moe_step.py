@@ -20,7 +20,7 @@ from cmjax.hardware import Supernode
 from cmjax.mesh import RANKED, RankMesh, on_every_rank
 from cmjax.models.moe.arithmetic import Arithmetic, KVCache
 from cmjax.models.moe.checkpoint.hf_config import load_config
-from cmjax.models.moe.config import LatentAttention
+from cmjax.models.moe.config import LatentAttention, MoEConfig
 from cmjax.models.moe.layers.cache import empty_cache
 from cmjax.models.moe.layers.moe import MoE, run_moe
 from cmjax.models.moe.parallelism import Parallelism, check_tensor
@@ -44,6 +44,28 @@ def decode_step(machine: Supernode) -> MoEStep:
 def prefill_step(machine: Supernode) -> MoEStep:
     """The default prefill instance: `cmjax price cmjax.deploy:prefill_step --size batch=4 ...`."""
     return build_step(Deployment(phase="prefill", microbatches=2), machine)
+
+
+def slots_of(deployment: Deployment, config: MoEConfig, ranks: int) -> SlotTable:
+    """The expert slots of a group of ranks: those of the published deployments, or as many copies
+    as the deployment says, with the shared expert on every rank.
+
+    Raises: ValueError: copies of no experts, or slots that do not divide over the ranks.
+    """
+    if deployment.redundant is None:
+        return published_table(config, ranks, phase=deployment.phase)
+    if config.dense:
+        raise ValueError(f"redundant {deployment.redundant}: {deployment.model} has no experts")
+    slots = config.routed_experts + deployment.redundant
+    if slots % ranks:
+        least = -(-config.routed_experts // ranks) * ranks
+        near = sorted({max(slots - slots % ranks, least), slots + -slots % ranks})
+        would = " or ".join(str(n - config.routed_experts) for n in near)
+        raise ValueError(
+            f"redundant {deployment.redundant}: with {config.routed_experts} experts {slots} "
+            f"slots, which do not divide over {ranks} ranks; {would} would"
+        )
+    return ep_table(config.routed_experts, ranks, deployment.redundant)
 
 
 def build_step(
@@ -79,7 +101,7 @@ def build_step(
         )
     mesh = _mesh(ep, machine, deployment.tp)
     if table is None:
-        table = published_table(config, ep, phase=deployment.phase)
+        table = slots_of(deployment, config, ep)
     elif table.ranks != ep:
         raise ValueError(f"plan: made for {table.ranks} ranks; the deployment has {ep}")
     schedule = schedule_for(machine, deployment)

@@ -161,6 +161,8 @@ def plan_table(plan: Plan, deployment: Deployment, machine: Supernode) -> SlotTa
     """
     config = load_config(deployment.model)
     ranks = _ep_ranks(deployment, machine)
+    if deployment.redundant is not None:
+        raise ValueError(f"redundant {deployment.redundant}: the plan says how many; leave it out")
     if plan.ranks != ranks:
         published = published_table(config, ranks, phase=deployment.phase)
         routed = published.slots - published.experts_of_slot.count(config.routed_experts)

@@ -25,7 +25,9 @@ from cmjax.deploy.requests import Requests
 from cmjax.hardware import Supernode, as_machine
 from cmjax.sweep import run_all
 
-VARIED = ("ep", "tp", "microbatches", "quant", "kv_cache", "attention", "drafts", "engine")
+VARIED = (
+    "ep", "tp", "redundant", "microbatches", "quant", "kv_cache", "attention", "drafts", "engine",
+)  # fmt: skip
 """Options of a deployment that may be lists of values."""
 _LEAST_EP = 8
 

@@ -194,6 +194,10 @@ def _add_method(table, name, is_best, methods, *cells):
     table.add_row(f"{name} ◀" if marked else name, *cells, style="bold" if is_best else "")
 
 
+_USUAL = {"redundant": None, "attention": "exact", "drafts": 1, "engine": None}
+"""Options of a deployment that have a column only where some candidate has another value."""
+
+
 def search_table(result: Mapping, rows: int = 12) -> RenderableType:
     """The best deployment of a search, and the ones that nothing beats in both figures.
 
@@ -203,16 +207,20 @@ def search_table(result: Mapping, rows: int = 12) -> RenderableType:
     front = result["pareto"]
     latency = "tpot_ms" if "tpot_ms" in front[0] else "ttft_ms"
     heads = ("EP", "TP", "NPUs", "batch", "microbatches", "quant", "KV cache")
+    others = [k for k, usual in _USUAL.items() if any(row[k] != usual for row in front)]
     table = simple_table(
-        "Best in latency or throughput", *heads, latency[:4].upper(), "tokens/s per NPU", "HBM, GB"
-    )
+        "Best in latency or throughput", *heads, *others, latency[:4].upper(), "tokens/s per NPU",
+        "HBM, GB",
+    )  # fmt: skip
     step = max(len(front) - 1, 1) / max(rows - 1, 1)
     shown = dict.fromkeys(min(round(i * step), len(front) - 1) for i in range(rows))
     for row in (front[i] for i in shown):
         table.add_row(
             f"{row['ep']}", f"{row['tp']}", f"{row['npus']}", f"{row['batch']:g}",
             f"{row['microbatches']}",
-            row["quant"], row["kv_cache"], quantity(latency, row[latency]),
+            row["quant"], row["kv_cache"],
+            *("default" if row[k] is None else str(row[k]) for k in others),
+            quantity(latency, row[latency]),
             number(row["tokens_per_s_per_npu"]), number(row["hbm_gb_per_die"]),
         )  # fmt: skip
     refused = len(result["refused"])

@@ -30,6 +30,9 @@ class Pool:
     """Ranks (dies) per expert-parallel group; 0 means all of an instance."""
     tp: int = 1
     """Ranks (dies) of a node that share each request (tensor parallelism)."""
+    redundant: int | None = None
+    """Copies of routed experts beyond one of each, over all ranks of a group; `None`: as many as
+    the published deployments."""
     start_s: float = 0.0
     """When they are ready; loading a model takes about 5 s from the model cache in DRAM, and its
     size over 2.1 GB/s from the object store (paper, section 4.4)."""
@@ -216,8 +219,8 @@ class Service:
         """An instance of a pool in one phase."""
         return Deployment(
             phase=phase, model=self.model, npus=pool.npus, ep=pool.ep, tp=pool.tp,
-            quant=self.quant, kv_cache=self.kv_cache, mtp=self.mtp, drafts=self.drafts,
-            engine=self.engine,
+            redundant=pool.redundant, quant=self.quant, kv_cache=self.kv_cache, mtp=self.mtp,
+            drafts=self.drafts, engine=self.engine,
         )  # fmt: skip
 
     def requests(self, **given: float) -> Requests:

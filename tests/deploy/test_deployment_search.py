@@ -1,11 +1,14 @@
 """A search over deployments: every row is a prediction, and nothing beats the front."""
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import cmjax
+from cmjax import report
 
 OPTIONS = {"phase": "decode", "ep": [8, 16], "context": 4096}
 
@@ -50,6 +53,17 @@ def test_formats_are_varied_where_they_are_listed():
     found = cmjax.search("tiny", quant=["int8", "bf16"], microbatches=[1], **OPTIONS)
     tried = {(d.npus, d.quant, d.microbatches) for d in found.deployments}
     assert tried == {(n, q, 1) for n in (4, 8) for q in ("int8", "bf16")}
+
+
+def test_what_is_varied_beside_the_usual_has_a_column():
+    found = cmjax.search("tiny", redundant=[0, 8], microbatches=[1], **OPTIONS)
+    assert {d.redundant for d in found.deployments} == {0, 8}
+    result = found.to_dict()
+    assert {row["redundant"] for row in result["pareto"]} <= {0, 8}
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(report.search_table(result))
+    text = console.export_text()
+    assert "redundant" in text and "drafts" not in text and "engine" not in text
 
 
 def test_an_uneven_load_is_searched_as_it_is_predicted(found):

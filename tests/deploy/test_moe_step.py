@@ -43,6 +43,31 @@ def test_slots_are_those_of_the_published_systems(phase, npus, slots, shared, co
     assert (step.layers, step.microbatches, step.drafts) == (58, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("phase", "npus", "redundant", "slots"),
+    [
+        ("decode", 16, 32, 288),  # 8 + 1 a die
+        ("prefill", 16, 0, 256),
+        ("decode", 160, 64, 320),  # the shared expert on all dies, and in no slot
+    ],
+)
+def test_slots_are_as_many_as_the_deployment_says(phase, npus, redundant, slots):
+    step = _step(phase, npus=npus, mtp=False, redundant=redundant)
+    assert (step.expert_slots, step.shared_slots, step.copies) == (slots, 0, 8)
+    each = _moe_layer(
+        "int8", slots // (2 * npus), ep_table(256, 2 * npus, redundant), local_shared=True
+    )
+    one_more = _step(phase, npus=npus, mtp=False, redundant=redundant + 2 * npus)
+    more = _moe_layer(
+        "int8",
+        slots // (2 * npus) + 1,
+        ep_table(256, 2 * npus, redundant + 2 * npus),
+        local_shared=True,
+    )
+    weights = [Size.of(s.weight_bytes).evaluate({}) for s in (step, one_more)]
+    assert weights[1] - weights[0] == 58 * (more - each)
+
+
 def _matrix(rows, columns, quant):
     """Bytes: INT8 has a float32 step per column."""
     return 2 * rows * columns if quant == "bf16" else rows * columns + 4 * columns
@@ -203,6 +228,9 @@ def test_only_ranks_that_attend_to_the_same_requests_share_them():
         ({"npus": 12, "ep": 16}, "ep 16 does not divide the 24 ranks of 12 NPUs"),
         ({"microbatches": "auto"}, "microbatches must be 1 or 2"),
         ({"quant": "int4"}, "quant must be int8 or bf16 .* got 'int4'"),
+        ({"npus": 16, "redundant": 40}, "redundant 40: .* 296 slots, .* 32 ranks; 32 or 64 would"),
+        ({"npus": 16, "redundant": -1}, "redundant must be at least 0, got -1"),
+        ({"model": "qwen3-8b", "redundant": 8}, "redundant 8: qwen3-8b has no experts"),
     ],
 )
 def test_deployments_that_cannot_be_are_refused_with_what_would_do(options, message):

@@ -177,8 +177,9 @@ def _kv_token_bytes(predictor: Predictor) -> float:
 
 def _kv_tokens(name: str, pool: Pool, service: Service, machine: Supernode) -> int:
     """Tokens that the dies of an instance hold, beside the weights."""
-    predictor = Predictor.of(service.deployment_for("decode", pool).choices()[0], machine)
-    weights = float(predictor.memory_bytes(Requests(batch=2.0, context=1.0))["weights"])
+    shortest = Requests(batch=float(machine.dies_per_npu), prompt=1.0, context=1.0)
+    predictor = Predictor.of(service.deployment(name).choices()[0], machine)
+    weights = float(predictor.memory_bytes(shortest)["weights"])
     room = float(machine.chip.hbm_bytes) * service.memory_fraction - weights
     if room <= 0:
         raise ValueError(
@@ -186,4 +187,5 @@ def _kv_tokens(name: str, pool: Pool, service: Service, machine: Supernode) -> i
             f"{float(machine.chip.hbm_bytes) / 1e9:.0f} GB; use more NPUs per instance"
         )
     dies = pool.npus * machine.dies_per_npu
-    return int(room / _kv_token_bytes(predictor) * dies)
+    decoding = Predictor.of(service.deployment_for("decode", pool).choices()[0], machine)
+    return int(room / _kv_token_bytes(decoding) * dies)
