@@ -54,16 +54,13 @@ def test_slots_are_those_of_the_published_systems(phase, npus, slots, shared, co
 def test_slots_are_as_many_as_the_deployment_says(phase, npus, redundant, slots):
     step = _step(phase, npus=npus, mtp=False, redundant=redundant)
     assert (step.expert_slots, step.shared_slots, step.copies) == (slots, 0, 8)
-    each = _moe_layer(
-        "int8", slots // (2 * npus), ep_table(256, 2 * npus, redundant), local_shared=True
+    ranks = 2 * npus
+    held = slots // ranks
+    each, more = (
+        _moe_layer("int8", n, ep_table(256, ranks, n * ranks - 256), local_shared=True)
+        for n in (held, held + 1)
     )
-    one_more = _step(phase, npus=npus, mtp=False, redundant=redundant + 2 * npus)
-    more = _moe_layer(
-        "int8",
-        slots // (2 * npus) + 1,
-        ep_table(256, 2 * npus, redundant + 2 * npus),
-        local_shared=True,
-    )
+    one_more = _step(phase, npus=npus, mtp=False, redundant=redundant + ranks)
     weights = [Size.of(s.weight_bytes).evaluate({}) for s in (step, one_more)]
     assert weights[1] - weights[0] == 58 * (more - each)
 
