@@ -148,8 +148,8 @@ class Predictor:
             in decode, prompt tokens in prefill. load: of experts, as in `Requests`.
         """
         name = "context" if self.deployment.decoding else "prompt"
-        requests = Requests(load=load, **{name: np.asarray(length, float)})
-        return self.step_times_s(requests, np.asarray(batch, float))
+        lengths: dict[str, Any] = {name: np.asarray(length, float)}
+        return self.step_times_s(Requests(load=load, **lengths), np.asarray(batch, float))
 
     def symbols(self, requests: Requests) -> dict[str, Any]:
         """The program's sizes for these requests."""
