@@ -98,7 +98,7 @@ class Fluid:
         )
 
     def decode_step_s(self, per_rank) -> Array:
-        """Seconds of a decode step with so many requests on every die."""
+        """Seconds of a decode step with so many requests on every rank."""
         return _bilinear(
             self.decode.requests, self.decode.context, self.decode.batch_s[0, 0],
             per_rank, self.demand.context,
