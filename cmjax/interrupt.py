@@ -69,8 +69,9 @@ def leave_at_once() -> None:
     """From here on, a signal ends the process with its line, until another handler takes over. The
     line of a worker process is its parent's."""
     # who started a worker had it import the module; others start 10 ms sooner without
-    workers = sys.modules.get("multiprocessing.process")
-    if workers is not None and workers.parent_process() is not None:
+    processes = sys.modules.get("multiprocessing.process")
+    # a worker has its name before it imports its modules, and its parent only then
+    if processes is not None and processes.current_process().name != "MainProcess":
         leave_to_parent()
     else:
         _handle_by(_leave)

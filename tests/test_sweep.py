@@ -57,15 +57,26 @@ def test_what_a_call_raises_ends_the_sweep():
 
 FAILS = """
 import sys, time
+from pathlib import Path
 from cmjax.__main__ import main
 from cmjax.console import exit_code
 from cmjax.sweep import executor_of
 
+BEGUN, WHILE = Path(__file__).with_suffix(".begun"), sys.argv[1]
+
+def begin():
+    BEGUN.touch()
+    time.sleep(60)
+
+if __name__ != "__main__" and WHILE == "importing":
+    begin()
+
 def run():
     with executor_of(workers=2) as executor:
         for _ in range(4):
-            executor.submit(time.sleep, 60)
-        time.sleep(float(sys.argv[1]))
+            executor.submit(begin)
+        while not BEGUN.exists():
+            time.sleep(0.01)
         raise ValueError("not so")
 
 if __name__ == "__main__":
@@ -74,13 +85,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.5, 5.0], ids=["while they import", "while they work"])
-def test_a_failure_beside_workers_is_one_line(after_s, tmp_path):
+@pytest.mark.parametrize("doing", ["importing", "working"])
+def test_a_failure_beside_workers_is_one_line(doing, tmp_path):
     """Who started them ends them, and they have nothing to say."""
     path = tmp_path / "fails.py"
     path.write_text(FAILS)
-    command = [sys.executable, str(path), str(after_s)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(path), doing]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (found.returncode, found.stderr) == (2, "error: not so\n")
 
 
