@@ -62,6 +62,7 @@ def test_a_decode_step_is_that_of_a_prediction(times, each):
     )
 
 
+@pytest.mark.slow
 def test_a_prefill_step_is_that_of_a_prediction(times):
     table = times.tables["prefill"]
     tokens, length = float(table.tokens[-1]), float(table.length[3])
@@ -107,6 +108,7 @@ def test_steps_to_the_last_token_are_those_of_drafts_drawn_one_by_one(acceptance
     assert found.std() == pytest.approx(drawn.std(), rel=0.08, abs=0.01)
 
 
+@pytest.mark.slow
 def test_more_drafts_shorten_what_a_token_takes():
     trace = generate(requests=40, rate=1.0, prompt=2048, output=40)
     one, two = (
