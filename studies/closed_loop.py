@@ -12,12 +12,12 @@ prompt, so that both are shown both ways. Nothing is fitted to it.
 import dataclasses
 from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from cmjax.console import exit_code, terminal
 from cmjax.interrupt import leave
+from cmjax.report.tables import simple_table
 from cmjax.serving import DecodePool, PrefillPool, Service, ServingResult, generate, serve
 
 REQUESTS, CLIENTS, PROMPT, OUTPUT = 3328, 832, 3500, 1500
@@ -70,7 +70,7 @@ def service(tp: int, *, drafts: bool) -> Service:
         model="deepseek-r1",
         engine="sglang-ascend",
         mtp=drafts,
-        memory_fraction=0.98,
+        memory_fraction=0.98,  # 16 dies hold the model barely
         prefill=PrefillPool(npus=8, instances=2, tp=tp, redundant=0),
         decode=DecodePool(npus=16, batch=CLIENTS // 16),
     )
@@ -88,10 +88,10 @@ def predicted() -> Iterator[Run]:
 
 def table() -> Table:
     """The published run, and the predicted ones below it."""
-    found = Table(box=box.SIMPLE_HEAD)
-    found.add_column("run")
-    for name in ("requests/s", "mean TTFT, s", "p99", "mean TPOT, ms", "end to end, s", "inside"):
-        found.add_column(name, justify="right")
+    found = simple_table(
+        "A closed loop on Ascend A3", "run", "requests/s", "mean TTFT, s", "p99", "mean TPOT, ms",
+        "end to end, s", "inside",
+    )  # fmt: skip
     for run in (PUBLISHED, *predicted()):
         found.add_row(
             run.what, f"{run.requests_per_s:.2f}", f"{run.ttft_s:.1f}", f"{run.ttft_p99_s:.1f}",

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from cmjax.console import terminal
 from cmjax.hardware import load_machine
 from cmjax.interrupt import leave
 from cmjax.options import run_program
+from cmjax.report.tables import simple_table
 from cmjax.serving import (
     ColocatedPool,
     ContextCache,
@@ -125,7 +125,7 @@ def conversations() -> Trace:
 
 def cache_table() -> Table:
     """Blocks found, beside the published shares."""
-    table = _table("Blocks found in the cache, %", "blocks held", "simulated", "published")
+    table = simple_table("Blocks found in the cache, %", "blocks held", "simulated", "published")
     trace = conversations()
     for blocks, published in PUBLISHED_HITS.items():
         found = 100 * cache_hits(trace, blocks).blocks
@@ -184,7 +184,7 @@ def engine_table() -> Table:
     """Errors of TTFT and TPOT, per cent."""
     runs = engine_runs()
     names = [key.removesuffix("_ms").replace("_", " ") for key in KEYS]
-    table = _table("Errors against measured vLLM 0.19 runs, %", "run", "constants", *names)
+    table = simple_table("Errors against measured vLLM 0.19 runs, %", "run", "constants", *names)
     published = {r.name: r.published for r in runs}
     for name, what, errors in engine_errors(runs):
         if what == "kernel times alone":
@@ -201,7 +201,7 @@ def engine_table() -> Table:
 
 def queue_table(requests: int = 2_000_000) -> Table:
     """Mean seconds in the system, service of mean 1 s."""
-    table = _table("Mean time in the system, s", "queue", "simulated", "theory", "error, %")
+    table = simple_table("Mean time in the system, s", "queue", "simulated", "theory", "error, %")
     for name, found, theory in queue_rows(requests):
         table.add_row(name, f"{found:.4f}", f"{theory:.4f}", f"{100 * (found / theory - 1):+.2f}")
     return table
@@ -238,7 +238,7 @@ def queue_rows(requests: int) -> Iterator[tuple[str, float, float]]:
 
 def pool_table() -> Table:
     """Predictions for Mooncake's conversations, at 15 times their rate, on 384 NPUs."""
-    table = _table(
+    table = simple_table(
         "Predictions: Mooncake's conversations on 384 NPUs", "what", "TTFT p50", "p99", "TPOT p50",
         "p99", "output tokens/s", "within SLO, %", "hits, %", "verdict",
     )  # fmt: skip
@@ -276,7 +276,7 @@ def pool_rows() -> Iterator[tuple[str, ServingResult]]:
 
 def slo_table() -> Table:
     """The most that the paper's pools serve within an SLO."""
-    table = _table(
+    table = simple_table(
         "Predictions: the largest rate at which 90 % keep TTFT 5 s and a TPOT", "TPOT within, ms",
         "requests/s", "times the trace", "output tokens/s", "TTFT p99", "TPOT p50", "p99",
         "prefill busy, %", "decode busy, %",
@@ -312,7 +312,7 @@ def slo_rows() -> Iterator[tuple[float, Judged]]:
 
 def reuse_table() -> Table:
     """Prefill alone, 4K prompts: all at once for throughput, at a rate of its own for TTFT."""
-    table = _table(
+    table = simple_table(
         "Predictions: prompts of 4K tokens, part of them reused", "reused", "cache over", "hits, %",
         "prompt tokens/s per prefill NPU", "mean TTFT, ms",
     )  # fmt: skip
@@ -343,7 +343,7 @@ def reuse_rows() -> Iterator[tuple[float, str, float, float, float]]:
 
 def overload_table() -> Table:
     """Admission control at a rate that neither pool can keep up with."""
-    table = _table(
+    table = simple_table(
         "Overload: small decode pool, 25 times the rate", "admission", "rejected", "after prefill",
         "goodput, requests/s", "swing of prefill", "of decode", "correlation",
     )  # fmt: skip
@@ -409,14 +409,6 @@ def _published(path: Path) -> dict[str, float]:
     text = (path / "published_simulator_error.txt").read_text()
     found = re.findall(r"^(TTFT|TPOT) (Mean|P90|P99)\s.*?([+-][\d.]+)%", text, re.MULTILINE)
     return {f"{kind}_{of}_ms".lower(): float(error) for kind, of, error in found}
-
-
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(first)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tables for a terminal, as rich renderables: nothing is printed here."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmjax.cost.fit import Calibration
+from cmjax.deploy.deployment import Deployment
 from cmjax.deploy.validation import ValidationRow, summary
 from cmjax.hardware import describe_key
 from cmjax.placement import Score
@@ -194,8 +196,9 @@ def _add_method(table, name, is_best, methods, *cells):
     table.add_row(f"{name} ◀" if marked else name, *cells, style="bold" if is_best else "")
 
 
-_USUAL = {"redundant": None, "attention": "exact", "drafts": 1, "engine": None}
-"""Options of a deployment that have a column only where some candidate has another value."""
+_USUAL = {f.name: f.default for f in dataclasses.fields(Deployment)}
+_RARE = ("redundant", "attention", "drafts", "engine")
+"""Options of a deployment with a column only where one of those shown has not the usual value."""
 
 
 def search_table(result: Mapping, rows: int = 12) -> RenderableType:
@@ -207,7 +210,7 @@ def search_table(result: Mapping, rows: int = 12) -> RenderableType:
     front = result["pareto"]
     latency = "tpot_ms" if "tpot_ms" in front[0] else "ttft_ms"
     heads = ("EP", "TP", "NPUs", "batch", "microbatches", "quant", "KV cache")
-    others = [k for k, usual in _USUAL.items() if any(row[k] != usual for row in front)]
+    others = [name for name in _RARE if any(row[name] != _USUAL[name] for row in front)]
     table = simple_table(
         "Best in latency or throughput", *heads, *others, latency[:4].upper(), "tokens/s per NPU",
         "HBM, GB",
@@ -219,7 +222,7 @@ def search_table(result: Mapping, rows: int = 12) -> RenderableType:
             f"{row['ep']}", f"{row['tp']}", f"{row['npus']}", f"{row['batch']:g}",
             f"{row['microbatches']}",
             row["quant"], row["kv_cache"],
-            *("default" if row[k] is None else str(row[k]) for k in others),
+            *("default" if row[name] is None else str(row[name]) for name in others),
             quantity(latency, row[latency]),
             number(row["tokens_per_s_per_npu"]), number(row["hbm_gb_per_die"]),
         )  # fmt: skip

@@ -99,8 +99,7 @@ def decode_steps(output: np.ndarray, gain: Gain, seed: int) -> np.ndarray:
     tokens = output - 1
     sigma = np.sqrt(tokens * max(gain.variance, 0.0) / gain.mean**3)
     drawn = tokens / gain.mean + sigma * np.random.default_rng(seed).standard_normal(len(output))
-    least = -(-tokens // gain.most) if gain.mean > 1 else tokens
-    return np.clip(np.rint(drawn), least, tokens).astype(np.int64)
+    return np.clip(np.rint(drawn), -(-tokens // gain.most), tokens).astype(np.int64)
 
 
 def _requests(trace: Trace, gain: Gain, seed: int) -> Inputs:

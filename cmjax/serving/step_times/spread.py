@@ -29,20 +29,20 @@ def step_spread(service: Service, machine: Supernode) -> dict[str, float]:
             if name in both and phase != name:
                 continue
             deployment = service.deployment_for(phase, pool)
-            requests = service.requests(**_sizes(phase, pool, machine))
+            requests = _requests(phase, pool, service, machine)
             factors.append(_factor(deployment, shape, leaves, requests))
         found[name] = max(factors)
     return found if all(factor > 1 for factor in found.values()) else {}
 
 
-def _sizes(phase: Phase, pool: Pool, machine: Supernode) -> dict[str, float]:
+def _requests(phase: Phase, pool: Pool, service: Service, machine: Supernode) -> Requests:
     """An even number on every die, so that they divide over microbatches, too."""
     dies = machine.dies_per_npu
     if phase == "decode":
         half = 2 * max(1, pool.batch // (4 * dies))  # type: ignore[attr-defined]
-        return {"batch": float(half * dies), "context": _CONTEXT}
+        return service.requests(batch=float(half * dies), context=_CONTEXT)
     tokens = pool.step_tokens / (pool.npus * dies)  # type: ignore[attr-defined]
-    return {"batch": 2.0 * dies, "prompt": max(1.0, tokens / 2)}
+    return service.requests(batch=2.0 * dies, prompt=max(1.0, tokens / 2))
 
 
 @functools.lru_cache(maxsize=64)
